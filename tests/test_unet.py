@@ -1,0 +1,205 @@
+"DynamicUnet3d at any size, for every encoder"
+import pickle, pytest, torch
+from copy import deepcopy
+from functools import cache
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from covid3d.encoder import encoder3d
+from covid3d.unet import DynamicUnet3d, Stage, group_norm, level_widths, param_groups, resize, size_levels, stage_sizes
+from covid3d.volume import CTError
+
+names = ('r3d_18', 'mc3_18', 'r2plus1d_18')
+archs = pytest.mark.parametrize('arch', names)
+
+def unet(arch='r3d_18', classes=('lesion',), seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return DynamicUnet3d(encoder3d(arch, pretrained=False, width=8), list(classes), **kwargs)
+
+settled = cache(lambda arch, stem_skip, input_skip: unet(arch, stem_skip=stem_skip, input_skip=input_skip).eval())
+
+
+@settings(max_examples=40, deadline=None)
+@given(arch=st.sampled_from(names), stem_skip=st.booleans(), input_skip=st.booleans(), size=st.tuples(*[st.integers(1, 40)] * 3), batch=st.integers(1, 2))
+def test_output_has_the_size_of_the_input(arch, stem_skip, input_skip, size, batch):
+    with torch.no_grad(): logits = settled(arch, stem_skip, input_skip)(torch.rand(batch, 1, *size))
+    assert logits.shape == (batch, 1, *size)
+    assert logits.isfinite().all()
+
+@archs
+@pytest.mark.parametrize('size', [(16, 16, 16), (17, 33, 29), (31, 16, 47)])
+def test_trains_on_a_batch_of_one(arch, size):
+    net = unet(arch, input_skip=True).train()
+    out = net(torch.rand(1, 1, *size))
+    out.square().mean().backward()
+    assert out.shape == (1, 1, *size) and out.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+@settings(max_examples=30, deadline=None)
+@given(arch=st.sampled_from(names), size=st.tuples(*[st.integers(16, 50)] * 3))
+def test_probed_sizes_are_the_computed_ones(arch, size):
+    x, body = torch.rand(1, 1, *size), settled(arch, True, False).encoder
+    with torch.no_grad(): computed = [Stage(name, (x := stage(x)).shape[1], tuple(x.shape[2:])) for name, stage in body.named_children()]
+    assert stage_sizes(body, size) == computed
+
+@archs
+def test_the_size_probed_with_does_not_matter(arch):
+    x, made = torch.rand(1, 1, 19, 30, 41), []
+    for size in ((16, 16, 16), (64, 64, 64), (33, 100, 47)):
+        net = unet(arch, size=size).eval()
+        with torch.no_grad(): made.append(net(x))
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+@archs
+def test_levels_and_skips(arch):
+    assert [m.weight.shape[1] for m in unet(arch).decoder['layer1'].laterals] == [8, 8]
+    assert [m.weight.shape[1] for m in unet(arch, stem_skip=False).decoder['layer1'].laterals] == [8]
+    assert list(unet(arch).decoder) == ['layer3', 'layer2', 'layer1']
+    assert unet(arch).skips == [['layer3'], ['layer2'], ['stem', 'layer1']]
+
+def test_mc3_never_halves_the_slices():
+    assert {stage.size[0] for stage in stage_sizes(unet('mc3_18').encoder, (21, 64, 64))} == {21}
+    assert [stage.size[0] for stage in stage_sizes(unet('r3d_18').encoder, (21, 64, 64))] == [21, 21, 11, 6, 3]
+
+@pytest.mark.parametrize('axis', range(3))
+def test_a_change_along_any_one_axis_counts(axis):
+    "Encoders that halve one axis only, and twice"
+    stride = tuple(2 if i == axis else 1 for i in range(3))
+    body = nn.Sequential()
+    for name, ni, nf, s in (('a', 1, 4, 1), ('b', 4, 8, stride), ('c', 8, 8, 1), ('d', 8, 12, stride)):
+        body.add_module(name, nn.Conv3d(ni, nf, 3, s, padding=1))
+    assert [[s.name for s in level] for level in size_levels(stage_sizes(body))] == [['a'], ['b', 'c'], ['d']]
+    for size in ((16, 17, 18), (5, 6, 7)): assert DynamicUnet3d(body, ['x', 'y'])(torch.rand(1, 1, *size)).shape == (1, 2, *size)
+
+@archs
+def test_shifted_input_shifts_the_logits(arch):
+    "16 voxels along an axis that is halved four times move the output by as much, beyond the border's reach: skips and features meet in place"
+    net, x = deepcopy(settled(arch, True, False)), torch.zeros(1, 1, 16, 16, 400)
+    x[..., 180:200] = torch.rand(16, 16, 20)
+    for m in net.modules():
+        if isinstance(m, nn.GroupNorm): m.forward = lambda x: x # its statistics see the border
+    with torch.no_grad(): a, b = net(x).roll(16, -1)[..., 184:216], net(x.roll(16, -1))[..., 184:216]
+    assert (a - b).abs().max() < 1e-4 * a.std()
+
+
+def test_probing_leaves_the_encoder_alone():
+    body = encoder3d('r3d_18', pretrained=False, width=8).train()
+    before, state = deepcopy(body.state_dict()), torch.get_rng_state()
+    stage_sizes(body, (17, 32, 33))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in body.state_dict().items())
+    assert body.training and {p.device.type for p in body.parameters()} == {'cpu'}
+    net = DynamicUnet3d(body, ['lesion'])
+    assert net.encoder is body and all(torch.equal(v, before[k]) for k, v in body.state_dict().items())
+
+
+@archs
+@pytest.mark.parametrize('input_skip', [False, True])
+def test_samples_do_not_see_each_other(arch, input_skip):
+    "With the encoder's BatchNorm frozen: a batch of two equals each alone, training equals evaluation"
+    net, x = unet(arch, input_skip=input_skip).train(), torch.rand(2, 1, 17, 32, 29)
+    net.encoder.eval()
+    with torch.no_grad(): both, alone, evaluated = net(x), torch.cat([net(o[None]) for o in x]), net.eval()(x)
+    assert torch.allclose(both, alone, atol=1e-5)
+    assert torch.allclose(both, evaluated, atol=1e-5)
+
+@archs
+def test_decoder_and_head_hold_no_batch_statistics(arch):
+    net = unet(arch, input_skip=True)
+    outside = [m for k, m in net.named_modules() if not k.startswith('encoder')]
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in outside)
+    assert not any(True for k, _ in net.named_buffers() if not k.startswith('encoder'))
+
+@archs
+@pytest.mark.parametrize('kwargs', [{}, dict(stem_skip=False), dict(input_skip=True)], ids=str)
+def test_gradient_reaches_every_parameter(arch, kwargs):
+    net = unet(arch, ('lesion', 'lung'), **kwargs).train()
+    net(torch.rand(1, 1, 16, 32, 32)).square().mean().backward()
+    assert [k for k, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+
+def test_it_learns_one_patch():
+    "A bright ball is found within a few steps, each of them a batch of one"
+    net, grid = unet().train(), torch.stack(torch.meshgrid(*[torch.arange(16.)] * 3, indexing='ij'))
+    ball = ((grid - 7.5).square().sum(0).sqrt() < 5).float()[None, None]
+    x, opt = .2 + .6 * ball + .05 * torch.rand(1, 1, 16, 16, 16), torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(40):
+        loss = nn.functional.binary_cross_entropy_with_logits(net(x), ball)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    found = (net(x) > 0).float()
+    assert 2 * (found * ball).sum() / (found.sum() + ball.sum()) > .8
+
+
+@pytest.mark.parametrize('classes', [['lesion'], ['lesion', 'lung'], ('left lung', 'right lung', 'lesion')])
+def test_a_channel_for_each_class(classes):
+    net = unet(classes=classes).eval()
+    assert net.classes == list(classes)
+    with torch.no_grad(): assert net(torch.rand(1, 1, 8, 16, 16)).shape == (1, len(classes), 8, 16, 16)
+
+@pytest.mark.parametrize('classes', ['lesion', [], ['a', 'a'], [1, 2], 2, None])
+def test_classes_are_names(classes):
+    with pytest.raises((CTError, TypeError)): DynamicUnet3d(encoder3d('r3d_18', False, 8), classes)
+
+@pytest.mark.parametrize('prior', [.01, .05, .5])
+def test_the_first_probability_is_the_prior(prior):
+    with torch.no_grad(): p = unet(prior=prior).eval()(torch.rand(1, 1, 16, 32, 32)).sigmoid()
+    assert abs(p.mean() / prior - 1) < .1
+
+def test_logits_are_not_normalised():
+    "Doubling the head's weights doubles what they add to the bias; a normalisation would undo it"
+    net, x = unet().eval(), torch.rand(1, 1, 16, 32, 32)
+    with torch.no_grad():
+        first = net(x) - net.head.logits.bias
+        net.head.logits.weight *= 2
+        assert torch.allclose(net(x) - net.head.logits.bias, 2 * first, atol=1e-5)
+
+@pytest.mark.parametrize('shape', [(16, 16, 16), (1, 16, 16, 16), (1, 3, 16, 16, 16), (1, 1, 0, 16, 16), (0, 1, 16, 16, 16)])
+def test_unreadable_input(shape):
+    with pytest.raises(CTError, match='input: has shape') as e: settled('r3d_18', True, False)(torch.zeros(shape))
+    assert str(shape) in str(e.value) and '\n' not in str(e.value)
+
+
+@archs
+@pytest.mark.parametrize('kwargs', [{}, dict(input_skip=True)], ids=str)
+def test_every_parameter_in_one_group(arch, kwargs):
+    net = unet(arch, **kwargs)
+    groups = param_groups(net)
+    ids = [id(p) for group in groups for p in group]
+    assert len(groups) == 6 and all(groups)
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in net.parameters()}
+    for group, name in zip(groups, ('stem', 'layer1', 'layer2', 'layer3', 'layer4')):
+        assert {id(p) for p in group} == {id(p) for p in net.encoder.get_submodule(name).parameters()}
+
+def test_decoder_widths():
+    assert [level.join[0].out_channels for level in unet().decoder.values()] == [16, 8, 4]
+    assert [level.join[0].out_channels for level in unet(decoder=12).decoder.values()] == [48, 24, 12]
+    assert [level.join[0].out_channels for level in unet(decoder=(7, 9, 11)).decoder.values()] == [7, 9, 11]
+    for wrong in ((8, 8), (8, 8, 8, 8), 0, (8, 8, 0), (8, 8, 1.5)):
+        with pytest.raises(CTError, match='Give 3 numbers'): unet(decoder=wrong)
+
+@given(st.integers(1, 300))
+def test_group_norm_divides(n):
+    norm = group_norm(n)
+    assert n % norm.num_groups == 0 and norm.num_groups <= 8
+    assert norm.num_groups == 1 or n // norm.num_groups >= 4
+
+@settings(max_examples=30, deadline=None)
+@given(*[st.integers(1, 9)] * 6)
+def test_resize_keeps_linear_ramps_and_constants(a, b, c, d, e, f):
+    x = torch.full((1, 2, a, b, c), 3.)
+    assert resize(x, (d, e, f)).shape == (1, 2, d, e, f)
+    assert torch.allclose(resize(x, (d, e, f)), torch.tensor(3.))
+
+def test_copies_agree():
+    net, x = unet(input_skip=True).eval(), torch.rand(1, 1, 9, 17, 18)
+    with torch.no_grad():
+        want = net(x)
+        for same in (deepcopy(net), pickle.loads(pickle.dumps(net)), net.to(memory_format=torch.channels_last_3d)):
+            assert torch.allclose(same(x), want, atol=1e-5)
+        other = unet(input_skip=True, seed=1).eval()
+        other.load_state_dict(net.state_dict())
+        assert torch.allclose(other(x), want, atol=1e-5)
+
+def test_a_traced_network_reads_other_sizes():
+    net, x = unet().eval(), torch.rand(1, 1, 9, 35, 30)
+    with torch.no_grad(): assert torch.allclose(torch.jit.trace(net, torch.rand(1, 1, 16, 32, 32), check_trace=False)(x), net(x), atol=1e-5)

@@ -1,0 +1,161 @@
+"The command line as a user meets it: the whole way on small phantoms, and what happens when something is wrong"
+import csv, os, re, subprocess, sys
+from pathlib import Path
+
+import nibabel as nib, numpy as np, pytest
+from safetensors.torch import save_file
+
+from covid3d.cli import main
+from covid3d.inference import NetSpec, load_model, save_model
+from covid3d.phantom import write_phantoms
+from covid3d.transforms import CTSpec
+
+spec = CTSpec(spacing=(9,5,5), patch=(16,48,48))
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    "Five small phantoms in the folder layout"
+    root = tmp_path_factory.mktemp('data')
+    write_phantoms(root, n=5, seed=0, shape=(32,96,96), spacing=(9,3.7,3.7))
+    return root
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    "An untrained model, saved"
+    path = tmp_path_factory.mktemp('weights')/'model.safetensors'
+    net = NetSpec(width=4)
+    save_model(net.build(spec.classes), path, spec, net)
+    return path
+
+@pytest.fixture
+def ct(data): return data/'ct'/'phantom_000.nii.gz'
+
+def refused(capfd, argv, *words, status=2):
+    "The command ends with `status` and one line on stderr that holds `words`"
+    assert main([str(o) for o in argv])==status
+    err = capfd.readouterr().err
+    assert err.count('\n')==1 and 'Traceback' not in err and all(str(w) in err for w in words), err
+
+def test_whole_way(data, tmp_path, capfd):
+    "cases → train → evaluate → predict, as the README has it"
+    table,run,scores,masks = tmp_path/'cases.csv',tmp_path/'run',tmp_path/'scores',tmp_path/'masks'
+    assert main(['cases','folder',str(data),'--valid','phantom_003','--test','phantom_004','-o',str(table)])==0
+    small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','2','--patches','2','--device','cpu']
+    assert main(['train',str(table),'--out',str(run),*small])==0
+    assert sorted(o.name for o in run.iterdir())==['history.csv','model.safetensors']
+    history = list(csv.DictReader((run/'history.csv').open()))
+    assert len(history)==2 and 0<=float(history[-1]['scan_dice'])<=1
+    _,ct_spec,net = load_model(run/'model.safetensors')
+    assert (ct_spec.spacing,net.width)==((9,5,5),4)
+    w = ['--weights',str(run/'model.safetensors'),'--device','cpu']
+    assert main(['evaluate',str(table),*w,'--out',str(scores)])==0
+    row, = csv.DictReader((scores/'scores.csv').open())
+    assert row['case']=='phantom_004' and 0<=float(row['dice'])<=1
+    assert f'mean whole-scan Dice {float(row["dice"]):.3f} over 1 of 1 test cases' in capfd.readouterr().out
+    src = data/'ct'/'phantom_004.nii.gz'
+    assert main(['predict',str(src),*w,'--out',str(masks)])==0
+    out,src = nib.load(masks/'phantom_004_lesion.nii.gz'),nib.load(src)
+    assert out.shape==src.shape and (out.affine==src.affine).all() and set(np.unique(out.dataobj))<={0,1}
+    refused(capfd, ['predict',data/'ct'/'phantom_004.nii.gz',*w,'--out',masks], 'exists already', '--overwrite')
+    refused(capfd, ['train',table,'--out',run,*small], 'exists already')
+
+def test_training_again_gives_the_same_weights(data, tmp_path):
+    small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu','--seed','3']
+    for o in 'ab': assert main(['train',str(data/'cases.csv'),'--out',str(tmp_path/o),*small])==0
+    a,b = ((tmp_path/o/'model.safetensors').read_bytes() for o in 'ab')
+    assert a==b
+
+@pytest.mark.parametrize('argv,words', [
+    (['predict','nowhere.nii.gz'], ['nowhere.nii.gz','no such file or folder']),
+    (['evaluate','nowhere.csv'], ['nowhere.csv','no such case table']),
+    (['train','nowhere.csv'], ['nowhere.csv','no such case table']),
+    (['cases','folder','nowhere'], ['nowhere','no such folder'])])
+def test_wrong_path(capfd, tmp_path, weights, argv, words):
+    more = [] if argv[0]=='cases' else ['--weights','random' if argv[0]=='train' else str(weights)]
+    refused(capfd, [*argv,*more,'--out',tmp_path/'out'], *words)
+    assert not (tmp_path/'out').exists()
+
+def test_directory_of_nothing(capfd, tmp_path, weights):
+    (tmp_path/'empty').mkdir()
+    refused(capfd, ['predict',tmp_path/'empty','--weights',weights,'--out',tmp_path/'out'], tmp_path/'empty', 'no .nii or .nii.gz')
+    refused(capfd, ['cases','folder',tmp_path/'empty','-o',tmp_path/'c.csv'], tmp_path/'empty', 'no folder ct/')
+    assert sorted(o.name for o in tmp_path.iterdir())==['empty']
+
+def test_truncated_scan_costs_only_itself(capfd, tmp_path, weights, ct):
+    (tmp_path/'cut.nii.gz').write_bytes(ct.read_bytes()[:-1000])
+    assert main(['predict',str(tmp_path/'cut.nii.gz'),str(ct),'--weights',str(weights),'--out',str(tmp_path/'out'),'--device','cpu'])==1
+    err = capfd.readouterr().err
+    assert 'cut.nii.gz: the gzip stream is damaged' in err and '1 of 2 scans failed' in err and 'Traceback' not in err
+    assert [o.name for o in (tmp_path/'out').iterdir()]==['phantom_000_lesion.nii.gz']
+
+def bad_table(data, tmp_path, **change):
+    "The case table with a change in its first line, all paths absolute"
+    rows = list(csv.DictReader((data/'cases.csv').open()))
+    for r in rows: r.update({k:str(data/r[k]) for k in ('ct','lesion','lung')})
+    rows[0].update({k:str(v) for k,v in change.items()})
+    with (tmp_path/'bad.csv').open('w') as f:
+        w = csv.DictWriter(f, rows[0]); w.writeheader(); w.writerows(rows)
+    return tmp_path/'bad.csv'
+
+def test_mask_of_another_shape(capfd, data, tmp_path):
+    m = nib.load(data/'infection_mask'/'phantom_000.nii.gz')
+    nib.save(m.slicer[:-4], tmp_path/'short.nii.gz')
+    table = bad_table(data, tmp_path, lesion=tmp_path/'short.nii.gz', split='train')
+    refused(capfd, ['train',table,'--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--out',tmp_path/'run','--device','cpu'],
+            'short.nii.gz', 'its shape', 'Give the mask of this scan')
+    assert not (tmp_path/'run').exists()
+
+def test_bad_case_does_not_stop_evaluation(capfd, data, tmp_path, weights):
+    (tmp_path/'cut.nii.gz').write_bytes((data/'ct'/'phantom_000.nii.gz').read_bytes()[:5000])
+    table = bad_table(data, tmp_path, ct=tmp_path/'cut.nii.gz', split='test')
+    assert main(['evaluate',str(table),'--weights',str(weights),'--out',str(tmp_path/'out'),'--device','cpu'])==1
+    rows = list(csv.DictReader((tmp_path/'out'/'scores.csv').open()))
+    assert 'gzip' in rows[0]['error'] and rows[0]['dice']=='' and all(r['dice'] for r in rows[1:])
+
+def test_weights_of_another_encoder(capfd, tmp_path, ct):
+    net,other = NetSpec('r3d_18', width=4),NetSpec('mc3_18', width=4)
+    save_model(other.build(spec.classes), tmp_path/'other.safetensors', spec, net)
+    refused(capfd, ['predict',ct,'--weights',tmp_path/'other.safetensors','--out',tmp_path/'out'], 'other.safetensors', 'weights of another network', 'layer')
+    save_file({'stem.0.weight':__import__('torch').zeros(2)}, tmp_path/'bare.safetensors')
+    refused(capfd, ['predict',ct,'--weights',tmp_path/'bare.safetensors','--out',tmp_path/'out'], 'bare.safetensors', 'no specification')
+    (tmp_path/'learner.pkl').write_bytes(b'\x80\x04.')
+    refused(capfd, ['predict',ct,'--weights',tmp_path/'learner.pkl','--out',tmp_path/'out'], 'learner.pkl', 'never opened')
+    assert not (tmp_path/'out').exists()
+
+def test_grey_scan_needs_its_window(capfd, tmp_path, weights, ct):
+    img = nib.load(ct)
+    grey = ((np.clip(img.get_fdata(), -1000, 20)+1000)/4).astype(np.uint8)
+    nib.save(nib.Nifti1Image(grey, img.affine), tmp_path/'grey.nii.gz')
+    argv = ['predict',str(tmp_path/'grey.nii.gz'),'--weights',str(weights),'--out',str(tmp_path/'out'),'--device','cpu']
+    assert main(argv)==1 and '--already-windowed' in capfd.readouterr().err
+    assert main([*argv,'--already-windowed','-1000:20'])==0
+    refused(capfd, [*argv,'--overwrite','--already-windowed','20:-1000'], 'low:high')
+
+def test_options_out_of_range(capfd, data, tmp_path, weights, ct):
+    table = data/'cases.csv'
+    for more,word in [(['--epochs','0'],'epochs'), (['--spacing','3,2'],'spacing'), (['--window','400,-1000'],'window'), (['--patch','1,2,3'],'patch'), (['--encoder','resnet'],'resnet'),
+                      (['--device','cuda:99'],'device'), (['--classes','lesion,liver'],'liver'), (['--weights','nowhere.pth'],'nowhere.pth')]:
+        refused(capfd, ['train',table,'--out',tmp_path/'run',*(['--weights','random'] if '--weights' not in more else []),*more], word)
+    refused(capfd, ['predict',ct,'--weights',weights,'--out',tmp_path/'out','--overlap','1'], 'overlap')
+    assert list(tmp_path.iterdir())==[]
+
+def test_kinetics_offline(capfd, data, tmp_path, monkeypatch):
+    "Without network and file, the error names the URL, the cache folder and the way out"
+    import torch, urllib.error, urllib.request
+    def no_network(*a, **k): raise urllib.error.URLError('no network')
+    monkeypatch.setattr(urllib.request, 'urlopen', no_network); monkeypatch.setattr(torch.hub, 'urlopen', no_network)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path/'cache'))
+    refused(capfd, ['train',data/'cases.csv','--out',tmp_path/'run'], 'https://download.pytorch.org/models/r3d_18', tmp_path/'cache', 'pretrained=False')
+    assert not (tmp_path/'run').exists()
+
+def test_debug_shows_the_traceback(): 
+    from covid3d.volume import CTError
+    with pytest.raises(CTError): main(['predict','nowhere.nii.gz','--weights','w','--out','o','--debug'])
+
+@pytest.mark.parametrize('argv,status', [(['--help'],0), (['predict','--help'],0), (['--version'],0), ([],2), (['frobnicate'],2), (['predict'],2)])
+def test_console_script(argv, status):
+    "The installed command: its status is the process's, its help is quick and complete"
+    exe = Path(sys.executable).with_name('covid3d')
+    r = subprocess.run([exe,*argv], capture_output=True, text=True, env={**os.environ,'COLUMNS':'100'})
+    assert r.returncode==status and 'Traceback' not in r.stderr
+    if argv==['--help']: assert all(re.search(rf'^  {o} +\S', r.stdout, re.M) for o in ('demo','phantom','cases','train','evaluate','predict'))

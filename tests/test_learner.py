@@ -1,0 +1,99 @@
+"Training: rates group by group, fastai's verbs, and what is kept"
+import math
+
+import pytest, torch
+from fastai.optimizer import SGD
+
+from covid3d.learner import (CTDataLoaders, CTSpec, KeepBest, PatchDice, ScanDice, mc3_18, r2plus1d_18, r3d_18, load_model, set_seed, train,
+    unet_learner_3d, write_phantoms)
+
+spec = CTSpec(spacing=(9,7,7), patch=(16,32,32))
+
+@pytest.fixture(scope='module')
+def table(tmp_path_factory): return write_phantoms(tmp_path_factory.mktemp('data'), n=4, seed=1, shape=(32,96,96), spacing=(9,3.7,3.7))
+
+@pytest.fixture(scope='module')
+def dls(table): return CTDataLoaders.from_table(table, spec, bs=2, patches=2)
+
+def learner(dls, arch=r3d_18, **kw):
+    set_seed(0, reproducible=True)
+    return unet_learner_3d(dls, arch, pretrained=False, width=4, **kw)
+
+@pytest.mark.parametrize('arch', [r3d_18, mc3_18, r2plus1d_18])
+def test_each_group_moves_by_its_own_rate(dls, arch):
+    "One step of plain SGD moves each parameter by −rate·gradient, with the rate of its group"
+    learn = learner(dls, arch, opt_func=SGD)
+    learn.create_opt(); learn.opt.set_hyper('mom', 0.); learn.opt.set_hyper('wd', 0.)
+    rates = [10**-k for k in (6,5,4,3,2,1)]
+    learn.opt.set_hyper('lr', rates)
+    before = [[p.detach().clone() for p in g] for g in learn.opt.param_lists]
+    x,y = dls.one_batch()
+    learn.model.train(); learn.loss_func(learn.model(x), y).backward()
+    grads = [[p.grad.clone() for p in g] for g in learn.opt.param_lists]
+    learn.opt.step()
+    assert len(learn.opt.param_lists)==6
+    for rate,olds,gs,news in zip(rates, before, grads, learn.opt.param_lists):
+        for old,g,new in zip(olds, gs, news): torch.testing.assert_close(new.detach(), old-rate*g, rtol=1e-4, atol=1e-6)
+        assert any(g.abs().max()>0 for g in gs)
+
+def test_fine_tune_freezes_then_frees(dls):
+    "In the frozen epoch the encoder's convolutions stay as they are; afterwards they move"
+    learn = learner(dls)
+    conv = learn.model.encoder.layer4[0].conv1[0].weight
+    start = conv.detach().clone()
+    with learn.no_bar(), learn.no_logging():
+        learn.freeze(); learn.fit_one_cycle(1, 1e-3)
+        assert torch.equal(conv, start)
+        learn.fine_tune(1, 1e-3, freeze_epochs=1)
+    assert not torch.equal(conv, start) and all(p.requires_grad for p in learn.model.parameters())
+
+def test_pretrained_starts_frozen(dls, tmp_path):
+    "Weights from a file in torchvision's layout; all but the decoder wait"
+    torch.save(r3d_18(weights=None).state_dict(), tmp_path/'r3d.pth')
+    learn = unet_learner_3d(dls, r3d_18, pretrained=tmp_path/'r3d.pth')
+    learn.create_opt()
+    assert not learn.model.encoder.layer1[0].conv1[0].weight.requires_grad
+    assert all(p.requires_grad for p in learn.opt.param_lists[-1])
+
+def test_nan_never_replaces_good_weights(table, tmp_path):
+    "Weights kept before the loss turned NaN stay on disk, and the learner ends with them"
+    learn = train(table, tmp_path, spec, pretrained=False, width=4, epochs=1, patches=2, device='cpu')
+    kept = (tmp_path/'model.safetensors').read_bytes()
+    keep = KeepBest(tmp_path/'model.safetensors'); keep.best,keep.best_epoch = 2.,0
+    with torch.no_grad(): next(learn.model.parameters()).fill_(float('nan'))
+    learn.cbs.map(lambda o: None)
+    with learn.no_bar(), learn.no_logging():
+        learn.metrics = [PatchDice(), Constant()]
+        learn.fit(1, 0., cbs=keep)
+    assert (tmp_path/'model.safetensors').read_bytes()==kept
+    assert all(torch.isfinite(p).all() for p in learn.model.parameters())
+
+class Constant(ScanDice):
+    "A whole-scan Dice that could not be computed"
+    @property
+    def value(self): return math.nan
+
+def test_classes_are_a_list(table):
+    "Two overlapping classes train as one does: a channel and a mask each"
+    two = CTSpec(spacing=(9,7,7), patch=(16,32,32), classes=('lesion','lung'))
+    dls = CTDataLoaders.from_table(table, two, bs=2, patches=2)
+    learn = learner(dls)
+    x,y = dls.one_batch()
+    assert learn.model(x).shape==y.shape==(2,2,16,32,32)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert math.isfinite(learn.recorder.values[-1][0])
+
+@pytest.mark.parametrize('method', ['fork','spawn'])
+def test_worker_processes(table, method):
+    "Batches come through worker processes as without them"
+    dls = CTDataLoaders.from_table(table, spec, bs=2, patches=2, num_workers=1)
+    dls.train.multiprocessing_context = method
+    x,y = next(iter(dls.train))
+    assert x.shape==y.shape==(2,1,16,32,32) and 0<=x.min()<=x.max()<=1
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_fp16_on_a_gpu(table):
+    dls = CTDataLoaders.from_table(table, spec, bs=2, patches=2, device='cuda')
+    learn = learner(dls).to_fp16()
+    learn.fit(1, 1e-3)
+    assert math.isfinite(learn.recorder.values[-1][0])

@@ -1,0 +1,61 @@
+"Real CT: the seven COVID-19 scans of COVID3D_TEST_DATA, which are never copied into the repository"
+import os
+from pathlib import Path
+
+import nibabel as nib, numpy as np, pytest
+
+from covid3d.cli import main
+from covid3d.data import CTDataLoaders, folder_cases, read_cases, write_cases
+from covid3d.inference import segment
+from covid3d.learner import train, unet_learner_3d
+from covid3d.metrics import dice
+from covid3d.transforms import CTSpec
+from covid3d.volume import from_canonical, open_ct, save_mask
+
+data = os.environ.get('COVID3D_TEST_DATA')
+pytestmark = pytest.mark.skipif(not data, reason='COVID3D_TEST_DATA is not set: the folder of real CTs is not part of the repository')
+
+spec = CTSpec(spacing=(6,4,4), patch=(16,64,64))
+
+@pytest.fixture(scope='module')
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp('real')/'cases.csv'
+    write_cases(folder_cases(Path(data)/'coronacases_7', valid=['coronacases_005'], test=['coronacases_006','coronacases_007'], already_windowed='-1000:20'), path)
+    return path
+
+def scan_dice(model, case):
+    ct = case.open_ct()
+    return dice(segment(model, spec, ct)['lesion'], case.open_mask('lesion', ct).data)
+
+def test_learns_lesions_of_real_scans(table, tmp_path):
+    "A minute of training on four patients lifts the whole-scan Dice on two others far above the untrained network's; the masks lie on the scans' grids"
+    six,seven = read_cases(table, 'test')
+    before = unet_learner_3d(CTDataLoaders.from_table(table, spec), pretrained=False, width=16).model
+    learn = train(table, tmp_path/'run', spec, pretrained=False, width=16, epochs=6, patches=10, lr=4e-3, score_every=3, device='cpu')
+    trained = {c.name:scan_dice(learn.model, c) for c in (six,seven)}
+    untrained = {c.name:scan_dice(before, c) for c in (six,seven)}
+    print(f'untrained {untrained}, trained {trained}')
+    assert trained[six.name]>untrained[six.name]+.2
+    assert main(['predict',str(six.ct),str(seven.ct),'--weights',str(tmp_path/'run'/'model.safetensors'),'--out',str(tmp_path/'masks'),'--already-windowed','-1000:20','--device','cpu'])==0
+    for c in (six,seven):
+        out,src,ref = nib.load(tmp_path/'masks'/f'{c.name}_lesion.nii.gz'),nib.load(c.ct),nib.load(c.masks['lesion'])
+        assert out.shape==src.shape and np.array_equal(out.affine, src.affine)
+        assert dice(out.get_fdata(), ref.get_fdata())==pytest.approx(trained[c.name], abs=1e-6)
+
+@pytest.mark.parametrize('path', ['cip_ct64/ct.nii.gz','totalseg_chest/ct.nii.gz'])
+def test_hu_scans_of_other_scanners(path, tmp_path):
+    "Two CTs in true HU: values as nibabel reads them, and the way back to the file's grid"
+    ct,src = open_ct(Path(data)/path),nib.load(Path(data)/path)
+    hu = src.get_fdata()
+    assert np.array_equal(from_canonical(ct.data, ct.source.back), np.maximum(hu, -1024))
+    lung = ((ct.data>-950)&(ct.data<-700)).astype(np.uint8)
+    save_mask(lung, ct, tmp_path/'lung.nii.gz')
+    out = nib.load(tmp_path/'lung.nii.gz')
+    assert np.array_equal(out.get_fdata()==1, (hu>-950)&(hu<-700)) and np.array_equal(out.affine, src.affine)
+
+def test_lung_masks_hold_most_of_the_lesions(table):
+    "Both masks of a case meet on one grid: nine tenths of each lesion lie in the lung"
+    for c in read_cases(table):
+        ct = c.open_ct()
+        lesion,lung = (c.open_mask(k, ct).data>0 for k in ('lesion','lung'))
+        assert (lesion&lung).sum()/lesion.sum()>.9, c.name

@@ -61,7 +61,6 @@ def test_nan_never_replaces_good_weights(table, tmp_path):
     kept = (tmp_path/'model.safetensors').read_bytes()
     keep = KeepBest(tmp_path/'model.safetensors'); keep.best,keep.best_epoch = 2.,0
     with torch.no_grad(): next(learn.model.parameters()).fill_(float('nan'))
-    learn.cbs.map(lambda o: None)
     with learn.no_bar(), learn.no_logging():
         learn.metrics = [PatchDice(), Constant()]
         learn.fit(1, 0., cbs=keep)
@@ -86,9 +85,10 @@ def test_classes_are_a_list(table):
 @pytest.mark.parametrize('method', ['fork','spawn'])
 def test_worker_processes(table, method):
     "Batches come through worker processes as without them"
-    dls = CTDataLoaders.from_table(table, spec, bs=2, patches=2, num_workers=1)
-    dls.train.multiprocessing_context = method
-    x,y = next(iter(dls.train))
+    usual = torch.multiprocessing.get_start_method()
+    torch.multiprocessing.set_start_method(method, force=True)
+    try: x,y = next(iter(CTDataLoaders.from_table(table, spec, bs=2, patches=2, num_workers=1).train))
+    finally: torch.multiprocessing.set_start_method(usual, force=True)
     assert x.shape==y.shape==(2,1,16,32,32) and 0<=x.min()<=x.max()<=1
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

@@ -1,0 +1,14 @@
+"Fixtures shared by the tests; being here also lets tests in folders below import the helpers beside this file"
+import os, pytest
+from nifti_bytes import Base, formats
+
+@pytest.fixture(params=formats, ids=lambda o: f'nifti{o[0]}{"le" if o[1]=="<" else "be"}')
+def base(request, tmp_path): return Base(tmp_path, *request.param)
+
+@pytest.fixture
+def plain(tmp_path): return Base(tmp_path)
+
+@pytest.fixture(scope='module')
+def no_fsync():
+    "For tests that write thousands of small masks and look at none after a power cut"
+    with pytest.MonkeyPatch.context() as m: m.setattr(os, 'fsync', lambda fd: None); yield

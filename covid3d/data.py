@@ -207,7 +207,7 @@ class CTDataLoaders(DataLoaders):
         table,             # CSV or DataFrame with `case`, `ct`, a mask for each class, and `split`
         spec:CTSpec=None,  # Spacing, window, patch, classes
         bs:int=2,          # Patches in a batch
-        patches:int=8,     # Patches of each training scan an epoch
+        patches:int=6,     # Patches of each training scan an epoch
         p_lesion:float=.7, # Share of training patches that hold a lesion
         tfms=None,         # Augmentations; `aug_transforms_3d()` if None
         max_gb:float=4,    # Memory for prepared scans, in GB

@@ -147,12 +147,12 @@ def train(
     spec:CTSpec=None,      # Spacing, window, patch, classes
     arch=r3d_18,           # Encoder
     pretrained=True,       # Kinetics-400 weights, none (False), or a file
-    epochs:int=20,         # Of the whole network
+    epochs:int=25,         # Of the whole network
     frozen_epochs:int=1,   # Of the decoder alone, before; only with pretrained weights
     lr:float=2e-3,         # Highest learning rate
     bs:int=2,              # Patches in a batch
-    patches:int=8,         # Patches of each training scan an epoch
-    score_every:int=1,     # Whole scans are scored in each `score_every`-th epoch
+    patches:int=6,         # Patches of each training scan an epoch
+    score_every:int=5,     # Whole scans are scored in each `score_every`-th epoch
     seed:int=0,            # Of weights, patches and augmentation
     device=None,           # `cpu`, `cuda`; the best there is if None
     **kwargs               # For `unet_learner_3d`: `width`, `decoder`, …

@@ -124,9 +124,9 @@ def resample_mask(
 @dataclass(frozen=True)
 class CTSpec:
     "How scans are prepared for a network, and what it tells apart"
-    spacing:tuple=(3.,2.,2.)      # (slice, row, column) in mm
+    spacing:tuple=(4.,2.8,2.8)    # (slice, row, column) in mm
     window:tuple=(-1000.,400.)    # HU that become 0 and 1
-    patch:tuple=(32,112,112)      # (slice, row, column) in voxels at `spacing`
+    patch:tuple=(16,96,96)        # (slice, row, column) in voxels at `spacing`
     classes:tuple=('lesion',)     # One mask and one channel of logits each
 
     def __post_init__(self):

@@ -1,0 +1,55 @@
+# Every target sets up what it needs: a virtual environment in .venv with the project in it. All it takes is Python 3.11-3.13 with venv, and make.
+# Another Python: make test PYTHON=/path/to/python3.12
+PYTHON ?=
+CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python)
+# One that only looks like Python (a shim without a version, a Debian Python without its venv package) is passed over: each is run.
+WORKS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+BIN := .venv/bin
+READY := .venv/.installed
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test site address notebooks export bench clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## */\1\t/p' Makefile | while IFS='	' read -r t d; do printf '  make %-10s %s\n' "$$t" "$$d"; done
+
+demo: $(READY) ## made-up chest CTs, training, scores on unseen ones, a picture: some minutes; OUT=folder says where
+	$(BIN)/covid3d demo --overwrite $(if $(OUT),--out "$(OUT)")
+
+test: $(READY) ## run every notebook, then pytest
+	$(ONE_THREAD) $(BIN)/nbdev-test --n-workers 2 --do-print --timing
+	$(BIN)/python -m pytest -q tests
+
+site: $(READY) ## build the documentation site into _docs/, and README.md
+	$(BIN)/python nbs/_site/build.py
+
+address: $(READY) ## give every file the repository address in settings.ini (git_url)
+	$(BIN)/python nbs/_site/address.py
+
+notebooks: $(READY) ## run every notebook, save its outputs, then clean and export
+	$(ONE_THREAD) PYTHONWARNINGS=ignore $(BIN)/nbdev-test --n-workers 2 --do-print --timing --save
+	$(MAKE) export
+
+export: $(READY) ## clean the notebooks, write covid3d/ and README.md from them
+	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
+	$(BIN)/python nbs/_site/build.py --readme
+
+bench: $(READY) ## the comparisons in benchmarks/, with the peers installed (long; needs COVID3D_TEST_DATA)
+	$(BIN)/python -m pip install -e '.[dev,bench]'
+	@for f in benchmarks/*.py; do echo "$$f"; $(BIN)/python "$$f" || exit 1; done
+
+clean: ## remove what the targets built; .venv stays
+	rm -rf _docs _proc _stage build dist .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@py=; for p in $(CANDIDATES); do if "$$p" -c '$(WORKS)' >/dev/null 2>&1; then py=$$p; break; fi; done; \
+	if [ -z "$$py" ]; then echo "covid3d: none of '$(CANDIDATES)' is Python 3.11, 3.12 or 3.13 with venv; install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
+	echo "$$py -m venv .venv"; "$$py" -m venv --clear .venv
+
+$(READY): $(BIN)/python setup.py settings.ini pyproject.toml
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch $@

@@ -6,7 +6,7 @@ Docs: https://covid3d.github.io/covid3d/data.html.md"""
 
 # %% auto #0
 __all__ = ['splits', 'parse_window', 'Case', 'read_cases', 'folder_cases', 'write_cases', 'CaseReader', 'ReadCT', 'ReadMasks',
-           'CTBlock', 'LesionBlock', 'aug_transforms_3d', 'CTDataLoaders', 'show_batch']
+           'CTBlock', 'LesionBlock', 'aug_transforms_3d', 'CTDataLoaders']
 
 # %% ../nbs/07_data.ipynb #44b055c7
 import os, random
@@ -72,6 +72,8 @@ def _check_table(df, p, need):
     if not len(df): raise CTError(p, 'the table holds no case', 'Add cases')
     twice = df.case[df.case.duplicated()].unique()
     if len(twice): raise CTError(p, f'case {twice[0]!r} stands there twice', 'Give each scan a name of its own')
+    same = df[df.ct.map(os.path.normpath).duplicated(keep=False) & (df.ct!='')]
+    if len(same): raise CTError(p, f'cases {same.case.iloc[0]!r} and {same.case.iloc[1]!r} are the same scan', 'Keep one: a scan in train and in test flatters the score')
     odd = sorted(set(df.get('split', pd.Series(dtype=str)))-{*splits})
     if odd: raise CTError(p, f'split {odd[0]!r} is unknown', f'Use {", ".join(splits)}')
 
@@ -158,10 +160,11 @@ class CaseReader:
 
     def __call__(self, case:Case)->tuple:
         "(CT float16 (1, slice, row, column), masks uint8 (class, slice, row, column))"
-        if case.name not in self.kept: self.kept[case.name] = self.read(case)
-        self.kept.move_to_end(case.name)
+        key = (case.ct, *sorted(case.masks.items()), case.already_windowed)
+        if key not in self.kept: self.kept[key] = self.read(case)
+        self.kept.move_to_end(key)
         while len(self.kept)>1 and self.nbytes>self.max_gb*1e9: self.kept.popitem(last=False)
-        return self.kept[case.name]
+        return self.kept[key]
 
     @property
     def nbytes(self)->int: return sum(o.nbytes for kept in self.kept.values() for o in kept)
@@ -208,7 +211,7 @@ class CTDataLoaders(DataLoaders):
         spec:CTSpec=None,  # Spacing, window, patch, classes
         bs:int=2,          # Patches in a batch
         patches:int=6,     # Patches of each training scan an epoch
-        p_lesion:float=.7, # Share of training patches that hold a lesion
+    p_lesion:float=.7, # Share of training patches placed on a lesion
         tfms=None,         # Augmentations; `aug_transforms_3d()` if None
         max_gb:float=4,    # Memory for prepared scans, in GB
         **kwargs           # For `DataBlock.dataloaders`: `num_workers`, `device`, `path`, …
@@ -216,6 +219,7 @@ class CTDataLoaders(DataLoaders):
         "DataLoaders of the `train` and `valid` cases of a table"
         spec = spec or CTSpec()
         train,valid = (read_cases(table, split=s, masks=spec.classes, need=spec.classes) for s in ('train','valid'))
+        if len(train)*patches<bs: raise CTError('bs', f'a batch of {bs} is more than the {len(train)*patches} patches of an epoch', 'Use a smaller bs or more patches')
         reader = CaseReader(spec, max_gb)
         block = DataBlock(blocks=(CTBlock(reader), LesionBlock(reader)), item_tfms=[RandomPatch(spec.patch, p_lesion), *(aug_transforms_3d() if tfms is None else tfms)],
             splitter=lambda o: (list(range(len(train)*patches)), list(range(len(train)*patches, len(o)))))

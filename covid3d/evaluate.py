@@ -35,11 +35,12 @@ def score_case(
     model,           # Network
     spec:CTSpec,     # What it was trained with
     case,            # `Case` with a mask of the first class
-    overlap:float=.5 # Of the sliding window
+    overlap:float=.5,# Of the sliding window
+    bar:bool=False   # Show a progress bar
 )->CaseScore:
     "Segment a scan and compare it with its reference mask"
     ct,klass = case.open_ct(),spec.classes[0]
-    mask,pred = case.open_mask(klass, ct).data,segment(model, spec, ct, overlap)[klass]
+    mask,pred = case.open_mask(klass, ct).data,segment(model, spec, ct, overlap, bar=bar)[klass]
     return CaseScore(case.name, dice(pred, mask), mask.sum()*ct.ml_per_voxel, pred.sum()*ct.ml_per_voxel)
 
 # %% ../nbs/20_evaluate.ipynb #001a95f6
@@ -51,7 +52,7 @@ def score_cases(
 )->list: # Of `CaseScore`
     "Score each case; a case that fails is noted, the rest goes on"
     def one(case):
-        try: return score_case(model, spec, case, overlap)
+        try: return score_case(model, spec, case, overlap, bar=len(cases)==1)
         except CTError as e: return CaseScore(case.name, float('nan'), float('nan'), float('nan'), str(e))
     return [one(c) for c in track(cases, 'scoring')]
 

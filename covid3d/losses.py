@@ -29,16 +29,20 @@ class DiceCELoss(nn.Module):
     def __init__(self,
         dice:float=1.,   # Weight of 1 − Dice
         ce:float=1.,     # Weight of the cross-entropy, in nats a voxel
-        smooth:float=1.  # See `soft_dice`
+        smooth:float=1., # See `soft_dice`
+        reduction:str='mean' # `mean` of the batch, or `none`: one loss a sample
     ):
         super().__init__()
-        self.dice,self.ce,self.smooth = dice,ce,smooth
+        self.dice,self.ce,self.smooth,self.reduction = dice,ce,smooth,reduction
     def forward(self,
         logits, # (batch, class, slice, row, column)
-        mask    # The same shape, 0 or 1
-    )->torch.Tensor: # Scalar, 0 or more
+        mask,   # The same shape, 0 or 1
+        reduction=None # In place of the loss's own
+    )->torch.Tensor: # Scalar, or (batch,); 0 or more
         logits,mask = logits.as_subclass(torch.Tensor).float(),mask.as_subclass(torch.Tensor).float()
-        overlap = soft_dice(logits.sigmoid(), mask, self.smooth).mean()
-        return self.dice*(1-overlap) + self.ce*F.binary_cross_entropy_with_logits(logits, mask)
+        overlap = soft_dice(logits.sigmoid(), mask, self.smooth).mean(1)
+        entropy = F.binary_cross_entropy_with_logits(logits, mask, reduction='none').flatten(1).mean(1)
+        loss = self.dice*(1-overlap) + self.ce*entropy
+        return loss if (reduction or self.reduction)=='none' else loss.mean()
     def activation(self, logits): return logits.sigmoid()
     def decodes(self, prob): return (prob>=.5).to(torch.uint8)

@@ -9,7 +9,7 @@ __all__ = ['TensorCT', 'TensorMask3d', 'show_patch', 'apply_window', 'axis_weigh
            'resample_mask', 'CTSpec', 'crop', 'patch_range', 'RandomPatch', 'FlipLR', 'JitterWindow']
 
 # %% ../nbs/05_transforms.ipynb #ae9c388e
-import random
+import math, random, re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -52,6 +52,7 @@ def apply_window(
 
 # %% ../nbs/05_transforms.ipynb #01a1ed43
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # cached, so it must serve training too
 def axis_weights(
     n_in:int,              # Voxels before
     n_out:int,             # Voxels after
@@ -108,7 +109,7 @@ def resample_mask(
 )->torch.Tensor: # uint8
     "`mask` on a grid of `size` voxels, each lesion with its volume"
     out = torch.zeros(tuple(size), dtype=torch.uint8)
-    labels,_ = ndimage.label(mask)
+    labels,_ = ndimage.label(mask, np.ones((3,3,3)))
     step = [a/b for a,b in zip(mask.shape, size)]
     for i,box in enumerate(ndimage.find_objects(labels), 1):
         fine = torch.from_numpy(labels[box]==i)
@@ -121,6 +122,13 @@ def resample_mask(
     return out
 
 # %% ../nbs/05_transforms.ipynb #f550f8c3
+def _finite_numbers(name, values, n)->tuple:
+    "`values` as `n` finite numbers"
+    try: res = tuple(float(v) for v in values)
+    except (TypeError,ValueError): res = ()
+    if len(res)!=n or not all(map(math.isfinite, res)): raise CTError(name, f'{values} is not {n} numbers', f'Give {n}')
+    return res
+
 @dataclass(frozen=True)
 class CTSpec:
     "How scans are prepared for a network, and what it tells apart"
@@ -130,11 +138,16 @@ class CTSpec:
     classes:tuple=('lesion',)     # One mask and one channel of logits each
 
     def __post_init__(self):
-        for k in ('spacing','window','patch','classes'): object.__setattr__(self, k, tuple(getattr(self, k)))
-        if len(self.spacing)!=3 or not all(0<s<100 for s in self.spacing): raise CTError('spacing', f'{self.spacing} is not three lengths in mm', 'Give slice, row and column spacing')
-        if len(self.patch)!=3 or not all(int(p)==p and p>=4 for p in self.patch): raise CTError('patch', f'{self.patch} is not three sizes of 4 voxels or more', 'Give slices, rows and columns')
-        if len(self.window)!=2 or not self.window[0]<self.window[1]: raise CTError('window', f'{self.window} is not (low, high) in HU', 'Give the lower first')
+        if isinstance(self.classes, str): raise CTError('classes', f'{self.classes!r} is one name, not a list of names', f'Give ({self.classes!r},)')
+        for k,n in dict(spacing=3, window=2, patch=3).items(): object.__setattr__(self, k, _finite_numbers(k, getattr(self, k), n))
+        object.__setattr__(self, 'classes', tuple(self.classes))
+        if not all(0<s<100 for s in self.spacing): raise CTError('spacing', f'{self.spacing} is not three lengths in mm', 'Give slice, row and column spacing')
+        if not all(p==int(p)>=4 for p in self.patch): raise CTError('patch', f'{self.patch} is not three whole sizes of 4 voxels or more', 'Give slices, rows and columns')
+        object.__setattr__(self, 'patch', tuple(int(p) for p in self.patch))
+        if not self.window[0]<self.window[1]: raise CTError('window', f'{self.window} is not (low, high) in HU', 'Give the lower first')
         if not self.classes or len(set(self.classes))<len(self.classes): raise CTError('classes', f'{self.classes} is empty or repeats a name', 'Name each class once')
+        odd = [c for c in self.classes if not (isinstance(c, str) and re.fullmatch(r'[A-Za-z]\w*', c))]
+        if odd: raise CTError('classes', f'{odd[0]!r} is not a plain name', 'Use letters, digits and _: it becomes part of a file name')
 
     def prepare(self, vol:Volume)->torch.Tensor:
         "HU of `vol` as the network's input on its own spacing, (1, slice, row, column)"
@@ -154,7 +167,7 @@ def crop(
     return F.pad(out, [o for b,a in zip(before[::-1], after[::-1]) for o in (b,a)]) if any(before) or any(after) else out
 
 # %% ../nbs/05_transforms.ipynb #dc6d9e39
-def patch_range(n, p): 
+def patch_range(n, p):
     "Lowest and highest start of a patch of `p` voxels on an axis of `n`"
     return (0,n-p) if n>=p else ((n-p)//2,)*2
 
@@ -163,7 +176,7 @@ class RandomPatch(ItemTransform):
     order = 10
     def __init__(self,
         size,               # (slice, row, column) in voxels
-        p_lesion:float=.7   # Share of the training patches that hold a voxel of the first class
+        p_lesion:float=.7   # Share of the training patches placed on a voxel of the first class
     ): self.size,self.p_lesion,self.train = tuple(size),p_lesion,True
     def __call__(self, x, split_idx=None, **kwargs):
         self.train = split_idx!=1
@@ -173,7 +186,9 @@ class RandomPatch(ItemTransform):
         ranges = [patch_range(n,p) for n,p in zip(masks.shape[1:], self.size)]
         at = torch.nonzero(torch.as_tensor(masks[0])) if not self.train or random.random()<self.p_lesion else []
         if not len(at): return [random.randint(*r) if self.train else sum(r)//2 for r in ranges]
-        if not self.train: return [min(max(int(c)-p//2,lo),hi) for c,p,(lo,hi) in zip(at.float().mean(0), self.size, ranges)]
+        if not self.train:
+            middle = at[(at-at.float().mean(0)).square().sum(1).argmin()].tolist()
+            return [min(max(c-p//2,lo),hi) for c,p,(lo,hi) in zip(middle, self.size, ranges)]
         voxel = at[random.randrange(len(at))].tolist()
         return [random.randint(max(lo,min(hi,v-p+1)), max(lo,min(hi,v))) for v,p,(lo,hi) in zip(voxel, self.size, ranges)]
     def encodes(self, xy):

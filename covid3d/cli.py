@@ -135,7 +135,7 @@ def train(
     learn = train(table, out, spec, encoder, {'kinetics':True, 'random':False}.get(weights, weights), epochs, frozen_epochs, lr, bs, patches, score_every, seed=seed, device=device,
                   width=width, decoder=numbers(decoder, int, 'decoder'))
     print(f'wrote {Path(out)/"model.safetensors"} · whole-scan Dice on valid {learn.kept.best:.3f}')
-    if not math.isfinite(float(learn.loss)): raise CTError('loss', 'it became NaN and training stopped; the best weights so far are kept', 'Use a lower --lr')
+    if not learn.complete: raise CTError('loss', 'it became NaN and training stopped; the best weights so far are kept', 'Use a lower --lr')
 
 # %% ../nbs/30_cli.ipynb #5ab2e341
 @command

@@ -178,20 +178,22 @@ def train(
     seed:int=0,            # Of weights, patches and augmentation
     device=None,           # `cpu`, `cuda`; the best there is if None
     **kwargs               # For `unet_learner_3d`: `width`, `decoder`, …
-)->Learner: # Trained, with the best weights
+)->Learner: # Trained, with the best weights; `kept.best` is their Dice, `complete` whether every epoch was run
     "Train on a case table and keep the weights with the best whole-scan Dice"
     out = Path(out)
     set_seed(seed, reproducible=True)
     dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, tfms=tfms, path=out, device=device)
     learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], **kwargs)
     _read_all(dls, table)
-    if dls.device.type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # a step takes about 15 % less time; the results are the same
+    if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # a step takes about 15 % less time; the results are the same
     out.mkdir(parents=True, exist_ok=True)
     learn.kept,frozen = KeepBest(out/'model.safetensors'),bool(pretrained) and frozen_epochs>0
-    cbs = [learn.kept, History(out/'history.csv'), TerminateOnNaNCallback()]
+    history = History(out/'history.csv')
+    cbs = [learn.kept, history, TerminateOnNaNCallback()]
     if frozen: learn.freeze(); learn.fit_one_cycle(frozen_epochs, lr, cbs=cbs)
     learn.unfreeze()
     learn.fit_one_cycle(epochs, slice(lr/10, lr) if pretrained else lr, cbs=cbs)
+    learn.complete = len(history.rows)==epochs+frozen*frozen_epochs  # a loss that becomes NaN ends a fit early
     return learn
 
 def _read_all(dls, table):

@@ -97,3 +97,21 @@ def test_fp16_on_a_gpu(table):
     learn = learner(dls).to_fp16()
     learn.fit(1, 1e-3)
     assert math.isfinite(learn.recorder.values[-1][0])
+
+def test_frozen_and_free_epochs_in_one_table(table, tmp_path):
+    "From weights of a file: the frozen epoch and the others are one table, and the best of all is kept"
+    import pandas as pd
+    from safetensors.torch import save_file
+    from covid3d.encoder import encoder3d
+    save_file({k:v.contiguous() for k,v in encoder3d(r3d_18, pretrained=False, width=4).state_dict().items()}, tmp_path/'encoder.safetensors')
+    learn = train(table, tmp_path/'run', spec, pretrained=tmp_path/'encoder.safetensors', width=4, epochs=2, frozen_epochs=1, patches=2, score_every=1, device='cpu')
+    h = pd.read_csv(tmp_path/'run'/'history.csv')
+    assert h.epoch.tolist()==[0,1,2] and learn.complete
+    assert learn.kept.best==pytest.approx(h.scan_dice.max())
+
+def test_nan_loss_is_said(table, tmp_path, capfd):
+    "A learning rate far too high: status 2, one line with the way out"
+    from covid3d.cli import main
+    assert main(['train',str(table),'--out',str(tmp_path/'run'),'--weights','random','--width','4','--spacing','9,7,7','--patch','16,32,32','--patches','4','--epochs','2','--lr','1e30','--device','cpu'])==2
+    err = capfd.readouterr().err
+    assert err.count('\n')==1 and 'lower' in err and 'covid3d train' in err

@@ -62,7 +62,7 @@ def picture(model, spec, cases):
         row[0].text(.03, .97, 'R', color='white', fontsize=9, transform=row[0].transAxes, va='top')
         row[-1].text(1.02, .5, f'Dice {dice(pred,human):.2f}', rotation=90, va='center', transform=row[-1].transAxes)
     fig.legend([plt.Line2D([],[],color=c) for c in outline_colors], ['human readers','covid3d'], loc='outside lower center', ncols=2, frameon=False)
-    fig.savefig(here/'coronacases.png', dpi=80, facecolor='white')
+    fig.savefig(here.parent/'nbs'/'images'/'coronacases.jpg', dpi=80, facecolor='white', pil_kwargs=dict(quality=80))
 
 class KeepInMemory(Callback):
     "The weights with the best whole-scan Dice"

@@ -295,7 +295,8 @@ def one_line(
 )->str:
     "An error as one line"
     if isinstance(e, CTError): return re.sub(r'pretrained=(True|False)', _in_words, f'{e.what}: {e.fault}. {e.cure}.')
-    if isinstance(e, (MemoryError,RuntimeError)) and re.search('out of memory|allocate memory', str(e) or 'out of memory'): return 'out of memory. Use a smaller --patch or --bs'
+    from covid3d.inference import out_of_memory
+    if out_of_memory(e): return 'out of memory. Use a smaller --patch or --bs'
     return f'unexpected {type(e).__name__}: {" ".join(str(e).split())[:300]}. --debug shows where'
 
 # %% ../nbs/30_cli.ipynb #ce4f6e45

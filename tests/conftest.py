@@ -1,5 +1,6 @@
 "Fixtures shared by the tests; being here also lets tests in folders below import the helpers beside this file"
 import os, pytest
+from hypothesis import settings
 from nifti_bytes import Base, formats
 
 @pytest.fixture(params=formats, ids=lambda o: f'nifti{o[0]}{"le" if o[1]=="<" else "be"}')
@@ -12,3 +13,7 @@ def plain(tmp_path): return Base(tmp_path)
 def no_fsync():
     "For tests that write thousands of small masks and look at none after a power cut"
     with pytest.MonkeyPatch.context() as m: m.setattr(os, 'fsync', lambda fd: None); yield
+
+# the same examples in every run; COVID3D_EXPLORE=1 draws new ones
+settings.register_profile('steady', derandomize=not os.environ.get('COVID3D_EXPLORE'), deadline=None)
+settings.load_profile('steady')

@@ -6,7 +6,7 @@
 Each run adds a row to benchmarks/coronacases.csv. CPU-seconds are user + system time of all processes, reading, validation and choosing of weights included.
 MONAI's UNet gets the same cases, grid, window, patches, augmentation, loss, optimiser, schedule, choice of weights and sliding window; only the network differs.
 """
-import argparse, csv, os, resource, subprocess, sys, time
+import argparse, csv, os, resource, subprocess, sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt, torch

@@ -12,14 +12,12 @@ __all__ = ['splits', 'parse_window', 'Case', 'read_cases', 'folder_cases', 'writ
 import os, random
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import pandas as pd, torch
-from fastai.data.all import ColSplitter, DataBlock, DataLoaders, IndexSplitter, Transform, TransformBlock
+from fastai.data.all import DataBlock, DataLoaders, Transform, TransformBlock
 from fastai.data.core import show_batch
 from fastai.vision.data import get_grid
-from fastcore.basics import patch
 from plum import dispatch
 
 from .transforms import (CTSpec, FlipLR, JitterWindow, RandomPatch, TensorCT, TensorMask3d,

@@ -9,11 +9,10 @@ __all__ = ['CaseScore', 'score_case', 'score_cases', 'mean_dice', 'safe_cell', '
 
 # %% ../nbs/20_evaluate.ipynb #0e3d4645
 import csv, io
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from math import isnan
-from pathlib import Path
 
-import numpy as np, pandas as pd
+import numpy as np
 
 from .inference import segment
 from .metrics import dice

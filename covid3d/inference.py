@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np, torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
 
 from .encoder import encoder3d
 from .show import track

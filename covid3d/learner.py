@@ -30,7 +30,7 @@ from fastai.vision.data import get_grid
 from plum import dispatch
 from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18
 
-from .data import Case, CaseReader, CTBlock, CTDataLoaders, LesionBlock, aug_transforms_3d, folder_cases, read_cases, show_batch, write_cases
+from .data import Case, CaseReader, CTBlock, CTDataLoaders, LesionBlock, aug_transforms_3d, folder_cases, read_cases, write_cases
 from .encoder import encoder3d
 from .inference import NetSpec, load_model, save_model, segment, sliding_window
 from .losses import DiceCELoss, soft_dice
@@ -185,7 +185,7 @@ def train(
     dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, tfms=tfms, path=out, device=device)
     learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], **kwargs)
     _read_all(dls, table)
-    if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # a step takes about 15 % less time; the results are the same
+    if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # a step takes about 15 % less time, the forward pass is equal
     out.mkdir(parents=True, exist_ok=True)
     learn.kept,frozen = KeepBest(out/'model.safetensors'),bool(pretrained) and frozen_epochs>0
     history = History(out/'history.csv')

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt, numpy as np
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
 
-from .volume import Volume, canonical_affine
+from .volume import Volume
 
 # %% ../nbs/02_show.ipynb #4fb2760b
 lung_window = (-1350, 150)                        # HU

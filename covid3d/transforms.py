@@ -10,7 +10,7 @@ __all__ = ['TensorCT', 'TensorMask3d', 'show_patch', 'apply_window', 'axis_weigh
 
 # %% ../nbs/05_transforms.ipynb #ae9c388e
 import math, random, re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np, torch
@@ -21,7 +21,7 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from .show import pick_slices, plane_of, show_slice
-from .volume import CTError, Volume, air
+from .volume import CTError, Volume
 
 # %% ../nbs/05_transforms.ipynb #34320f7e
 class TensorCT(TensorImageBase):

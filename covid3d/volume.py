@@ -251,6 +251,11 @@ def _voxels(hdr, f:_File)->np.ndarray:
     return x
 
 # %% ../nbs/00_volume.ipynb #f5b25ad1
+def _shear(affine)->float:
+    "The largest cosine between two axes, 0 where all are at right angles"
+    cosines = affine[:3,:3]/np.sqrt((affine[:3,:3]**2).sum(0))
+    return float(abs(cosines.T@cosines-np.eye(3)).max())
+
 def _read(path)->Volume:
     "Any NIfTI volume on canonical axes, its values as the file means them"
     f = _File(path)
@@ -259,8 +264,7 @@ def _read(path)->Volume:
     affine,more = _affine(hdr, f.path)
     data,affine,back = to_canonical(_voxels(hdr, f), affine)
     vol = Volume(data, affine, Source(f.path, hdr, back), tuple(notes+more))
-    cosines = affine[:3,:3]/np.array(vol.spacing)
-    if abs(cosines.T@cosines-np.eye(3)).max()>1e-3: more.append('sheared axes: voxel volumes are right, distances along the axes are not')  # H13
+    if _shear(affine)>1e-3: more.append('sheared axes: voxel volumes are right, distances along the axes are not')  # H13
     if max(vol.spacing)>=10: more.append(f'very thick slices: {max(vol.spacing):.3g} mm')  # H22
     return replace(vol, notes=tuple(notes+more))
 
@@ -392,7 +396,7 @@ def save_volume(
     affine = vol.affine[:,[2,1,0,3]]
     img = nib.Nifti1Image(x.transpose(2,1,0), affine)
     img.set_sform(affine, 1); img.set_qform(affine, 1); img.header.set_xyzt_units('mm')
-    if abs(img.get_qform()-affine)[:3,:3].max()>1e-4: img.set_qform(None, 0)  # sheared: only the sform can hold it
+    if _shear(affine)>1e-5: img.set_qform(None, 0)  # only the sform can hold shear
     _write_nifti(img, path)
 
 def _bytes(mask, p)->np.ndarray:

@@ -4,7 +4,7 @@ import math
 import pytest, torch
 from fastai.optimizer import SGD
 
-from covid3d.learner import (CTDataLoaders, CTSpec, KeepBest, PatchDice, ScanDice, mc3_18, r2plus1d_18, r3d_18, load_model, set_seed, train,
+from covid3d.learner import (CTDataLoaders, CTSpec, KeepBest, PatchDice, ScanDice, mc3_18, r2plus1d_18, r3d_18, set_seed, train,
     unet_learner_3d, write_phantoms)
 
 spec = CTSpec(spacing=(9,7,7), patch=(16,32,32))

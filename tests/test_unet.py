@@ -5,7 +5,7 @@ from functools import cache
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from covid3d.encoder import encoder3d
-from covid3d.unet import DynamicUnet3d, Stage, group_norm, level_widths, param_groups, resize, size_levels, stage_sizes
+from covid3d.unet import DynamicUnet3d, Stage, group_norm, param_groups, resize, size_levels, stage_sizes
 from covid3d.volume import CTError
 
 names = ('r3d_18', 'mc3_18', 'r2plus1d_18')

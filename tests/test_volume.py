@@ -95,7 +95,7 @@ def test_save_volume(tmp_path_factory, size, spacing, origin, turn, gz, dtype, s
     if turn<=20:
         assert np.array_equal(back.data, vol.data) and np.allclose(back.affine, affine, atol=1e-3) and nib.aff2axcodes(img.affine)==('L','P','S')
     assert np.array_equal(img.get_fdata(), vol.data.transpose(2,1,0)) and np.allclose(img.affine, affine[:,[2,1,0,3]], atol=1e-3)
-    assert img.get_data_dtype()==dtype and img.header['xyzt_units']&7==2 and img.header['sform_code']==1
+    assert img.get_data_dtype()==dtype and img.header['xyzt_units']&7==2 and img.header['sform_code']==img.header['qform_code']==1
 
 @each('shear', [.001, .05, .3])
 def test_save_sheared(tmp_path, shear):

@@ -38,7 +38,7 @@ export: $(READY) ## clean the notebooks, write covid3d/ and README.md from them
 	$(BIN)/python nbs/_site/build.py --readme
 
 bench: $(READY) ## the comparisons in benchmarks/, with the peers installed (long; needs COVID3D_TEST_DATA)
-	$(BIN)/python -m pip install -e '.[dev,bench]'
+	$(BIN)/python -m pip install -e '.[dev,dicom,bench]'
 	@for f in benchmarks/*.py; do echo "$$f"; $(BIN)/python "$$f" || exit 1; done
 
 clean: ## remove what the targets built; .venv stays
@@ -51,5 +51,5 @@ $(BIN)/python:
 	echo "$$py -m venv .venv"; "$$py" -m venv --clear .venv
 
 $(READY): $(BIN)/python setup.py settings.ini pyproject.toml
-	$(BIN)/python -m pip install -e '.[dev]'
+	$(BIN)/python -m pip install -e '.[dev,dicom]'
 	@touch $@

@@ -6,8 +6,8 @@ Docs: https://covid3d.github.io/covid3d/volume.html.md"""
 
 # %% auto #0
 __all__ = ['canonical_axes', 'max_bytes', 'air', 'CTError', 'canonical_affine', 'Source', 'Volume', 'to_canonical',
-           'from_canonical', 'case_name', 'open_ct', 'check_same_grid', 'open_mask', 'write_atomic', 'save_volume',
-           'save_mask']
+           'from_canonical', 'case_name', 'to_hu', 'open_ct', 'check_same_grid', 'open_mask', 'write_atomic',
+           'save_volume', 'save_mask']
 
 # %% ../nbs/00_volume.ipynb #a587902e
 import gzip, io, os, struct, tempfile
@@ -46,6 +46,7 @@ class Source:
     path:Path        # Where it was read
     header:object    # nibabel header of the file
     back:np.ndarray  # Orientation that leads from canonical axes to the file's
+    slices:tuple=()  # Of a DICOM series: its slices, in the order of the header's last axis
 
 # %% ../nbs/00_volume.ipynb #92fa0e47
 @dataclass(eq=False)
@@ -279,17 +280,23 @@ def _finite(x, p)->tuple:
     if bad.mean()>.01: raise CTError(p, f'{bad.mean():.0%} of the voxels are NaN or infinite', 'Export the scan again')  # D5
     return np.where(bad, x.dtype.type(min(0, x[~bad].min())), x),[f'{bad.sum()} voxels that were NaN or infinite became air']
 
-def _to_hu(x, p, already_windowed)->tuple:
-    "HU, as int16 where they are whole numbers, and notes"
+def to_hu(
+    vol:Volume,           # Values as its file means them
+    already_windowed=None # (low, high) in HU that the grey values 0…255 stand for; None for a scan in HU
+)->Volume: # HU, as int16 where they are whole numbers
+    "Say so if the values of `vol` are not HU"
+    p = vol.source.path
+    x,notes = _finite(vol.data, p)
     lo,hi = x.min(),x.max()
     if lo==hi: raise CTError(p, f'every voxel is {lo}', 'Export the scan again')  # D13
-    if already_windowed is not None: return _from_grey(x, lo, hi, p, already_windowed),[]
+    if already_windowed is not None: return replace(vol, data=_from_grey(x, lo, hi, p, already_windowed), notes=(*vol.notes,*notes))
     tell = 'Give a scan in HU, or say what its grey values are: already_windowed=(low, high), on the command line --already-windowed low:high'
     if lo>=0 and hi<=255: raise CTError(p, f'the values {lo:g}…{hi:g} are grey levels, not HU', tell)  # D7
     if lo>=-200: raise CTError(p, f'not HU: no value is below −200 (found {lo:g}…{hi:g}; a CT without its rescale, or no CT)', tell)  # D6, D9
-    notes = [f'values below {air} (down to {lo:g}) set to {air}'] if lo<air else []  # D8
+    if lo<air: notes.append(f'values below {air} (down to {lo:g}) set to {air}')  # D8
+    if x.dtype==np.int16 and lo>=air and x.flags.c_contiguous and x.flags.writeable: return replace(vol, data=x, notes=(*vol.notes,*notes))
     hu = np.empty(x.shape, np.float32 if x.dtype.kind=='f' else np.int16)
-    return np.clip(x, air, 32767, out=hu, casting='unsafe'),notes
+    return replace(vol, data=np.clip(x, air, 32767, out=hu, casting='unsafe'), notes=(*vol.notes,*notes))
 
 def _from_grey(x, lo, hi, p, already_windowed)->np.ndarray:
     "Map grey values 0…255 to the HU range they stand for"
@@ -305,10 +312,7 @@ def open_ct(
     already_windowed=None  # (low, high) in HU that the grey values 0…255 of a scan stand for; None for a scan in HU
 )->Volume: # HU, int16 or float32, canonical axes
     "Open a CT and say so if it is not one"
-    vol = _read(path)
-    x,notes = _finite(vol.data, vol.source.path)
-    hu,more = _to_hu(x, vol.source.path, already_windowed)
-    return replace(vol, data=hu, notes=vol.notes+tuple(notes+more))
+    return to_hu(_read(path), already_windowed)
 
 # %% ../nbs/00_volume.ipynb #394faf4d
 def _labels(x, p, allowed)->tuple:

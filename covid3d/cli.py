@@ -6,18 +6,20 @@ Docs: https://covid3d.github.io/covid3d/cli.html.md"""
 
 # %% auto #0
 __all__ = ['commands', 'demo_config', 'demo_mark', 'overview', 'command', 'numbers', 'absent', 'writable', 'check_overlap',
-           'find_device', 'phantom', 'cases', 'train', 'evaluate', 'find_scans', 'predict', 'clear_demo', 'demo', 'tie',
-           'one_line', 'main']
+           'find_device', 'names_or_share', 'download', 'phantom', 'cases', 'check', 'train', 'evaluate', 'find_scans',
+           'predict', 'clear_demo', 'demo', 'tie', 'one_line', 'main']
 
 # %% ../nbs/30_cli.ipynb #9daa8dd1
 import math, os, re, shutil, sys, time, warnings
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 from fastcore.script import anno_parser, store_true
 
 from . import __version__
-from .volume import CTError, case_name
+from .dicom import is_nifti, open_scan, save_seg
+from .volume import CTError, case_name, save_mask
 
 # %% ../nbs/30_cli.ipynb #41df06f2
 commands = {}
@@ -70,35 +72,98 @@ def find_device(
     except (RuntimeError,AssertionError,NotImplementedError): raise CTError('device', f'{name!r} is not to be had on this machine', 'Use --device cpu, or leave it out') from None
 
 # %% ../nbs/30_cli.ipynb #e709050c
+def names_or_share(
+    s # '' or 'case_1,case_2' or '0.2'
+): # None, a list of names, or a share
+    "What `--valid` and `--test` mean"
+    if not s: return None
+    try: return float(s)
+    except ValueError: return [o for o in s.split(',') if o]
+
+@command
+def download(
+    name:Annotated[str, 'Data set: coronacases is downloaded (1.1 GB); for ricord, mosmed and covid1920 the steps are printed', {'opt':False, 'choices':['coronacases','ricord','mosmed','covid1920']}],
+    out:Annotated[str, 'Folder for it', {'opt':False}]
+):
+    "Get a public data set, or say how to."
+    from covid3d.datasets import download, instructions
+    if name in instructions: print(instructions[name].format(out=out)); return
+    writable(out)
+    print('CoronaCases, licence CC BY-NC-SA 4.0; cite Ma et al., Zenodo 2020, 10.5281/zenodo.3757476')
+    print(f'wrote {download(out)} · next: covid3d cases coronacases {out} -o cases.csv')
+
 @command
 def phantom(
     out:Annotated[str, 'Folder to write', {'opt':False}],
     n:int=12,   # How many scans
     seed:int=0, # Of the first; the same seed gives the same scans
+    layout:str='folder', # As which data set to lay them out: folder, coronacases, mosmed, covid1920 or ricord
     overwrite:store_true=False # Replace a data set that is there
 ):
     "Write made-up chest CTs with lesions, their masks and their case table."
-    from covid3d.phantom import write_phantoms
+    from covid3d import datasets
+    from covid3d.phantom import phantom, write_phantoms
+    writers = {k:getattr(datasets, f'write_{k}') for k in ('coronacases','mosmed','covid1920','ricord')}
     if n<1: raise CTError('n', f'{n} scans cannot be made', 'Give 1 or more')
-    print('wrote', write_phantoms(out, n, seed, overwrite=overwrite))
+    writable(out)
+    if layout=='folder': print('wrote', write_phantoms(out, n, seed, overwrite=overwrite)); return
+    if layout not in writers: raise CTError('layout', f'{layout!r} is unknown', f'Give folder, {", ".join(writers)}')
+    absent([o for o in [Path(out)] if o.exists() and any(o.iterdir())], overwrite)
+    writers[layout]([phantom(seed+i) for i in range(n)], out)
+    print(f'wrote {out} · next: covid3d cases {layout} {out} -o cases.csv')
 
 @command
 def cases(
-    kind:Annotated[str, 'Layout of the data: folder (ct/, infection_mask/ and perhaps lung_mask/)', {'opt':False, 'choices':['folder']}],
+    kind:Annotated[str, 'Data set, or folder for your own: ct/ + infection_mask/ (+ lung_mask/), nnU-Net\'s layout, or any tree of DICOM', {'opt':False, 'choices':['folder','ricord','coronacases','mosmed','covid1920']}],
     root:Annotated[str, 'Where the data lies', {'opt':False}],
     out:str='cases.csv', # Case table to write (also -o)
-    valid:str='',        # Cases on which weights are chosen, with commas between; a fifth is drawn if none is named
-    test:str='',         # Cases for the final score, with commas between
+    valid:str='',        # Cases on which weights are chosen: names with commas between, or a share of the patients such as 0.2
+    test:str='',         # Cases for the final score, likewise; neither given: the paper's split, or a fifth for valid
     already_windowed:str='', # low:high in HU, for scans of grey values 0…255
+    layout:str='',       # Where a folder holds two layouts: plain, nnunet or dicom; zenodo or kaggle for coronacases
+    annotations:str='',  # ricord: the JSON of MD.ai, where it does not lie among the data
+    labels:str='',       # ricord: labels that count as lesion, with commas between; the infectious ones if not given
+    agree:int=1,         # ricord: how many readers must have drawn a voxel
+    seed:int=0,          # Of what is drawn
     overwrite:store_true=False # Replace a table that is there
 ):
     "Write the case table of a data set: which scan has which mask, and what it is used for."
-    from covid3d.data import folder_cases, write_cases
-    absent([out], overwrite)
-    names = lambda s: [o for o in s.split(',') if o]
-    df = folder_cases(root, names(valid), names(test), already_windowed)
+    from covid3d import datasets
+    from covid3d.cases import write_cases
+    out = Path(out)
+    writable(out.parent); absent([out], overwrite)
+    options = dict(valid=names_or_share(valid), test=names_or_share(test), seed=seed)
+    if kind in ('folder','coronacases'): options |= dict(already_windowed=already_windowed, layout=layout)
+    elif already_windowed or layout: raise CTError('already_windowed' if already_windowed else 'layout', f'{kind} has no such option', 'Leave it out')
+    if kind=='ricord':
+        if agree<1: raise CTError('agree', f'{agree} readers cannot agree', 'Give 1 or more')
+        options |= dict(masks=out.parent/f'{out.stem}_masks', annotations=annotations or None, agree=agree, **(dict(labels=labels.split(',')) if labels else {}))
+    df = getattr(datasets, kind)(root, **options)
     write_cases(df, out)
-    print('wrote', out, '·', ', '.join(f'{n} {k}' for k,n in df.split.value_counts().items()))
+    for n in df.attrs['notes']: print('note:', n)
+    print('wrote', out, '·', ', '.join(f'{n} {k or "without a split"}' for k,n in df.split.value_counts().items()))
+    if (df.split=='').all(): print('no case has a split: covid3d predict takes the table, training needs lesion masks')
+
+@command
+def check(
+    table:Annotated[str, 'Case table (CSV)', {'opt':False}],
+    split:str='',         # Only this split
+    json:store_true=False,# Print JSON, for machines
+    workers:int=None      # Threads; as many as there are processors
+):
+    "Open everything a case table names and say what must be mended; exit status 1 if something must."
+    import json as js
+    from covid3d.cases import check_table, levels, report_json, report_table, splits
+    if split and split not in splits: raise CTError('split', f'{split!r} is unknown', f'Give {", ".join(splits)}')
+    if workers is not None and workers<1: raise CTError('workers', f'{workers} threads cannot work', 'Give 1 or more')
+    reports = check_table(table, split or None, workers=workers)
+    found = sorted((f for r in reports for f in r.findings), key=lambda f: levels.index(f.level))
+    n = {k:sum(f.level==k for f in found) for k in levels}
+    if json: print(js.dumps(report_json(reports), indent=1)); return int(n['error']>0)
+    print(report_table([r for r in reports if r.case!='the table']).to_string(index=False), end='\n\n')
+    for f in found: print(f)
+    print(f'{len(reports)} cases · '+', '.join(f'{v} {k}{"s"[:v!=1]}' for k,v in n.items()))
+    return int(n['error']>0)
 
 # %% ../nbs/30_cli.ipynb #77487dbd
 @command
@@ -149,14 +214,16 @@ def evaluate(
     overwrite:store_true=False # Replace scores that are there
 ):
     "Score each case on its scan's own grid: a line a case in a CSV, and the mean."
-    from covid3d.data import read_cases, splits
+    from covid3d.cases import check_cases, read_cases, splits
     from covid3d.evaluate import mean_dice, score_cases, write_scores
     writable(out); check_overlap(overlap)
     model,spec = _model(weights, device)
     if split not in splits: raise CTError('split', f'{split!r} is unknown', f'Give {", ".join(splits)}')
     path = Path(out)/'scores.csv'
     absent([path], overwrite)
-    scores = score_cases(model, spec, read_cases(table, split, spec.classes, spec.classes[:1]), overlap)
+    cases = read_cases(table, split, dict.fromkeys((*spec.classes,'lung')), spec.classes[:1])
+    for f in (f for r in check_cases(cases, spec.classes[:1]) for f in r.findings if f.level=='warning'): print(f, file=sys.stderr)
+    scores = score_cases(model, spec, cases, overlap)
     write_scores(scores, path)
     for s in scores: print(f'{s.case}  Dice {s.dice:.3f}  {s.predicted_ml:.1f} ml, reference {s.reference_ml:.1f} ml' if not s.error else s.error)
     m,n = mean_dice(scores)
@@ -171,49 +238,66 @@ def _model(weights, device):
 
 # %% ../nbs/30_cli.ipynb #3b42b9bc
 def find_scans(
-    paths # Files and folders of NIfTI
-)->list: # Files, in order
-    "The scans that are meant"
-    files = []
+    paths # Files and folders of NIfTI or DICOM, and case tables
+)->list: # Of `Case`
+    "The scans that are meant; DICOM gets made-up names, which name no patient"
+    from covid3d.cases import Case, read_cases
+    found,made = [],0
     for p in map(Path, paths):
         if not p.exists(): raise CTError(p, 'no such file or folder', 'Check the path')
-        found = [p] if p.is_file() else sorted(o for o in p.iterdir() if o.name.lower().endswith(('.nii','.nii.gz')) and not o.name.startswith('.'))
-        if not found: raise CTError(p, 'there is no .nii or .nii.gz in it', 'Check the folder')
-        files += found
-    names = [case_name(f) for f in files]
-    twice = next((n for n in names if names.count(n)>1), None)
+        if p.suffix.lower()=='.csv': found += read_cases(p); continue
+        files = [p] if p.is_file() else sorted(o for o in p.iterdir() if is_nifti(o) and not o.name.startswith('.'))
+        for f in files or _dicom_folders(p):
+            made += not is_nifti(f)
+            found.append(Case(case_name(f) if is_nifti(f) else f'scan_{made:03d}', f))
+    names = Counter(c.name for c in found)
+    twice = next((n for n,k in names.items() if k>1), None)
     if twice: raise CTError(twice, 'two of the scans have this name, and so would their masks', 'Rename one, or use two runs')
-    return files
+    return found
+
+def _dicom_folders(p)->list:
+    "Folders below `p` with a CT series; one that cannot be read is among them, to be told"
+    from covid3d.datasets import dicom_series
+    found = list(dict.fromkeys(s.folder if s else Path(at) for at,s in dicom_series(p, [])))
+    if not found: raise CTError(p, 'there is no .nii or .nii.gz and no CT series in it', 'Check the folder')
+    return found
 
 @command
 def predict(
-    ct:Annotated[str, 'Scans: .nii, .nii.gz, or folders of them', {'opt':False, 'nargs':'+'}],
+    ct:Annotated[str, 'Scans: .nii, .nii.gz, DICOM folders, folders of them, or a case table', {'opt':False, 'nargs':'+'}],
     weights:str=None,         # model.safetensors of a run
     out:str=None,             # Folder for the masks
-    already_windowed:str='',  # low:high in HU, for scans of grey values 0…255
+    format:str='nifti',       # nifti, or seg: DICOM Segmentation, which carries the patient's data as archives need it
+    already_windowed:str='',  # low:high in HU, for scans of grey values
     overlap:float=.5,         # Of the sliding window, 0 to below 1
     device:str=None,          # cpu or cuda; the best there is
     overwrite:store_true=False# Replace masks that are there
 ):
-    "Write a mask for each scan, on the scan's own grid: OUT/<scan>_lesion.nii.gz."
-    from covid3d.data import parse_window
+    "Write a mask for each scan, on the scan's own grid: OUT/<scan>_lesion.nii.gz, or OUT/<scan>_seg.dcm."
+    from covid3d.cases import parse_window
     from covid3d.inference import segment
-    from covid3d.volume import open_ct, save_mask
-    files,window = find_scans(ct),parse_window(already_windowed)
+    cases,window = find_scans(ct),parse_window(already_windowed)
+    if format not in ('nifti','seg'): raise CTError('format', f'{format!r} is unknown', 'Give nifti or seg')
     writable(out); check_overlap(overlap)
     model,spec = _model(weights, device)
-    target = lambda f,k: Path(out)/f'{case_name(f)}_{k}.nii.gz'
-    absent([target(f,k) for f in files for k in spec.classes], overwrite)
+    targets = {c.name:[Path(out)/f'{c.name}_seg.dcm'] if format=='seg' else [Path(out)/f'{c.name}_{k}.nii.gz' for k in spec.classes] for c in cases}
+    absent([p for o in targets.values() for p in o], overwrite)
     failed = 0
-    for f in files:
+    for c in cases:
         try:
-            vol = open_ct(f, window)
-            for k,m in segment(model, spec, vol, overlap, bar=True).items():
-                save_mask(m, vol, target(f,k))
-                print(f'{f} → {target(f,k)} · {k} {m.sum()*vol.ml_per_voxel:.1f} ml', *vol.notes, sep='\n  note: ')
+            vol = c.open_ct() if window is None else open_scan(c.ct, window)
+            _write_masks(segment(model, spec, vol, overlap, bar=True), vol, targets[c.name], c.ct)
         except CTError as e: failed += 1; print(e, file=sys.stderr)
-    if failed: print(f'{failed} of {len(files)} scans failed', file=sys.stderr)
+    if failed: print(f'{failed} of {len(cases)} scans failed', file=sys.stderr)
     return int(failed>0)
+
+def _write_masks(masks, vol, targets, path):
+    "Masks of a scan as NIfTI or as one DICOM Segmentation, and a line on each"
+    if targets[0].suffix=='.dcm': save_seg(masks, vol, targets[0]); targets = targets*len(masks)
+    else:
+        for m,t in zip(masks.values(), targets): save_mask(m, vol, t)
+    for (k,m),t in zip(masks.items(), targets): print(f'{path} → {t} · {k} {m.sum()*vol.ml_per_voxel:.1f} ml')
+    for n in vol.notes: print(f'  note: {n}')
 
 # %% ../nbs/30_cli.ipynb #eebc8214
 demo_config = dict(spacing=(6.,2.8,2.8), patch=(16,64,64), width=16, epochs=18, patches=24, bs=2, lr=1e-2, score_every=9)
@@ -273,6 +357,7 @@ usage: covid3d COMMAND …     (covid3d COMMAND --help explains each)
 
 A first look, no data needed:          covid3d demo
 Your own scans, from folder to masks:  covid3d cases folder DATA --test case_9 -o cases.csv
+                                       covid3d check cases.csv
                                        covid3d train cases.csv --out run
                                        covid3d evaluate cases.csv --weights run/model.safetensors --out scores
                                        covid3d predict new.nii.gz --weights run/model.safetensors --out masks

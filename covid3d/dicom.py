@@ -10,8 +10,9 @@ __all__ = ['seg_codes', 'digest', 'read_header', 'Slice', 'read_slices', 'Series
            'save_seg']
 
 # %% ../nbs/01_dicom.ipynb #2ab1ffee
-import hashlib, io, logging, os
+import hashlib, io, logging, os, re, warnings
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,23 +21,25 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
 from . import __version__
-from .volume import CTError, Source, Volume, from_canonical, open_ct, to_canonical, to_hu, write_atomic
+from .volume import CTError, Source, Volume, from_canonical, max_bytes, open_ct, to_canonical, to_hu, write_atomic
 
 # %% ../nbs/01_dicom.ipynb #abd1edfd
-_tags = [pydicom.tag.Tag(o) for o in '''SOPClassUID SOPInstanceUID SeriesInstanceUID FrameOfReferenceUID PatientID ImageType SeriesNumber AcquisitionNumber NumberOfFrames
+_tags = [pydicom.tag.Tag(o) for o in '''SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID PatientID ImageType SeriesNumber NumberOfFrames
     Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation LossyImageCompression
     ImagePositionPatient ImageOrientationPatient PixelSpacing SpacingBetweenSlices RescaleSlope RescaleIntercept RescaleType
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence'''.split()]
-_max_header,_max_file = 2**16,2**31  # bytes: the first read of a file, and the largest file
+_first_read,_max_header,_max_file = 2**16,2**24,2**31  # bytes
 
 class _NotDicom(Exception): "A file of another kind"
 
-def _parse(raw, **kwargs):
-    "Elements of a DICOM file from its bytes; pydicom's own remarks, which may quote values, are kept off the log"
+@contextmanager
+def _quiet():
+    "pydicom's remarks, which may quote what an element holds, go neither to the log nor to the warnings"
     log,config = logging.getLogger('pydicom'),pydicom.config
     was = log.disabled,config.settings.reading_validation_mode
     log.disabled,config.settings.reading_validation_mode = True,config.IGNORE
-    try: return pydicom.dcmread(raw, **kwargs)
+    try:
+        with warnings.catch_warnings(): warnings.simplefilter('ignore'); yield
     finally: log.disabled,config.settings.reading_validation_mode = was
 
 def digest(
@@ -48,27 +51,83 @@ def digest(
 # %% ../nbs/01_dicom.ipynb #a2e6ceb8
 def _again(p, fault): return CTError(p, fault, 'Export or copy the series again')
 
-def _bytes(p, n=-1)->bytes:
-    "The file's first `n` bytes, all if negative"
+def _bytes(p, n=-1, at=0)->bytes:
+    "`n` bytes of the file from byte `at`, all if negative"
     try:
         if p.stat().st_size>_max_file: raise CTError(p, f'the file is larger than {_max_file/2**30:g} GiB', 'Give a single CT series')
-        with open(p, 'rb') as f: return f.read(n)
+        with open(p, 'rb') as f: f.seek(at); return f.read(n)
     except OSError as e: raise CTError(p, f'cannot be read ({e.strerror})', 'Check the permissions') from None
+
+# %% ../nbs/01_dicom.ipynb #0faa39e8
+_vrs,_undefined = {o.value for o in pydicom.valuerep.VR if len(o.value)==2},0xFFFFFFFF
+_is_deflated = re.compile(rb'\x02\0\x10\0.{0,8}1\.2\.840\.10008\.1\.2\.1\.99', re.DOTALL).search
+
+def _element(raw, at, order, explicit)->tuple:
+    "(tag, VR, bytes of its head, length) of the element at byte `at`"
+    num = lambda i,n: int.from_bytes(raw[i:i+n], order)
+    tag,vr = num(at,2)<<16|num(at+2,2),bytes(raw[at+4:at+6]).decode('latin1')
+    if not explicit or tag>>16==0xFFFE: return tag,'',8,num(at+4,4)
+    if vr not in _vrs: raise ValueError
+    return (tag,vr,12,num(at+8,4)) if vr in pydicom.valuerep.EXPLICIT_VR_LENGTH_32 else (tag,vr,8,num(at+6,2))
+
+def _check_items(raw, at, length, order, explicit)->int:
+    "Items of a sequence fill it exactly; where it ends"
+    end = len(raw) if length==_undefined else at+length
+    while at<end:
+        tag,_,head,n = _element(raw, at, order, explicit)
+        at += head
+        if tag==0xFFFEE0DD and n==0 and length==_undefined: return at
+        if tag!=0xFFFEE000: raise ValueError
+        at = _check_elements(raw, at, n, order, explicit)
+    if at!=end or length==_undefined: raise ValueError
+    return at
+
+def _check_elements(raw, at, length, order, explicit)->int:
+    "Elements of an item fill it exactly; where it ends"
+    end = len(raw) if length==_undefined else at+length
+    while at<end:
+        tag,vr,head,n = _element(raw, at, order, explicit)
+        at += head
+        if tag==0xFFFEE00D and n==0 and length==_undefined: return at
+        if tag>>16==0xFFFE: raise ValueError
+        if n==_undefined or vr=='SQ': at = _check_items(raw, at, n, order, explicit and vr!='UN')
+        else: at += n
+    if at!=end or length==_undefined: raise ValueError
+    return at
+
+# %% ../nbs/01_dicom.ipynb #65da1ef8
+def _parse(raw):
+    "Elements of a DICOM file up to the pixels, each once"
+    seen,groups = set(),[]
+    def stop(tag, vr, length):
+        if tag in seen or vr is not None and vr not in _vrs: raise ValueError
+        seen.add(tag)
+        if tag in (0x52009229,0x52009230): groups.append((raw.tell(),length))
+        return tag>=0x7FE00008
+    ds = pydicom.filereader.read_partial(raw, stop, specific_tags=_tags)
+    if any(o.group==0 for o in ds.keys()) or any(o.VR and o.VR not in _vrs for o in ds.file_meta.values()): raise ValueError
+    implicit,little = ds.original_encoding
+    for o in groups: _check_items(raw.getbuffer(), *o, 'little' if little else 'big', not implicit)
+    return ds
 
 def read_header(
     path # A file
 )->tuple: # pydicom Dataset of the elements named in `_tags`, and the byte at which the pixel data begins
     "The header of a DICOM file, without its pixels and without names"
     p = Path(path)
-    for n in (_max_header,-1):
-        raw = io.BytesIO(_bytes(p, n))
-        if raw.getbuffer()[128:132]!=b'DICM': raise _NotDicom
-        try: ds = _parse(raw, stop_before_pixels=True, specific_tags=_tags)
-        except Exception as e:  # a damaged file can fail anywhere inside the parser
-            if n<0 or raw.getbuffer().nbytes<n: raise _again(p, f'the DICOM header is damaged ({type(e).__name__})') from None
-            continue
-        if raw.tell()+12<raw.getbuffer().nbytes or raw.getbuffer().nbytes<_max_header: break
-    return ds,raw.tell()
+    for n in (_first_read,_max_header):
+        raw = _bytes(p, n)
+        if raw[128:132]!=b'DICM': raise _NotDicom
+        if _is_deflated(raw[:_first_read]): raise CTError(p, 'it is deflated, an encoding that is not read', 'Export the series uncompressed')
+        f = io.BytesIO(raw)
+        try:
+            with _quiet(): ds = _parse(f)
+            if f.tell()+12<len(raw): return ds,f.tell()
+            fault = 'the DICOM header does not end where pixels begin'
+        except Exception as e: ds,fault = None,f'the DICOM header is damaged ({type(e).__name__})'  # a damaged file can fail anywhere inside the parser
+        if len(raw)<n: break
+    if ds is None or len(raw)==n: raise _again(p, fault)
+    return ds,f.tell()
 
 # %% ../nbs/01_dicom.ipynb #4bb92c27
 @dataclass(eq=False, slots=True)
@@ -76,10 +135,12 @@ class Slice:
     "One slice of a CT series: where it lies and what its numbers mean"
     path:Path            # File
     frame:int            # Frame in the file, 0 for a file of one
+    frames:int           # How many the file holds
     at:int               # Byte of the file at which the pixel data begins
     uid:str              # SOPInstanceUID
     series:str           # SeriesInstanceUID
-    number:str           # SeriesNumber
+    study:str            # StudyInstanceUID
+    number:str           # SeriesNumber, `?` where it is none
     patient:str          # `digest` of PatientID
     grid:dict            # What all slices of a series share
     position:np.ndarray  # mm, (3,), DICOM's L-P-S axes: centre of the first voxel
@@ -99,19 +160,28 @@ def _normal(orientation)->tuple:
 _ct = {'1.2.840.10008.5.1.4.1.1.2':False, '1.2.840.10008.5.1.4.1.1.2.1':True, '1.2.840.10008.5.1.4.1.1.2.2':True} # SOP class → whether it is multi-frame
 _whole = 'Rows Columns SamplesPerPixel BitsAllocated BitsStored HighBit PixelRepresentation'.split()
 
+_is_number = re.compile(r' *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *', re.ASCII).fullmatch  # DICOM PS3.5 6.2, decimal string; Python's float also takes 1_0 and ٣
+
+def _value(ds, name):
+    "An element as pydicom converts it, if the file gives it the type that the standard does"
+    e = ds[name]
+    if e.VR!=pydicom.datadict.dictionary_VR(e.tag): raise TypeError
+    return e.value
+
 def _floats(ds, name, n, p)->tuple:
     "An element as `n` finite numbers"
     try:
-        v = ds[name].value
-        res = tuple(float(o) for o in (v if n>1 else [v]))
+        v = _value(ds, name)
+        v = v if n>1 else [v]
+        res = tuple(float(o) for o in v) if all(_is_number(str(o)) for o in v) else ()
     except (KeyError,ValueError,TypeError,AttributeError): res = ()
-    if len(res)!=n or not np.isfinite(res).all(): raise _again(p, f'{name} is missing or not {n} number{"s"[:n>1]}')
+    if len(res)!=n or not np.isfinite(res).all(): raise _again(p, f'{name} is missing or not {n} number{"s"*(n>1)}')
     return res
 
 def _int(ds, name, p)->int:
     "An element as a whole number"
-    try: return int(ds[name].value)
-    except (KeyError,ValueError,TypeError): raise _again(p, f'{name} is missing or no whole number') from None
+    try: return int(_value(ds, name))
+    except (KeyError,ValueError,TypeError,OverflowError): raise _again(p, f'{name} is missing or no whole number') from None
 
 def _group(ds, i, name):
     "The part of `ds` that speaks of frame `i` in functional group `name`; `ds` itself for a classic file"
@@ -144,26 +214,40 @@ def _rescale(ds, frame, p)->tuple:
     if not 0<abs(slope)<1e4 or abs(inter)>1e6: raise _again(p, 'RescaleSlope or RescaleIntercept is out of range')
     return slope,inter
 
-def _slice(ds, at, p, frame=None)->Slice:
+# %% ../nbs/01_dicom.ipynb #08a1cae5
+_lossy = ('1.2.840.10008.1.2.4.51','1.2.840.10008.1.2.4.81') # JPEG 12 bit and JPEG-LS near-lossless; others say it in LossyImageCompression
+
+def _number(ds)->str:
+    "SeriesNumber, which goes into notes, and so nothing but digits"
+    n = str(ds.get('SeriesNumber', ''))
+    return n if re.fullmatch(r'-?[0-9]{1,12}', n) else '?'
+
+def _slice(ds, at, p, frame=None, n=1)->Slice:
     "The record of one slice"
-    g = _group(ds, frame, 'PixelMeasuresSequence')
+    g,syntax = _group(ds, frame, 'PixelMeasuresSequence'),str(ds.file_meta.get('TransferSyntaxUID',''))
     step = _floats(g, 'SpacingBetweenSlices', 1, p)[0] if g.get('SpacingBetweenSlices') else 0
     position,grid = _floats(_group(ds, frame, 'PlanePositionSequence'), 'ImagePositionPatient', 3, p),_grid(ds, frame, p)
     if max(map(abs, position))>1e5: raise _again(p, 'ImagePositionPatient is far outside any scanner')
     height = sum(a*b for a,b in zip(_normal(grid['ImageOrientationPatient']), position))
-    return Slice(p, frame or 0, at, str(ds.get('SOPInstanceUID','')), str(ds.get('SeriesInstanceUID','')), str(ds.get('SeriesNumber') or '?'), digest(ds.get('PatientID','')),
-        grid, np.array(position), height, *_rescale(ds, frame, p), str(ds.file_meta.get('TransferSyntaxUID','')), str(ds.get('LossyImageCompression',''))=='01', step)
+    return Slice(p, frame or 0, n, at, str(ds.get('SOPInstanceUID','')), str(ds.get('SeriesInstanceUID','')), str(ds.get('StudyInstanceUID','')), _number(ds), digest(ds.get('PatientID','')), grid,
+        np.array(position), height, *_rescale(ds, frame, p), syntax, str(ds.get('LossyImageCompression',''))=='01' or syntax in _lossy, step)
+
+def _classic(ds, at, p)->list:
+    "The slice of a classic CT"
+    if ds.get('NumberOfFrames') and _int(ds, 'NumberOfFrames', p)!=1: raise _again(p, 'it holds several frames, but is not an enhanced CT')
+    return [_slice(ds, at, p)]
 
 def _frames(ds, at, p)->list:
     "The slices of an enhanced CT"
     if str(ds.file_meta.get('TransferSyntaxUID',''))=='1.2.840.10008.1.2': raise CTError(p, 'enhanced CT in implicit VR is not decoded reliably by any reader', 'Export it in explicit VR little endian')  # C10
     n = _int(ds, 'NumberOfFrames', p)
     if not 0<n<=4096 or n!=len(ds.get('PerFrameFunctionalGroupsSequence') or []): raise _again(p, 'NumberOfFrames does not fit its functional groups')
-    return [_slice(ds, at, p, i) for i in range(n)]
+    return [_slice(ds, at, p, i, n) for i in range(n)]
 
 # %% ../nbs/01_dicom.ipynb #bd717925
 _other_kinds = '.txt .json .xml .csv .md .pdf .jpg .jpeg .png .gif .html .htm .zip .gz .nii .nrrd .exe .inf .ini .log .db .xlsx .py .sha256 .md5 .tmp'.split()
 
+@_quiet()
 def read_slices(
     path # A file
 )->tuple: # Its slices, a list; and what it is if it holds none
@@ -171,12 +255,13 @@ def read_slices(
     p = Path(path)
     try: ds,at = read_header(p)
     except _NotDicom:
-        if p.suffix.lower() in ('.dcm','.dicom','.ima') and p.stat().st_size: raise _again(p, 'this is not DICOM, although its name says so') from None
+        if p.suffix.lower() in ('.dcm','.dicom','.ima'): raise _again(p, 'this is not DICOM, although its name says so') from None
         return [],'file that is not DICOM'
-    kind = str(ds.get('SOPClassUID',''))
-    if kind not in _ct: return [],UID(kind).name if UID(kind).name!=kind else 'object of another kind'
-    if 'LOCALIZER' in [str(o).upper() for o in (ds.get('ImageType') or [])]: return [],'scout view'
-    try: return (_frames if _ct[kind] else lambda *o: [_slice(*o)])(ds, at, p),''
+    try:
+        kind = str(ds.get('SOPClassUID',''))
+        if kind not in _ct: return [],UID(kind).name if UID(kind).name!=kind else 'object of another kind'
+        if 'LOCALIZER' in str(ds.get('ImageType','')).upper(): return [],'scout view'
+        return (_frames if _ct[kind] else _classic)(ds, at, p),''
     except CTError: raise
     except Exception as e: raise _again(p, f'the DICOM header is damaged ({type(e).__name__})') from None
 
@@ -202,6 +287,8 @@ class Series:
     def patient(self)->str: return self.slices[0].patient
     @property
     def uid(self)->str: return self.slices[0].series
+    @property
+    def study(self)->str: return self.slices[0].study
     @property
     def files(self)->list: return sorted({s.path for s in self.slices})
     def __repr__(self): return f'series {self.number}: {len(self.slices)} slices in {len(self.files)} file{"s"[:len(self.files)>1]}'
@@ -289,57 +376,129 @@ def _check_stack(slices, p)->list:
     if drift.max()>_noise:
         tilt = np.degrees(np.arctan2(drift[-1], z[-1]-z[0]))
         even = abs(drift-drift[-1]*(z-z[0])/(z[-1]-z[0])).max()<=2*_noise
-        if even: raise CTError(p, f'the gantry was tilted by {tilt:.1f}°, so its slices are sheared against each other', 'Have it reformatted at right angles at the scanner or the archive')  # C5
-        raise CTError(p, f'slices are shifted sideways by up to {drift.max():.3g} mm', 'Export the series again')
+        if not even: raise CTError(p, f'slices are shifted sideways by up to {drift.max():.3g} mm', 'Export the series again')
+        if tilt>.1: raise CTError(p, f'the gantry was tilted by {tilt:.1f}°, so its slices are sheared against each other', 'Have it reformatted at right angles at the scanner or the archive')  # C5
     for i in np.flatnonzero(abs(gaps-step)>_noise):
         where,n = f'between {z[i]:.1f} and {z[i+1]:.1f} mm along the normal',gaps[i]/step
         if n>1.5 and abs(n-round(n))<.1: raise CTError(p, f'{round(n)-1} slice{"s"[:round(n)>2]} missing {where}', 'Export the whole series')  # C1
         raise CTError(p, f'the distance of its slices varies: {gaps[i]:.4g} mm {where}, {step:.4g} mm elsewhere', 'Separate the parts, or have the series reformatted')  # C3
+    off = abs(z-np.linspace(z[0], z[-1], len(z)))
+    if off.max()>2*_noise: raise CTError(p, f'the distance of its slices varies: at {z[off.argmax()]:.1f} mm along the normal they are {off.max():.2g} mm off an even stack', 'Separate the parts, or have the series reformatted')  # C3
     said = slices[0].step
     return [f'SpacingBetweenSlices says {abs(said):g} mm, the positions {step:.4g} mm: the positions are taken'] if said and abs(abs(said)-step)>_noise else []  # C17
 
 # %% ../nbs/01_dicom.ipynb #cfa062c0
 _native = {'1.2.840.10008.1.2':('<',False), '1.2.840.10008.1.2.1':('<',True), '1.2.840.10008.1.2.2':('>',True)} # not compressed: byte order, whether VRs are written out
-_deflated = '1.2.840.10008.1.2.1.99'
 
-def _native_pixels(s:Slice, n_bytes)->np.ndarray:
+def _is_sound_end(rest, order='little', explicit=True)->bool:
+    "Whether what follows the pixels is nothing, zeros, or whole elements"
+    last = 0x7FE00010
+    try:
+        while rest.strip(b'\0'):
+            tag,vr,head,n = _element(rest, 0, order, explicit)
+            if n==_undefined and vr=='SQ': return True
+            if tag<=last or head+n>len(rest): return False
+            rest,last = rest[head+n:],tag
+    except ValueError: return False
+    return True
+
+def _native_pixels(s:Slice)->np.ndarray:
     "Stored values of an uncompressed slice, with the bytes of the file where they lie"
     order,explicit = _native[s.syntax]
+    row = s.grid['Columns']*2; need = row*s.grid['Rows']
     with open(s.path, 'rb') as f:
         f.seek(s.at); head = f.read(12)
         tag,vr,length = np.frombuffer(head[:4], order+'u2').tolist(),head[4:6],int.from_bytes(head[8:12] if explicit else head[4:8], 'little' if order=='<' else 'big')
         if tag!=[0x7FE0,0x10] or explicit and vr not in (b'OW',b'OB'): raise _again(s.path, 'there is no pixel data where the header ends')
         if length==0xFFFFFFFF: raise _again(s.path, 'its pixels are compressed, but its transfer syntax says that they are not')  # C15
-        if length<n_bytes*(s.frame+1): raise _again(s.path, 'there is less pixel data than rows and columns need')
-        f.seek(s.at+(12 if explicit else 8)+s.frame*n_bytes)
-        x = np.fromfile(f, order+'ui'[s.grid['PixelRepresentation']]+'2', n_bytes//2)
-    if x.nbytes<n_bytes: raise _again(s.path, f'the file ends too early (a slice needs {n_bytes:,} bytes of pixels, {x.nbytes:,} are there)')
+        if not 0<=length-need*s.frames<row: raise _again(s.path, 'there is less or more pixel data than rows and columns need')
+        f.seek(s.at+(12 if explicit else 8)+s.frame*need)
+        x = np.fromfile(f, order+'ui'[s.grid['PixelRepresentation']]+'2', need//2)
+        if s.frame==0: f.seek(s.at+(12 if explicit else 8)+length); end = f.read(_first_read)
+    if x.nbytes<need: raise _again(s.path, f'the file ends too early (a slice needs {need:,} bytes of pixels, {x.nbytes:,} are there)')
+    if s.frame==0 and not _is_sound_end(end, 'little' if order=='<' else 'big', explicit): raise _again(s.path, 'what follows its pixels is damaged')
     return x
 
-def _decoded_pixels(s:Slice)->np.ndarray:
-    "Stored values of a compressed slice"
-    name = UID(s.syntax).name
-    if s.syntax==_deflated or not s.syntax.startswith('1.2.840.10008.1.2'): raise CTError(s.path, 'this encoding of DICOM is not read', 'Export the series uncompressed')
-    try: decoder = pydicom.pixels.get_decoder(s.syntax)
-    except NotImplementedError: raise CTError(s.path, f'no decoder is known for {name}', 'Export the series uncompressed') from None
-    if not decoder.is_available: raise CTError(s.path, f'its pixels are compressed ({name}) and no decoder is installed', "Install them with pip install 'covid3d[dicom]', or export the series uncompressed")  # C14
-    try: x = pydicom.pixels.pixel_array(_parse(io.BytesIO(_bytes(s.path))), index=s.frame, raw=True)
-    except Exception as e: raise _again(s.path, f'its compressed pixels cannot be decoded ({type(e).__name__})') from None
-    return x.ravel()
+# %% ../nbs/01_dicom.ipynb #0f8a230a
+_codes = {'1.2.840.10008.1.2.5':'RLE', **{f'1.2.840.10008.1.2.4.{k}':v for k,v in {51:0xC1, 57:0xC3, 70:0xC3, 80:0xF7, 81:0xF7, 90:'J2K', 91:'J2K'}.items()}} # JPEG: the marker of its frame header
 
+def _jpeg_size(x)->tuple:
+    "(kind, rows, columns, samples, bits) of JPEG or JPEG-LS"
+    at,big = 2,lambda i,n: int.from_bytes(x[i:i+n], 'big')
+    while x[at]==0xFF and x[at+1] not in (0xC0,0xC1,0xC2,0xC3,0xF7,0xDA): at += 2+big(at+2, 2)
+    return x[at+1],big(at+5, 2),big(at+7, 2),x[at+9],x[at+4]
+
+def _coded_size(x)->tuple:
+    "(kind, rows, columns, samples, bits, sign) that compressed pixels say of themselves; sign is None where they do not"
+    big = lambda i,n=4: int.from_bytes(x[i:i+n], 'big')
+    if x[:4]==b'\xff\x4f\xff\x51': return 'J2K',big(12)-big(20),big(8)-big(16),big(40, 2),(x[42]&127)+1,x[42]>>7
+    if x[:2]==b'\xff\xd8': return *_jpeg_size(x),None
+    return 'unknown',0,0,0,0,None
+
+def _check_coded(x, s):
+    "Compressed pixels are of the kind and size that the header gives"
+    if _codes[s.syntax]=='RLE': return  # the header of the slice is all there is
+    try: kind,*size,bits,sign = _coded_size(x)
+    except IndexError: raise _again(s.path, 'its compressed pixels are damaged') from None
+    if kind!=_codes[s.syntax]: raise _again(s.path, 'its pixels are not compressed in the way that its transfer syntax says')  # C15
+    if size!=[s.grid['Rows'],s.grid['Columns'],1] or not s.grid['BitsStored']<=bits<=16: raise _again(s.path, 'its compressed pixels are of another size than its header says')
+    if sign is not None and sign!=s.grid['PixelRepresentation']: raise _again(s.path, 'its header and its compressed pixels disagree on whether the numbers are signed')  # C13
+
+# %% ../nbs/01_dicom.ipynb #f8c6807b
+def _decoder(s):
+    "pydicom's decoder for the slice, and the first of its plug-ins; a second that repairs what the first refuses is not asked"
+    if s.syntax not in _codes: raise CTError(s.path, 'this encoding of DICOM is not read', 'Export the series uncompressed')
+    res = pydicom.pixels.get_decoder(s.syntax)
+    if not res.is_available: raise CTError(s.path, f'its pixels are compressed ({UID(s.syntax).name}) and no decoder is installed', "Install them with pip install 'covid3d[dicom]', or export the series uncompressed")  # C14
+    return res,res.available_plugins[0]
+
+def _coded_end(raw)->int:
+    "Where the items that compressed pixels are written in end; they must lie one behind the other, up to their delimiter"
+    at = 0
+    while raw[at:at+4]==b'\xfe\xff\0\xe0':
+        n = int.from_bytes(raw[at+4:at+8], 'little')
+        at += 8+n
+    if raw[at:at+8]!=b'\xfe\xff\xdd\xe0'+bytes(4): raise ValueError
+    return at+8
+
+def _coded_frames(s)->list:
+    "The compressed frames of a file"
+    raw = _bytes(s.path, at=s.at)
+    if raw[:6] not in (b'\xe0\x7f\x10\0OB',b'\xe0\x7f\x10\0OW') or raw[8:12]!=b'\xff'*4: raise _again(s.path, 'its pixels are not compressed, but its transfer syntax says that they are')  # C15
+    end = _coded_end(raw[12:])
+    frames = list(pydicom.encaps.generate_frames(raw[12:12+end], number_of_frames=s.frames))
+    if len(frames)!=s.frames or not _is_sound_end(raw[12+end:]): raise ValueError
+    return frames
+
+def _decoded_pixels(s:Slice, coded:dict)->np.ndarray:
+    "Stored values of a compressed slice; `coded` keeps the frames of the file that was read last"
+    decoder,plugin = _decoder(s)
+    if plugin=='pydicom': warnings.simplefilter('error')  # its RLE cuts off what is too much, and only remarks on it
+    try:
+        if s.path not in coded: coded.clear(); coded[s.path] = _coded_frames(s)
+        x,g = coded[s.path][s.frame],s.grid
+        _check_coded(x, s)
+        return decoder.as_array(pydicom.encaps.encapsulate([x]), index=0, raw=True, validate=False, decoding_plugin=plugin, number_of_frames=1, rows=g['Rows'], columns=g['Columns'], samples_per_pixel=1, pixel_keyword='PixelData',
+            photometric_interpretation='MONOCHROME2', pixel_representation=g['PixelRepresentation'], bits_allocated=16, bits_stored=g['BitsStored'])[0].ravel()
+    except CTError: raise
+    except Exception as e: raise _again(s.path, f'its compressed pixels cannot be decoded ({type(e).__name__})') from None
+
+# %% ../nbs/01_dicom.ipynb #a629ed83
+@_quiet()
 def read_pixels(
-    s:Slice # A slice
+    s:Slice,        # A slice
+    coded:dict=None # Holds what successive slices of one file share
 )->np.ndarray: # Stored values, (row, column), int16 or uint16
     "The numbers of a slice before their rescale"
     g = s.grid
-    try: x = _native_pixels(s, g['Rows']*g['Columns']*2) if s.syntax in _native else _decoded_pixels(s)
+    try: x = _native_pixels(s) if s.syntax in _native else _decoded_pixels(s, {} if coded is None else coded)
     except OSError as e: raise CTError(s.path, f'cannot be read ({e.strerror})', 'Check the permissions') from None
     if x.size!=g['Rows']*g['Columns'] or x.dtype.kind not in 'iu': raise _again(s.path, 'its pixels do not fit its rows and columns')
     signed,spare = g['PixelRepresentation'],16-g['BitsStored']
     x = x.astype(np.int16 if signed else np.uint16, copy=False).reshape(g['Rows'], g['Columns'])
     return x<<spare>>spare if spare else x  # bits above BitsStored are no part of the number
 
-# %% ../nbs/01_dicom.ipynb #0f8a230a
+# %% ../nbs/01_dicom.ipynb #80c91b45
 def _hu_range(s)->tuple:
     "The least and the greatest HU that a slice could hold"
     low,high = (-2**(s.grid['BitsStored']-1),2**(s.grid['BitsStored']-1)-1) if s.grid['PixelRepresentation'] else (0,2**s.grid['BitsStored']-1)
@@ -357,11 +516,14 @@ def _fill(out, s, x):
 
 def _stack(slices, p)->tuple:
     "Slices without repeats, their HU (slice, row, column), and notes"
-    g,kept,repeats = slices[0].grid,[],0
-    dtype = np.int16 if all(s.slope==int(s.slope) and s.intercept==int(s.intercept) for s in slices) else np.float32
-    out = np.empty((len(slices),g['Rows'],g['Columns']), dtype)
+    g,kept,repeats,coded = slices[0].grid,[],0,{}
+    dtype,shape = np.int16 if all(s.slope==int(s.slope) and s.intercept==int(s.intercept) for s in slices) else np.float32,(len(slices),g['Rows'],g['Columns'])
+    if np.prod(shape, dtype=object)*np.dtype(dtype).itemsize>max_bytes: raise CTError(p, f'{"×".join(map(str, shape))} voxels are no CT', 'Export or copy the series again')
+    out = None
     for s in slices:
-        _fill(out[len(kept)], s, read_pixels(s))
+        x = read_pixels(s, coded)
+        if out is None: out = np.empty(shape, dtype)
+        _fill(out[len(kept)], s, x)
         if kept and s.height-kept[-1].height<.01:  # C2
             if not np.array_equal(out[len(kept)], out[len(kept)-1]): raise CTError(s.path, f'it lies where {kept[-1].path.name} lies, with other pixels: two acquisitions in one series?', 'Separate the two')
             repeats += 1

@@ -9,9 +9,9 @@ __all__ = ['plain_log', 'unet_learner_3d', 'ScanDice', 'WhileTraining', 'KeepBes
            'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_mask', 'save_mask', 'save_volume', 'show_slices',
            'save_figure', 'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'FlipLR',
            'JitterWindow', 'apply_window', 'resample_image', 'resample_mask', 'Case', 'CaseReader', 'CTBlock',
-           'LesionBlock', 'CTDataLoaders', 'read_cases', 'folder_cases', 'write_cases', 'aug_transforms_3d',
-           'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'soft_dice', 'dice', 'PatchDice', 'NetSpec',
-           'save_model', 'load_model', 'segment', 'sliding_window', 'set_seed']
+           'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases', 'aug_transforms_3d', 'encoder3d',
+           'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'soft_dice', 'dice', 'PatchDice', 'NetSpec', 'save_model',
+           'load_model', 'segment', 'sliding_window', 'set_seed']
 
 # %% ../nbs/15_learner.ipynb #fe9f8fe1
 import csv, io, math
@@ -30,7 +30,8 @@ from fastai.vision.data import get_grid
 from plum import dispatch
 from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18
 
-from .data import Case, CaseReader, CTBlock, CTDataLoaders, LesionBlock, aug_transforms_3d, folder_cases, read_cases, write_cases
+from .cases import Case, check_table, read_cases, require_ok, write_cases
+from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock, aug_transforms_3d
 from .encoder import encoder3d
 from .inference import NetSpec, load_model, save_model, segment, sliding_window
 from .losses import DiceCELoss, soft_dice
@@ -44,7 +45,7 @@ from .volume import CTError, Volume, open_ct, open_mask, save_mask, save_volume,
 # %% ../nbs/15_learner.ipynb #012de542
 _all_ = ['r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_mask', 'save_mask', 'save_volume', 'show_slices', 'save_figure',
          'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'FlipLR', 'JitterWindow', 'apply_window', 'resample_image', 'resample_mask',
-         'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'folder_cases', 'write_cases', 'aug_transforms_3d',
+         'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases', 'aug_transforms_3d',
          'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'soft_dice', 'dice', 'PatchDice',
          'NetSpec', 'save_model', 'load_model', 'segment', 'sliding_window', 'set_seed']
 
@@ -184,7 +185,7 @@ def train(
     set_seed(seed, reproducible=True)
     dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, tfms=tfms, path=out, device=device)
     learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], **kwargs)
-    _read_all(dls, table)
+    _check(dls, table)
     if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # a step takes about 15 % less time, the forward pass is equal
     out.mkdir(parents=True, exist_ok=True)
     learn.kept,frozen = KeepBest(out/'model.safetensors'),bool(pretrained) and frozen_epochs>0
@@ -196,8 +197,10 @@ def train(
     learn.complete = len(history.rows)==epochs+frozen*frozen_epochs  # a loss that becomes NaN ends a fit early
     return learn
 
-def _read_all(dls, table):
+def _check(dls, table):
     "A bad scan stops the run here, before anything is written"
-    for c in track([c for c in read_cases(table, masks=dls.spec.classes) if c.split!='test'], 'reading scans'): dls.reader(c)
+    reports = check_table(table, ('train','valid'), dls.spec.classes)
+    require_ok(reports, table)
+    for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f)
     if not any(dls.reader(c)[1][0].any() for c in dls.valid_cases):
         raise CTError(table, f'no valid case has a {dls.spec.classes[0]}, so no weights could be chosen', 'Put a case with one into the split valid')

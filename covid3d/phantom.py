@@ -517,7 +517,7 @@ def write_phantoms(
         ph,case = phantom(seed+i,shape,spacing),f'phantom_{i:03d}'
         paths = {k:f'{d}/{case}.nii.gz' for k,d in folders.items()}
         for k,p in paths.items(): save_volume(getattr(ph,k),table.parent/p)
-        rows.append(dict(case=case,**paths,split=split,already_windowed=''))
-    df = pd.DataFrame(rows)[['case','ct','lesion','lung','split','already_windowed']]
+        rows.append(dict(case=case,patient=case,**paths,dataset='phantom',split=split,already_windowed=''))
+    df = pd.DataFrame(rows)[['case','patient','ct','lesion','lung','dataset','split','already_windowed']]
     write_atomic(table,df.to_csv(index=False,lineterminator='\n').encode())
     return table

@@ -5,7 +5,9 @@ from pathlib import Path
 import nibabel as nib, numpy as np, pytest
 
 from covid3d.cli import main
-from covid3d.data import CTDataLoaders, folder_cases, read_cases, write_cases
+from covid3d.cases import read_cases, write_cases
+from covid3d.data import CTDataLoaders
+from covid3d.datasets import folder
 from covid3d.inference import segment
 from covid3d.learner import train, unet_learner_3d
 from covid3d.metrics import dice
@@ -20,7 +22,7 @@ spec = CTSpec(spacing=(6,4,4), patch=(16,64,64))
 @pytest.fixture(scope='module')
 def table(tmp_path_factory):
     path = tmp_path_factory.mktemp('real')/'cases.csv'
-    write_cases(folder_cases(Path(data)/'coronacases_7', valid=['coronacases_005'], test=['coronacases_006','coronacases_007'], already_windowed='-1000:20'), path)
+    write_cases(folder(Path(data)/'coronacases_7', valid=['coronacases_005'], test=['coronacases_006','coronacases_007'], already_windowed='-1000:20'), path)
     return path
 
 def scan_dice(model, case):

@@ -91,7 +91,7 @@ def _split_patients(df, p):
 # %% ../nbs/04_cases.ipynb #244b3f5a
 def _case(row, root, masks)->Case:
     "A `Case` from a line of the table"
-    paths = {k:root/row[k] for k in ('ct',*masks) if row.get(k)}
+    paths = {k:Path(os.path.normpath(root/row[k])) for k in ('ct',*masks) if row.get(k)}
     return Case(row['case'], paths.pop('ct'), paths, row.get('split',''), parse_window(row.get('already_windowed','')), row.get('patient',''))
 
 def _open_table(table, need)->tuple:
@@ -177,7 +177,8 @@ def _check_lung(rep, case, ct, lesion):
     path,lung = case.masks['lung'],case.open_mask('lung', ct).data
     rep.lung_ml = float(lung.sum()*ct.ml_per_voxel)
     if not lung.any(): rep.add('warning', path, 'there is no lung in it, so no share of the lung can be given', 'Check the field of view'); return
-    cut = [side for side,i in (('lower',0),('upper',-1)) if lung[i].mean()>.01]
+    faces = zip(('lower','upper','front','back','right','left'), (lung.take(i, axis) for axis in range(3) for i in (0,-1)))
+    cut = [side for side,face in faces if face.mean()>.01]
     if cut: rep.add('warning', path, f'the lung is cut off at the {" and ".join(cut)} edge of the scan, so no share of the lung is given', 'Use a scan of the whole chest for volumes')
     if lesion is None: return
     if not cut: rep.lesion_share = float(lesion.sum()/lung.sum())

@@ -6,7 +6,7 @@ Docs: https://covid3d.github.io/covid3d/cli.html.md"""
 
 # %% auto #0
 __all__ = ['commands', 'demo_config', 'demo_mark', 'overview', 'command', 'numbers', 'absent', 'writable', 'check_overlap',
-           'find_device', 'names_or_share', 'download', 'phantom', 'cases', 'check', 'train', 'evaluate', 'find_scans',
+           'find_device', 'download', 'phantom', 'names_or_share', 'cases', 'check', 'train', 'evaluate', 'find_scans',
            'predict', 'clear_demo', 'demo', 'tie', 'one_line', 'main']
 
 # %% ../nbs/30_cli.ipynb #9daa8dd1
@@ -72,14 +72,6 @@ def find_device(
     except (RuntimeError,AssertionError,NotImplementedError): raise CTError('device', f'{name!r} is not to be had on this machine', 'Use --device cpu, or leave it out') from None
 
 # %% ../nbs/30_cli.ipynb #e709050c
-def names_or_share(
-    s # '' or 'case_1,case_2' or '0.2'
-): # None, a list of names, or a share
-    "What `--valid` and `--test` mean"
-    if not s: return None
-    try: return float(s)
-    except ValueError: return [o for o in s.split(',') if o]
-
 @command
 def download(
     name:Annotated[str, 'Data set: coronacases is downloaded (1.1 GB); for ricord, mosmed and covid1920 the steps are printed', {'opt':False, 'choices':['coronacases','ricord','mosmed','covid1920']}],
@@ -92,6 +84,7 @@ def download(
     print('CoronaCases, licence CC BY-NC-SA 4.0; cite Ma et al., Zenodo 2020, 10.5281/zenodo.3757476')
     print(f'wrote {download(out)} · next: covid3d cases coronacases {out} -o cases.csv')
 
+# %% ../nbs/30_cli.ipynb #34c40e57
 @command
 def phantom(
     out:Annotated[str, 'Folder to write', {'opt':False}],
@@ -112,6 +105,16 @@ def phantom(
     writers[layout]([phantom(seed+i) for i in range(n)], out)
     print(f'wrote {out} · next: covid3d cases {layout} {out} -o cases.csv')
 
+# %% ../nbs/30_cli.ipynb #1eac9b46
+def names_or_share(
+    s # '' or 'case_1,case_2' or '0.2'
+): # None, a list of names, or a share
+    "What `--valid` and `--test` mean"
+    if not s: return None
+    try: return float(s)
+    except ValueError: return [o for o in s.split(',') if o]
+
+# %% ../nbs/30_cli.ipynb #fc2b35be
 @command
 def cases(
     kind:Annotated[str, 'Data set, or folder for your own: ct/ + infection_mask/ (+ lung_mask/), nnU-Net\'s layout, or any tree of DICOM', {'opt':False, 'choices':['folder','ricord','coronacases','mosmed','covid1920']}],
@@ -144,6 +147,7 @@ def cases(
     print('wrote', out, '·', ', '.join(f'{n} {k or "without a split"}' for k,n in df.split.value_counts().items()))
     if (df.split=='').all(): print('no case has a split: covid3d predict takes the table, training needs lesion masks')
 
+# %% ../nbs/30_cli.ipynb #3a74d492
 @command
 def check(
     table:Annotated[str, 'Case table (CSV)', {'opt':False}],

@@ -360,7 +360,7 @@ def ricord(
         try: row['lesion'] = _lesion_file(s, outlines, agree, Path(masks or Path(root)/'lesion_masks')/f'{row["case"]}_lesion.nii.gz')
         except CTError as e: notes.append(f'{row["case"]} has no mask: {e}')
     lost = len(set(outlines)-{o.uid for _,s,_ in found for o in s.slices})
-    return _table(rows, 'ricord', valid, test, seed, notes+[f'{lost} outlined slices are not among the DICOM files']*bool(lost))
+    return _table(rows, 'ricord', valid, test, seed, notes+[f'{lost} outlined slice{"s are" if lost>1 else " is"} not among the DICOM files']*bool(lost))
 
 # %% ../nbs/05_datasets.ipynb #9e943631
 def trace(

@@ -6,12 +6,12 @@ Docs: https://covid3d.github.io/covid3d/learner.html.md"""
 
 # %% auto #0
 __all__ = ['plain_log', 'unet_learner_3d', 'ScanDice', 'WhileTraining', 'KeepBest', 'History', 'train', 'r3d_18', 'mc3_18',
-           'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_mask', 'save_mask', 'save_volume', 'show_slices',
-           'save_figure', 'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'FlipLR',
-           'JitterWindow', 'apply_window', 'resample_image', 'resample_mask', 'Case', 'CaseReader', 'CTBlock',
-           'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases', 'aug_transforms_3d', 'encoder3d',
-           'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'soft_dice', 'dice', 'PatchDice', 'NetSpec', 'save_model',
-           'load_model', 'segment', 'sliding_window', 'set_seed']
+           'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_scan', 'open_mask', 'save_mask', 'save_seg',
+           'save_volume', 'show_slices', 'save_figure', 'phantom', 'write_phantoms', 'CTSpec', 'TensorCT',
+           'TensorMask3d', 'RandomPatch', 'FlipLR', 'JitterWindow', 'apply_window', 'resample_image', 'resample_mask',
+           'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases',
+           'aug_transforms_3d', 'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'soft_dice', 'dice',
+           'PatchDice', 'NetSpec', 'save_model', 'load_model', 'segment', 'sliding_window', 'set_seed']
 
 # %% ../nbs/15_learner.ipynb #fe9f8fe1
 import csv, io, math
@@ -32,6 +32,7 @@ from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18
 
 from .cases import Case, check_table, read_cases, require_ok, write_cases
 from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock, aug_transforms_3d
+from .dicom import open_scan, save_seg
 from .encoder import encoder3d
 from .inference import NetSpec, load_model, save_model, segment, sliding_window
 from .losses import DiceCELoss, soft_dice
@@ -43,7 +44,7 @@ from .unet import DynamicUnet3d, param_groups
 from .volume import CTError, Volume, open_ct, open_mask, save_mask, save_volume, write_atomic
 
 # %% ../nbs/15_learner.ipynb #012de542
-_all_ = ['r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_mask', 'save_mask', 'save_volume', 'show_slices', 'save_figure',
+_all_ = ['r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_scan', 'open_mask', 'save_mask', 'save_seg', 'save_volume', 'show_slices', 'save_figure',
          'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'FlipLR', 'JitterWindow', 'apply_window', 'resample_image', 'resample_mask',
          'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases', 'aug_transforms_3d',
          'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'soft_dice', 'dice', 'PatchDice',

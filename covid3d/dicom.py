@@ -28,19 +28,25 @@ _tags = [pydicom.tag.Tag(o) for o in '''SOPClassUID SOPInstanceUID StudyInstance
     Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation LossyImageCompression
     ImagePositionPatient ImageOrientationPatient PixelSpacing SpacingBetweenSlices RescaleSlope RescaleIntercept RescaleType
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence'''.split()]
-_first_read,_max_header,_max_file = 2**16,2**24,2**31  # bytes
+_first_read,_max_header,_max_file,_most = 2**16,6*2**20,2**31,100_000  # bytes; elements or items of a header
+
+_silent = 1_000_000  # a level of the log that nothing reaches
 
 class _NotDicom(Exception): "A file of another kind"
 
 @contextmanager
 def _quiet():
     "pydicom's remarks, which may quote what an element holds, go neither to the log nor to the warnings"
-    log,config = logging.getLogger('pydicom'),pydicom.config
-    was = log.disabled,config.settings.reading_validation_mode
-    log.disabled,config.settings.reading_validation_mode = True,config.IGNORE
+    logs,config = [logging.getLogger(o) for o in ('pydicom','highdicom')],pydicom.config
+    if logs[0].level==_silent: yield; return  # it is quiet already
+    was = [o.level for o in logs],config.settings.reading_validation_mode
+    for o in logs: o.setLevel(_silent)
+    config.settings.reading_validation_mode = config.IGNORE
     try:
         with warnings.catch_warnings(): warnings.simplefilter('ignore'); yield
-    finally: log.disabled,config.settings.reading_validation_mode = was
+    finally:
+        for o,w in zip(logs, was[0]): o.setLevel(w)
+        config.settings.reading_validation_mode = was[1]
 
 def digest(
     s # An identifier
@@ -84,12 +90,13 @@ def _check_items(raw, at, length, order, explicit)->int:
 
 def _check_elements(raw, at, length, order, explicit)->int:
     "Elements of an item fill it exactly; where it ends"
-    end = len(raw) if length==_undefined else at+length
+    end,last = len(raw) if length==_undefined else at+length,-1
     while at<end:
         tag,vr,head,n = _element(raw, at, order, explicit)
         at += head
         if tag==0xFFFEE00D and n==0 and length==_undefined: return at
-        if tag>>16==0xFFFE: raise ValueError
+        if tag>>16==0xFFFE or tag<=last: raise ValueError
+        last = tag
         if n==_undefined or vr=='SQ': at = _check_items(raw, at, n, order, explicit and vr!='UN')
         else: at += n
     if at!=end or length==_undefined: raise ValueError
@@ -97,17 +104,19 @@ def _check_elements(raw, at, length, order, explicit)->int:
 
 # %% ../nbs/01_dicom.ipynb #65da1ef8
 def _parse(raw):
-    "Elements of a DICOM file up to the pixels, each once"
-    seen,groups = set(),[]
+    "Elements of a DICOM file up to the pixels, each once, all of them with a VR or all without"
+    seen,groups,vrs = set(),[],set()
     def stop(tag, vr, length):
-        if tag in seen or vr is not None and vr not in _vrs: raise ValueError
-        seen.add(tag)
+        tag = int(tag)
+        if tag in seen or len(seen)>_most or vr is not None and vr not in _vrs: raise ValueError
+        seen.add(tag); vrs.add(vr is None)
         if tag in (0x52009229,0x52009230): groups.append((raw.tell(),length))
         return tag>=0x7FE00008
+    if raw.getbuffer().nbytes>_first_read and max(raw.getvalue().count(o) for o in (b'\xfe\xff\0\xe0',b'\xff\xfe\xe0\0'))>_most: raise ValueError
     ds = pydicom.filereader.read_partial(raw, stop, specific_tags=_tags)
-    if any(o.group==0 for o in ds.keys()) or any(o.VR and o.VR not in _vrs for o in ds.file_meta.values()): raise ValueError
-    implicit,little = ds.original_encoding
-    for o in groups: _check_items(raw.getbuffer(), *o, 'little' if little else 'big', not implicit)
+    if any(o.group==0 for o in ds.keys()) or any(o.VR not in _vrs for o in ds.file_meta.values()): raise ValueError
+    if vrs!={ds.file_meta.get('TransferSyntaxUID')=='1.2.840.10008.1.2'}: raise ValueError  # C15
+    for o in groups: _check_items(raw.getbuffer(), *o, 'little' if ds.original_encoding[1] else 'big', True not in vrs)
     return ds
 
 def read_header(
@@ -259,6 +268,8 @@ def read_slices(
         return [],'file that is not DICOM'
     try:
         kind = str(ds.get('SOPClassUID',''))
+        said = str(ds.file_meta.get('MediaStorageSOPClassUID',''))
+        if kind not in _ct and (said in _ct or not kind+said): raise _again(p, 'the DICOM header is damaged (it does not say what it is)')
         if kind not in _ct: return [],UID(kind).name if UID(kind).name!=kind else 'object of another kind'
         if 'LOCALIZER' in str(ds.get('ImageType','')).upper(): return [],'scout view'
         return (_frames if _ct[kind] else _classic)(ds, at, p),''
@@ -293,6 +304,7 @@ class Series:
     def files(self)->list: return sorted({s.path for s in self.slices})
     def __repr__(self): return f'series {self.number}: {len(self.slices)} slices in {len(self.files)} file{"s"[:len(self.files)>1]}'
 
+@_quiet()
 def find_series(
     folder # Holds DICOM files, of one series or several
 )->list: # Of `Series`, that with the most slices first; those of fewer than four are left out and counted in `skipped`
@@ -354,7 +366,7 @@ def write_series(
     for i,ds in enumerate(ct_datasets(vol, **kwargs), 1): save_dicom(ds, Path(folder)/f'IM{i:04d}.dcm')
 
 # %% ../nbs/01_dicom.ipynb #0a2eb1bd
-_noise = .1 # mm: positions are often rounded to a tenth
+_noise = .1001 # mm: positions are often rounded to a tenth
 
 def _check_same(slices, p):
     "One size, direction, spacing, patient and frame of reference"
@@ -383,7 +395,9 @@ def _check_stack(slices, p)->list:
         if n>1.5 and abs(n-round(n))<.1: raise CTError(p, f'{round(n)-1} slice{"s"[:round(n)>2]} missing {where}', 'Export the whole series')  # C1
         raise CTError(p, f'the distance of its slices varies: {gaps[i]:.4g} mm {where}, {step:.4g} mm elsewhere', 'Separate the parts, or have the series reformatted')  # C3
     off = abs(z-np.linspace(z[0], z[-1], len(z)))
-    if off.max()>2*_noise: raise CTError(p, f'the distance of its slices varies: at {z[off.argmax()]:.1f} mm along the normal they are {off.max():.2g} mm off an even stack', 'Separate the parts, or have the series reformatted')  # C3
+    if off.max()>2*_noise:
+        where = f'at {z[off.argmax()]:.1f} mm along the normal they are {off.max():.2g} mm off an even stack'
+        raise CTError(p, f'the distance of its slices varies: {where}', 'Separate the parts, or have the series reformatted')  # C3
     said = slices[0].step
     return [f'SpacingBetweenSlices says {abs(said):g} mm, the positions {step:.4g} mm: the positions are taken'] if said and abs(abs(said)-step)>_noise else []  # C17
 
@@ -412,10 +426,12 @@ def _native_pixels(s:Slice)->np.ndarray:
         if tag!=[0x7FE0,0x10] or explicit and vr not in (b'OW',b'OB'): raise _again(s.path, 'there is no pixel data where the header ends')
         if length==0xFFFFFFFF: raise _again(s.path, 'its pixels are compressed, but its transfer syntax says that they are not')  # C15
         if not 0<=length-need*s.frames<row: raise _again(s.path, 'there is less or more pixel data than rows and columns need')
-        f.seek(s.at+(12 if explicit else 8)+s.frame*need)
+        at = s.at+(12 if explicit else 8)
+        f.seek(at+s.frame*need)
         x = np.fromfile(f, order+'ui'[s.grid['PixelRepresentation']]+'2', need//2)
-        if s.frame==0: f.seek(s.at+(12 if explicit else 8)+length); end = f.read(_first_read)
-    if x.nbytes<need: raise _again(s.path, f'the file ends too early (a slice needs {need:,} bytes of pixels, {x.nbytes:,} are there)')
+        if s.frame==0: f.seek(at+length); end = f.read(_first_read)
+        size = os.fstat(f.fileno()).st_size
+    if x.nbytes<need or at+length>size: raise _again(s.path, f'the file ends too early (a slice needs {need:,} bytes of pixels, {x.nbytes:,} are there)')
     if s.frame==0 and not _is_sound_end(end, 'little' if order=='<' else 'big', explicit): raise _again(s.path, 'what follows its pixels is damaged')
     return x
 
@@ -449,7 +465,8 @@ def _decoder(s):
     "pydicom's decoder for the slice, and the first of its plug-ins; a second that repairs what the first refuses is not asked"
     if s.syntax not in _codes: raise CTError(s.path, 'this encoding of DICOM is not read', 'Export the series uncompressed')
     res = pydicom.pixels.get_decoder(s.syntax)
-    if not res.is_available: raise CTError(s.path, f'its pixels are compressed ({UID(s.syntax).name}) and no decoder is installed', "Install them with pip install 'covid3d[dicom]', or export the series uncompressed")  # C14
+    if not res.is_available:
+        raise CTError(s.path, f'its pixels are compressed ({UID(s.syntax).name}) and no decoder is installed', "Install them with pip install 'covid3d[dicom]', or export the series uncompressed")  # C14
     return res,res.available_plugins[0]
 
 def _coded_end(raw)->int:
@@ -478,8 +495,8 @@ def _decoded_pixels(s:Slice, coded:dict)->np.ndarray:
         if s.path not in coded: coded.clear(); coded[s.path] = _coded_frames(s)
         x,g = coded[s.path][s.frame],s.grid
         _check_coded(x, s)
-        return decoder.as_array(pydicom.encaps.encapsulate([x]), index=0, raw=True, validate=False, decoding_plugin=plugin, number_of_frames=1, rows=g['Rows'], columns=g['Columns'], samples_per_pixel=1, pixel_keyword='PixelData',
-            photometric_interpretation='MONOCHROME2', pixel_representation=g['PixelRepresentation'], bits_allocated=16, bits_stored=g['BitsStored'])[0].ravel()
+        return decoder.as_array(pydicom.encaps.encapsulate([x]), index=0, raw=True, validate=False, decoding_plugin=plugin, number_of_frames=1, rows=g['Rows'], columns=g['Columns'],
+            samples_per_pixel=1, pixel_keyword='PixelData', photometric_interpretation='MONOCHROME2', pixel_representation=g['PixelRepresentation'], bits_allocated=16, bits_stored=g['BitsStored'])[0].ravel()
     except CTError: raise
     except Exception as e: raise _again(s.path, f'its compressed pixels cannot be decoded ({type(e).__name__})') from None
 
@@ -509,7 +526,9 @@ def _fill(out, s, x):
     if out.dtype.kind=='f': out[:] = x; out *= np.float32(s.slope); out += np.float32(s.intercept); return
     slope,inter = int(s.slope),int(s.intercept)
     low,high = _hu_range(s)
-    if slope==1 and low>=-2**15 and high<2**15 and (s.grid['PixelRepresentation'] or s.grid['BitsStored']<16): np.add(x.view(np.int16), np.int16(inter), out=out)
+    if slope==1 and low>=-2**15 and inter<2**15:
+        if high>=2**15: x = np.minimum(x, x.dtype.type(min(2**15-1-inter, np.iinfo(x.dtype).max)))
+        np.add(x.view(np.int16), np.int16(inter), out=out)  # unsigned numbers wrap around, and back
     else:
         wide = x.astype(np.int32 if max(abs(low), abs(high))<2**31 else np.int64); wide *= slope; wide += inter
         np.clip(wide, -2**15, 2**15-1, out=out, casting='unsafe')
@@ -560,6 +579,7 @@ def _geometry(slices)->np.ndarray:
     lps[:3] = np.stack([row*dc, col*dr, (last.position-first.position)/n, first.position], 1)
     return np.diag([-1,-1,1,1])@lps
 
+@_quiet()
 def volume_of(
     series:Series # From `find_series`
 )->Volume: # HU, canonical axes; its `source` leads back to the slices
@@ -574,7 +594,8 @@ def volume_of(
     hdr = nib.Nifti1Header()
     hdr.set_data_dtype(np.int16); hdr.set_data_shape(hu.shape[::-1]); hdr.set_sform(affine, 1); hdr.set_qform(affine, 1); hdr.set_xyzt_units('mm')
     data,canonical,back = to_canonical(hu.transpose(2,1,0), affine)
-    return to_hu(Volume(data, canonical, Source(p, hdr, back, tuple(kept)), tuple(notes)))
+    try: return to_hu(Volume(data, canonical, Source(p, hdr, back, tuple(kept)), tuple(notes)))
+    except CTError as e: raise CTError(p, e.fault, 'Export the original series') from None  # its other cure is for NIfTI
 
 def open_series(
     path # A folder with a CT series in it, or any file of the series
@@ -605,9 +626,11 @@ def open_scan(
 seg_codes = dict(lesion=(('49755003','SCT','Morphologically Abnormal Structure'),('52988006','SCT','Lesion')),
                  lung=(('91723000','SCT','Anatomical Structure'),('39607008','SCT','Lung')))
 
+_no_code = (('85756007','SCT','Tissue'),)*2
+
 def _sources(ct)->list:
     "The datasets of the series that a volume was read from, pixels left out"
-    return [_parse(io.BytesIO(_bytes(p)), stop_before_pixels=True) for p in dict.fromkeys(s.path for s in ct.source.slices)]
+    return [pydicom.dcmread(io.BytesIO(_bytes(p, max(s.at for s in ct.source.slices if s.path==p))), stop_before_pixels=True) for p in dict.fromkeys(s.path for s in ct.source.slices)]
 
 def _source_frames(ct)->list:
     "The slices of the series in the order in which its files and frames give them"
@@ -622,19 +645,45 @@ def _in_source_order(seg, ct):
     at = np.array([s.position for s in _source_frames(ct)])
     groups = seg.PerFrameFunctionalGroupsSequence
     rank = [abs(at-np.array(g.PlanePositionSequence[0].ImagePositionPatient, float)).sum(1).argmin() for g in groups]
-    order = sorted(range(len(groups)), key=lambda i: (groups[i].SegmentIdentificationSequence[0].ReferencedSegmentNumber, rank[i]))
+    order = sorted(range(len(groups)), key=lambda i: (groups[i].FrameContentSequence[0].DimensionIndexValues[0], rank[i]))
     bits = np.unpackbits(np.frombuffer(seg.PixelData, np.uint8), bitorder='little')[:len(groups)*seg.Rows*seg.Columns].reshape(len(groups), -1)
     packed = np.packbits(bits[order], bitorder='little').tobytes()
     seg.PixelData = packed+b'\0'*(len(packed)%2)
     seg.PerFrameFunctionalGroupsSequence = [groups[i] for i in order]
     for i in order: groups[i].FrameContentSequence[0].DimensionIndexValues[1] = int(rank[i])+1
 
+# %% ../nbs/01_dicom.ipynb #57920395
 def _describe(hd, i, name, codes):
     "What a segment is, for highdicom"
-    category,kind = ((seg_codes|(codes or {})).get(name) or seg_codes['lesion'])
+    category,kind = ((seg_codes|(codes or {})).get(name) or _no_code)
     algorithm = hd.AlgorithmIdentificationSequence(name='covid3d', version=__version__, family=pydicom.sr.coding.Code('123110','DCM','Artificial Intelligence'))
     return hd.seg.SegmentDescription(i, name, pydicom.sr.coding.Code(*category), pydicom.sr.coding.Code(*kind), hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, algorithm)
 
+def _check_masks(masks, ct, path):
+    "There are masks, on the grid of a DICOM series whose slices can be referred to"
+    if not (ct.source and ct.source.slices): raise CTError(path, 'the scan was not read from DICOM, so there is no series to refer to', 'Use save_mask for NIfTI')
+    if not masks: raise CTError(path, 'there are no masks to write', 'Give one or more')
+    for k,m in masks.items():
+        if m.shape!=ct.shape: raise CTError(path, f'the mask {k!r} is {m.shape}, the scan {ct.shape}', 'Give a mask on the grid of the scan')
+        if not ((m==0)|(m==1)).all(): raise CTError(path, f'the mask {k!r} is not 0 and 1', 'Threshold it first')
+    slices = ct.source.slices
+    files = {s.path for s in slices}
+    for wrong,fault in ((slices[0].frames>1 and (len(files)>1 or len(slices)!=slices[0].frames), 'its slices are not all the frames of one file'),
+                        (not slices[0].grid['FrameOfReferenceUID'], 'its FrameOfReferenceUID is missing'), (len({s.uid for s in slices})!=len(files), 'two of its files have one SOPInstanceUID')):
+        if wrong: raise CTError(ct.source.path, f'{fault}, so a Segmentation cannot refer to them', 'Export the original series, or use save_mask for NIfTI')
+
+# %% ../nbs/01_dicom.ipynb #089307d5
+def _segmentation(hd, masks, ct, codes)->bytes:
+    "The Segmentation as the bytes of a file"
+    x = np.stack([_frame_order(m, ct) for m in masks.values()], -1).astype(np.uint8)
+    seg = hd.seg.Segmentation(_sources(ct), x, hd.seg.SegmentationTypeValues.BINARY, [_describe(hd, i, k, codes) for i,k in enumerate(masks, 1)], hd.UID(), 300, hd.UID(), 1,
+        'covid3d', 'covid3d', __version__, 'research', series_description='covid3d segmentation', omit_empty_frames=False)
+    _in_source_order(seg, ct)
+    if 'ContentCreatorName' not in seg: seg.ContentCreatorName = ''  # must be there, may be empty
+    buf = io.BytesIO(); seg.save_as(buf)
+    return buf.getvalue()
+
+@_quiet()
 def save_seg(
     masks:dict,   # Class → mask, 0 and 1, on the canonical axes of `ct`; one segment each
     ct:Volume,    # The scan, opened from DICOM
@@ -644,14 +693,10 @@ def save_seg(
     "Write masks as one DICOM Segmentation of the series; it carries the patient's data, as the archive needs"
     try: import highdicom as hd
     except ImportError: raise CTError(path, 'writing DICOM Segmentation needs highdicom', "Install it with pip install 'covid3d[dicom]'") from None
-    if not (ct.source and ct.source.slices): raise CTError(path, 'the scan was not read from DICOM, so there is no series to refer to', 'Use save_mask for NIfTI')
-    for k,m in masks.items():
-        if m.shape!=ct.shape: raise CTError(path, f'the mask {k!r} is {m.shape}, the scan {ct.shape}', 'Give a mask on the grid of the scan')
-        if not set(np.unique(m).tolist())<={0,1}: raise CTError(path, f'the mask {k!r} is not 0 and 1', 'Threshold it first')
-    x = np.stack([_frame_order(m, ct) for m in masks.values()], -1).astype(np.uint8)
-    logging.getLogger('highdicom').setLevel(logging.ERROR)
-    seg = hd.seg.Segmentation(_sources(ct), x, hd.seg.SegmentationTypeValues.BINARY, [_describe(hd, i, k, codes) for i,k in enumerate(masks, 1)], hd.UID(), 300, hd.UID(), 1,
-        'covid3d', 'covid3d', __version__, 'research', series_description='covid3d segmentation', omit_empty_frames=False)
-    _in_source_order(seg, ct)
-    buf = io.BytesIO(); seg.save_as(buf)
-    write_atomic(path, buf.getvalue())
+    _check_masks(masks, ct, path)
+    try: raw = _segmentation(hd, masks, ct, codes)
+    except CTError: raise
+    except Exception as e:
+        lacks = e.name if isinstance(e, AttributeError) and e.name and e.name in pydicom.datadict.keyword_dict else f'{type(e).__name__} in highdicom'
+        raise CTError(ct.source.path, f'its headers lack, or hold malformed, what a Segmentation must copy ({lacks})', 'Export the original series, or use save_mask for NIfTI') from None
+    write_atomic(path, raw)

@@ -1,0 +1,110 @@
+"""Random damage to one file of a valid series: refused by CTError, or read as SimpleITK reads the same bytes; never a crash, a hang, or memory without end.
+COVID3D_FUZZ=2000 tries more.
+
+A child process, which runs this file, opens the damaged series under a limit of memory and a clock: a decoder that takes the process down, or loops, fails the test, and so does SimpleITK if it does."""
+import faulthandler, json, os, re, resource, subprocess, sys, warnings
+from pathlib import Path
+
+import numpy as np, pydicom, pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from covid3d.dicom import open_series
+from covid3d.volume import CTError
+from dicom_files import encode, enhanced, in_file_order, native, packed, save_all, scan, sets_of, slice_by_slice
+
+count = int(os.environ.get('COVID3D_FUZZ', 60))
+kinds = [*native, *packed, 'enhanced', 'enhanced_frames', 'enhanced_j2k']
+seconds,memory = 5,2*2**30
+extremes = [bytes(4), b'\xff'*4, b'\xff\xff\xff\x7f', b'\xff\xff\0\0', b'\0\0\0\x80', b'\xfe\xff\xdd\xe0', b'\xfe\xff\0\xe0']  # the last two are the delimiters of sequences
+
+def series(kind)->list:
+    "Datasets of a small series, a file each"
+    sets = sets_of(scan((5,24,20)))
+    if kind in native|packed: return [encode(o, (native|packed)[kind]) for o in sets]
+    return [encode(enhanced(sets, kind=='enhanced_frames'), packed['j2k'] if kind=='enhanced_j2k' else native['little'])]
+
+def damage(raw, pixels, rng)->bytes:
+    "One to three changes, most of them before byte `pixels`: a bit, a byte, a run of bytes, an extreme number, a cut, a piece left out or put in"
+    raw = bytearray(raw)
+    for _ in range(rng.integers(1, 4)):
+        at,n = int(rng.integers(min(pixels if rng.random()<.7 else len(raw), len(raw)) or 1)),int(rng.integers(1, 9))
+        match rng.integers(8):
+            case 0 | 1: raw[at:at+1] = bytes([raw[at]^(1<<int(rng.integers(8)))]) if raw else b''
+            case 2: raw[at:at+1] = rng.bytes(1)
+            case 3: raw[at:at+n] = rng.bytes(n)
+            case 4: raw[at:at+4] = extremes[int(rng.integers(len(extremes)))]
+            case 5: del raw[at:at+n if rng.random()<.7 else len(raw)]
+            case 6: raw[at:at] = rng.bytes(n)
+            case 7: raw[at:at] = raw[at:at+int(rng.integers(1, 200))]
+    return bytes(raw)
+
+def by_pydicom(vol)->tuple:
+    "As `slice_by_slice`, with pydicom's reader and decoders"
+    read,xs,at = {},[],[]
+    for s in vol.source.slices:
+        if s.path not in read: ds = pydicom.dcmread(s.path); read[s.path] = ds,ds.pixel_array.reshape(-1, ds.Rows, ds.Columns)
+        ds,x = read[s.path]
+        groups = [ds.PerFrameFunctionalGroupsSequence[s.frame],ds.SharedFunctionalGroupsSequence[0]] if 'SharedFunctionalGroupsSequence' in ds else []
+        part = lambda name: next((g[name][0] for g in groups if name in g), ds)
+        rescale = part('PixelValueTransformationSequence')
+        xs.append(x[s.frame]*float(rescale.RescaleSlope)+float(rescale.RescaleIntercept)); at.append([float(o) for o in part('PlanePositionSequence').ImagePositionPatient])
+    return np.clip(xs, -1024, 32767),np.array(at)
+
+def compare(vol)->str:
+    "What differs from another reader, nothing if all is equal. Frames with a rescale of their own are pydicom's to judge: GDCM takes the first frame's for all"
+    own = len({(s.slope,s.intercept) for s in vol.source.slices if s.frames>1})>1
+    try: voxels,at = (by_pydicom if own else slice_by_slice)(vol)
+    except RuntimeError: return 'SimpleITK refuses'
+    if voxels.shape!=in_file_order(vol).shape: return f'shape {voxels.shape}'
+    if not np.allclose(in_file_order(vol), voxels, rtol=1e-6, atol=1e-3): return f'voxels by {abs(in_file_order(vol)-voxels).max():g}'
+    if not np.allclose(at, [s.position for s in vol.source.slices], atol=1e-3): return 'positions'
+    return ''
+
+def attempt(folder, stage)->str:
+    "One damaged series: refused, equal, or what is wrong"
+    stage.write_text('ours'); faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        try: vol = open_series(folder)
+        except CTError as e: return 'refused' if re.fullmatch(rf'{re.escape(str(folder))}[^\n:]*: [^\n]+\.', str(e)) and not re.search('DOE|JANE', str(e)) else f'message {e}'
+        if re.search('DOE|JANE', str(vol.notes)): return f'notes {vol.notes}'
+        stage.write_text('SimpleITK')
+        return compare(vol) or 'equal'
+    except Exception as e: return f'{type(e).__name__}: {e}'
+    finally: faulthandler.cancel_dump_traceback_later()
+
+def child(kind, folder, start, stop):
+    "Damage number `start` to `stop`; a line of JSON after each"
+    warnings.simplefilter('error'); resource.setrlimit(resource.RLIMIT_AS, (memory,memory))
+    files,rng = sorted((folder/'series').iterdir()),np.random.default_rng(kinds.index(kind))
+    whole = [(p, p.read_bytes()) for p in files]
+    for i in range(start, stop):
+        rng = np.random.default_rng([kinds.index(kind), i])
+        p,raw = whole[int(rng.integers(len(whole)))]
+        p.write_bytes(damage(raw, raw.rindex(b'\xe0\x7f\x10\0' if kind!='big' else b'\x7f\xe0\0\x10')+16, rng))
+        print(json.dumps([i, attempt(folder/'series', folder/'stage')]), flush=True)
+        p.write_bytes(raw)
+
+def run(kind, folder)->list:
+    "What came of each damage"
+    save_all(series(kind), folder/'series')
+    res,start = [],0
+    while start<count:
+        p = subprocess.run([sys.executable,__file__,kind,str(folder),str(start),str(count)], capture_output=True, text=True, errors='replace')
+        assert not re.search('DOE|JANE', p.stderr+p.stdout), p.stderr[-2000:]
+        new = [json.loads(o) for o in p.stdout.splitlines()]
+        res += [o for _,o in new]; start += len(new)
+        if p.returncode==0: break
+        assert (folder/'stage').read_text()=='SimpleITK', f'damage {start} of {kind} ended the process:\n{p.stderr[-3000:]}'
+        res.append('SimpleITK died'); start += 1
+        save_all(series(kind), folder/'series')
+    return res
+
+@pytest.mark.parametrize('kind', kinds)
+def test_damaged(tmp_path, kind, no_fsync):
+    res = run(kind, tmp_path)
+    odd = {i:o for i,o in enumerate(res) if o not in ('refused','equal')}
+    print(kind, {k:res.count(k) for k in ('refused','equal')})
+    assert not odd
+    assert len(res)==count and res.count('refused')>count//10 and res.count('equal')>count//20  # neither everything refused nor everything taken
+
+if __name__=='__main__': child(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

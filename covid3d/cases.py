@@ -10,7 +10,7 @@ __all__ = ['splits', 'columns', 'levels', 'inside_line', 'parse_window', 'Case',
            'report_json']
 
 # %% ../nbs/04_cases.ipynb #412059ba
-import hashlib, os, re
+import hashlib, math, os, re, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -33,7 +33,7 @@ def parse_window(
     if not s: return None
     try:
         low,high = map(float, s.split(':'))
-        if not low<high: raise ValueError
+        if not -math.inf<low<high<math.inf: raise ValueError
     except ValueError: raise CTError('already_windowed', f'{s!r} is not low:high in HU', 'Write, for example, -1000:20') from None
     return low,high
 
@@ -60,7 +60,12 @@ def _read_csv(path)->pd.DataFrame:
     "A CSV as text; commas, semicolons, a byte-order mark and Windows line ends are all right"
     p = Path(path)
     if not p.is_file(): raise CTError(p, 'no such case table', 'Write one with `covid3d cases`')
-    try: df = pd.read_csv(p, dtype=str, keep_default_na=False, sep=None, engine='python', encoding='utf-8-sig')
+    with p.open('rb') as f:
+        if b'\0' in f.read(4096): raise CTError(p, 'this is no CSV in UTF-8', 'Save the sheet as CSV (UTF-8), or write one with `covid3d cases`')
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', pd.errors.ParserWarning)  # a line longer than the header would push the columns along
+            df = pd.read_csv(p, dtype=str, keep_default_na=False, sep=None, engine='python', encoding='utf-8-sig', index_col=False)
     except Exception as e: raise CTError(p, f'not a CSV ({type(e).__name__})', 'Write one with `covid3d cases`') from None
     return df.map(lambda s: s[1:] if isinstance(s, str) and re.match("'[=+@\t\r-]", s) else s)  # what `safe_cell` put before it
 
@@ -74,6 +79,8 @@ def _need_columns(df, p, need):
 
 def _table_faults(df, p):
     "The `CTError`s of a table as a whole"
+    for c in df.case:
+        if re.search(r'[/\\\0]', str(c)) or c in ('.','..'): yield CTError(p, f'case {c!r} cannot be the name of a file', 'Rename it: masks are called after their case')
     for c in df.case[df.case.duplicated()].unique(): yield CTError(p, f'case {c!r} stands there twice', 'Give each scan a name of its own')
     same = df[df.ct.map(os.path.normpath).duplicated(keep=False)]
     for _,g in same.groupby(same.ct.map(os.path.normpath)):
@@ -92,7 +99,9 @@ def _split_patients(df, p):
 def _case(row, root, masks)->Case:
     "A `Case` from a line of the table"
     paths = {k:Path(os.path.normpath(root/row[k])) for k in ('ct',*masks) if row.get(k)}
-    return Case(row['case'], paths.pop('ct'), paths, row.get('split',''), parse_window(row.get('already_windowed','')), row.get('patient',''))
+    try: window = parse_window(row.get('already_windowed',''))
+    except CTError as e: raise CTError(f'case {row["case"]}, already_windowed', e.fault, e.cure) from None
+    return Case(row['case'], paths.pop('ct'), paths, row.get('split',''), window, row.get('patient',''))
 
 def _open_table(table, need)->tuple:
     "The table as text, the folder its paths start from, and its name"
@@ -123,7 +132,7 @@ def safe_cell(
 )->str: # The same, unable to run in a spreadsheet
     "Text of a cell that no spreadsheet takes for a formula"
     if isinstance(o, float): return '' if np.isnan(o) else f'{o:.4f}'
-    s = ' '.join(str(o).split('\n'))
+    s = re.sub('[\r\n]+', ' ', str(o))
     return "'"+s if re.match('[=+@\t\r-]', s) and not re.fullmatch(r'-?[\d.]+(:-?[\d.]+)?', s) else s
 
 def write_cases(
@@ -134,6 +143,8 @@ def write_cases(
     root = Path(path).absolute().parent
     rel = lambda p: Path(os.path.relpath(p, root)).as_posix() if p else ''
     df = df.assign(**{k:df[k].map(rel) for k in ('ct','lesion','lung') if k in df})
+    odd = next((o for o in df.to_numpy().ravel() if re.search('[\0\r\n\ud800-\udfff]', str(o))), None)
+    if odd: raise CTError(ascii(odd), 'a name with a line end, or with bytes that are no UTF-8, cannot stand in a CSV', 'Rename it')
     write_atomic(path, df.map(safe_cell).to_csv(index=False, lineterminator='\n').encode())
 
 # %% ../nbs/04_cases.ipynb #e79b410e
@@ -172,22 +183,23 @@ class CaseReport:
 # %% ../nbs/04_cases.ipynb #095aacdc
 inside_line = .8 # Least part of a lesion that lies in the lung mask without a warning
 
+def _note_all(rep, path, notes):
+    for n in notes: rep.add('note', path, n, 'Nothing to do, the reader has dealt with it')
+
 def _check_lung(rep, case, ct, lesion):
     "Volume of the lung, and how the lesion lies in it"
-    path,lung = case.masks['lung'],case.open_mask('lung', ct).data
+    path,m = case.masks['lung'],case.open_mask('lung', ct); lung = m.data
+    _note_all(rep, path, m.notes)
     rep.lung_ml = float(lung.sum()*ct.ml_per_voxel)
     if not lung.any(): rep.add('warning', path, 'there is no lung in it, so no share of the lung can be given', 'Check the field of view'); return
     faces = zip(('lower','upper','front','back','right','left'), (lung.take(i, axis) for axis in range(3) for i in (0,-1)))
     cut = [side for side,face in faces if face.mean()>.01]
     if cut: rep.add('warning', path, f'the lung is cut off at the {" and ".join(cut)} edge of the scan, so no share of the lung is given', 'Use a scan of the whole chest for volumes')
     if lesion is None: return
-    if not cut: rep.lesion_share = float(lesion.sum()/lung.sum())
     if lesion.any():
         rep.inside = float((lesion&lung).sum()/lesion.sum())
-        if rep.inside<inside_line: rep.add('warning', case.masks['lesion'], f'only {rep.inside:.0%} of the lesion lies in the lung mask, as if it were the mask of another scan', 'Look at it, and at the lung mask')
-
-def _note_all(rep, path, notes):
-    for n in notes: rep.add('note', path, n, 'Nothing to do, the reader has dealt with it')
+        if rep.inside<inside_line: rep.add('warning', case.masks['lesion'], f'only {rep.inside:.0%} of the lesion lies in the lung mask, as if it were the mask of another scan', 'Look at it, and at the lung mask'); return
+    if not cut: rep.lesion_share = float(lesion.sum()/lung.sum())
 
 def _check_files(rep, case, need):
     "Open scan and masks, one after the other"
@@ -240,6 +252,11 @@ def check_cases(
         done = pool.map(lambda c: check_case(c, need), cases)
         return _same_scans([next(done) for _ in track(cases, 'checking')])
 
+def _case_or_report(row, root, masks):
+    "A `Case`, or the report that its line is no case"
+    try: return _case(row, root, masks)
+    except CTError as e: return CaseReport(row['case'], row.get('split',''), findings=[Finding('error', row['case'], 'already_windowed', e.fault, e.cure)])
+
 def check_table(
     table,             # Case table: CSV or DataFrame
     split=None,        # Only this split, or these
@@ -249,9 +266,11 @@ def check_table(
     "Check a case table and everything it names"
     df,root,name = _open_table(table, ())
     wanted = {split} if isinstance(split, str) else split
-    cases = [_case(r, root, dict.fromkeys(('lesion','lung',*need))) for r in df.to_dict('records') if not wanted or r.get('split') in wanted]
+    cases = [_case_or_report(r, root, dict.fromkeys(('lesion','lung',*need))) for r in df.to_dict('records') if not wanted or r.get('split') in wanted]
+    if not cases: raise CTError(name, f'no case has the split {" or ".join(map(repr, sorted(wanted)))}', 'Change the split column')
+    checked = iter(check_cases([c for c in cases if isinstance(c, Case)], need, workers))
     faults = [Finding('error', 'the table', str(e.what), e.fault, e.cure) for e in _table_faults(df, name)]
-    return [CaseReport('the table', findings=faults)]*bool(faults)+check_cases(cases, need, workers)
+    return [CaseReport('the table', findings=faults)]*bool(faults)+[next(checked) if isinstance(c, Case) else c for c in cases]
 
 def require_ok(
     reports, # From `check_cases`

@@ -111,8 +111,7 @@ def names_or_share(
 ): # None, a list of names, or a share
     "What `--valid` and `--test` mean"
     if not s: return None
-    try: return float(s)
-    except ValueError: return [o for o in s.split(',') if o]
+    return float(s) if re.fullmatch(r'0|[01]?\.\d+', s) else [o for o in s.split(',') if o]
 
 # %% ../nbs/30_cli.ipynb #fc2b35be
 @command
@@ -166,7 +165,7 @@ def check(
     if json: print(js.dumps(report_json(reports), indent=1)); return int(n['error']>0)
     print(report_table([r for r in reports if r.case!='the table']).to_string(index=False), end='\n\n')
     for f in found: print(f)
-    print(f'{len(reports)} cases · '+', '.join(f'{v} {k}{"s"[:v!=1]}' for k,v in n.items()))
+    print(f'{sum(r.case!="the table" for r in reports)} cases · '+', '.join(f'{v} {k}{"s"[:v!=1]}' for k,v in n.items()))
     return int(n['error']>0)
 
 # %% ../nbs/30_cli.ipynb #77487dbd

@@ -10,7 +10,7 @@ __all__ = ['ricord_labels', 'zenodo_record', 'instructions', 'choose_splits', 'c
            'dicom_series', 'ricord', 'trace', 'write_ricord', 'folder', 'read_record', 'Resume', 'unpack', 'download']
 
 # %% ../nbs/05_datasets.ipynb #fa049baa
-import json, math, os, random, re, shutil, stat, tempfile, zipfile
+import errno, json, lzma, math, os, random, re, shutil, stat, tempfile, zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +26,16 @@ from .volume import CTError, case_name, save_mask, save_volume, to_canonical, wr
 # %% ../nbs/05_datasets.ipynb #f9dd040f
 def _inside(p, root)->bool: return os.path.realpath(p).startswith(os.path.realpath(root)+os.sep)
 
-def _niftis(folder, root, notes, suffix='')->dict:
-    "Case name, `suffix` taken off → file"
+def _niftis(folder, root, notes, suffix='', key=lambda o: o)->dict:
+    "Case name, `suffix` taken off and made uniform by `key` → file"
     out = {}
     for p in sorted(Path(folder).iterdir()):
         if p.name.startswith('.') or not p.name.lower().endswith(('.nii','.nii.gz')): continue
+        if p.is_symlink() and not p.exists(): notes.append(f'{p.name} is a link that leads nowhere and was passed over'); continue  # F6
         if not _inside(p, root): notes.append(f'{p.name} is a link that leads out of {root} and was passed over'); continue  # F6
         name = case_name(p)
         if suffix and not name.endswith(suffix): continue
-        name = name[:len(name)-len(suffix)]
+        name = key(name[:len(name)-len(suffix)])
         if name in out: raise CTError(p, f'{out[name].name} has the same case name', 'Remove or rename one')  # F4
         out[name] = p
     return out
@@ -70,7 +71,9 @@ def choose_splits(
 )->pd.Series: # 'train', 'valid', 'test', or '' where there is no lesion mask
     "A split for each case, by patient"
     use = df[df.lesion!='']
-    chosen = {k:v if isinstance(v, float) else _named(df, v) for k,v in dict(test=test, valid=valid).items()}
+    chosen = {k:v if isinstance(v, (int,float)) else _named(df, v) for k,v in dict(test=test, valid=valid).items()}
+    bare = sorted({c for v in chosen.values() if isinstance(v, set) for c in v}-set(use.case))
+    if bare: raise CTError(bare[0], 'the case has no lesion mask, so it cannot be in valid or test', 'Add the mask, or leave the case out')  # P10
     both = set.intersection(*(v if isinstance(v, set) else set() for v in chosen.values()))
     if both: raise CTError(sorted(both)[0], 'the case is named in valid and in test', 'Choose one')
     taken = set().union(*(use.patient[use.case.isin(v)] for v in chosen.values() if isinstance(v, set)))
@@ -117,7 +120,7 @@ def _layout(root, layouts, layout='')->tuple:
 
 def _three_folders(base, dirs, notes, key=lambda o: o)->tuple:
     "Scans, and masks by column, of a layout with one folder each"
-    files = [{key(k):p for k,p in _niftis(base/d, base, notes).items()} if (base/d).is_dir() else {} for d in dirs]
+    files = [_niftis(base/d, base, notes, key=key) if (base/d).is_dir() else {} for d in dirs]
     if not files[0]: raise CTError(base/dirs[0], 'there is no .nii or .nii.gz in it', 'Check the folder')  # F9
     _all_masks(files[0], files[1], base/dirs[1])
     return files[0],dict(lesion=files[1], lung=files[2])
@@ -180,7 +183,7 @@ def mosmed(
     "MosMedData: 1,110 scans, 50 with masks"
     base,notes,ct = _base(root, ['studies']),[],{}
     if not (base/'studies').is_dir(): raise CTError(root, 'it holds no folder studies/', 'Give the folder that holds studies/ and masks/')  # F9
-    for d in sorted((base/'studies').glob('CT-*')):
+    for d in sorted(o for o in (base/'studies').glob('CT-*') if o.is_dir()):
         for name,p in _niftis(d, base, notes).items():
             if name in ct: raise CTError(p, f'{name} lies in {ct[name].parent.name} too', 'Remove one')  # F4
             ct[name] = p
@@ -400,7 +403,8 @@ _own = dict(plain=('ct','infection_mask','lung_mask'), nnunet=('imagesTr','label
 def _plain(base, notes)->tuple:
     "Scans, files or folders of slices, and masks"
     ct = _niftis(base/'ct', base, notes)
-    for d in sorted(o for o in (base/'ct').iterdir() if o.is_dir() and not o.name.startswith('.') and _inside(o, base)):
+    for d in sorted(o for o in (base/'ct').iterdir() if o.is_dir() and not o.name.startswith('.')):
+        if not _inside(d, base) or os.path.samefile(d, base/'ct'): notes.append(f'{d.name} is a link that leads out of ct/ or back to it and was passed over'); continue  # F6
         if d.name in ct: raise CTError(d, f'{ct[d.name].name} has the same case name', 'Remove or rename one')  # F4
         ct[d.name] = d
     if not ct: raise CTError(base/'ct', 'there is no .nii or .nii.gz in it', 'Check the folder')  # F9
@@ -411,12 +415,12 @@ def _plain(base, notes)->tuple:
 
 def _nnunet(base, notes)->tuple:
     "nnU-Net's raw layout, version 1 or 2"
-    ct,masks = _niftis(base/'imagesTr', base, notes, '_0000'),_niftis(base/'labelsTr', base, notes)
+    ct,masks = _niftis(base/'imagesTr', base, notes, '_0000'),_niftis(base/'labelsTr', base, notes) if (base/'labelsTr').is_dir() else {}
     if not ct: raise CTError(base/'imagesTr', 'there is no …_0000.nii.gz in it', 'Check the folder')
     _all_masks(ct, masks, base/'labelsTr')
     if (base/'dataset.json').is_file():
         try: n = int(json.loads((base/'dataset.json').read_text())['numTraining'])
-        except (ValueError,KeyError,TypeError,OSError): raise CTError(base/'dataset.json', 'it gives no numTraining', 'Mend the file, or remove it') from None
+        except (ValueError,KeyError,TypeError,OverflowError,OSError): raise CTError(base/'dataset.json', 'it gives no numTraining', 'Mend the file, or remove it') from None
         if n!=len(ct): raise CTError(base/'dataset.json', f'numTraining is {n}, but imagesTr/ holds {len(ct)} scans', 'Complete the folder, or mend the number')  # F2
     return ct,dict(lesion=masks)
 
@@ -474,10 +478,21 @@ def read_record(
         files = {f['key']:(urljoin(url, f['links']['self']), int(f['size']), f['checksum']) for f in r.json()['files']}
     except _requests().exceptions.JSONDecodeError: raise CTError(url, 'the answer is a web page, not the record', 'Open it in a browser: does the network want a login?') from None
     except _requests().RequestException as e: raise CTError(url, f'the record cannot be read ({type(e).__name__})', _retry) from None
-    except (KeyError,TypeError,ValueError): raise CTError(url, 'the answer is not a record of Zenodo', 'Update covid3d, or download the files by hand') from None
+    except (KeyError,TypeError,ValueError,OverflowError,RecursionError): raise CTError(url, 'the answer is not a record of Zenodo', 'Update covid3d, or download the files by hand') from None
     for k,(link,size,check) in files.items():
-        if Path(k).name!=k or k.startswith('.') or urlsplit(link)[:2]!=urlsplit(url)[:2] or not re.fullmatch(r'md5:[0-9a-f]{32}', check): raise CTError(url, 'the record names a file, a place or a checksum that cannot be right', 'Do not trust this server')
+        if not isinstance(k, str) or not isinstance(check, str) or size<1 or Path(k).name!=k or k.startswith('.') or urlsplit(link)[:2]!=urlsplit(url)[:2] or not re.fullmatch(r'md5:[0-9a-f]{32}', check): raise CTError(url, 'the record names a file, a place or a checksum that cannot be right', 'Do not trust this server')
     return files
+
+def _body(r, n, what, chunk=2**16):
+    "At most `n` bytes of an answer, in the pieces in which they come"
+    bar,ahead = iter(track(range(-(-n//chunk)), what)),0
+    for data in r.iter_content(chunk):
+        yield data[:n]
+        n,ahead = n-len(data),ahead+len(data)
+        for _ in range(ahead//chunk): next(bar, None)
+        ahead %= chunk
+        if n<=0: break
+    for _ in bar: pass
 
 @dataclass
 class Resume:
@@ -485,43 +500,47 @@ class Resume:
     part:Path     # What has come so far
     size:int      # Bytes of the whole
     tries:int=4   # Connections in one run
+    fault:str='the connection was cut' # What became of the last one
 
     def __call__(self, url, output_file, pooch):
+        if self.have>self.size: self.part.unlink()  # the beginning of another file
         for _ in range(self.tries):
             if self.have<self.size: self.fetch(url)
-        if self.have!=self.size: raise CTError(url, f'the connection was cut after {self.have:,} of {self.size:,} bytes', _retry)
+        if self.have!=self.size: raise CTError(url, f'{self.fault} after {self.have:,} of {self.size:,} bytes', _retry)
         os.replace(self.part, output_file)
 
     @property
     def have(self)->int: return self.part.stat().st_size if self.part.exists() else 0
 
-    def fetch(self, url, chunk=2**20):
+    def fetch(self, url):
         "One connection, from the first missing byte"
         requests = _requests()
         try:
-            with requests.get(url, headers={'Range':f'bytes={self.have}-'} if self.have else {}, stream=True, timeout=60) as r:
+            with requests.get(url, headers={'Accept-Encoding':'identity'}|({'Range':f'bytes={self.have}-'} if self.have else {}), stream=True, timeout=60) as r:
                 r.raise_for_status()
                 if r.headers.get('Content-Type','').startswith('text/html'): raise CTError(url, 'a web page came instead of the file', 'Open it in a browser: does the network want a login?')
                 if r.status_code!=206: self.part.unlink(missing_ok=True)  # the server begins anew
                 with self.part.open('ab') as f:
-                    for _,data in zip(track(range(-(-(self.size-self.have)//chunk)), Path(urlsplit(url).path).name), r.iter_content(chunk)): f.write(data)
-        except requests.RequestException: pass  # the next try asks for what is missing
+                    for data in _body(r, self.size-self.have, self.part.name[1:].removesuffix('.part')): f.write(data)
+        except requests.HTTPError as e: self.fault = f'the server answered {e.response.status_code}'
+        except requests.RequestException: self.fault = 'the connection was cut'  # the next try asks for what is missing
         except OSError as e: raise CTError(self.part, f'cannot be written ({e.strerror})', 'Check the folder and the free space') from None
 
 # %% ../nbs/05_datasets.ipynb #f1615905
 _most = 64*2**30 # bytes that an archive may unpack to
 
-def _check_zip(z, path):
+def _check_zip(z, path, top):
     "Refuse an archive before anything is written"
     infos = [i for i in z.infolist() if not i.is_dir() and '__MACOSX' not in i.filename and not Path(i.filename).name.startswith('.')]
     for i in infos:
         parts = i.filename.replace('\\','/').split('/')
-        if '..' in parts or parts[0]=='' or ':' in parts[0] or '\0' in i.filename: raise CTError(path, 'a name in it leads out of its folder', 'Do not trust this file')
+        if any(o in ('','..') or ':' in o for o in parts): raise CTError(path, 'a name in it leads out of its folder', 'Do not trust this file')
         if stat.S_ISLNK(i.external_attr>>16): raise CTError(path, 'it holds a link', 'Do not trust this file')
         if i.flag_bits&1: raise CTError(path, 'it is encrypted', 'Get another copy')
         if i.file_size>1032*i.compress_size+4096: raise CTError(path, 'it declares more than its bytes can hold', 'Do not trust this file')
     if sum(i.file_size for i in infos)>_most: raise CTError(path, f'it unpacks to more than {_most/2**30:.0f} GiB', 'Do not trust this file')
-    if len({i.filename for i in infos})<len(infos): raise CTError(path, 'it holds two files of one name', 'Do not trust this file')
+    if not infos: raise CTError(path, 'it holds no file', 'Get another copy')
+    if len({i.filename.removeprefix(top) for i in infos})<len(infos): raise CTError(path, 'it holds two files of one name', 'Do not trust this file')
     return infos
 
 def unpack(
@@ -533,14 +552,16 @@ def unpack(
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         with zipfile.ZipFile(path) as z:
-            infos = _check_zip(z, path)
+            infos = _check_zip(z, path, folder.name+'/')
             for i in infos:
                 to = tmp/i.filename.removeprefix(folder.name+'/')
                 to.parent.mkdir(parents=True, exist_ok=True)
                 with z.open(i) as src, to.open('wb') as dst: shutil.copyfileobj(src, dst, 2**20)  # zipfile stops at the declared size and checks the CRC
         os.replace(tmp, folder)
-    except (zipfile.BadZipFile,EOFError,NotImplementedError,zipfile.zlib.error) as e: raise CTError(path, f'the archive is damaged ({type(e).__name__})', 'Download it again') from None
-    except OSError as e: raise CTError(folder, f'cannot be written ({e.strerror})', 'Check the folder and the free space') from None
+    except (zipfile.BadZipFile,EOFError,NotImplementedError,UnicodeDecodeError,IndexError,lzma.LZMAError,zipfile.zlib.error) as e: raise CTError(path, f'the archive is damaged ({type(e).__name__})', 'Download it again') from None
+    except OSError as e:
+        if e.errno in (None,errno.EINVAL): raise CTError(path, f'the archive is damaged ({e})', 'Download it again') from None  # a seek to nowhere, or bz2's own
+        raise CTError(folder, f'cannot be written ({e.strerror})', 'Check the folder and the free space') from None
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 def download(

@@ -97,6 +97,11 @@ def case_name(path)->str:
 def _find(path)->Path:
     "`path` as a NIfTI file that exists and is not one of two twins"
     p = Path(path)
+    try: return _find_file(p)
+    except OSError as e: raise CTError(p, f'cannot be read ({e.strerror or e})', 'Check the path and its permissions') from None
+
+def _find_file(p)->Path:
+    "`_find`, where the operating system may refuse to look"
     if p.is_dir(): raise CTError(p, 'this is a folder, not a NIfTI file', 'Give a .nii or .nii.gz file')
     if not p.name.lower().endswith(('.nii','.nii.gz')): raise CTError(p, 'the name does not end in .nii or .nii.gz', 'Convert the scan to NIfTI first')
     if not p.is_file(): raise CTError(p, 'no such file', 'Check the path')

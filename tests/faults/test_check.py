@@ -101,7 +101,7 @@ def test_P1_to_P8_mask(capfd, cohort, kind, data, aff, words):
     save(cohort/'bad.nii', data, aff)
     broken(capfd, cohort, 'bad.nii', *words, **{kind:'bad.nii'})
 
-@each('kind', ['lesion'])
+@each('kind', ['lesion','lung'])
 def test_P3_float_noise_is_a_note(capfd, cohort, kind):
     save(cohort/'noisy.nii', dict(lesion=lesion, lung=lung)[kind], canonical_affine((5,3,2),(90.0004,110,-240)))
     odd(capfd, cohort, 'note', 'noisy.nii', 'float noise', **{kind:'noisy.nii'})
@@ -139,6 +139,11 @@ def test_P9_line(cohort, inside, warned):
     r = check_table(cohort.table)[1]
     assert r.inside==pytest.approx(inside/12) and [f.level for f in r.findings]==['warning']*warned
 
+def test_P9_share_never_above_one(cohort):
+    "A lung mask smaller than the lesion: the share stays a share, or is left out"
+    r = cohort.check(lung=save(cohort/'small.nii', box((3,4),(4,5),(4,6))).name)[1]
+    assert [f.level for f in r.findings]==['warning'] and (r.lesion_share is None or 0<=r.lesion_share<=1)
+
 # P10: unlabelled is not negative
 
 @pytest.fixture
@@ -154,6 +159,11 @@ def test_P10_no_split(capfd, unlabelled, tmp_path):
     assert main(['cases','mosmed',str(unlabelled),'-o',str(tmp_path/'t.csv')])==0 and 'without a split' in capfd.readouterr().out
     r = check_table(tmp_path/'t.csv')[-1]
     assert r.lesion_ml is None and r.lesion_share is None and not r.findings
+
+def test_P10_named_for_a_split(capfd, unlabelled, tmp_path):
+    "A scan without a mask cannot be scored, so naming it is refused, not passed over"
+    with pytest.raises(CTError, match='study_2'): mosmed(unlabelled, test=['study_2'])
+    assert main(['cases','mosmed',str(unlabelled),'--test','study_1,study_2','-o',str(tmp_path/'t.csv')])==2 and 'study_2' in capfd.readouterr().err
 
 @each('split', ['train','valid','test'])
 def test_P10_split_without_mask(capfd, cohort, split):
@@ -218,11 +228,21 @@ def test_same_scan_under_two_names(capfd, cohort, splits, level, way):
     assert one_line(f).level==level and f.case=='c1' and "the same voxels as case 'c0'" in f.fault and ('in another split' in f.fault)==(level=='error')
     assert main(['check',str(cohort.table)])==int(level=='error')
 
+def test_patient_leak_and_scan(capfd, cohort):
+    "The fault of the table comes first, the cases are checked all the same"
+    cohort.write(row=3, patient='p0')
+    reports = cohort.check()
+    f, = reports[0].findings
+    assert reports[0].case=='the table' and "'c0', 'c3' are of one patient but in test and train" in one_line(f).fault
+    assert [r.case for r in reports[1:]]==['c0','c1','c2','c3']
+    assert main(['check',str(cohort.table)])==1
+    assert capfd.readouterr().out.splitlines()[-1]=='4 cases · 1 error, 0 warnings, 0 notes'
+
 # Files that do not open
 
 def test_missing_file(capfd, cohort): broken(capfd, cohort, 'nowhere.nii', 'no such file', ct='nowhere.nii')
 def test_missing_mask(capfd, cohort): broken(capfd, cohort, 'nowhere.nii', 'no such file', lesion='nowhere.nii')
-@each('name', ['d/'*40+'x.nii'])
+@each('name', ['x'*300+'.nii','d/'*40+'x.nii','x'*300])
 def test_impossible_path(capfd, cohort, name): broken(capfd, cohort, name.split('/')[-1], ct=name)
 def test_folder_for_a_file(capfd, cohort): (cohort/'d.nii').mkdir(); broken(capfd, cohort, 'd.nii', 'this is a folder', ct='d.nii')
 def test_empty_folder_for_a_series(capfd, cohort): (cohort/'d').mkdir(); broken(capfd, cohort, 'd', ct='d')
@@ -237,9 +257,10 @@ def test_truncated(capfd, cohort, kind, left, ext):
     save(p, dict(ct=ct(1), lesion=lesion, lung=lung)[kind]); raw = p.read_bytes(); p.write_bytes(raw[:int(len(raw)*left)])
     broken(capfd, cohort, p.name, **{kind:p.name})
 
-@each('call,error', [('read_bytes',PermissionError(13,'Permission denied')),('read_bytes',MemoryError())], ids=['file','memory'])
+@each('call,error', [('read_bytes',PermissionError(13,'Permission denied')),('is_dir',PermissionError(13,'Permission denied')),
+    ('stat',OSError(5,'Input/output error')),('read_bytes',MemoryError())], ids=['file','folder','disk','memory'])
 def test_unreadable(capfd, cohort, monkeypatch, call, error):
-    "No right to the file, too little memory; by a double, since root may read everything"
+    "No right to the file or to its folder, a dying disk, too little memory; by a double, since root may read everything"
     real = getattr(Path, call)
     def fail(self, *a, **k):
         if self.name=='1.nii': raise error
@@ -256,6 +277,16 @@ def test_already_windowed(cohort):
     assert not r.findings and (r.hu[0],r.hu[2])==(-1250,250)
 def test_grey_without_window(capfd, cohort): broken(capfd, cohort, 'grey.nii', 'are grey levels, not HU', ct=grey(cohort))
 def test_window_for_hu(capfd, cohort): broken(capfd, cohort, '1.nii', 'already_windowed does not fit', already_windowed='-1250:250')
+
+@each('window', ['20','250:-1250','a:b','1:2:3','nan:5','-inf:250','0:inf',':'])
+def test_wrong_window(capfd, cohort, window):
+    "The fault of one case: it is named, the others go on"
+    cohort.write(ct=grey(cohort), already_windowed=window)
+    reports = check_table(cohort.table)
+    assert main(['check',str(cohort.table)])==1
+    bad = [f for r in reports for f in r.findings]
+    assert len(bad)==1 and one_line(bad[0]).level=='error' and repr(window) in bad[0].fault and "c1" in str(bad[0]) and 'low:high' in bad[0].fault
+    assert [r.case for r in reports if r.lesion_ml]==['c0','c2','c3']
 
 def test_dicom_case(cohort):
     "A folder, or a file of it, with masks that lie on its grid"
@@ -313,6 +344,11 @@ def test_wrong_options(capfd, cohort, argv, word):
 def test_split(capfd, cohort):
     d = strict(json_of(capfd, cohort.write(row=0, ct='nowhere.nii'), '--split','test'))
     assert d['ok'] and [r['case'] for r in d['reports']]==['c3']
+
+def test_split_that_is_empty(capfd, cohort):
+    "Nothing was checked, which is no success"
+    assert main(['check',str(cohort.write(row=2, split='train').table),'--split','valid'])==2
+    assert "no case has the split 'valid'" in capfd.readouterr().err
 
 def test_every_case_bad_in_its_own_way(capfd, cohort):
     "None stops the check, each is told once, and the exit status is 1"

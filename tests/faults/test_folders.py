@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pytest
 
 from covid3d import datasets
 from covid3d.cases import Case, check_table, columns, read_cases, safe_cell, write_cases
-from covid3d.cli import main
+from covid3d.cli import find_scans, main
 from covid3d.dicom import write_series
 from covid3d.evaluate import CaseScore, write_scores
 from covid3d.volume import CTError, Volume, canonical_affine, save_volume
@@ -76,14 +76,14 @@ def test_F1_mask_without_scan(capfd, tmp_path):
     make(tmp_path/'data', 'mosmed'); (tmp_path/'data'/'studies'/'CT-1'/'study_1.nii.gz').unlink()
     refused(capfd, tmp_path, 'mosmed', tmp_path/'data', 'masks without a scan: study_1')
 
-@each('layout', ['plain','zenodo'])
+@each('layout', ['plain','nnunet','zenodo'])
 def test_F1_no_masks_at_all(capfd, tmp_path, layout):
     "The folder of the masks is not even there"
     refused(capfd, tmp_path, make(tmp_path/'data', layout, masks=False), tmp_path/'data', 'data')
 
 @each('text,words', [('{"numTraining": 4}', ['numTraining is 4','holds 3']), ('{"numTraining": "no"}', ['gives no numTraining']),
     ('{}', ['gives no numTraining']), ('[3]', ['gives no numTraining']),
-    ('null', ['gives no numTraining']), ('{"numTraining":', ['gives no numTraining'])])
+    ('null', ['gives no numTraining']), ('{"numTraining":', ['gives no numTraining']), ('{"numTraining": Infinity}', ['gives no numTraining'])])
 def test_F2_num_training(capfd, tmp_path, text, words):
     make(tmp_path/'data', 'nnunet'); (tmp_path/'data'/'dataset.json').write_text(text)
     refused(capfd, tmp_path, 'folder', tmp_path/'data', tmp_path/'data'/'dataset.json', *words)
@@ -103,10 +103,14 @@ def test_F3_hidden_files(tmp_path, layout):
     (tmp_path/'.DS_Store').write_bytes(b'x'); (tmp_path/'__MACOSX').mkdir(); (tmp_path/'__MACOSX'/'._x').write_bytes(b'x')
     pd.testing.assert_frame_equal(table(kind, tmp_path), want)
 
+def test_F3_file_named_like_a_class(tmp_path):
+    make(tmp_path, 'mosmed'); (tmp_path/'studies'/'CT-0.txt').write_text('healthy')
+    assert len(table('mosmed', tmp_path))==3
+
 @each('layout,twin', [('plain','ct/p1.nii'), ('plain','infection_mask/p1.nii'), ('plain','ct/p1.NII.GZ'), ('nnunet','imagesTr/p1_0000.nii'),
     ('zenodo','Infection_Mask/coronacases_001.nii'),
     ('covid1920','Train/v-1_ct.nii'), ('covid1920','Validation/v-1_ct.nii.gz'), ('mosmed','studies/CT-1/study_1.nii'),
-    ('mosmed','studies/CT-4/study_1.nii.gz')])
+    ('mosmed','studies/CT-4/study_1.nii.gz'), ('kaggle','ct_scans/coronacases_001.nii')])
 def test_F4_same_case_twice(capfd, tmp_path, layout, twin):
     kind = make(tmp_path/'data', layout); put(tmp_path/'data'/twin, 9)
     refused(capfd, tmp_path, kind, tmp_path/'data', tmp_path/'data', 'Remove')
@@ -202,6 +206,21 @@ def test_F6_folders_that_loop(tmp_path, aim):
     df = table('folder', tmp_path/'d')
     assert len(df)==1 and any('loop is a link to a folder and was not followed' in o for o in df.attrs['notes'])
 
+@needs_links
+@each('aim', ['..','.','../..','../../away'])
+def test_F6_link_among_the_scans(tmp_path, aim):
+    "In ct/, where a folder may be a case: a link to a folder is none, and is told"
+    make(tmp_path/'d', 'plain'); write_series(scan(1), tmp_path/'away')
+    (tmp_path/'d'/'ct'/'loop').symlink_to(aim)
+    df = table('folder', tmp_path/'d')
+    assert len(df)==3 and any('loop' in o for o in df.attrs['notes'])
+
+@needs_links
+def test_F6_link_to_itself(tmp_path):
+    make(tmp_path/'d', 'plain'); (tmp_path/'d'/'ct'/'x.nii.gz').symlink_to('x.nii.gz')
+    df = table('folder', tmp_path/'d')
+    assert len(df)==3 and any('x.nii.gz' in o for o in df.attrs['notes'])
+
 # F7: names
 
 odd = ['a.b.c','v1.2 final (2)','Größe','患者 7','Ωmega','ПАЦИЕНТ','-x','+1','=1+1','@x','#1','007','1e5','0.5','nan','NULL','None','True','a,b','a;b',
@@ -217,12 +236,28 @@ def test_F7_names(tmp_path, capfd):
     assert main(['check',str(out),'--json'])==0
     assert {o['case'] for o in json.loads(capfd.readouterr().out)['reports']}=={*odd}
 
+def test_F7_case_by_name(tmp_path, capfd):
+    "A case named on the command line is a case, also one whose name could be a number"
+    for i,o in enumerate(('007','12','1e5','nan','x.y')): put(tmp_path/'d'/'ct'/f'{o}.nii.gz', i); put(tmp_path/'d'/'infection_mask'/f'{o}.nii.gz')
+    for o in ('007','12','1e5','nan','x.y'):
+        assert main(['cases','folder',str(tmp_path/'d'),'-o',str(tmp_path/'t.csv'),'--test',o,'--overwrite'])==0, o
+        assert [c.name for c in read_cases(tmp_path/'t.csv', 'test')]==[o]
+
 @each('ext', ['.nii','.nii.gz','.NII','.Nii.GZ'])
 def test_F7_endings(tmp_path, ext):
     "The ending is what .nii or .nii.gz is, in any case; the rest is the name"
     for d,s in (('ct',0),('infection_mask',None)): put(tmp_path/d/('x'+ext.lower()), s).rename(tmp_path/d/('a.nii.b'+ext))
     df = table('folder', tmp_path)
     assert list(df.case)==['a.nii.b'] and all(r.ok for r in check_table(df))
+
+@pytest.mark.skipif(os.name=='nt' or os.uname().sysname=='Darwin', reason='needs a file system that takes any bytes')
+@each('name', [b'/Gr\xf6\xdfe.nii.gz', b'/a\nb.nii.gz'])
+def test_F7_name_that_is_no_text(capfd, tmp_path, name):
+    "Latin-1 bytes from an old archive, or a line end: refused by name, since no line of a CSV in UTF-8 can hold them"
+    for d,s in (('ct',0),('infection_mask',None)): os.rename(put(tmp_path/'d'/d/'x.nii.gz', s), os.fsencode(tmp_path/'d'/d)+name)
+    assert main(['cases','folder',str(tmp_path/'d'),'-o',str(tmp_path/'t.csv')])==2
+    err = capfd.readouterr().err
+    assert err.count('\n')==1 and 'Rename' in err and not (tmp_path/'t.csv').exists()
 
 # F8, F9: which layout, and none
 
@@ -254,7 +289,8 @@ def test_F9_empty_root(capfd, tmp_path, kind):
     (tmp_path/'f').write_bytes(b'x')
     refused(capfd, tmp_path, kind, tmp_path/'f', tmp_path/'f')
 
-@each('kind,dirs', [('folder','ct'),('folder','ct infection_mask'),('folder','imagesTr labelsTr'),('coronacases','COVID-19-CT-Seg_20cases Infection_Mask Lung_Mask'),('coronacases','ct_scans'),
+@each('kind,dirs', [('folder','ct'),('folder','ct infection_mask'),('folder','imagesTr labelsTr'),('folder','imagesTr'),
+    ('coronacases','COVID-19-CT-Seg_20cases Infection_Mask Lung_Mask'),('coronacases','ct_scans'),
     ('mosmed','studies'),('mosmed','studies/CT-0 masks'),('covid1920','Train'),('covid1920','Train Validation'),('ricord','MIDRC-RICORD-1A')])
 def test_F9_empty_folders(capfd, tmp_path, kind, dirs):
     "The layout is there, the scans are not"
@@ -283,10 +319,17 @@ def test_S2_ways_to_write_a_csv(tmp_path, bom, sep, end, few):
     (tmp_path/'t.csv').write_bytes(bom+(tmp_path/'t.csv').read_bytes())
     assert [c.name for c in read_cases(tmp_path/'t.csv')]==['a b','c;d,e','"f"','g']
 
-@each('text', [b'', b'\n\n',b'\x1f\x8b'+bytes(50), 'case,ct\nä,b.nii'.encode('utf-16'), 'case,ct\nä,b.nii'.encode('latin-1'),
-    b'case,ct\na,b.nii\n"c,d.nii\n'],
-    ids=['empty','blank','gzip','utf16','latin1','quote'])
+@each('text', [b'', b'\n\n', b'\0'*100, b'\x1f\x8b'+bytes(50), 'case,ct\nä,b.nii'.encode('utf-16'), 'case,ct\nä,b.nii'.encode('latin-1'),
+    b'case,ct\na,b.nii\n"c,d.nii\n', b'case,ct\na,b,c,d\n', b'PK\3\4'+bytes(60)+b'\n'*9],
+    ids=['empty','blank','zeros','gzip','utf16','latin1','quote','long','xlsx'])
 def test_S2_no_csv(capfd, tmp_path, text): bad(capfd, tmp_path/'t.csv', text=text)
+
+def test_S2_trailing_separator(tmp_path):
+    "A separator too many at the end of every line does not push the columns along"
+    (tmp_path/'t.csv').write_text('case,ct,lesion\na,a.nii,am.nii,\nb,b.nii,bm.nii,\n')
+    try: found = [(c.name,c.ct.name) for c in read_cases(tmp_path/'t.csv')]
+    except CTError: return  # refused is right too
+    assert found==[('a','a.nii'),('b','b.nii')]
 
 @each('lost', ['case','ct'])
 def test_S3_missing_column(capfd, tmp_path, lost):
@@ -319,6 +362,12 @@ def test_S4_written_relative(tmp_path):
     (tmp_path/'a').rename(tmp_path/'b')
     assert all(r.ok for r in check_table(tmp_path/'b'/'tables'/'t.csv'))
 
+@each('name', ['../evil','/tmp/evil','a/b','..','a\\b','.'])
+def test_S4_case_name_that_leads_out(tmp_path, name):
+    "A name becomes the name of the mask that `predict` writes, so it must not lead out of --out"
+    rows(2, case=['fine',name]).to_csv(tmp_path/'t.csv', index=False)
+    with pytest.raises(CTError, match='t.csv: case .* cannot be the name of a file'): find_scans([tmp_path/'t.csv'])
+
 def test_S5_duplicate_rows(capfd, tmp_path):
     df = rows()
     bad(capfd, tmp_path/'t.csv', "case 'c1' stands there twice", df=pd.concat([df, df[1:2]]), status=1)
@@ -335,7 +384,7 @@ def test_S5_empty_split(tmp_path):
     assert [c.split for c in read_cases(df)]==['train','','',''] and [c.name for c in read_cases(df, 'train')]==['c0']
     with pytest.raises(CTError, match="no case has the split 'test'"): read_cases(df, 'test')
 
-@each('cell', ['=1+1','+1','-cmd','@SUM(A1)','\t=1','=HYPERLINK("x";"y")','-1+1'])
+@each('cell', ['=1+1','+1','-cmd','@SUM(A1)','\t=1','\r=1','=HYPERLINK("x";"y")','-1+1'])
 def test_S6_formulas(tmp_path, cell):
     "No cell of ours starts a formula, and the table reads back as it was"
     assert safe_cell(cell)[0] in "' "

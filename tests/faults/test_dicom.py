@@ -478,6 +478,22 @@ def test_C21_cut_short(tmp_path, sets, cut, syntax):
     path.write_bytes(path.read_bytes()[:cut])
     refused(tmp_path, 'not DICOM|damaged|does not end|ends too early|cannot be decoded|missing|less or more|no pixel data', names=path)
 
+@each('extra', [0, 2, 12, 14, 200])
+def test_C21_more_pixels_than_rows_and_columns(tmp_path, sets, extra):
+    "Less than a row more is padding; from a row on, rows or columns are wrong"
+    for ds in sets: ds.PixelData += bytes(extra)
+    save_all(sets, tmp_path)
+    if extra<14: same(quiet(tmp_path))
+    else: refused(tmp_path, 'less or more pixel data', names=tmp_path/'IM000.dcm')
+
+@each('syntax', packed)
+def test_C21_codestream_cut_short(tmp_path, sets, syntax):
+    "Half a slice, properly wrapped: no decoder may fill in the rest"
+    coded = [encode(o, packed[syntax]) for o in sets_of(scan((5,24,20)))]
+    x = next(pydicom.encaps.generate_frames(coded[2].PixelData, number_of_frames=1))
+    coded[2].PixelData = pydicom.encaps.encapsulate([x[:len(x)//4*2]])
+    save_all(coded, tmp_path); refused(tmp_path, 'cannot be decoded|damaged', names=tmp_path/'IM002.dcm')
+
 def test_C21_element_twice(tmp_path, sets):
     "pydicom believes the second, GDCM the first; here the second would move HU by 1000"
     save_all(sets, tmp_path); path = tmp_path/'IM003.dcm'

@@ -12,9 +12,10 @@ __all__ = ['seg_codes', 'digest', 'read_header', 'Slice', 'read_slices', 'Series
 # %% ../nbs/01_dicom.ipynb #2ab1ffee
 import hashlib, io, logging, os, re, warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ContextDecorator, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 
 import nibabel as nib, numpy as np, pydicom
 from pydicom.dataset import FileMetaDataset
@@ -30,23 +31,25 @@ _tags = [pydicom.tag.Tag(o) for o in '''SOPClassUID SOPInstanceUID StudyInstance
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence'''.split()]
 _first_read,_max_header,_max_file,_most = 2**16,6*2**20,2**31,100_000  # bytes; elements or items of a header
 
-_silent = 1_000_000  # a level of the log that nothing reaches
-
 class _NotDicom(Exception): "A file of another kind"
 
-@contextmanager
-def _quiet():
-    "pydicom's remarks, which may quote what an element holds, go neither to the log nor to the warnings"
-    logs,config = [logging.getLogger(o) for o in ('pydicom','highdicom')],pydicom.config
-    if logs[0].level==_silent: yield; return  # it is quiet already
-    was = [o.level for o in logs],config.settings.reading_validation_mode
-    for o in logs: o.setLevel(_silent)
-    config.settings.reading_validation_mode = config.IGNORE
-    try:
-        with warnings.catch_warnings(): warnings.simplefilter('ignore'); yield
-    finally:
-        for o,w in zip(logs, was[0]): o.setLevel(w)
-        config.settings.reading_validation_mode = was[1]
+class _Quiet(ContextDecorator):
+    "pydicom's remarks, which may quote what an element holds, go neither to the log nor to the warnings, until the last thread is done"
+    gate,inside,undo = Lock(),0,ExitStack()
+    def __enter__(self):
+        with _Quiet.gate:
+            if not _Quiet.inside: self.hush(_Quiet.undo)
+            _Quiet.inside += 1
+    def __exit__(self, *exc):
+        with _Quiet.gate:
+            _Quiet.inside -= 1
+            if not _Quiet.inside: _Quiet.undo.close()
+    def hush(self, undo):
+        for log in map(logging.getLogger, ('pydicom','highdicom')):
+            undo.callback(log.setLevel, log.level); log.setLevel(1_000_000)  # a level that nothing reaches
+        undo.callback(setattr, pydicom.config.settings, 'reading_validation_mode', pydicom.config.settings.reading_validation_mode)
+        pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+        undo.enter_context(warnings.catch_warnings()); warnings.simplefilter('ignore')
 
 def digest(
     s # An identifier
@@ -130,7 +133,7 @@ def read_header(
         if _is_deflated(raw[:_first_read]): raise CTError(p, 'it is deflated, an encoding that is not read', 'Export the series uncompressed')
         f = io.BytesIO(raw)
         try:
-            with _quiet(): ds = _parse(f)
+            with _Quiet(): ds = _parse(f)
             if f.tell()+12<len(raw): return ds,f.tell()
             fault = 'the DICOM header does not end where pixels begin'
         except Exception as e: ds,fault = None,f'the DICOM header is damaged ({type(e).__name__})'  # a damaged file can fail anywhere inside the parser
@@ -256,7 +259,7 @@ def _frames(ds, at, p)->list:
 # %% ../nbs/01_dicom.ipynb #bd717925
 _other_kinds = '.txt .json .xml .csv .md .pdf .jpg .jpeg .png .gif .html .htm .zip .gz .nii .nrrd .exe .inf .ini .log .db .xlsx .py .sha256 .md5 .tmp'.split()
 
-@_quiet()
+@_Quiet()
 def read_slices(
     path # A file
 )->tuple: # Its slices, a list; and what it is if it holds none
@@ -304,7 +307,7 @@ class Series:
     def files(self)->list: return sorted({s.path for s in self.slices})
     def __repr__(self): return f'series {self.number}: {len(self.slices)} slices in {len(self.files)} file{"s"[:len(self.files)>1]}'
 
-@_quiet()
+@_Quiet()
 def find_series(
     folder # Holds DICOM files, of one series or several
 )->list: # Of `Series`, that with the most slices first; those of fewer than four are left out and counted in `skipped`
@@ -451,9 +454,23 @@ def _coded_size(x)->tuple:
     if x[:2]==b'\xff\xd8': return *_jpeg_size(x),None
     return 'unknown',0,0,0,0,None
 
+def _rle_sizes(x)->list:
+    "Bytes that each segment of an RLE frame unpacks to (DICOM PS3.5, annex G)"
+    n,*starts = np.frombuffer(x[:64], '<u4').tolist()
+    out = []
+    for a,b in zip(starts[:n], [*starts[1:n],len(x)]):
+        at,size = a,0
+        while at+1<b:
+            c = x[at]
+            at,size = (at+c+2,size+c+1) if c<128 else (at+2,size+257-c) if c>128 else (at+1,size)
+        out.append(size)
+    return out
+
 def _check_coded(x, s):
     "Compressed pixels are of the kind and size that the header gives"
-    if _codes[s.syntax]=='RLE': return  # the header of the slice is all there is
+    if _codes[s.syntax]=='RLE':
+        if _rle_sizes(x)!=[s.grid['Rows']*s.grid['Columns']]*2: raise _again(s.path, 'its compressed pixels are of another size than its header says')
+        return
     try: kind,*size,bits,sign = _coded_size(x)
     except IndexError: raise _again(s.path, 'its compressed pixels are damaged') from None
     if kind!=_codes[s.syntax]: raise _again(s.path, 'its pixels are not compressed in the way that its transfer syntax says')  # C15
@@ -490,7 +507,6 @@ def _coded_frames(s)->list:
 def _decoded_pixels(s:Slice, coded:dict)->np.ndarray:
     "Stored values of a compressed slice; `coded` keeps the frames of the file that was read last"
     decoder,plugin = _decoder(s)
-    if plugin=='pydicom': warnings.simplefilter('error')  # its RLE cuts off what is too much, and only remarks on it
     try:
         if s.path not in coded: coded.clear(); coded[s.path] = _coded_frames(s)
         x,g = coded[s.path][s.frame],s.grid
@@ -501,7 +517,7 @@ def _decoded_pixels(s:Slice, coded:dict)->np.ndarray:
     except Exception as e: raise _again(s.path, f'its compressed pixels cannot be decoded ({type(e).__name__})') from None
 
 # %% ../nbs/01_dicom.ipynb #a629ed83
-@_quiet()
+@_Quiet()
 def read_pixels(
     s:Slice,        # A slice
     coded:dict=None # Holds what successive slices of one file share
@@ -579,7 +595,7 @@ def _geometry(slices)->np.ndarray:
     lps[:3] = np.stack([row*dc, col*dr, (last.position-first.position)/n, first.position], 1)
     return np.diag([-1,-1,1,1])@lps
 
-@_quiet()
+@_Quiet()
 def volume_of(
     series:Series # From `find_series`
 )->Volume: # HU, canonical axes; its `source` leads back to the slices
@@ -618,7 +634,9 @@ def open_scan(
 )->Volume: # HU, int16 or float32, canonical axes
     "Open a CT of any kind"
     p = Path(path)
-    if is_nifti(p) or not p.exists(): return open_ct(p, already_windowed)
+    try: there = p.exists()
+    except OSError as e: raise CTError(p, f'cannot be read ({e.strerror or e})', 'Check the path and its permissions') from None
+    if is_nifti(p) or not there: return open_ct(p, already_windowed)
     if already_windowed is not None: raise CTError(p, 'already_windowed was given for a DICOM series, which is in HU', 'Leave it out')
     return open_series(p)
 
@@ -683,7 +701,7 @@ def _segmentation(hd, masks, ct, codes)->bytes:
     buf = io.BytesIO(); seg.save_as(buf)
     return buf.getvalue()
 
-@_quiet()
+@_Quiet()
 def save_seg(
     masks:dict,   # Class → mask, 0 and 1, on the canonical axes of `ct`; one segment each
     ct:Volume,    # The scan, opened from DICOM

@@ -1,5 +1,6 @@
 "DICOM series and segmentations without faults: SimpleITK, pydicom and highdicom see the same voxels at the same places"
-import io, itertools, os
+import io, itertools, logging, os, warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import highdicom as hd, nibabel as nib, numpy as np, pydicom, pytest
@@ -292,3 +293,20 @@ def test_segmentation_when_the_series_is_gone(tmp_path):
     vol = quiet(save_all(sets_of(), tmp_path/'in'))
     (tmp_path/'in'/'IM002.dcm').unlink()
     fails('cannot be read', dict(lesion=mask_of(vol)), vol, tmp_path/'seg.dcm')
+
+def test_quiet_until_the_last_thread_is_done():
+    "Two threads in pydicom at once: the first to leave does not let the second one's remarks out, and then all is as it was"
+    from covid3d.dicom import _Quiet
+    log,was = logging.getLogger('pydicom'),(logging.getLogger('pydicom').level,pydicom.config.settings.reading_validation_mode,list(warnings.filters))
+    first,second = _Quiet(),_Quiet()
+    first.__enter__(); second.__enter__(); first.__exit__()
+    with warnings.catch_warnings(record=True) as said: warnings.warn('DOE^JANE')
+    assert not said and not log.isEnabledFor(logging.CRITICAL)
+    second.__exit__()
+    assert (log.level,pydicom.config.settings.reading_validation_mode,list(warnings.filters))==was
+
+def test_threads_read_alike(tmp_path):
+    "Many readings at once, of plain and of compressed series, none of which sees the others"
+    folders = [save_all([encode(o, syntax) for o in sets_of()], tmp_path/k) for k,syntax in (native|packed).items()]
+    with ThreadPoolExecutor(4) as pool: vols = list(pool.map(open_series, folders*3))
+    assert all(np.array_equal(v.data, scan().data) and not v.notes for v in vols)

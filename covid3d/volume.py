@@ -10,11 +10,12 @@ __all__ = ['canonical_axes', 'max_bytes', 'air', 'CTError', 'canonical_affine', 
            'save_volume', 'save_mask']
 
 # %% ../nbs/00_volume.ipynb #a587902e
-import gzip, io, os, struct, tempfile
+import os, struct, tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib, numpy as np
+from isal import igzip, isal_zlib
 from nibabel import orientations
 
 # %% ../nbs/00_volume.ipynb #b3425db4
@@ -111,29 +112,39 @@ def _find_file(p)->Path:
 
 # %% ../nbs/00_volume.ipynb #459c8f7d
 class _File:
-    "The bytes of a `.nii` or `.nii.gz`, unpacked on demand and checked"
+    "The bytes of a `.nii` or `.nii.gz`, unpacked straight to where they belong, and checked"
     def __init__(self, path):
         self.path = _find(path)
         try:
-            if self.path.stat().st_size>max_bytes: raise CTError(self.path, f'the file is larger than {max_bytes/2**30:g} GiB', 'Give a single CT')
-            self.raw = self.path.read_bytes()
+            self.size = self.path.stat().st_size
+            with self.path.open('rb') as f: magic = f.read(2)
         except OSError as e: raise CTError(self.path, f'cannot be read ({e.strerror})', 'Check the permissions') from None
-        if not self.raw: raise CTError(self.path, 'the file is empty', 'Copy or download it again')
+        if self.size>max_bytes: raise CTError(self.path, f'the file is larger than {max_bytes/2**30:g} GiB', 'Give a single CT')
+        if not magic: raise CTError(self.path, 'the file is empty', 'Copy or download it again')
         self.packed = self.path.name.lower().endswith('.gz')
-        if self.packed and self.raw[:2]!=b'\x1f\x8b':
+        if self.packed and magic!=b'\x1f\x8b':
             raise CTError(self.path, 'the name ends in .gz but the content is not gzip', 'Rename it to .nii if it is an unpacked NIfTI, else copy it again')
-        if not self.packed and self.raw[:2]==b'\x1f\x8b': raise CTError(self.path, 'the content is gzip', 'Rename it to .nii.gz')
+        if not self.packed and magic==b'\x1f\x8b': raise CTError(self.path, 'the content is gzip', 'Rename it to .nii.gz')
 
     @property
-    def capacity(self)->int: return len(self.raw)*(1032 if self.packed else 1)  # deflate cannot pack more tightly than 1032:1
+    def capacity(self)->int: return self.size*(1032 if self.packed else 1)  # deflate cannot pack more tightly than 1032:1
 
-    def read(self, n)->bytes:
-        "The first `n` bytes, fewer where the file is shorter"
-        if not self.packed: return self.raw[:n]
+    def fill(self, out, skip=0)->tuple:
+        "Fill `out` with the bytes after the first `skip`; how many there were, and how many followed (1 MiB at most)"
+        view,n = memoryview(out).cast('B'),0
         try:
-            with gzip.GzipFile(fileobj=io.BytesIO(self.raw)) as f: return f.read(n)
-        except (OSError,EOFError,gzip.zlib.error) as e:
-            raise CTError(self.path, f'the gzip stream is damaged or cut short ({e})', 'Copy or download it again') from None
+            with (igzip.open if self.packed else open)(self.path, 'rb') as f:
+                f.read(skip)
+                while n<len(view) and (k:=f.readinto(view[n:n+2**22])): n += k
+                return n,len(f.read(2**20)) if n==len(view) else 0  # reading on to the end is what compares the checksum
+        except (OSError,EOFError,isal_zlib.error) as e:
+            fault = f'the gzip stream is damaged or cut short ({e})' if self.packed else f'cannot be read ({e})'
+            raise CTError(self.path, fault, 'Copy or download it again') from None
+
+    def first(self, n)->bytes:
+        "The first `n` bytes, fewer where the file is shorter"
+        out = bytearray(n)
+        return bytes(out[:self.fill(out)[0]])
 
 # %% ../nbs/00_volume.ipynb #b552a8de
 _kinds = {348:(nib.Nifti1Header, b'n+1', 352), 540:(nib.Nifti2Header, b'n+2', 544)}
@@ -141,7 +152,7 @@ _types = {2:np.uint8, 4:np.int16, 8:np.int32, 16:np.float32, 64:np.float64, 256:
 
 def _parse_header(f:_File):
     "The header as nibabel holds it, unchecked but for its size and magic"
-    raw = f.read(544)
+    raw = f.first(544)
     again = 'Copy or download it again'
     if len(raw)<348: raise CTError(f.path, f'{len(raw)} bytes are too few for a NIfTI header', again)
     size,order = next(((s,e) for e in '<>' for s in [struct.unpack(e+'i', raw[:4])[0]] if s in _kinds), (None,None))
@@ -241,26 +252,49 @@ def _scaling(hdr, p)->tuple:
     if not np.isfinite(inter): raise CTError(p, f'the rescale intercept is {inter}', 'Export the scan again')  # H17
     return slope,inter
 
-def _voxels(hdr, f:_File)->np.ndarray:
-    "The voxels in file order, scaled; integers where the scaling keeps them so"
+def _stored(hdr, f:_File)->np.ndarray:
+    "The voxels in file order as they are stored"
     shape,dtype,offset = _shape(hdr)[:3],np.dtype(_types[int(hdr['datatype'])]).newbyteorder(hdr.endianness),int(hdr['vox_offset'])
     need = offset+int(np.prod(shape))*dtype.itemsize
-    buf = f.read(need+2**20)
-    if len(buf)<need: raise CTError(f.path, f'the file ends too early ({len(buf):,} of {need:,} bytes)', 'Copy or download it again')  # D1
-    if f.packed and len(buf)==need+2**20: raise CTError(f.path, 'the gzip stream unpacks to far more than the header declares', 'Do not trust this file')  # D4
-    x = np.frombuffer(buf, dtype, count=int(np.prod(shape)), offset=offset).reshape(shape, order='F')
-    slope,inter = _scaling(hdr, f.path)
+    short = f'the file ends too early ({{:,}} of {need:,} bytes)'
+    if f.capacity<need: raise CTError(f.path, short.format(f.size), 'Copy or download it again')  # D1
+    x = np.empty(int(np.prod(shape)), dtype)
+    n,more = f.fill(x.view(np.uint8), offset)
+    if n<x.nbytes: raise CTError(f.path, short.format(offset+n), 'Copy or download it again')  # D1
+    if f.packed and more==2**20: raise CTError(f.path, 'the gzip stream unpacks to far more than the header declares', 'Do not trust this file')  # D4
+    return x.reshape(shape, order='F')
+
+def _scaled(x, slope, inter)->np.ndarray:
+    "slope·x + inter: in place where that fits, else as int32 if both are whole, else as float32"
     if (slope,inter)==(1,0): return x
-    whole = dtype.kind in 'iu' and dtype.itemsize<=2 and slope==int(slope) and inter==int(inter) and abs(slope)*2**16+abs(inter)<2**31
-    x = x.astype(np.int32 if whole else np.float32)
+    whole = x.dtype.kind in 'iu' and x.dtype.itemsize<=2 and slope==int(slope) and inter==int(inter)
+    if whole and slope==1 and x.dtype in (np.int16,np.uint16) and -2**15<=inter+int(x.min()) and inter+int(x.max())<2**15:
+        out = x.view(np.int16); out += np.int16(inter)  # unsigned numbers wrap around, and back
+        return out
+    x = x.astype(np.int32 if whole and abs(slope)*2**16+abs(inter)<2**31 else np.float32)
     with np.errstate(over='ignore', invalid='ignore'): x *= x.dtype.type(slope); x += x.dtype.type(inter)
     return x
+
+def _voxels(hdr, f:_File)->np.ndarray:
+    "The voxels in file order, scaled; integers where the scaling keeps them so"
+    x = _stored(hdr, f)
+    if not x.dtype.isnative: x = x.byteswap(inplace=True).view(x.dtype.newbyteorder('='))
+    return _scaled(x, *_scaling(hdr, f.path))
 
 # %% ../nbs/00_volume.ipynb #f5b25ad1
 def _shear(affine)->float:
     "The largest cosine between two axes, 0 where all are at right angles"
     cosines = affine[:3,:3]/np.sqrt((affine[:3,:3]**2).sum(0))
     return float(abs(cosines.T@cosines-np.eye(3)).max())
+
+def _in_order(x)->np.ndarray:
+    "`x` in C order; axes that only run backwards are turned in place, which takes no second copy"
+    back = [a for a in range(x.ndim) if x.strides[a]<0]
+    y = np.flip(x, back)
+    if not y.flags.c_contiguous: return np.ascontiguousarray(x)
+    for v in (np.moveaxis(y, a, 0) for a in back):
+        for i in range(len(v)//2): v[[i,-1-i]] = v[[-1-i,i]]
+    return y
 
 def _read(path)->Volume:
     "Any NIfTI volume on canonical axes, its values as the file means them"
@@ -269,7 +303,7 @@ def _read(path)->Volume:
     notes = _check_layout(hdr, first, f) + _repair_grid(hdr, f.path)
     affine,more = _affine(hdr, f.path)
     data,affine,back = to_canonical(_voxels(hdr, f), affine)
-    vol = Volume(data, affine, Source(f.path, hdr, back), tuple(notes+more))
+    vol = Volume(_in_order(data), affine, Source(f.path, hdr, back), tuple(notes+more))
     if _shear(affine)>1e-3: more.append('sheared axes: voxel volumes are right, distances along the axes are not')  # H13
     if max(vol.spacing)>=10: more.append(f'very thick slices: {max(vol.spacing):.3g} mm')  # H22
     return replace(vol, notes=tuple(notes+more))
@@ -299,9 +333,9 @@ def to_hu(
     if lo>=0 and hi<=255: raise CTError(p, f'the values {lo:g}…{hi:g} are grey levels, not HU', tell)  # D7
     if lo>=-200: raise CTError(p, f'not HU: no value is below −200 (found {lo:g}…{hi:g}; a CT without its rescale, or no CT)', tell)  # D6, D9
     if lo<air: notes.append(f'values below {air} (down to {lo:g}) set to {air}')  # D8
-    if x.dtype==np.int16 and lo>=air and x.flags.c_contiguous and x.flags.writeable: return replace(vol, data=x, notes=(*vol.notes,*notes))
-    hu = np.empty(x.shape, np.float32 if x.dtype.kind=='f' else np.int16)
-    return replace(vol, data=np.clip(x, air, 32767, out=hu, casting='unsafe'), notes=(*vol.notes,*notes))
+    if x.dtype==np.int16: hu = np.maximum(x, np.int16(air), out=x) if lo<air else x
+    else: hu = np.clip(x, air, 32767, out=np.empty(x.shape, np.float32 if x.dtype.kind=='f' else np.int16), casting='unsafe')
+    return replace(vol, data=hu, notes=(*vol.notes,*notes))
 
 def _from_grey(x, lo, hi, p, already_windowed)->np.ndarray:
     "Map grey values 0…255 to the HU range they stand for"
@@ -330,13 +364,14 @@ def _labels(x, p, allowed)->tuple:
         if off>1e-3: raise CTError(p, 'the mask holds fractions, not labels', 'Threshold it, or export it as integers')  # P8
         if off: noted = ['labels rounded to whole numbers']  # D10
         x = r
-    found = np.unique(x)
-    if found.min()<0: raise CTError(p, f'the mask holds negative values (down to {found.min():g}): is it a CT?', 'Give the mask file')  # P7
+    lo,hi = x.min().item(),x.max().item()
+    found = np.unique(x) if hi-lo>1 else np.array(sorted({lo,hi}))
+    if lo<0: raise CTError(p, f'the mask holds negative values (down to {found.min():g}): is it a CT?', 'Give the mask file')  # P7
     if not set(found.tolist())<=set(allowed):
         hint = ' (0 and 255: divide by 255)' if set(found.tolist())=={0,255} else ''  # P11
         listed = ', '.join(f'{o:g}' for o in found[:8])+(', …' if len(found)>8 else '')
         raise CTError(p, f'labels {listed}, expected only {", ".join(map(str,allowed))}{hint}', 'Map the labels first')  # P5
-    return np.array(x, dtype=np.uint8, order='C'),noted
+    return x.astype(np.uint8, copy=False),noted
 
 # %% ../nbs/00_volume.ipynb #1cc49345
 def check_same_grid(
@@ -391,7 +426,7 @@ def _write_nifti(img, path):
     name = Path(path).name.lower()
     if not name.endswith(('.nii','.nii.gz')): raise CTError(path, 'the name does not end in .nii or .nii.gz', 'Choose such a name')
     data = img.to_bytes()
-    write_atomic(path, gzip.compress(data, 4, mtime=0) if name.endswith('.gz') else data)
+    write_atomic(path, igzip.compress(data, mtime=0) if name.endswith('.gz') else data)
 
 # %% ../nbs/00_volume.ipynb #19ed750f
 def save_volume(

@@ -185,12 +185,12 @@ print(tracemalloc.get_traced_memory()[1]/vol.data.nbytes, vol.data.dtype)'''
 @each('name', ['scan.nii', 'scan.nii.gz'])
 @each('scaling', [(1,0), (1,-1024)], ids=['plain','intercept'])
 def test_D14_memory(tmp_path, name, scaling):
-    "Opening 40 MB of int16 takes less than four times that; the real 735×512×512 scales alike"
+    "Opening 40 MB of int16 takes little more than its own size (twice where axes must be reordered); the real 735×512×512 scales alike"
     x = np.tile(hu((64,64,8)), (4,4,40))+np.int16(-scaling[1])
     path = Base(tmp_path, data=x, scaling=scaling).write() if name=='scan.nii' else tmp_path/name
     if name!='scan.nii': path.write_bytes(gzip.compress(nifti(x, scaling=scaling), 1))
     times,dtype = subprocess.run([sys.executable, '-c', measure, path], capture_output=True, text=True, check=True).stdout.split()
-    assert dtype=='int16' and float(times)<4
+    assert dtype=='int16' and float(times)<1.3
 
 @each('given', ['scan.nii', 'scan.nii.gz'])
 def test_D15_twins(plain, given):

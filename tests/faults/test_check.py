@@ -257,8 +257,8 @@ def test_truncated(capfd, cohort, kind, left, ext):
     save(p, dict(ct=ct(1), lesion=lesion, lung=lung)[kind]); raw = p.read_bytes(); p.write_bytes(raw[:int(len(raw)*left)])
     broken(capfd, cohort, p.name, **{kind:p.name})
 
-@each('call,error', [('read_bytes',PermissionError(13,'Permission denied')),('is_dir',PermissionError(13,'Permission denied')),
-    ('stat',OSError(5,'Input/output error')),('read_bytes',MemoryError())], ids=['file','folder','disk','memory'])
+@each('call,error', [('open',PermissionError(13,'Permission denied')),('is_dir',PermissionError(13,'Permission denied')),
+    ('stat',OSError(5,'Input/output error')),('open',MemoryError())], ids=['file','folder','disk','memory'])
 def test_unreadable(capfd, cohort, monkeypatch, call, error):
     "No right to the file or to its folder, a dying disk, too little memory; by a double, since root may read everything"
     real = getattr(Path, call)

@@ -26,8 +26,9 @@ from .volume import CTError, Volume, open_mask, write_atomic
 splits = ('train','valid','test')
 columns = ('case','patient','ct','lesion','lung','dataset','split','already_windowed')
 
+# %% ../nbs/04_cases.ipynb #4beef259
 def parse_window(
-    s # `low:high` in HU, or nothing
+    s:str # `low:high` in HU, or nothing
 )->tuple: # (low, high), or None
     "Read `low:high`"
     if not s: return None
@@ -37,30 +38,35 @@ def parse_window(
     except ValueError: raise CTError('already_windowed', f'{s!r} is not low:high in HU', 'Write, for example, -1000:20') from None
     return low,high
 
-# %% ../nbs/04_cases.ipynb #4beef259
+# %% ../nbs/04_cases.ipynb #676f5622
 @dataclass(frozen=True)
 class Case:
     "One line of a case table"
     name:str                       # Unique in its table
     ct:Path                        # The scan
-    masks:dict=field(default_factory=dict, hash=False) # Class → mask file
+    masks:dict=field(default_factory=dict, hash=False) # Class, such as `lesion` → mask file
     split:str=''                   # `train`, `valid`, `test`, or '' where it is not used
-    already_windowed:tuple=None    # HU that the grey values 0…255 stand for
+    already_windowed:tuple=None    # (low, high) in HU that the grey values 0…255 stand for; None for HU
     patient:str=''                 # The same for scans of one patient
 
     def open_ct(self)->Volume: return open_scan(self.ct, self.already_windowed)
-    def open_mask(self, klass, ct, either=True)->Volume:
-        "The mask of `klass` as 0 and 1; a lung mask may tell the lungs apart, which stays if not `either`"
+    def open_mask(
+        self,
+        klass:str,       # Such as `lesion`, a key of `masks`
+        ct:Volume,       # The scan, as `open_ct` gives it
+        either:bool=True # A lung mask may tell the lungs apart by 1 and 2: make both 1?
+    )->Volume: # uint8, on the grid of `ct`
+        "The mask of `klass` as 0 and 1"
         if klass not in self.masks: raise CTError(self.name, f'the case has no mask of class {klass!r}', 'Add it to the case table')
         m = open_mask(self.masks[klass], like=ct, labels=(0,1,2) if klass=='lung' else (0,1))
         return m.new((m.data>0).astype('uint8')) if either else m
 
-# %% ../nbs/04_cases.ipynb #676f5622
+# %% ../nbs/04_cases.ipynb #e881251f
 def _read_csv(path)->pd.DataFrame:
     "A CSV as text; commas, semicolons, a byte-order mark and Windows line ends are all right"
     p = Path(path)
     if not p.is_file(): raise CTError(p, 'no such case table', 'Write one with `covid3d cases`')
-    with p.open('rb') as f:
+    with p.open('rb') as f:  # UTF-16, or no text at all
         if b'\0' in f.read(4096): raise CTError(p, 'this is no CSV in UTF-8', 'Save the sheet as CSV (UTF-8), or write one with `covid3d cases`')
     try:
         with warnings.catch_warnings():
@@ -69,6 +75,7 @@ def _read_csv(path)->pd.DataFrame:
     except Exception as e: raise CTError(p, f'not a CSV ({type(e).__name__})', 'Write one with `covid3d cases`') from None
     return df.map(lambda s: s[1:] if isinstance(s, str) and re.match("'[=+@\t\r-]", s) else s)  # what `safe_cell` put before it
 
+# %% ../nbs/04_cases.ipynb #72895168
 def _need_columns(df, p, need):
     "Refuse a table that lacks a column, or a name or scan in a line"
     missing = [o for o in need if o not in df]
@@ -77,15 +84,17 @@ def _need_columns(df, p, need):
     if (df.case=='').any(): raise CTError(p, f'line {int(np.argmax(df.case==""))+2} has no case name', 'Give each scan a name of its own')
     if (df.ct=='').any(): raise CTError(p, f'case {df.case[df.ct==""].iloc[0]!r} has no ct', 'Add its path')
 
+# %% ../nbs/04_cases.ipynb #19092ddf
 def _table_faults(df, p):
     "The `CTError`s of a table as a whole"
     for c in df.case:
-        if re.search(r'[/\\\0]', str(c)) or c in ('.','..'): yield CTError(p, f'case {c!r} cannot be the name of a file', 'Rename it: masks are called after their case')
+        if re.search(r'[/\\\0]', str(c)) or c in ('.','..'):
+            yield CTError(p, f'case {c!r} cannot be the name of a file', 'Rename it: masks are called after their case')
     for c in df.case[df.case.duplicated()].unique(): yield CTError(p, f'case {c!r} stands there twice', 'Give each scan a name of its own')
-    same = df[df.ct.map(os.path.normpath).duplicated(keep=False)]
-    for _,g in same.groupby(same.ct.map(os.path.normpath)):
-        yield CTError(p, f'cases {g.case.iloc[0]!r} and {g.case.iloc[1]!r} are the same scan', 'Keep one: a scan in train and in test flatters the score')
-    for o in sorted(set(df.get('split', pd.Series(dtype=str)))-{*splits,''}): yield CTError(p, f'split {o!r} is unknown', f'Use {", ".join(splits)}, or nothing for a scan that is not used')
+    for _,g in df.groupby(df.ct.map(os.path.normpath)):
+        if len(g)>1: yield CTError(p, f'cases {g.case.iloc[0]!r} and {g.case.iloc[1]!r} are the same scan', 'Keep one: a scan in train and in test flatters the score')
+    for o in sorted({*df.get('split', ())}-{*splits,''}):
+        yield CTError(p, f'split {o!r} is unknown', f'Use {", ".join(splits)}, or nothing for a scan that is not used')
     yield from _split_patients(df, p)
 
 def _split_patients(df, p):
@@ -93,9 +102,10 @@ def _split_patients(df, p):
     if not {'patient','split'}<={*df}: return
     for _,g in df[(df.patient!='') & (df.split!='')].groupby('patient'):
         if g.split.nunique()>1:
-            yield CTError(p, f'cases {", ".join(map(repr, g.case[:3]))} are of one patient but in {" and ".join(sorted(g.split.unique()))}', 'Put all scans of a patient into one split')  # F5
+            cases,found = ', '.join(map(repr, g.case[:3])),' and '.join(sorted(g.split.unique()))
+            yield CTError(p, f'cases {cases} are of one patient but in {found}', 'Put all scans of a patient into one split')  # F5
 
-# %% ../nbs/04_cases.ipynb #244b3f5a
+# %% ../nbs/04_cases.ipynb #984566b4
 def _case(row, root, masks)->Case:
     "A `Case` from a line of the table"
     paths = {k:Path(os.path.normpath(root/row[k])) for k in ('ct',*masks) if row.get(k)}
@@ -105,16 +115,18 @@ def _case(row, root, masks)->Case:
 
 def _open_table(table, need)->tuple:
     "The table as text, the folder its paths start from, and its name"
-    df,root,name = (table,Path('.'),'the case table') if isinstance(table, pd.DataFrame) else (_read_csv(table),Path(table).parent,table)
+    if isinstance(table, pd.DataFrame): df,root,name = table,Path('.'),'the case table'
+    else: df,root,name = _read_csv(table),Path(table).parent,table
     df = df.astype(object).where(df.notna(), '')
     _need_columns(df, name, ('case','ct',*need))
     return df,root,name
 
+# %% ../nbs/04_cases.ipynb #cf625f3d
 def read_cases(
-    table,               # CSV, or a DataFrame (its paths relative to the working directory)
-    split:str=None,      # Only this split
-    masks=('lesion','lung'), # Columns that name masks
-    need=()              # Masks that every case must have
+    table:str|Path|pd.DataFrame, # CSV, or a DataFrame (its paths relative to the working directory)
+    split:str=None,              # Only this split; all cases if None
+    masks:tuple=('lesion','lung'), # Columns that name masks
+    need:tuple=()                # Masks that every case must have
 )->list: # Of `Case`
     "The cases of a table; their files are not opened yet"
     df,root,name = _open_table(table, (*need,*(['split'] if split else [])))
@@ -128,16 +140,17 @@ def read_cases(
 
 # %% ../nbs/04_cases.ipynb #1f56d504
 def safe_cell(
-    o # A value for a CSV
+    o # A value for a CSV: text, a number, or NaN
 )->str: # The same, unable to run in a spreadsheet
     "Text of a cell that no spreadsheet takes for a formula"
     if isinstance(o, float): return '' if np.isnan(o) else f'{o:.4f}'
     s = re.sub('[\r\n]+', ' ', str(o))
     return "'"+s if re.match('[=+@\t\r-]', s) and not re.fullmatch(r'-?[\d.]+(:-?[\d.]+)?', s) else s
 
+# %% ../nbs/04_cases.ipynb #49b7a8cf
 def write_cases(
     df:pd.DataFrame, # A case table with absolute paths
-    path             # CSV to write
+    path:str|Path    # CSV to write
 ):
     "Write a case table, its paths relative to where it lies"
     root = Path(path).absolute().parent
@@ -161,6 +174,7 @@ class Finding:
 
     def __str__(self): return f'{self.level:<7} {self.case}: {self.what}: {self.fault}. {self.cure}.'
 
+# %% ../nbs/04_cases.ipynb #095aacdc
 @dataclass
 class CaseReport:
     "What the check found in one case"
@@ -180,7 +194,13 @@ class CaseReport:
     @property
     def ok(self)->bool: return not any(f.level=='error' for f in self.findings)
 
-# %% ../nbs/04_cases.ipynb #095aacdc
+# %% ../nbs/04_cases.ipynb #270b3784
+def _cut_at(lung)->list:
+    "Edges of the scan that cut the lung off"
+    faces = (lung.take(i, axis) for axis in range(3) for i in (0,-1))
+    return [side for side,face in zip(('lower','upper','front','back','right','left'), faces) if face.mean()>.01]
+
+# %% ../nbs/04_cases.ipynb #e8150d3d
 inside_line = .8 # Least part of a lesion that lies in the lung mask without a warning
 
 def _note_all(rep, path, notes):
@@ -192,37 +212,47 @@ def _check_lung(rep, case, ct, lesion):
     _note_all(rep, path, m.notes)
     rep.lung_ml = float(lung.sum()*ct.ml_per_voxel)
     if not lung.any(): rep.add('warning', path, 'there is no lung in it, so no share of the lung can be given', 'Check the field of view'); return
-    faces = zip(('lower','upper','front','back','right','left'), (lung.take(i, axis) for axis in range(3) for i in (0,-1)))
-    cut = [side for side,face in faces if face.mean()>.01]
-    if cut: rep.add('warning', path, f'the lung is cut off at the {" and ".join(cut)} edge of the scan, so no share of the lung is given', 'Use a scan of the whole chest for volumes')
+    if cut := _cut_at(lung):
+        fault = f'the lung is cut off at the {" and ".join(cut)} edge of the scan, so no share of the lung is given'
+        rep.add('warning', path, fault, 'Use a scan of the whole chest for volumes')
     if lesion is None: return
     if lesion.any():
         rep.inside = float((lesion&lung).sum()/lesion.sum())
-        if rep.inside<inside_line: rep.add('warning', case.masks['lesion'], f'only {rep.inside:.0%} of the lesion lies in the lung mask, as if it were the mask of another scan', 'Look at it, and at the lung mask'); return
+        if rep.inside<inside_line:
+            fault = f'only {rep.inside:.0%} of the lesion lies in the lung mask, as if it were the mask of another scan'
+            rep.add('warning', case.masks['lesion'], fault, 'Look at it, and at the lung mask'); return
     if not cut: rep.lesion_share = float(lesion.sum()/lung.sum())
 
+# %% ../nbs/04_cases.ipynb #555a4793
+def _check_lesion(rep, case, ct)->np.ndarray:
+    "Volume of the lesion; its mask, or None where there is none"
+    if 'lesion' not in case.masks: return None
+    path,m = case.masks['lesion'],case.open_mask('lesion', ct)
+    rep.lesion_ml = float(m.data.sum()*ct.ml_per_voxel)
+    _note_all(rep, path, m.notes)
+    if not m.data.any(): rep.add('note', path, 'the mask is empty: a scan without a lesion', 'Nothing to do if that is meant; it is counted apart')
+    return m.data
+
+# %% ../nbs/04_cases.ipynb #d4a4bb19
 def _check_files(rep, case, need):
     "Open scan and masks, one after the other"
     for k in need:
-        if case.split and k not in case.masks: rep.add('error', k, f'the case has the split {case.split} but no {k} mask: an unlabelled scan is not a negative one', 'Add the mask, or empty the split')
+        if not case.split or k in case.masks: continue
+        fault = f'the case has the split {case.split} but no {k} mask: an unlabelled scan is not a negative one'
+        rep.add('error', k, fault, 'Add the mask, or empty the split')
     ct = case.open_ct()
     rep.shape,rep.spacing = ct.shape,tuple(round(o, 4) for o in ct.spacing)
     rep.hu = float(ct.data.min()),float(np.median(ct.data[::4,::8,::8])),float(ct.data.max())
     rep.digest = hashlib.blake2b(np.ascontiguousarray(ct.data), digest_size=16).hexdigest()
     _note_all(rep, case.ct, ct.notes)
-    lesion = None
-    if 'lesion' in case.masks:
-        m = case.open_mask('lesion', ct); lesion = m.data
-        rep.lesion_ml = float(lesion.sum()*ct.ml_per_voxel)
-        _note_all(rep, case.masks['lesion'], m.notes)
-        if not lesion.any(): rep.add('note', case.masks['lesion'], 'the mask is empty: a scan without a lesion', 'Nothing to do if that is meant; it is counted apart')
+    lesion = _check_lesion(rep, case, ct)
     if 'lung' in case.masks: _check_lung(rep, case, ct, lesion)
     for k in set(case.masks)-{'lesion','lung'}: _note_all(rep, case.masks[k], case.open_mask(k, ct).notes)
 
-# %% ../nbs/04_cases.ipynb #225d7426
+# %% ../nbs/04_cases.ipynb #0db4a54d
 def check_case(
-    case:Case,       # From `read_cases`
-    need=('lesion',) # Masks that a case with a split must have
+    case:Case,             # From `read_cases`
+    need:tuple=('lesion',) # Masks that a case with a split must have
 )->CaseReport:
     "Open everything a case names and say what was found; never raises"
     rep = CaseReport(case.name, case.split)
@@ -231,6 +261,7 @@ def check_case(
     except MemoryError: rep.add('error', case.ct, 'opening it needs more memory than there is', 'Close other programs, or leave the case out')
     return rep
 
+# %% ../nbs/04_cases.ipynb #bc84d659
 def _same_scans(reports)->list:
     "Findings on scans that are there twice under different names"
     seen = {}
@@ -238,43 +269,46 @@ def _same_scans(reports)->list:
         if r.digest: seen.setdefault(r.digest, []).append(r)
     for group in (g for g in seen.values() if len(g)>1):
         level = 'error' if len({r.split for r in group}-{''})>1 else 'warning'
-        for r in group[1:]: r.add(level, 'ct', f'it holds the same voxels as case {group[0].case!r}'+(' in another split' if level=='error' else ''), 'Keep one of the two')
+        where = ' in another split' if level=='error' else ''
+        for r in group[1:]: r.add(level, 'ct', f'it holds the same voxels as case {group[0].case!r}{where}', 'Keep one of the two')
     return reports
 
 # %% ../nbs/04_cases.ipynb #917d7722
 def check_cases(
-    cases,            # `Case`s from `read_cases`
-    need=('lesion',), # Masks that a case with a split must have
-    workers:int=None  # Threads; as many as there are processors if None
+    cases:list,             # Of `Case`, from `read_cases`
+    need:tuple=('lesion',), # Masks that a case with a split must have
+    workers:int=None        # Threads; as many as there are processors if None
 )->list: # Of `CaseReport`, in the order of the cases
     "Check every case"
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         done = pool.map(lambda c: check_case(c, need), cases)
         return _same_scans([next(done) for _ in track(cases, 'checking')])
 
+# %% ../nbs/04_cases.ipynb #7bbbc1bd
 def _case_or_report(row, root, masks):
     "A `Case`, or the report that its line is no case"
     try: return _case(row, root, masks)
     except CTError as e: return CaseReport(row['case'], row.get('split',''), findings=[Finding('error', row['case'], 'already_windowed', e.fault, e.cure)])
 
 def check_table(
-    table,             # Case table: CSV or DataFrame
-    split=None,        # Only this split, or these
-    need=('lesion',),  # Masks that a case with a split must have
-    workers:int=None   # Threads
+    table:str|Path|pd.DataFrame, # Case table: CSV or DataFrame
+    split:str|list=None,    # Only this split, or these; all cases if None
+    need:tuple=('lesion',), # Masks that a case with a split must have
+    workers:int=None        # Threads; as many as there are processors if None
 )->list: # Of `CaseReport`; one on the table itself comes first if something is wrong with it
     "Check a case table and everything it names"
     df,root,name = _open_table(table, ())
-    wanted = {split} if isinstance(split, str) else split
-    cases = [_case_or_report(r, root, dict.fromkeys(('lesion','lung',*need))) for r in df.to_dict('records') if not wanted or r.get('split') in wanted]
+    wanted,masks = {split} if isinstance(split, str) else split,dict.fromkeys(('lesion','lung',*need))
+    cases = [_case_or_report(r, root, masks) for r in df.to_dict('records') if not wanted or r.get('split') in wanted]
     if not cases: raise CTError(name, f'no case has the split {" or ".join(map(repr, sorted(wanted)))}', 'Change the split column')
     checked = iter(check_cases([c for c in cases if isinstance(c, Case)], need, workers))
     faults = [Finding('error', 'the table', str(e.what), e.fault, e.cure) for e in _table_faults(df, name)]
     return [CaseReport('the table', findings=faults)]*bool(faults)+[next(checked) if isinstance(c, Case) else c for c in cases]
 
+# %% ../nbs/04_cases.ipynb #1a407025
 def require_ok(
-    reports, # From `check_cases`
-    table    # For the message
+    reports:list,  # Of `CaseReport`, from `check_table`
+    table:str|Path # For the message
 ):
     "Raise the first error of a check"
     errors = [f for r in reports for f in r.findings if f.level=='error']
@@ -283,22 +317,21 @@ def require_ok(
     raise CTError(errors[0].what, errors[0].fault, errors[0].cure+more)
 
 # %% ../nbs/04_cases.ipynb #1207abd7
-def _mm(o): return '×'.join(f'{x:.3g}' for x in o)
-
 def report_table(
-    reports # From `check_cases`
+    reports:list # Of `CaseReport`, from `check_table`
 )->pd.DataFrame: # A line a case
     "What the check found, for a person"
     def line(r):
         n = Counter(f.level for f in r.findings)
-        return dict(case=r.case, split=r.split, voxels='×'.join(map(str, r.shape)) if r.shape else '', mm=_mm(r.spacing) if r.spacing else '', HU=f'{r.hu[0]:.0f}…{r.hu[2]:.0f}' if r.hu else '',
-            lesion_ml='' if r.lesion_ml is None else f'{r.lesion_ml:.1f}', of_lung='' if r.lesion_share is None else f'{r.lesion_share:.1%}',
+        return dict(case=r.case, split=r.split, voxels='×'.join(map(str, r.shape or ())), mm='×'.join(f'{o:.3g}' for o in r.spacing or ()),
+            HU=f'{r.hu[0]:.0f}…{r.hu[2]:.0f}' if r.hu else '', lesion_ml='' if r.lesion_ml is None else f'{r.lesion_ml:.1f}', of_lung='' if r.lesion_share is None else f'{r.lesion_share:.1%}',
             found=', '.join(f'{n[k]} {k}{"s"[:n[k]>1]}' for k in levels if n[k]) or 'ok')
     return pd.DataFrame([line(r) for r in reports])
 
+# %% ../nbs/04_cases.ipynb #6ee324de
 def report_json(
-    reports # From `check_cases`
-)->dict:
+    reports:list # Of `CaseReport`, from `check_table`
+)->dict: # Nothing but dicts, lists, text and numbers
     "What the check found, for a machine"
     n = Counter(f.level for r in reports for f in r.findings)
     return dict(ok=not n['error'], cases=sum(r.case!='the table' for r in reports), **{k+'s':n[k] for k in levels}, reports=[asdict(r) for r in reports])

@@ -75,7 +75,7 @@ def _read_csv(path)->pd.DataFrame:
     except Exception as e: raise CTError(p, f'not a CSV ({type(e).__name__})', 'Write one with `covid3d cases`') from None
     return df.map(lambda s: s[1:] if isinstance(s, str) and re.match("'[=+@\t\r-]", s) else s)  # what `safe_cell` put before it
 
-# %% ../nbs/04_cases.ipynb #72895168
+# %% ../nbs/04_cases.ipynb #fc6c4835
 def _need_columns(df, p, need):
     "Refuse a table that lacks a column, or a name or scan in a line"
     missing = [o for o in need if o not in df]
@@ -84,7 +84,7 @@ def _need_columns(df, p, need):
     if (df.case=='').any(): raise CTError(p, f'line {int(np.argmax(df.case==""))+2} has no case name', 'Give each scan a name of its own')
     if (df.ct=='').any(): raise CTError(p, f'case {df.case[df.ct==""].iloc[0]!r} has no ct', 'Add its path')
 
-# %% ../nbs/04_cases.ipynb #19092ddf
+# %% ../nbs/04_cases.ipynb #55feab02
 def _table_faults(df, p):
     "The `CTError`s of a table as a whole"
     for c in df.case:
@@ -92,7 +92,8 @@ def _table_faults(df, p):
             yield CTError(p, f'case {c!r} cannot be the name of a file', 'Rename it: masks are called after their case')
     for c in df.case[df.case.duplicated()].unique(): yield CTError(p, f'case {c!r} stands there twice', 'Give each scan a name of its own')
     for _,g in df.groupby(df.ct.map(os.path.normpath)):
-        if len(g)>1: yield CTError(p, f'cases {g.case.iloc[0]!r} and {g.case.iloc[1]!r} are the same scan', 'Keep one: a scan in train and in test flatters the score')
+        if len(g)>1: yield CTError(p, f'cases {g.case.iloc[0]!r} and {g.case.iloc[1]!r} are the same scan',
+                                   'Keep one: a scan in train and in test flatters the score')
     for o in sorted({*df.get('split', ())}-{*splits,''}):
         yield CTError(p, f'split {o!r} is unknown', f'Use {", ".join(splits)}, or nothing for a scan that is not used')
     yield from _split_patients(df, p)
@@ -105,7 +106,7 @@ def _split_patients(df, p):
             cases,found = ', '.join(map(repr, g.case[:3])),' and '.join(sorted(g.split.unique()))
             yield CTError(p, f'cases {cases} are of one patient but in {found}', 'Put all scans of a patient into one split')  # F5
 
-# %% ../nbs/04_cases.ipynb #984566b4
+# %% ../nbs/04_cases.ipynb #a6707bcf
 def _case(row, root, masks)->Case:
     "A `Case` from a line of the table"
     paths = {k:Path(os.path.normpath(root/row[k])) for k in ('ct',*masks) if row.get(k)}
@@ -121,7 +122,7 @@ def _open_table(table, need)->tuple:
     _need_columns(df, name, ('case','ct',*need))
     return df,root,name
 
-# %% ../nbs/04_cases.ipynb #cf625f3d
+# %% ../nbs/04_cases.ipynb #15465f41
 def read_cases(
     table:str|Path|pd.DataFrame, # CSV, or a DataFrame (its paths relative to the working directory)
     split:str=None,              # Only this split; all cases if None
@@ -134,7 +135,8 @@ def read_cases(
     cases = [_case(r, root, masks) for r in df.to_dict('records') if not split or r['split']==split]
     for c in cases:
         for k in need:
-            if k not in c.masks: raise CTError(name, f'case {c.name!r} has no {k} mask', 'Add it, or empty its split: an unlabelled scan is not a negative one')
+            if k not in c.masks: raise CTError(name, f'case {c.name!r} has no {k} mask',
+                                               'Add it, or empty its split: an unlabelled scan is not a negative one')
     if not cases: raise CTError(name, f'no case has the split {split!r}', 'Change the split column')
     return cases
 
@@ -147,7 +149,7 @@ def safe_cell(
     s = re.sub('[\r\n]+', ' ', str(o))
     return "'"+s if re.match('[=+@\t\r-]', s) and not re.fullmatch(r'-?[\d.]+(:-?[\d.]+)?', s) else s
 
-# %% ../nbs/04_cases.ipynb #49b7a8cf
+# %% ../nbs/04_cases.ipynb #499dce90
 def write_cases(
     df:pd.DataFrame, # A case table with absolute paths
     path:str|Path    # CSV to write
@@ -194,13 +196,13 @@ class CaseReport:
     @property
     def ok(self)->bool: return not any(f.level=='error' for f in self.findings)
 
-# %% ../nbs/04_cases.ipynb #270b3784
+# %% ../nbs/04_cases.ipynb #0616f7c2
 def _cut_at(lung)->list:
     "Edges of the scan that cut the lung off"
     faces = (lung.take(i, axis) for axis in range(3) for i in (0,-1))
     return [side for side,face in zip(('lower','upper','front','back','right','left'), faces) if face.mean()>.01]
 
-# %% ../nbs/04_cases.ipynb #e8150d3d
+# %% ../nbs/04_cases.ipynb #6662ded3
 inside_line = .8 # Least part of a lesion that lies in the lung mask without a warning
 
 def _note_all(rep, path, notes):
@@ -223,7 +225,7 @@ def _check_lung(rep, case, ct, lesion):
             rep.add('warning', case.masks['lesion'], fault, 'Look at it, and at the lung mask'); return
     if not cut: rep.lesion_share = float(lesion.sum()/lung.sum())
 
-# %% ../nbs/04_cases.ipynb #555a4793
+# %% ../nbs/04_cases.ipynb #a5880630
 def _check_lesion(rep, case, ct)->np.ndarray:
     "Volume of the lesion; its mask, or None where there is none"
     if 'lesion' not in case.masks: return None
@@ -233,7 +235,7 @@ def _check_lesion(rep, case, ct)->np.ndarray:
     if not m.data.any(): rep.add('note', path, 'the mask is empty: a scan without a lesion', 'Nothing to do if that is meant; it is counted apart')
     return m.data
 
-# %% ../nbs/04_cases.ipynb #d4a4bb19
+# %% ../nbs/04_cases.ipynb #9ff6729d
 def _check_files(rep, case, need):
     "Open scan and masks, one after the other"
     for k in need:
@@ -249,7 +251,7 @@ def _check_files(rep, case, need):
     if 'lung' in case.masks: _check_lung(rep, case, ct, lesion)
     for k in set(case.masks)-{'lesion','lung'}: _note_all(rep, case.masks[k], case.open_mask(k, ct).notes)
 
-# %% ../nbs/04_cases.ipynb #0db4a54d
+# %% ../nbs/04_cases.ipynb #698428a9
 def check_case(
     case:Case,             # From `read_cases`
     need:tuple=('lesion',) # Masks that a case with a split must have
@@ -261,7 +263,7 @@ def check_case(
     except MemoryError: rep.add('error', case.ct, 'opening it needs more memory than there is', 'Close other programs, or leave the case out')
     return rep
 
-# %% ../nbs/04_cases.ipynb #bc84d659
+# %% ../nbs/04_cases.ipynb #d396a9a0
 def _same_scans(reports)->list:
     "Findings on scans that are there twice under different names"
     seen = {}
@@ -288,7 +290,8 @@ def check_cases(
 def _case_or_report(row, root, masks):
     "A `Case`, or the report that its line is no case"
     try: return _case(row, root, masks)
-    except CTError as e: return CaseReport(row['case'], row.get('split',''), findings=[Finding('error', row['case'], 'already_windowed', e.fault, e.cure)])
+    except CTError as e:
+        return CaseReport(row['case'], row.get('split',''), findings=[Finding('error', row['case'], 'already_windowed', e.fault, e.cure)])
 
 def check_table(
     table:str|Path|pd.DataFrame, # Case table: CSV or DataFrame
@@ -305,7 +308,7 @@ def check_table(
     faults = [Finding('error', 'the table', str(e.what), e.fault, e.cure) for e in _table_faults(df, name)]
     return [CaseReport('the table', findings=faults)]*bool(faults)+[next(checked) if isinstance(c, Case) else c for c in cases]
 
-# %% ../nbs/04_cases.ipynb #1a407025
+# %% ../nbs/04_cases.ipynb #0d6950f9
 def require_ok(
     reports:list,  # Of `CaseReport`, from `check_table`
     table:str|Path # For the message
@@ -324,14 +327,16 @@ def report_table(
     def line(r):
         n = Counter(f.level for f in r.findings)
         return dict(case=r.case, split=r.split, voxels='×'.join(map(str, r.shape or ())), mm='×'.join(f'{o:.3g}' for o in r.spacing or ()),
-            HU=f'{r.hu[0]:.0f}…{r.hu[2]:.0f}' if r.hu else '', lesion_ml='' if r.lesion_ml is None else f'{r.lesion_ml:.1f}', of_lung='' if r.lesion_share is None else f'{r.lesion_share:.1%}',
+            HU=f'{r.hu[0]:.0f}…{r.hu[2]:.0f}' if r.hu else '',
+            lesion_ml='' if r.lesion_ml is None else f'{r.lesion_ml:.1f}', of_lung='' if r.lesion_share is None else f'{r.lesion_share:.1%}',
             found=', '.join(f'{n[k]} {k}{"s"[:n[k]>1]}' for k in levels if n[k]) or 'ok')
     return pd.DataFrame([line(r) for r in reports])
 
-# %% ../nbs/04_cases.ipynb #6ee324de
+# %% ../nbs/04_cases.ipynb #17efcb99
 def report_json(
     reports:list # Of `CaseReport`, from `check_table`
 )->dict: # Nothing but dicts, lists, text and numbers
     "What the check found, for a machine"
     n = Counter(f.level for r in reports for f in r.findings)
-    return dict(ok=not n['error'], cases=sum(r.case!='the table' for r in reports), **{k+'s':n[k] for k in levels}, reports=[asdict(r) for r in reports])
+    return dict(ok=not n['error'], cases=sum(r.case!='the table' for r in reports), **{k+'s':n[k] for k in levels},
+                reports=[asdict(r) for r in reports])

@@ -31,8 +31,8 @@ def _niftis(folder, root, notes, suffix='', key=lambda o: o)->dict:
     out = {}
     for p in sorted(Path(folder).iterdir()):
         if p.name.startswith('.') or not p.name.lower().endswith(('.nii','.nii.gz')): continue
-        if p.is_symlink() and not p.exists(): notes.append(f'{p.name} is a link that leads nowhere and was passed over'); continue  # F6
-        if not _inside(p, root): notes.append(f'{p.name} is a link that leads out of {root} and was passed over'); continue  # F6
+        if astray := 'nowhere' if p.is_symlink() and not p.exists() else '' if _inside(p, root) else f'out of {root}':
+            notes.append(f'{p.name} is a link that leads {astray} and was passed over'); continue  # F6
         name = case_name(p)
         if suffix and not name.endswith(suffix): continue
         name = key(name[:len(name)-len(suffix)])
@@ -40,6 +40,7 @@ def _niftis(folder, root, notes, suffix='', key=lambda o: o)->dict:
         out[name] = p
     return out
 
+# %% ../nbs/05_datasets.ipynb #a6edb994
 def _folders(root, notes):
     "The folders below `root`, it included; links to folders are not followed"
     for at,dirs,_ in os.walk(root):
@@ -48,36 +49,43 @@ def _folders(root, notes):
         dirs[:] = sorted(d for d in dirs if d not in links and not d.startswith('.'))
         yield Path(at)
 
+# %% ../nbs/05_datasets.ipynb #f0d529e1
 def _base(root, names)->Path:
     "`root`, or the one folder in it, that holds a folder of `names`"
     root = Path(root)
     if not root.is_dir(): raise CTError(root, 'no such folder', 'Check the path')
-    homes = [p for p in (root, *sorted(o for o in root.iterdir() if o.is_dir() and not o.name.startswith('.'))) if any((p/n).is_dir() for n in names)]
+    below = sorted(o for o in root.iterdir() if o.is_dir() and not o.name.startswith('.'))
+    homes = [p for p in (root, *below) if any((p/n).is_dir() for n in names)]
     if len(homes)>1 and homes[0]!=root: raise CTError(root, f'{homes[0].name} and {homes[1].name} both look like the data set', 'Name one of them')
     return homes[0] if homes else root
 
-# %% ../nbs/05_datasets.ipynb #a6edb994
+# %% ../nbs/05_datasets.ipynb #cd5c61d8
 def _named(df, names)->set:
     "Cases as a set, each of which must exist"
     unknown = [o for o in names if o not in set(df.case)]
     if unknown: raise CTError(unknown[0], 'no such case', f'The cases are {", ".join(df.case[:5])}{", …" if len(df)>5 else ""}')
     return set(names)
 
+def _check_named(named, use):
+    "Sets of cases named for valid and test: each has a mask, that is, is in `use`, and is in one of them"
+    bare = sorted(set().union(*named)-set(use.case))
+    if bare: raise CTError(bare[0], 'the case has no lesion mask, so it cannot be in valid or test', 'Add the mask, or leave the case out')  # P10
+    both = sorted(named[0]&named[1]) if len(named)==2 else []
+    if both: raise CTError(both[0], 'the case is named in valid and in test', 'Choose one')
+
+# %% ../nbs/05_datasets.ipynb #a1648fcb
 def choose_splits(
-    df,         # Case table without splits
-    valid=.2,   # Names of cases, or the share of patients to draw
-    test=0.,    # Names of cases, or the share of patients to draw
-    seed=0      # Of the drawing
+    df:pd.DataFrame, # Case table without splits: columns `case`, `patient`, `lesion`
+    valid=.2,        # List of names of cases, or the share of patients to draw, 0…1
+    test=0.,         # The same for the test
+    seed:int=0       # Of the drawing
 )->pd.Series: # 'train', 'valid', 'test', or '' where there is no lesion mask
     "A split for each case, by patient"
     use = df[df.lesion!='']
     chosen = {k:v if isinstance(v, (int,float)) else _named(df, v) for k,v in dict(test=test, valid=valid).items()}
-    bare = sorted({c for v in chosen.values() if isinstance(v, set) for c in v}-set(use.case))
-    if bare: raise CTError(bare[0], 'the case has no lesion mask, so it cannot be in valid or test', 'Add the mask, or leave the case out')  # P10
-    both = set.intersection(*(v if isinstance(v, set) else set() for v in chosen.values()))
-    if both: raise CTError(sorted(both)[0], 'the case is named in valid and in test', 'Choose one')
-    taken = set().union(*(use.patient[use.case.isin(v)] for v in chosen.values() if isinstance(v, set)))
-    free = [p for p in dict.fromkeys(use.patient) if p not in taken]
+    named = [v for v in chosen.values() if isinstance(v, set)]
+    _check_named(named, use)
+    free = list(dict.fromkeys(use.patient[~use.patient.isin(use.patient[use.case.isin(set().union(*named))])]))
     random.Random(seed).shuffle(free)
     for k,v in chosen.items():
         if isinstance(v, set): continue
@@ -86,27 +94,34 @@ def choose_splits(
         chosen[k],free = set(use.case[use.patient.isin(free[:n])]),free[n:]
     return df.case.map(lambda c: 'test' if c in chosen['test'] else 'valid' if c in chosen['valid'] else 'train').where(df.lesion!='', '')
 
-# %% ../nbs/05_datasets.ipynb #7642d939
+# %% ../nbs/05_datasets.ipynb #74949a0c
 def _table(rows, dataset, valid, test, seed, notes=(), paper=None)->pd.DataFrame:
     "The finished table; `paper` gives the split of a case where neither `valid` nor `test` is asked for"
     df = pd.DataFrame([dict.fromkeys(columns, '')|dict(dataset=dataset)|r for r in rows])
     if paper and valid is None and test is None: df['split'] = [paper(r) for r in df.to_dict('records')]
     else: df['split'] = choose_splits(df, .2 if valid is None else valid, 0. if test is None else test, seed)
-    read_cases(df)  # what would be refused later is refused now: a patient named into two splits, for one
+    read_cases(df)
     df.attrs['notes'] = list(notes)
     return df
 
 def _rows(ct, masks, patient=lambda o: o, window='')->list:
     "Rows of the table from case → file; `masks` is column → case → file"
-    return [dict(case=o, patient=patient(o), ct=str(p.absolute()), **{k:str(m[o].absolute()) for k,m in masks.items() if o in m}, already_windowed=window(o) if callable(window) else window) for o,p in ct.items()]
+    return [dict(case=o, patient=patient(o), ct=str(p.absolute()), **{k:str(m[o].absolute()) for k,m in masks.items() if o in m},
+                 already_windowed=window(o) if callable(window) else window) for o,p in ct.items()]
 
 def _all_masks(ct, masks, folder):
     "Refuse scans without a mask: F1"
     lost = [o for o in ct if o not in masks]
     if lost: raise CTError(folder, f'no mask for {", ".join(lost[:5])}{", …" if len(lost)>5 else ""}', 'Add the masks, or take these scans away')
 
-# %% ../nbs/05_datasets.ipynb #cd5c61d8
-_layouts = dict(zenodo=('COVID-19-CT-Seg_20cases','Infection_Mask','Lung_Mask'), kaggle=('ct_scans','infection_mask','lung_mask'), plain=('ct','infection_mask','lung_mask'))
+# %% ../nbs/05_datasets.ipynb #059b9b39
+_layouts = dict(zenodo=('COVID-19-CT-Seg_20cases','Infection_Mask','Lung_Mask'), kaggle=('ct_scans','infection_mask','lung_mask'),
+                plain=('ct','infection_mask','lung_mask')) # name → folders of scans, lesion masks and lung masks
+
+_arrange = 'Check the path, or arrange the files as ct/, infection_mask/ and, if there are any, lung_mask/'
+
+def _ambiguous(root, found)->CTError:
+    return CTError(root, f'it holds two layouts, {found[0]} and {found[1]}', f'Say which: layout={found[0]} (--layout {found[0]})')
 
 def _layout(root, layouts, layout='')->tuple:
     "The name of the layout of `root`, and where it begins"
@@ -114,10 +129,12 @@ def _layout(root, layouts, layout='')->tuple:
     base = _base(root, [layouts[k][0] for k in layouts])
     found = [k for k in layouts if (base/layouts[k][0]).is_dir() and any((base/layouts[k][0]).iterdir())]
     if layout: found = [k for k in found if k==layout]
-    if len(found)>1: raise CTError(root, f'it holds two layouts, {found[0]} and {found[1]}', f'Say which: layout={found[0]} (--layout {found[0]})')  # F8
-    if not found: raise CTError(root, f'it holds no folder {" or ".join(layouts[k][0]+"/" for k in ([layout] if layout else layouts))} with scans in it', 'Check the path, or arrange the files as ct/, infection_mask/ and, if there are any, lung_mask/')  # F9
-    return found[0],base
+    if len(found)>1: raise _ambiguous(root, found)  # F8
+    if found: return found[0],base
+    wanted = ' or '.join(layouts[k][0]+'/' for k in ([layout] if layout else layouts))
+    raise CTError(root, f'it holds no folder {wanted} with scans in it', _arrange)  # F9
 
+# %% ../nbs/05_datasets.ipynb #d68fe9db
 def _three_folders(base, dirs, notes, key=lambda o: o)->tuple:
     "Scans, and masks by column, of a layout with one folder each"
     files = [_niftis(base/d, base, notes, key=key) if (base/d).is_dir() else {} for d in dirs]
@@ -125,15 +142,17 @@ def _three_folders(base, dirs, notes, key=lambda o: o)->tuple:
     _all_masks(files[0], files[1], base/dirs[1])
     return files[0],dict(lesion=files[1], lung=files[2])
 
+# %% ../nbs/05_datasets.ipynb #a0ab3c9d
 def _corona_name(s)->str:
     "Kaggle's name of a scan as the masks have it"
-    return re.sub(r'_org(_covid-19-pneumonia-)?', lambda m: '_', s.removesuffix('-dcm')).replace('__','_')
+    return re.sub('_org_(covid-19-pneumonia-)?', '_', s.removesuffix('-dcm'))
 
+# %% ../nbs/05_datasets.ipynb #cb88a923
 def coronacases(
-    root,          # Where the folders lie
-    valid=None,    # Names of cases or a share of patients for choosing weights
+    root:str|Path, # Where the folders lie
+    valid=None,    # List of names of cases, or a share of patients (0…1), for choosing weights
     test=None,     # The same for the final score; neither given: the paper's split
-    already_windowed:str='', # `low:high`, for a repack whose scans are all grey values
+    already_windowed:str='', # `low:high` in HU, for a repack whose scans are all grey values
     layout:str='', # zenodo, kaggle or plain, where `root` holds more than one
     seed:int=0     # Of drawn splits
 )->pd.DataFrame: # Case table
@@ -149,22 +168,24 @@ def coronacases(
 def _windowed(vol, low=-1250, high=250): return vol.new(((vol.data.clip(low, high)-low)*(255/(high-low))).round().astype(np.uint8))
 
 def write_coronacases(
-    phantoms, # `Phantom`s
-    root,     # Where to write
-    layout='zenodo' # Or kaggle
+    phantoms:list, # Of `Phantom`
+    root:str|Path, # Folder to write into
+    layout:str='zenodo' # Or kaggle
 ):
     "Phantoms in the layout of COVID-19-CT-Seg; the last one as a windowed Radiopaedia scan"
     ct,lesion,lung = (Path(root)/d for d in _layouts[layout])
     for i,ph in enumerate(phantoms, 1):
         grey,ext = i==len(phantoms)>1,'.nii.gz' if layout=='zenodo' else '.nii'
         mask = 'radiopaedia_10_85902_1' if grey else f'coronacases_{i:03d}'
-        scan = mask if layout=='zenodo' else f'radiopaedia_org_covid-19-pneumonia-10_85902_1-dcm' if grey else f'coronacases_org_{i:03d}'
-        save_volume(_windowed(ph.ct) if grey else ph.ct, ct/(scan+ext)); save_volume(ph.lesion, lesion/(mask+ext)); save_volume(ph.lung, lung/(mask+ext))
+        scan = mask if layout=='zenodo' else 'radiopaedia_org_covid-19-pneumonia-10_85902_1-dcm' if grey else f'coronacases_org_{i:03d}'
+        save_volume(_windowed(ph.ct) if grey else ph.ct, ct/(scan+ext))
+        save_volume(ph.lesion, lesion/(mask+ext)); save_volume(ph.lung, lung/(mask+ext))
 
+# %% ../nbs/05_datasets.ipynb #88b4489c
 def tree(
-    root,  # A folder
-    n:int=4# Files shown of each folder
-)->str:
+    root:str|Path, # A folder
+    n:int=4        # Files shown of each folder
+)->str: # A line a folder or file
     "A folder as text"
     out = []
     for at,dirs,files in os.walk(root):
@@ -174,28 +195,36 @@ def tree(
     return '\n'.join(out)
 
 # %% ../nbs/05_datasets.ipynb #d2242b1a
-def mosmed(
-    root,        # Holds `studies/CT-0` … `CT-4` and `masks/`
-    valid=None,  # Names of cases or a share of patients for choosing weights
-    test=None,   # The same for the final score; neither given: the paper's split, all masks are for testing
-    seed:int=0   # Of drawn splits
-)->pd.DataFrame: # Case table
-    "MosMedData: 1,110 scans, 50 with masks"
-    base,notes,ct = _base(root, ['studies']),[],{}
-    if not (base/'studies').is_dir(): raise CTError(root, 'it holds no folder studies/', 'Give the folder that holds studies/ and masks/')  # F9
+def _mosmed_scans(base, notes)->dict:
+    "Case → file, over the folders of all grades"
+    ct = {}
     for d in sorted(o for o in (base/'studies').glob('CT-*') if o.is_dir()):
         for name,p in _niftis(d, base, notes).items():
             if name in ct: raise CTError(p, f'{name} lies in {ct[name].parent.name} too', 'Remove one')  # F4
             ct[name] = p
+    return ct
+
+# %% ../nbs/05_datasets.ipynb #ba29c229
+def mosmed(
+    root:str|Path, # Holds `studies/CT-0` … `CT-4` and `masks/`
+    valid=None,    # List of names of cases, or a share of patients (0…1), for choosing weights
+    test=None,     # The same for the final score; neither given: the paper's split, all masks are for testing
+    seed:int=0     # Of drawn splits
+)->pd.DataFrame: # Case table
+    "MosMedData: 1,110 scans, 50 with masks"
+    base,notes = _base(root, ['studies']),[]
+    if not (base/'studies').is_dir(): raise CTError(root, 'it holds no folder studies/', 'Give the folder that holds studies/ and masks/')  # F9
+    ct = _mosmed_scans(base, notes)
     if not ct: raise CTError(base/'studies', 'there is no scan in CT-0 … CT-4', 'Check the folder')
     masks = _niftis(base/'masks', base, notes, '_mask') if (base/'masks').is_dir() else {}
     lost = [o for o in masks if o not in ct]
     if lost: raise CTError(base/'masks', f'masks without a scan: {", ".join(lost[:5])}', 'Unpack all of studies/')
     return _table(_rows(ct, dict(lesion=masks)), 'mosmed', valid, test, seed, notes, lambda r: 'test' if r['lesion'] else '')
 
+# %% ../nbs/05_datasets.ipynb #3855e814
 def write_mosmed(
-    phantoms, # `Phantom`s
-    root      # Where to write
+    phantoms:list, # Of `Phantom`
+    root:str|Path  # Folder to write into
 ):
     "Phantoms in the layout of MosMedData; the last one without a mask"
     for i,ph in enumerate(phantoms):
@@ -206,10 +235,10 @@ def write_mosmed(
 
 # %% ../nbs/05_datasets.ipynb #eb62d3af
 def covid1920(
-    root,        # Holds `Train/` and perhaps `Validation/`
-    valid=None,  # Names of cases or a share of patients for choosing weights
-    test=None,   # The same for the final score
-    seed:int=0   # Of drawn splits
+    root:str|Path, # Holds `Train/` and perhaps `Validation/`
+    valid=None,    # List of names of cases, or a share of patients (0…1), for choosing weights; a fifth if neither is given
+    test=None,     # The same for the final score
+    seed:int=0     # Of drawn splits
 )->pd.DataFrame: # Case table
     "The COVID-19-20 challenge"
     base,notes,ct,masks = _base(root, ['Train']),[],{},{}
@@ -224,9 +253,10 @@ def covid1920(
     if not ct: raise CTError(base/'Train', 'there is no …_ct.nii.gz in it', 'Check the folder')
     return _table(_rows(ct, dict(lesion=masks)), 'covid1920', valid, test, seed, notes)
 
+# %% ../nbs/05_datasets.ipynb #57cf6326
 def write_covid1920(
-    phantoms, # `Phantom`s
-    root      # Where to write
+    phantoms:list, # Of `Phantom`
+    root:str|Path  # Folder to write into
 ):
     "Phantoms in the layout of COVID-19-20; the last one for validation, without a mask"
     for i,ph in enumerate(phantoms):
@@ -237,15 +267,17 @@ def write_covid1920(
 
 # %% ../nbs/05_datasets.ipynb #2617fbe9
 def fill_outline(
-    points,      # (n, 2): x (column) and y (row), in pixels from the corner of the image
-    shape        # (rows, columns)
+    points:np.ndarray, # (n, 2): x (column) and y (row), in pixels from the corner of the image
+    shape:tuple        # (rows, columns)
 )->np.ndarray: # bool, (rows, columns)
     "The pixels whose centre lies inside an outline, by non-zero winding"
     v = np.asarray(points, float)-.5  # now the centres of pixels have whole numbers
     winding = np.zeros((shape[0],shape[1]+1), np.int32)
     for (x0,y0),(x1,y1) in zip(v, np.roll(v, -1, 0)):
         r = np.arange(max(0, math.ceil(min(y0,y1))), min(shape[0], math.ceil(max(y0,y1))))  # rows that the edge crosses
-        if len(r): np.add.at(winding, (r, np.ceil(x0+(r-y0)*(x1-x0)/(y1-y0)).clip(0, shape[1]).astype(int)), 1 if y1>y0 else -1)
+        if not len(r): continue
+        at = np.ceil(x0+(r-y0)*(x1-x0)/(y1-y0)).clip(0, shape[1]).astype(int)  # the first centre to the right of the edge
+        np.add.at(winding, (r, at), 1 if y1>y0 else -1)
     return winding[:,:-1].cumsum(1)!=0
 
 # %% ../nbs/05_datasets.ipynb #9e147a29
@@ -262,16 +294,18 @@ def _mdai(path)->dict:
         raise CTError(path, 'this is no export of MD.ai (no datasets and labelGroups)', 'Give the annotations file of RICORD-1a')
     return d
 
-def _points(a):
+# %% ../nbs/05_datasets.ipynb #8ea39550
+def _points(a)->np.ndarray:
     "The points of an annotation, None where it has no outline"
     v = (a.get('data') or {}).get('vertices') if isinstance(a.get('data'), dict) else None
     try: v = np.array(v, float)
     except (TypeError,ValueError): return None
     return v if v.ndim==2 and v.shape[1]==2 and len(v)>2 and np.isfinite(v).all() and abs(v).max()<1e5 else None
 
+# %% ../nbs/05_datasets.ipynb #1d1e070f
 def read_outlines(
-    path,                # The JSON export
-    labels=ricord_labels # Names of the labels that count as lesion
+    path:str|Path,             # The JSON export
+    labels:tuple=ricord_labels # Names of the labels that count as lesion
 )->tuple: # SOPInstanceUID → list of (reader, points); and notes
     "The outlines of an MD.ai export"
     d,out,left = _mdai(path),{},Counter()
@@ -286,11 +320,11 @@ def read_outlines(
         else: out.setdefault(a['SOPInstanceUID'], []).append((str(a.get('createdById') or ''), points))
     return out,[f'{n} annotation{"s"[:n>1]} {k} left aside' for k,n in sorted(left.items())]
 
-# %% ../nbs/05_datasets.ipynb #8ea39550
+# %% ../nbs/05_datasets.ipynb #199cddc0
 def draw_outlines(
-    slices,    # `Slice`s of a series, in order
-    outlines,  # SOPInstanceUID → list of (reader, points)
-    agree:int=1# Readers that must have drawn a voxel
+    slices:list,   # Of `Slice`, a series in order
+    outlines:dict, # SOPInstanceUID → list of (reader, points), from `read_outlines`
+    agree:int=1    # Readers that must have drawn a voxel
 )->np.ndarray: # uint8, (slice, row, column) in the order of `slices`
     "The mask that outlines make"
     g = slices[0].grid
@@ -301,17 +335,19 @@ def draw_outlines(
         if readers: out[z] = sum(o.astype(int) for o in readers.values())>=agree
     return out
 
-# %% ../nbs/05_datasets.ipynb #1d1e070f
+# %% ../nbs/05_datasets.ipynb #f15cfeca
 def _find_json(root, annotations)->Path:
     "The one export in `root`"
     if annotations: return Path(annotations)
     found = sorted(p for p in Path(root).rglob('*.json') if 'annotation' in p.name.lower() and not p.name.startswith('.'))
-    if len(found)!=1: raise CTError(root, f'it holds {len(found)} files *annotations*.json', 'Put the export of MD.ai there, or name it: annotations=FILE (--annotations FILE)')
+    if len(found)!=1: raise CTError(root, f'it holds {len(found)} files *annotations*.json',
+                                    'Put the export of MD.ai there, or name it: annotations=FILE (--annotations FILE)')
     return found[0]
 
+# %% ../nbs/05_datasets.ipynb #00c2f2ea
 def dicom_series(
-    root,  # A folder with DICOM anywhere in it
-    notes  # A list that takes notes
+    root:str|Path, # A folder with DICOM anywhere in it
+    notes:list     # Takes notes on what was passed over
 )->list: # Of (what the case table calls it, `Series` or None where the folder does not open)
     "All CT series below a folder"
     out = []
@@ -321,17 +357,19 @@ def dicom_series(
         out += [(str((folder if len(found)==1 else s.slices[0].path).absolute()), s) for s in found]
     return out
 
+# %% ../nbs/05_datasets.ipynb #1bfd2f6f
 def _first_case(series, names)->list:
     "For each series the name of its patient's first case"
     first = {}
     return [first.setdefault(s.patient, name) if s else name for s,name in zip(series, names)]
 
 def _series_cases(found, outlines):
-    "The series that become cases, and whether they are outlined: all with an outline, and the largest of each study without any"
+    "(path, `Series`, whether it is outlined) of those that become cases: all with an outline, and the largest of each study without any"
     studies = {}
     for path,s in found: studies.setdefault(s.study, []).append((path, s, any(o.uid in outlines for o in s.slices)))
     for group in studies.values(): yield from [o for o in group if o[2]] or [max(group, key=lambda o: len(o[1].slices))]
 
+# %% ../nbs/05_datasets.ipynb #a241034a
 def _lesion_file(series, outlines, agree, path)->str:
     "Write the mask of a series"
     ct = volume_of(series)
@@ -339,16 +377,16 @@ def _lesion_file(series, outlines, agree, path)->str:
     save_mask(to_canonical(mask, ct.source.header.get_sform())[0], ct, path)
     return str(Path(path).absolute())
 
-# %% ../nbs/05_datasets.ipynb #199cddc0
+# %% ../nbs/05_datasets.ipynb #513337b2
 def ricord(
-    root,            # Holds the DICOM folders of TCIA, and the annotations
-    masks=None,      # Folder for the lesion masks; `lesion_masks` in `root` if None
-    annotations=None,# The JSON export, where it lies elsewhere
-    labels=ricord_labels, # Names of the labels that count as lesion
-    agree:int=1,     # Readers that must have drawn a voxel
-    valid=None,      # Names of cases or a share of patients for choosing weights; a fifth if neither is given
-    test=None,       # The same for the final score
-    seed:int=0       # Of drawn splits
+    root:str|Path,             # Holds the DICOM folders of TCIA, and the annotations
+    masks:str|Path=None,       # Folder for the lesion masks; `lesion_masks` in `root` if None
+    annotations:str|Path=None, # The JSON export, where it lies elsewhere
+    labels:tuple=ricord_labels, # Names of the labels that count as lesion
+    agree:int=1,               # Readers that must have drawn a voxel
+    valid=None,                # List of names of cases, or a share of patients (0…1), for choosing weights; a fifth if neither is given
+    test=None,                 # The same for the final score
+    seed:int=0                 # Of drawn splits
 )->pd.DataFrame: # Case table
     "RICORD-1a, its outlines made into masks"
     if not Path(root).is_dir(): raise CTError(root, 'no such folder', 'Check the path')
@@ -358,16 +396,18 @@ def ricord(
     names = [f'ricord_{i:03d}' for i in range(1, len(found)+1)]
     patients = _first_case([s for _,s,_ in found], names)
     rows = [dict(case=n, patient=p, ct=ct) for n,p,(ct,_,_) in zip(names, patients, found)]
+    home = Path(masks or Path(root)/'lesion_masks')
     for row,(_,s,drawn) in zip(track(rows, 'drawing masks'), found):
         if not drawn: continue
-        try: row['lesion'] = _lesion_file(s, outlines, agree, Path(masks or Path(root)/'lesion_masks')/f'{row["case"]}_lesion.nii.gz')
+        try: row['lesion'] = _lesion_file(s, outlines, agree, home/f'{row["case"]}_lesion.nii.gz')
         except CTError as e: notes.append(f'{row["case"]} has no mask: {e}')
     lost = len(set(outlines)-{o.uid for _,s,_ in found for o in s.slices})
-    return _table(rows, 'ricord', valid, test, seed, notes+[f'{lost} outlined slice{"s are" if lost>1 else " is"} not among the DICOM files']*bool(lost))
+    if lost: notes.append(f'{lost} outlined slice{"s are" if lost>1 else " is"} not among the DICOM files')
+    return _table(rows, 'ricord', valid, test, seed, notes)
 
-# %% ../nbs/05_datasets.ipynb #9e943631
+# %% ../nbs/05_datasets.ipynb #fa9ebbd2
 def trace(
-    mask # 2D, 0 and 1
+    mask:np.ndarray # (row, column), 0 and 1
 )->list: # Of (n, 2) arrays: x and y in pixels from the corner of the image
     "An outline around each piece of a mask"
     from contourpy import contour_generator
@@ -375,73 +415,107 @@ def trace(
     area = lambda p: float(np.sum(p[:-1,0]*p[1:,1]-p[1:,0]*p[:-1,1]))/2
     return [p[:-1]-.5 for p in lines if area(p)>0]  # the edge of a hole runs the other way round
 
-def _annotation(label, ds, points=None):
-    return dict(id=f'A_{ds.SOPInstanceUID[-8:]}', labelId=label, StudyInstanceUID=ds.StudyInstanceUID, createdById='U_1',
-        **({} if points is None else dict(SeriesInstanceUID=ds.SeriesInstanceUID, SOPInstanceUID=ds.SOPInstanceUID)), data=None if points is None else dict(vertices=points.round(2).tolist()))
+# %% ../nbs/05_datasets.ipynb #f0e6ff7b
+_series_folder = '{patient}/08-02-2002-NA-CT CHEST WITHOUT CONTRAST-{study:05d}/2.000000-ROUTINE CHEST NON-CON-{series}'
+_mdai_labels = dict(L_opacity='Infectious opacity', L_tib='Infectious TIB/micronodules', L_cavity='Infectious cavity', L_atelectasis='Atelectasis')
 
+def _annotation(label, ds, points=None)->dict:
+    "An annotation of the slice `ds`, or of its study where there are no points"
+    study = dict(id=f'A_{ds.SOPInstanceUID[-8:]}', labelId=label, StudyInstanceUID=ds.StudyInstanceUID, createdById='U_1')
+    if points is None: return study|dict(data=None)
+    return study|dict(SeriesInstanceUID=ds.SeriesInstanceUID, SOPInstanceUID=ds.SOPInstanceUID, data=dict(vertices=points.round(2).tolist()))
+
+def _mdai_export(studies, annotations)->dict:
+    "What MD.ai writes"
+    labels = [dict(id='L_typical', name='Typical Appearance', scope='STUDY', annotationMode=None),
+              *(dict(id=k, name=v, scope='INSTANCE', annotationMode='freeform') for k,v in _mdai_labels.items())]
+    return dict(name='RICORD', labelGroups=[dict(id='G_1', name='chest CT', labels=labels)],
+                datasets=[dict(id='D_1', name='RICORD-1a', studies=studies, annotations=annotations)])
+
+# %% ../nbs/05_datasets.ipynb #03a15170
 def write_ricord(
-    phantoms, # `Phantom`s
-    root      # Where to write
+    phantoms:list, # Of `Phantom`
+    root:str|Path  # Folder to write into
 ):
     "Phantoms in the layout of RICORD-1a, DICOM and MD.ai annotations; the last one without an outline"
     annotations,studies,root = [],[],Path(root)
     for i,ph in enumerate(phantoms):
         patient = f'MIDRC-RICORD-1A-419639-{i+1:06d}'
+        home = root/'MIDRC-RICORD-1A'/_series_folder.format(patient=patient, study=i+4614, series=i+97100)
         sets = ct_datasets(ph.ct, patient=patient)
-        for j,ds in enumerate(sets, 1): save_dicom(ds, root/'MIDRC-RICORD-1A'/patient/f'08-02-2002-NA-CT CHEST WITHOUT CONTRAST-{i+4614:05d}'/f'2.000000-ROUTINE CHEST NON-CON-{i+97100}'/f'1-{j:03d}.dcm')
+        for j,ds in enumerate(sets, 1): save_dicom(ds, home/f'1-{j:03d}.dcm')
         studies.append(dict(StudyInstanceUID=sets[0].StudyInstanceUID, number=i+1))
         annotations.append(_annotation('L_typical', sets[0]))
         if i<len(phantoms)-1: annotations += [_annotation('L_opacity', ds, p) for ds,m in zip(sets, ph.lesion.data) for p in trace(m)]
-    labels = [dict(id='L_typical', name='Typical Appearance', scope='STUDY', annotationMode=None)]+[dict(id=k, name=v, scope='INSTANCE', annotationMode='freeform') for k,v in
-        dict(L_opacity='Infectious opacity', L_tib='Infectious TIB/micronodules', L_cavity='Infectious cavity', L_atelectasis='Atelectasis').items()]
-    export = dict(name='RICORD', labelGroups=[dict(id='G_1', name='chest CT', labels=labels)], datasets=[dict(id='D_1', name='RICORD-1a', studies=studies, annotations=annotations)])
-    write_atomic(root/'MIDRC-RICORD-1a_annotations_labelgroup_all_2020-Dec-8.json', json.dumps(export).encode())
+    name = 'MIDRC-RICORD-1a_annotations_labelgroup_all_2020-Dec-8.json'
+    write_atomic(root/name, json.dumps(_mdai_export(studies, annotations)).encode())
 
 # %% ../nbs/05_datasets.ipynb #47a138d9
-_own = dict(plain=('ct','infection_mask','lung_mask'), nnunet=('imagesTr','labelsTr'), dicom=('',))
+_own = dict(plain=('ct','infection_mask','lung_mask'), nnunet=('imagesTr','labelsTr'), dicom=('',)) # layout → its folders
+
+def _plain_scans(folder, base, notes)->dict:
+    "Case → file or folder of slices"
+    ct = _niftis(folder, base, notes)
+    for d in sorted(o for o in folder.iterdir() if o.is_dir() and not o.name.startswith('.')):
+        if not _inside(d, base) or os.path.samefile(d, folder):
+            notes.append(f'{d.name} is a link that leads out of ct/ or back to it and was passed over'); continue  # F6
+        if d.name in ct: raise CTError(d, f'{ct[d.name].name} has the same case name', 'Remove or rename one')  # F4
+        ct[d.name] = d
+    if not ct: raise CTError(folder, 'there is no .nii or .nii.gz in it', 'Check the folder')  # F9
+    return ct
 
 def _plain(base, notes)->tuple:
     "Scans, files or folders of slices, and masks"
-    ct = _niftis(base/'ct', base, notes)
-    for d in sorted(o for o in (base/'ct').iterdir() if o.is_dir() and not o.name.startswith('.')):
-        if not _inside(d, base) or os.path.samefile(d, base/'ct'): notes.append(f'{d.name} is a link that leads out of ct/ or back to it and was passed over'); continue  # F6
-        if d.name in ct: raise CTError(d, f'{ct[d.name].name} has the same case name', 'Remove or rename one')  # F4
-        ct[d.name] = d
-    if not ct: raise CTError(base/'ct', 'there is no .nii or .nii.gz in it', 'Check the folder')  # F9
-    if not (base/'infection_mask').is_dir(): raise CTError(base, 'it holds no folder infection_mask/', 'Arrange the files as ct/, infection_mask/ and, if there are any, lung_mask/')
+    ct = _plain_scans(base/'ct', base, notes)
+    if not (base/'infection_mask').is_dir():
+        raise CTError(base, 'it holds no folder infection_mask/', 'Arrange the files as ct/, infection_mask/ and, if there are any, lung_mask/')
     masks = {k:_niftis(base/d, base, notes) if (base/d).is_dir() else {} for k,d in dict(lesion='infection_mask', lung='lung_mask').items()}
     _all_masks(ct, masks['lesion'], base/'infection_mask')
     return ct,masks
 
+# %% ../nbs/05_datasets.ipynb #c68a9070
 def _nnunet(base, notes)->tuple:
     "nnU-Net's raw layout, version 1 or 2"
-    ct,masks = _niftis(base/'imagesTr', base, notes, '_0000'),_niftis(base/'labelsTr', base, notes) if (base/'labelsTr').is_dir() else {}
+    ct = _niftis(base/'imagesTr', base, notes, '_0000')
+    masks = _niftis(base/'labelsTr', base, notes) if (base/'labelsTr').is_dir() else {}
     if not ct: raise CTError(base/'imagesTr', 'there is no …_0000.nii.gz in it', 'Check the folder')
     _all_masks(ct, masks, base/'labelsTr')
     if (base/'dataset.json').is_file():
         try: n = int(json.loads((base/'dataset.json').read_text())['numTraining'])
-        except (ValueError,KeyError,TypeError,OverflowError,OSError): raise CTError(base/'dataset.json', 'it gives no numTraining', 'Mend the file, or remove it') from None
-        if n!=len(ct): raise CTError(base/'dataset.json', f'numTraining is {n}, but imagesTr/ holds {len(ct)} scans', 'Complete the folder, or mend the number')  # F2
+        except (ValueError,KeyError,TypeError,OverflowError,OSError):
+            raise CTError(base/'dataset.json', 'it gives no numTraining', 'Mend the file, or remove it') from None
+        if n!=len(ct): raise CTError(base/'dataset.json', f'numTraining is {n}, but imagesTr/ holds {len(ct)} scans',
+                                     'Complete the folder, or mend the number')  # F2
     return ct,dict(lesion=masks)
 
+# %% ../nbs/05_datasets.ipynb #8f1787f5
 def _dicom_rows(root, notes)->list:
     "A line for each CT series, with made-up names"
     found = dicom_series(root, notes)
-    if not found: raise CTError(root, 'there is neither a folder ct/ nor imagesTr/ nor a CT series in DICOM', 'Check the path, or arrange the files as ct/, infection_mask/ and, if there are any, lung_mask/')  # F9
-    names = [f'case_{i:0{max(3, len(str(len(found))))}d}' for i in range(1, len(found)+1)]
+    if not found: raise CTError(root, 'there is neither a folder ct/ nor imagesTr/ nor a CT series in DICOM', _arrange)  # F9
+    digits = max(3, len(str(len(found))))
+    names = [f'case_{i:0{digits}d}' for i in range(1, len(found)+1)]
     seen = Counter(s.uid for _,s in found if s)
     twice = next((s for _,s in found if s and seen[s.uid]>1), None)
     if twice: raise CTError(twice.folder, 'its CT series lies in another folder too', 'Put the slices of a series into one folder, and keep one copy')
     return [dict(case=n, patient=p, ct=ct) for n,p,(ct,_) in zip(names, _first_case([s for _,s in found], names), found)]
 
-# %% ../nbs/05_datasets.ipynb #c68a9070
+# %% ../nbs/05_datasets.ipynb #652c7697
 def _holds_dicom(root)->bool:
     "Whether a file below `root` is named like a DICOM file"
     return any(f.lower().endswith(('.dcm','.ima')) for _,_,files in os.walk(root) for f in files)
 
+def _own_layouts(root, layout)->list:
+    "The layouts that the folder could have; only `layout` if that is not empty"
+    found = [k for k in ('plain','nnunet') if (root/_own[k][0]).is_dir() and layout in ('',k)]
+    if layout: return found+['dicom']*(layout=='dicom')
+    aside = (o for o in root.iterdir() if o.is_dir() and o.name!=_own[found[0]][0]) if found else ()
+    return found+['dicom']*(not found or any(map(_holds_dicom, aside)))
+
+# %% ../nbs/05_datasets.ipynb #dcf29670
 def folder(
-    root,          # Your scans
-    valid=None,    # Names of cases, or a share of patients, for choosing weights; a fifth if neither is given
+    root:str|Path, # Your scans
+    valid=None,    # List of names of cases, or a share of patients (0…1), for choosing weights; a fifth if neither is given
     test=None,     # The same for the final score
     already_windowed:str='', # `low:high` in HU, for scans of grey values
     layout:str='', # plain, nnunet or dicom, where `root` holds more than one
@@ -452,36 +526,50 @@ def folder(
     if not root.is_dir(): raise CTError(root, 'no such folder', 'Check the path')
     parse_window(already_windowed)
     if layout and layout not in _own: raise CTError('layout', f'{layout!r} is unknown here', f'Give {", ".join(_own)}')
-    found = [k for k in ('plain','nnunet') if (root/_own[k][0]).is_dir() and layout in ('',k)]
-    found += ['dicom']*(layout=='dicom' or not layout and (not found or any(_holds_dicom(o) for o in root.iterdir() if o.is_dir() and o.name!=_own[found[0]][0])))
-    if len(found)>1: raise CTError(root, f'it holds two layouts, {found[0]} and {found[1]}', f'Say which: layout={found[0]} (--layout {found[0]})')  # F8
-    if not found: raise CTError(root, f'it holds no folder {_own[layout][0]}/', 'Check the path, or arrange the files as ct/, infection_mask/ and, if there are any, lung_mask/')
-    rows = _dicom_rows(root, notes) if found==['dicom'] else _rows(*dict(plain=_plain, nnunet=_nnunet)[found[0]](root, notes), window=already_windowed)
+    found = _own_layouts(root, layout)
+    if len(found)>1: raise _ambiguous(root, found)  # F8
+    if not found: raise CTError(root, f'it holds no folder {_own[layout][0]}/', _arrange)
+    if found==['dicom']: rows = _dicom_rows(root, notes)
+    else: rows = _rows(*dict(plain=_plain, nnunet=_nnunet)[found[0]](root, notes), window=already_windowed)
     return _table(rows, 'folder', valid, test, seed, notes)
 
-# %% ../nbs/05_datasets.ipynb #652c7697
+# %% ../nbs/05_datasets.ipynb #46885b63
 zenodo_record = 'https://zenodo.org/api/records/3757476'
 _wanted = ('COVID-19-CT-Seg_20cases.zip','Infection_Mask.zip','Lung_Mask.zip')
 _retry = 'Check the network and run the same command again: it goes on where it stopped'
+_login = 'Open it in a browser: does the network want a login?'
 
 def _requests():
     import requests  # slow to import, and only needed here
     return requests
 
+def _can_be_right(name, link, size, checksum, url)->bool:
+    "Whether a file of the record has a plain name, lies on the server of `url`, and has a size and an MD5"
+    if not isinstance(name, str) or not isinstance(checksum, str): return False
+    plain,near = Path(name).name==name and not name.startswith('.'),urlsplit(link)[:2]==urlsplit(url)[:2]
+    return plain and near and size>=1 and bool(re.fullmatch('md5:[0-9a-f]{32}', checksum))
+
+# %% ../nbs/05_datasets.ipynb #b31c6c28
 def read_record(
-    url=zenodo_record # Of a Zenodo record
+    url:str=zenodo_record # Of a Zenodo record
 )->dict: # File name → (URL, size in bytes, checksum as `md5:…`)
     "The files of a Zenodo record"
     try:
         r = _requests().get(url, timeout=60, headers={'Accept':'application/json'})
         r.raise_for_status()
         files = {f['key']:(urljoin(url, f['links']['self']), int(f['size']), f['checksum']) for f in r.json()['files']}
-    except _requests().exceptions.JSONDecodeError: raise CTError(url, 'the answer is a web page, not the record', 'Open it in a browser: does the network want a login?') from None
+    except _requests().exceptions.JSONDecodeError: raise CTError(url, 'the answer is a web page, not the record', _login) from None
     except _requests().RequestException as e: raise CTError(url, f'the record cannot be read ({type(e).__name__})', _retry) from None
-    except (KeyError,TypeError,ValueError,OverflowError,RecursionError): raise CTError(url, 'the answer is not a record of Zenodo', 'Update covid3d, or download the files by hand') from None
-    for k,(link,size,check) in files.items():
-        if not isinstance(k, str) or not isinstance(check, str) or size<1 or Path(k).name!=k or k.startswith('.') or urlsplit(link)[:2]!=urlsplit(url)[:2] or not re.fullmatch(r'md5:[0-9a-f]{32}', check): raise CTError(url, 'the record names a file, a place or a checksum that cannot be right', 'Do not trust this server')
-    return files
+    except (KeyError,TypeError,ValueError,OverflowError,RecursionError):
+        raise CTError(url, 'the answer is not a record of Zenodo', 'Update covid3d, or download the files by hand') from None
+    if all(_can_be_right(k, *v, url) for k,v in files.items()): return files
+    raise CTError(url, 'the record names a file, a place or a checksum that cannot be right', 'Do not trust this server')
+
+# %% ../nbs/05_datasets.ipynb #da453a52
+def _connect(url, at):
+    "The answer of a server that is asked for `url` from byte `at` on"
+    wanted = {'Accept-Encoding':'identity'}|({'Range':f'bytes={at}-'} if at else {})
+    return _requests().get(url, headers=wanted, stream=True, timeout=60)
 
 def _body(r, n, what, chunk=2**16):
     "At most `n` bytes of an answer, in the pieces in which they come"
@@ -494,6 +582,7 @@ def _body(r, n, what, chunk=2**16):
         if n<=0: break
     for _ in bar: pass
 
+# %% ../nbs/05_datasets.ipynb #7105d765
 @dataclass
 class Resume:
     "A downloader for pooch that goes on where the last run was cut off"
@@ -502,6 +591,9 @@ class Resume:
     tries:int=4   # Connections in one run
     fault:str='the connection was cut' # What became of the last one
 
+    @property
+    def have(self)->int: return self.part.stat().st_size if self.part.exists() else 0
+
     def __call__(self, url, output_file, pooch):
         if self.have>self.size: self.part.unlink()  # the beginning of another file
         for _ in range(self.tries):
@@ -509,16 +601,13 @@ class Resume:
         if self.have!=self.size: raise CTError(url, f'{self.fault} after {self.have:,} of {self.size:,} bytes', _retry)
         os.replace(self.part, output_file)
 
-    @property
-    def have(self)->int: return self.part.stat().st_size if self.part.exists() else 0
-
     def fetch(self, url):
         "One connection, from the first missing byte"
         requests = _requests()
         try:
-            with requests.get(url, headers={'Accept-Encoding':'identity'}|({'Range':f'bytes={self.have}-'} if self.have else {}), stream=True, timeout=60) as r:
+            with _connect(url, self.have) as r:
                 r.raise_for_status()
-                if r.headers.get('Content-Type','').startswith('text/html'): raise CTError(url, 'a web page came instead of the file', 'Open it in a browser: does the network want a login?')
+                if r.headers.get('Content-Type','').startswith('text/html'): raise CTError(url, 'a web page came instead of the file', _login)
                 if r.status_code!=206: self.part.unlink(missing_ok=True)  # the server begins anew
                 with self.part.open('ab') as f:
                     for data in _body(r, self.size-self.have, self.part.name[1:].removesuffix('.part')): f.write(data)
@@ -526,26 +615,32 @@ class Resume:
         except requests.RequestException: self.fault = 'the connection was cut'  # the next try asks for what is missing
         except OSError as e: raise CTError(self.part, f'cannot be written ({e.strerror})', 'Check the folder and the free space') from None
 
-# %% ../nbs/05_datasets.ipynb #f1615905
+# %% ../nbs/05_datasets.ipynb #9977a13c
 _most = 64*2**30 # bytes that an archive may unpack to
 
-def _check_zip(z, path, top):
-    "Refuse an archive before anything is written"
+def _check_member(i, path):
+    "Refuse what an archive should not hold"
+    parts = i.filename.replace('\\','/').split('/')
+    if any(o in ('','..') or ':' in o for o in parts): raise CTError(path, 'a name in it leads out of its folder', 'Do not trust this file')
+    if stat.S_ISLNK(i.external_attr>>16): raise CTError(path, 'it holds a link', 'Do not trust this file')
+    if i.flag_bits&1: raise CTError(path, 'it is encrypted', 'Get another copy')
+    if i.file_size>1032*i.compress_size+4096: raise CTError(path, 'it declares more than its bytes can hold', 'Do not trust this file')
+
+def _check_zip(z, path, top)->list:
+    "The files of an archive, refused before anything is written"
     infos = [i for i in z.infolist() if not i.is_dir() and '__MACOSX' not in i.filename and not Path(i.filename).name.startswith('.')]
-    for i in infos:
-        parts = i.filename.replace('\\','/').split('/')
-        if any(o in ('','..') or ':' in o for o in parts): raise CTError(path, 'a name in it leads out of its folder', 'Do not trust this file')
-        if stat.S_ISLNK(i.external_attr>>16): raise CTError(path, 'it holds a link', 'Do not trust this file')
-        if i.flag_bits&1: raise CTError(path, 'it is encrypted', 'Get another copy')
-        if i.file_size>1032*i.compress_size+4096: raise CTError(path, 'it declares more than its bytes can hold', 'Do not trust this file')
+    for i in infos: _check_member(i, path)
     if sum(i.file_size for i in infos)>_most: raise CTError(path, f'it unpacks to more than {_most/2**30:.0f} GiB', 'Do not trust this file')
     if not infos: raise CTError(path, 'it holds no file', 'Get another copy')
     if len({i.filename.removeprefix(top) for i in infos})<len(infos): raise CTError(path, 'it holds two files of one name', 'Do not trust this file')
     return infos
 
+# %% ../nbs/05_datasets.ipynb #972cb87b
+_damage = (zipfile.BadZipFile,EOFError,NotImplementedError,UnicodeDecodeError,IndexError,lzma.LZMAError,zipfile.zlib.error) # what zipfile raises
+
 def unpack(
-    path,  # `.zip`
-    folder # Where its files go; a top folder of the same name in the archive is not doubled
+    path:str|Path,  # `.zip`
+    folder:str|Path # Where its files go; a top folder of the same name in the archive is not doubled
 ):
     "Unpack an archive, whole or not at all"
     folder = Path(folder); tmp = folder.with_name(f'.{folder.name}.tmp')
@@ -556,18 +651,19 @@ def unpack(
             for i in infos:
                 to = tmp/i.filename.removeprefix(folder.name+'/')
                 to.parent.mkdir(parents=True, exist_ok=True)
-                with z.open(i) as src, to.open('wb') as dst: shutil.copyfileobj(src, dst, 2**20)  # zipfile stops at the declared size and checks the CRC
+                with z.open(i) as src, to.open('wb') as dst: shutil.copyfileobj(src, dst, 2**20)  # stops at the declared size, checks the CRC
         os.replace(tmp, folder)
-    except (zipfile.BadZipFile,EOFError,NotImplementedError,UnicodeDecodeError,IndexError,lzma.LZMAError,zipfile.zlib.error) as e: raise CTError(path, f'the archive is damaged ({type(e).__name__})', 'Download it again') from None
-    except OSError as e:
-        if e.errno in (None,errno.EINVAL): raise CTError(path, f'the archive is damaged ({e})', 'Download it again') from None  # a seek to nowhere, or bz2's own
+    except _damage as e: raise CTError(path, f'the archive is damaged ({type(e).__name__})', 'Download it again') from None
+    except OSError as e:  # without a number, or EINVAL: a seek to nowhere, or bz2's own
+        if e.errno in (None,errno.EINVAL): raise CTError(path, f'the archive is damaged ({e})', 'Download it again') from None
         raise CTError(folder, f'cannot be written ({e.strerror})', 'Check the folder and the free space') from None
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
+# %% ../nbs/05_datasets.ipynb #a825ed20
 def download(
-    out,                # Folder for the data set
-    record=zenodo_record# URL of the Zenodo record
-)->Path:
+    out:str|Path,            # Folder for the data set
+    record:str=zenodo_record # URL of the Zenodo record
+)->Path: # `out`, for `coronacases`
     "Download CoronaCases, or what is still missing of it, and unpack it"
     import pooch
     pooch.get_logger().setLevel('ERROR')
@@ -577,7 +673,8 @@ def download(
     for name in (k for k in _wanted if not (out/Path(k).stem).exists()):
         url,size,checksum = files[name]
         out.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(out).free<3*size: raise CTError(out, f'too little room: {name} needs about {3*size/2**30:.1f} GiB', 'Free some, or choose another folder')
+        if shutil.disk_usage(out).free<3*size:
+            raise CTError(out, f'too little room: {name} needs about {3*size/2**30:.1f} GiB', 'Free some, or choose another folder')
         try: pooch.retrieve(url, checksum, name, out, downloader=Resume(out/f'.{name}.part', size))
         except ValueError as e:
             if isinstance(e, CTError): raise

@@ -116,7 +116,7 @@ def save_dicom(
     pydicom.dcmwrite(buf, ds, enforce_file_format=True)
     write_atomic(path, buf.getvalue())
 
-# %% ../nbs/01_dicom.ipynb #c3482585
+# %% ../nbs/01_dicom.ipynb #e12b792c
 def write_series(
     vol:Volume,      # HU
     folder:str|Path, # Where to write IM0001.dcm …
@@ -125,7 +125,7 @@ def write_series(
     "Write a volume as a DICOM series, a file a slice"
     for i,ds in enumerate(ct_datasets(vol, **kwargs), 1): save_dicom(ds, Path(folder)/f'IM{i:04d}.dcm')
 
-# %% ../nbs/01_dicom.ipynb #b2b6bafa
+# %% ../nbs/01_dicom.ipynb #d2c336bb
 def _damaged(p, fault)->CTError: return CTError(p, fault, 'Export or copy the series again')
 
 def _bytes(p, n=-1, at=0)->bytes:
@@ -135,7 +135,7 @@ def _bytes(p, n=-1, at=0)->bytes:
         with open(p, 'rb') as f: f.seek(at); return f.read(n)
     except OSError as e: raise CTError(p, f'cannot be read ({e.strerror})', 'Check the permissions') from None
 
-# %% ../nbs/01_dicom.ipynb #6c232c62
+# %% ../nbs/01_dicom.ipynb #fcb5becd
 _vrs = {o.value for o in pydicom.valuerep.VR if len(o.value)==2} # those that the standard knows
 _implicit = '1.2.840.10008.1.2' # the transfer syntax without VRs
 _undefined = 0xFFFFFFFF # a length that is not given: a delimiter marks the end
@@ -149,7 +149,7 @@ def _element(raw, at, order, explicit)->tuple:
     if vr not in _vrs: raise ValueError
     return (tag,vr,12,num(at+8,4)) if vr in pydicom.valuerep.EXPLICIT_VR_LENGTH_32 else (tag,vr,8,num(at+6,2))
 
-# %% ../nbs/01_dicom.ipynb #6732094c
+# %% ../nbs/01_dicom.ipynb #1daf314f
 def _check_items(raw, at, length, order, explicit)->int:
     "Items of a sequence fill it exactly; where it ends"
     end = len(raw) if length==_undefined else at+length
@@ -162,7 +162,7 @@ def _check_items(raw, at, length, order, explicit)->int:
     if at!=end or length==_undefined: raise ValueError
     return at
 
-# %% ../nbs/01_dicom.ipynb #4bb6edb0
+# %% ../nbs/01_dicom.ipynb #db6f3fbe
 def _check_elements(raw, at, length, order, explicit)->int:
     "Elements of an item fill it exactly; where it ends"
     end,last = len(raw) if length==_undefined else at+length,-1
@@ -177,7 +177,7 @@ def _check_elements(raw, at, length, order, explicit)->int:
     if at!=end or length==_undefined: raise ValueError
     return at
 
-# %% ../nbs/01_dicom.ipynb #20b23672
+# %% ../nbs/01_dicom.ipynb #cca654b0
 def _parse(raw):
     "Elements of a DICOM file up to the pixels, each once, all of them with a VR or all without"
     seen,groups,vrs = set(),[],set()
@@ -195,7 +195,7 @@ def _parse(raw):
     for o in groups: _check_items(raw.getbuffer(), *o, 'little' if ds.original_encoding[1] else 'big', True not in vrs)
     return ds
 
-# %% ../nbs/01_dicom.ipynb #be841a82
+# %% ../nbs/01_dicom.ipynb #369a38b8
 def read_header(
     path:str|Path # A file
 )->tuple: # pydicom Dataset of the elements named in `_tags`, and the byte at which the pixel data begins
@@ -215,7 +215,7 @@ def read_header(
     if ds is None or len(raw)==n: raise _damaged(p, fault)
     return ds,f.tell()
 
-# %% ../nbs/01_dicom.ipynb #7ce55c6e
+# %% ../nbs/01_dicom.ipynb #9dfcd7dd
 @dataclass(eq=False, slots=True)
 class Slice:
     "One slice of a CT series: where it lies and what its numbers mean"
@@ -237,13 +237,13 @@ class Slice:
     lossy:bool=False     # Compressed with loss at any time
     step:float=0         # SpacingBetweenSlices, mm; 0 where the file does not say
 
-# %% ../nbs/01_dicom.ipynb #71284626
+# %% ../nbs/01_dicom.ipynb #c98268db
 def _normal(orientation)->tuple:
     "The direction at right angles to rows and columns"
     a,b,c,d,e,f = orientation
     return b*f-c*e,c*d-a*f,a*e-b*d
 
-# %% ../nbs/01_dicom.ipynb #ee175f3e
+# %% ../nbs/01_dicom.ipynb #9a82498e
 _ct = {'1.2.840.10008.5.1.4.1.1.2':False, '1.2.840.10008.5.1.4.1.1.2.1':True, '1.2.840.10008.5.1.4.1.1.2.2':True} # SOP class → whether it is multi-frame
 
 def _group(ds, i, name):
@@ -254,7 +254,7 @@ def _group(ds, i, name):
         except (KeyError,IndexError): pass
     return pydicom.Dataset()
 
-# %% ../nbs/01_dicom.ipynb #9e21a90d
+# %% ../nbs/01_dicom.ipynb #bf058432
 _is_number = re.compile(r' *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *', re.ASCII).fullmatch  # a decimal string
 
 def _value(ds, name):
@@ -278,7 +278,7 @@ def _int(ds, name, p)->int:
     try: return int(_value(ds, name))
     except (KeyError,ValueError,TypeError,OverflowError): raise _damaged(p, f'{name} is missing or no whole number') from None
 
-# %% ../nbs/01_dicom.ipynb #807d08c0
+# %% ../nbs/01_dicom.ipynb #dbddc0a0
 _whole = 'Rows Columns SamplesPerPixel BitsAllocated BitsStored HighBit PixelRepresentation'.split() # elements that are whole numbers
 
 def _check_format(g, p):
@@ -288,7 +288,7 @@ def _check_format(g, p):
     if not ok: raise _damaged(p, 'its pixels are not stored as a CT\'s are (16 bits, one sample)')
     if not (0<g['Rows']<=8192 and 0<g['Columns']<=8192): raise _damaged(p, f'a slice of {g["Rows"]}×{g["Columns"]} pixels is no CT')
 
-# %% ../nbs/01_dicom.ipynb #04752d33
+# %% ../nbs/01_dicom.ipynb #abfe245b
 def _grid(ds, frame, p)->dict:
     "What all slices of a series must share"
     g = {k:_int(ds, k, p) for k in _whole}
@@ -302,7 +302,7 @@ def _grid(ds, frame, p)->dict:
     texts = {k:str(ds.get(k, '')) for k in ('PhotometricInterpretation','FrameOfReferenceUID')}
     return g | dict(ImageOrientationPatient=unit, PixelSpacing=spacing, **texts)
 
-# %% ../nbs/01_dicom.ipynb #7dc7aad0
+# %% ../nbs/01_dicom.ipynb #b1a4510b
 def _rescale(ds, frame, p)->tuple:
     "(slope, intercept)"
     g = _group(ds, frame, 'PixelValueTransformationSequence')
@@ -314,7 +314,7 @@ def _rescale(ds, frame, p)->tuple:
     if not 0<abs(slope)<1e4 or abs(inter)>1e6: raise _damaged(p, 'RescaleSlope or RescaleIntercept is out of range')
     return slope,inter
 
-# %% ../nbs/01_dicom.ipynb #7006830a
+# %% ../nbs/01_dicom.ipynb #296c18a8
 _lossy = ('1.2.840.10008.1.2.4.51','1.2.840.10008.1.2.4.81') # JPEG 12 bit and JPEG-LS near-lossless; others say it in LossyImageCompression
 
 def _syntax(ds)->str: return str(ds.file_meta.get('TransferSyntaxUID',''))
@@ -324,7 +324,7 @@ def _number(ds)->str:
     n = str(ds.get('SeriesNumber', ''))
     return n if re.fullmatch(r'-?[0-9]{1,12}', n) else '?'
 
-# %% ../nbs/01_dicom.ipynb #87c04988
+# %% ../nbs/01_dicom.ipynb #5a2c83a2
 def _slice(ds, at, p, frame=None, n=1)->Slice:
     "The record of one slice"
     measures,syntax = _group(ds, frame, 'PixelMeasuresSequence'),_syntax(ds)
@@ -338,7 +338,7 @@ def _slice(ds, at, p, frame=None, n=1)->Slice:
         study=text('StudyInstanceUID'), number=_number(ds), patient=digest(ds.get('PatientID','')), grid=grid, position=np.array(position),
         height=height, slope=slope, intercept=intercept, syntax=syntax, lossy=text('LossyImageCompression')=='01' or syntax in _lossy, step=step)
 
-# %% ../nbs/01_dicom.ipynb #4c1ac20f
+# %% ../nbs/01_dicom.ipynb #b071c747
 def _classic(ds, at, p)->list:
     "The slice of a classic CT"
     if ds.get('NumberOfFrames') and _int(ds, 'NumberOfFrames', p)!=1: raise _damaged(p, 'it holds several frames, but is not an enhanced CT')
@@ -352,7 +352,7 @@ def _frames(ds, at, p)->list:
     if not 0<n<=4096 or n!=len(groups): raise _damaged(p, 'NumberOfFrames does not fit its functional groups')
     return [_slice(ds, at, p, i, n) for i in range(n)]
 
-# %% ../nbs/01_dicom.ipynb #9bc8d409
+# %% ../nbs/01_dicom.ipynb #783c69c3
 def _slices_of(ds, at, p)->tuple:
     "The slices of an object; and what it is if it is no CT"
     kind,in_meta = str(ds.get('SOPClassUID','')),str(ds.file_meta.get('MediaStorageSOPClassUID',''))
@@ -363,7 +363,7 @@ def _slices_of(ds, at, p)->tuple:
     if 'LOCALIZER' in str(ds.get('ImageType','')).upper(): return [],'scout view'
     return (_frames if _ct[kind] else _classic)(ds, at, p),''
 
-# %% ../nbs/01_dicom.ipynb #0dcb6e61
+# %% ../nbs/01_dicom.ipynb #f650b66e
 @_Quiet()
 def read_slices(
     path:str|Path # A file
@@ -378,7 +378,7 @@ def read_slices(
     except CTError: raise
     except Exception as e: raise _damaged(p, f'the DICOM header is damaged ({type(e).__name__})') from None
 
-# %% ../nbs/01_dicom.ipynb #b94105b6
+# %% ../nbs/01_dicom.ipynb #d0a5e500
 _other_kinds = ('.txt .json .xml .csv .md .pdf .jpg .jpeg .png .gif .html .htm .zip .gz .nii .nrrd .exe .inf .ini .log .db .xlsx .py '
                 '.sha256 .md5 .tmp').split()
 
@@ -393,7 +393,7 @@ def _listed(folder)->list:
     home = os.path.realpath(folder)+os.sep
     return [Path(o.path) for o in entries if _may_be_dicom(o) and (not o.is_symlink() or os.path.realpath(o.path).startswith(home))]
 
-# %% ../nbs/01_dicom.ipynb #2040c11d
+# %% ../nbs/01_dicom.ipynb #edbcef9d
 @dataclass(eq=False)
 class Series:
     "The slices of one series in one folder, in order along the normal"
@@ -413,7 +413,7 @@ class Series:
     def files(self)->list: return sorted({s.path for s in self.slices})
     def __repr__(self): return f'series {self.number}: {len(self.slices)} slices in {len(self.files)} file{"s"[:len(self.files)>1]}'
 
-# %% ../nbs/01_dicom.ipynb #80ceb82b
+# %% ../nbs/01_dicom.ipynb #dbf6d709
 @_Quiet()
 def find_series(
     folder:str|Path # Holds DICOM files, of one series or several
@@ -480,7 +480,7 @@ def _check_stack(slices, p)->list:
     if not said or abs(said-step)<=_noise: return []
     return [f'SpacingBetweenSlices says {said:g} mm, the positions {step:.4g} mm: the positions are taken']  # C17
 
-# %% ../nbs/01_dicom.ipynb #adcdcbe8
+# %% ../nbs/01_dicom.ipynb #b18d7f8c
 _native = {_implicit:('little',False), '1.2.840.10008.1.2.1':('little',True), '1.2.840.10008.1.2.2':('big',True)} # not compressed: byte order, are VRs written
 
 def _find_pixels(f, s, need)->tuple:
@@ -493,7 +493,7 @@ def _find_pixels(f, s, need)->tuple:
     if not 0<=length-need*s.frames<2*s.grid['Columns']: raise _damaged(s.path, 'there is less or more pixel data than rows and columns need')
     return s.at+skip,length
 
-# %% ../nbs/01_dicom.ipynb #cf7617e7
+# %% ../nbs/01_dicom.ipynb #5c4a2c42
 def _is_sound_end(rest, order='little', explicit=True)->bool:
     "Whether what follows the pixels is nothing, zeros, or whole elements"
     last = 0x7FE00010
@@ -506,7 +506,7 @@ def _is_sound_end(rest, order='little', explicit=True)->bool:
     except ValueError: return False
     return True
 
-# %% ../nbs/01_dicom.ipynb #8564d203
+# %% ../nbs/01_dicom.ipynb #28ff4f44
 def _native_pixels(s:Slice)->np.ndarray:
     "Stored values of an uncompressed slice"
     order,explicit = _native[s.syntax]
@@ -522,7 +522,7 @@ def _native_pixels(s:Slice)->np.ndarray:
     if not _is_sound_end(end, order, explicit): raise _damaged(s.path, 'what follows its pixels is damaged')
     return x
 
-# %% ../nbs/01_dicom.ipynb #6c76ef62
+# %% ../nbs/01_dicom.ipynb #732daecc
 _coded_as = {'1.2.840.10008.1.2.5':'RLE', **{f'1.2.840.10008.1.2.4.{k}':v for k,v in
     {51:0xC1, 57:0xC3, 70:0xC3, 80:0xF7, 81:0xF7, 90:'J2K', 91:'J2K'}.items()}} # transfer syntax → kind; for JPEG its start of frame
 
@@ -539,7 +539,7 @@ def _coded_size(x)->tuple:
     if x[:2]==b'\xff\xd8': return *_jpeg_size(x),None
     return 'unknown',0,0,0,0,None
 
-# %% ../nbs/01_dicom.ipynb #81286020
+# %% ../nbs/01_dicom.ipynb #ad5c0175
 def _rle_sizes(x)->list:
     "Bytes that each segment of an RLE frame unpacks to (DICOM PS3.5, annex G)"
     n,*starts = np.frombuffer(x[:64], '<u4').tolist()
@@ -552,7 +552,7 @@ def _rle_sizes(x)->list:
         out.append(size)
     return out
 
-# %% ../nbs/01_dicom.ipynb #7302317b
+# %% ../nbs/01_dicom.ipynb #eabd5650
 def _check_coded(x, s):
     "Compressed pixels are of the kind and size that the header gives"
     g,other_size = s.grid,_damaged(s.path, 'its compressed pixels are of another size than its header says')
@@ -566,7 +566,7 @@ def _check_coded(x, s):
     if sign is not None and sign!=g['PixelRepresentation']:  # C13
         raise _damaged(s.path, 'its header and its compressed pixels disagree on whether the numbers are signed')
 
-# %% ../nbs/01_dicom.ipynb #7408ad72
+# %% ../nbs/01_dicom.ipynb #dabadb54
 def _decoder(s)->tuple:
     "pydicom's decoder for the slice, and the first of its plug-ins"
     if s.syntax not in _coded_as: raise CTError(s.path, 'this encoding of DICOM is not read', 'Export the series uncompressed')
@@ -576,7 +576,7 @@ def _decoder(s)->tuple:
         raise CTError(s.path, fault, "Install them with pip install 'covid3d[dicom]', or export the series uncompressed")  # C14
     return res,res.available_plugins[0]
 
-# %% ../nbs/01_dicom.ipynb #99fb2f91
+# %% ../nbs/01_dicom.ipynb #baea1ca3
 def _coded_end(raw)->int:
     "Where the items of compressed pixels end; they must lie one behind the other, up to their delimiter"
     at = 0
@@ -596,7 +596,7 @@ def _coded_frames(s)->list:
     if len(frames)!=s.frames or not _is_sound_end(raw[12+end:]): raise ValueError
     return frames
 
-# %% ../nbs/01_dicom.ipynb #a9e2c8fc
+# %% ../nbs/01_dicom.ipynb #6f005844
 def _decoded_pixels(s:Slice, coded:dict)->np.ndarray:
     "Stored values of a compressed slice; `coded` keeps the frames of the file that was read last"
     decoder,plugin = _decoder(s)
@@ -610,7 +610,7 @@ def _decoded_pixels(s:Slice, coded:dict)->np.ndarray:
     except CTError: raise
     except Exception as e: raise _damaged(s.path, f'its compressed pixels cannot be decoded ({type(e).__name__})') from None
 
-# %% ../nbs/01_dicom.ipynb #b703b12b
+# %% ../nbs/01_dicom.ipynb #2bbccf12
 @_Quiet()
 def read_pixels(
     s:Slice,        # From `find_series`
@@ -625,7 +625,7 @@ def read_pixels(
     x = x.astype(np.int16 if signed else np.uint16, copy=False).reshape(g['Rows'], g['Columns'])
     return x<<spare>>spare if spare else x  # bits above BitsStored are no part of the number
 
-# %% ../nbs/01_dicom.ipynb #5ac8d039
+# %% ../nbs/01_dicom.ipynb #69657ff3
 def _hu_range(s)->tuple:
     "The least and the greatest HU that a slice could hold"
     n = 2**s.grid['BitsStored']
@@ -644,7 +644,7 @@ def _fill(out, s, x):
         wide = x.astype(np.int32 if max(abs(low), abs(high))<2**31 else np.int64); wide *= slope; wide += inter
         np.clip(wide, -2**15, 2**15-1, out=out, casting='unsafe')
 
-# %% ../nbs/01_dicom.ipynb #0ee446bd
+# %% ../nbs/01_dicom.ipynb #7ecc8b07
 def _stack(slices, p)->tuple:
     "Slices without repeats, their HU (slice, row, column), and notes"
     g,kept,repeats,coded,out = slices[0].grid,[],0,{},None
@@ -662,7 +662,7 @@ def _stack(slices, p)->tuple:
         else: kept.append(s)
     return kept,out[:len(kept)],[f'{repeats} slice{"s"[:repeats>1]} that came twice left out'] if repeats else []
 
-# %% ../nbs/01_dicom.ipynb #14ed6f47
+# %% ../nbs/01_dicom.ipynb #7050ae94
 def find_others(
     folder:str|Path # A folder, or a file in it
 )->Counter: # Kind → how many files
@@ -670,7 +670,7 @@ def find_others(
     folder = Path(folder) if Path(folder).is_dir() else Path(folder).parent
     return Counter(kind or 'series of fewer than four slices' for p in _listed(folder) for kind in [read_slices(p)[1]])
 
-# %% ../nbs/01_dicom.ipynb #80ad7fa7
+# %% ../nbs/01_dicom.ipynb #a773e1c4
 def _choose(path)->tuple:
     "The series that `path` means, and notes"
     p = Path(path)
@@ -687,7 +687,7 @@ def _choose(path)->tuple:
     notes = [f'{n} series in the folder: number {most.number}, with the most slices ({len(most.slices)}), was taken'] if n>1 else []  # C7
     return most,notes+[f'left aside: {others}']*bool(others)
 
-# %% ../nbs/01_dicom.ipynb #be353aca
+# %% ../nbs/01_dicom.ipynb #8a882619
 def _geometry(slices)->np.ndarray:
     "4×4, index (column, row, slice) → RAS mm"
     first,last,n = slices[0],slices[-1],len(slices)-1
@@ -697,7 +697,7 @@ def _geometry(slices)->np.ndarray:
     lps[:3] = np.stack([row*dc, col*dr, (last.position-first.position)/n, first.position], 1)
     return _to_lps@lps
 
-# %% ../nbs/01_dicom.ipynb #9a6ce28c
+# %% ../nbs/01_dicom.ipynb #78874aa5
 @_Quiet()
 def volume_of(
     series:Series # From `find_series`
@@ -717,7 +717,7 @@ def volume_of(
     try: return to_hu(Volume(data, canonical, Source(p, hdr, back, tuple(kept)), tuple(notes)))
     except CTError as e: raise CTError(p, e.fault, 'Export the original series') from None  # its other cure is for NIfTI
 
-# %% ../nbs/01_dicom.ipynb #391c0cd8
+# %% ../nbs/01_dicom.ipynb #49ff54ea
 def open_series(
     path:str|Path # A folder with a CT series in it, or any file of the series
 )->Volume: # HU, canonical axes
@@ -752,7 +752,7 @@ seg_codes = dict(lesion=(('49755003','SCT','Morphologically Abnormal Structure')
 
 _no_code = (('85756007','SCT','Tissue'),)*2 # category and type of any other class
 
-# %% ../nbs/01_dicom.ipynb #aac7f63f
+# %% ../nbs/01_dicom.ipynb #58594547
 def _sources(ct)->list:
     "The datasets of the series that a volume was read from, pixels left out"
     ends = {s.path:s.at for s in ct.source.slices}  # of the headers; all frames of a file give the same
@@ -766,7 +766,7 @@ def _frame_order(mask, ct)->np.ndarray:
     "`mask` as (frame, row, column) in the order of `_source_frames`"
     return from_canonical(mask, ct.source.back).transpose(2,1,0)[np.argsort([s.frame for s in ct.source.slices], kind='stable')]
 
-# %% ../nbs/01_dicom.ipynb #e7b63f28
+# %% ../nbs/01_dicom.ipynb #174434de
 def _in_source_order(seg, ct):
     "Put the frames of each segment into the order of the source; highdicom sorts them from head to foot"
     at = np.array([s.position for s in _source_frames(ct)])
@@ -779,7 +779,7 @@ def _in_source_order(seg, ct):
     seg.PerFrameFunctionalGroupsSequence = [groups[i] for i in order]
     for i in order: groups[i].FrameContentSequence[0].DimensionIndexValues[1] = int(rank[i])+1
 
-# %% ../nbs/01_dicom.ipynb #30106ec4
+# %% ../nbs/01_dicom.ipynb #c4b82a67
 def _describe(hd, i, name, codes):
     "What a segment is, for highdicom"
     Code = pydicom.sr.coding.Code
@@ -787,7 +787,7 @@ def _describe(hd, i, name, codes):
     algorithm = hd.AlgorithmIdentificationSequence(name='covid3d', version=__version__, family=Code('123110','DCM','Artificial Intelligence'))
     return hd.seg.SegmentDescription(i, name, Code(*category), Code(*kind), hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, algorithm)
 
-# %% ../nbs/01_dicom.ipynb #7a1470c2
+# %% ../nbs/01_dicom.ipynb #df4295bf
 def _check_masks(masks, ct, path):
     "There are masks, on the grid of a DICOM series whose slices can be referred to"
     if not (ct.source and ct.source.slices):
@@ -807,7 +807,7 @@ def _cannot_refer(slices)->str:
     if len({s.uid for s in slices})!=len(files): return 'two of its files have one SOPInstanceUID'
     return ''
 
-# %% ../nbs/01_dicom.ipynb #b6b217b0
+# %% ../nbs/01_dicom.ipynb #5be929c2
 def _segmentation(hd, masks, ct, codes)->bytes:
     "The Segmentation as the bytes of a file"
     x = np.stack([_frame_order(m, ct) for m in masks.values()], -1).astype(np.uint8)
@@ -820,7 +820,7 @@ def _segmentation(hd, masks, ct, codes)->bytes:
     buf = io.BytesIO(); seg.save_as(buf)
     return buf.getvalue()
 
-# %% ../nbs/01_dicom.ipynb #554106f4
+# %% ../nbs/01_dicom.ipynb #2f02fab6
 @_Quiet()
 def save_seg(
     masks:dict,    # Class → mask, array (slice, row, column) of 0 and 1 on the canonical axes of `ct`; one segment each

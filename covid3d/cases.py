@@ -75,7 +75,7 @@ def _read_csv(path)->pd.DataFrame:
     except Exception as e: raise CTError(p, f'not a CSV ({type(e).__name__})', 'Write one with `covid3d cases`') from None
     return df.map(lambda s: s[1:] if isinstance(s, str) and re.match("'[=+@\t\r-]", s) else s)  # what `safe_cell` put before it
 
-# %% ../nbs/04_cases.ipynb #fc6c4835
+# %% ../nbs/04_cases.ipynb #e8a693bc
 def _need_columns(df, p, need):
     "Refuse a table that lacks a column, or a name or scan in a line"
     missing = [o for o in need if o not in df]
@@ -84,7 +84,7 @@ def _need_columns(df, p, need):
     if (df.case=='').any(): raise CTError(p, f'line {int(np.argmax(df.case==""))+2} has no case name', 'Give each scan a name of its own')
     if (df.ct=='').any(): raise CTError(p, f'case {df.case[df.ct==""].iloc[0]!r} has no ct', 'Add its path')
 
-# %% ../nbs/04_cases.ipynb #55feab02
+# %% ../nbs/04_cases.ipynb #6c111af9
 def _table_faults(df, p):
     "The `CTError`s of a table as a whole"
     for c in df.case:
@@ -106,7 +106,7 @@ def _split_patients(df, p):
             cases,found = ', '.join(map(repr, g.case[:3])),' and '.join(sorted(g.split.unique()))
             yield CTError(p, f'cases {cases} are of one patient but in {found}', 'Put all scans of a patient into one split')  # F5
 
-# %% ../nbs/04_cases.ipynb #a6707bcf
+# %% ../nbs/04_cases.ipynb #f0370a30
 def _case(row, root, masks)->Case:
     "A `Case` from a line of the table"
     paths = {k:Path(os.path.normpath(root/row[k])) for k in ('ct',*masks) if row.get(k)}
@@ -122,7 +122,7 @@ def _open_table(table, need)->tuple:
     _need_columns(df, name, ('case','ct',*need))
     return df,root,name
 
-# %% ../nbs/04_cases.ipynb #15465f41
+# %% ../nbs/04_cases.ipynb #6ff679fd
 def read_cases(
     table:str|Path|pd.DataFrame, # CSV, or a DataFrame (its paths relative to the working directory)
     split:str=None,              # Only this split; all cases if None
@@ -149,7 +149,7 @@ def safe_cell(
     s = re.sub('[\r\n]+', ' ', str(o))
     return "'"+s if re.match('[=+@\t\r-]', s) and not re.fullmatch(r'-?[\d.]+(:-?[\d.]+)?', s) else s
 
-# %% ../nbs/04_cases.ipynb #499dce90
+# %% ../nbs/04_cases.ipynb #590df6d7
 def write_cases(
     df:pd.DataFrame, # A case table with absolute paths
     path:str|Path    # CSV to write
@@ -192,17 +192,24 @@ class CaseReport:
     digest:str=''              # The same for scans with the same voxels
     findings:list=field(default_factory=list) # Of `Finding`
 
-    def add(self, level, what, fault, cure): self.findings.append(Finding(level, self.case, str(what), fault, cure))
+    def add(self,
+        level:str, # `error`, `warning` or `note`
+        what,      # File or column
+        fault:str, # What it is
+        cure:str   # What to do about it
+    ):
+        "Add a `Finding` of this case"
+        self.findings.append(Finding(level, self.case, str(what), fault, cure))
     @property
     def ok(self)->bool: return not any(f.level=='error' for f in self.findings)
 
-# %% ../nbs/04_cases.ipynb #0616f7c2
+# %% ../nbs/04_cases.ipynb #f6051274
 def _cut_at(lung)->list:
     "Edges of the scan that cut the lung off"
     faces = (lung.take(i, axis) for axis in range(3) for i in (0,-1))
     return [side for side,face in zip(('lower','upper','front','back','right','left'), faces) if face.mean()>.01]
 
-# %% ../nbs/04_cases.ipynb #6662ded3
+# %% ../nbs/04_cases.ipynb #b208dbe7
 inside_line = .8 # Least part of a lesion that lies in the lung mask without a warning
 
 def _note_all(rep, path, notes):
@@ -225,7 +232,7 @@ def _check_lung(rep, case, ct, lesion):
             rep.add('warning', case.masks['lesion'], fault, 'Look at it, and at the lung mask'); return
     if not cut: rep.lesion_share = float(lesion.sum()/lung.sum())
 
-# %% ../nbs/04_cases.ipynb #a5880630
+# %% ../nbs/04_cases.ipynb #e269f002
 def _check_lesion(rep, case, ct)->np.ndarray:
     "Volume of the lesion; its mask, or None where there is none"
     if 'lesion' not in case.masks: return None
@@ -235,7 +242,7 @@ def _check_lesion(rep, case, ct)->np.ndarray:
     if not m.data.any(): rep.add('note', path, 'the mask is empty: a scan without a lesion', 'Nothing to do if that is meant; it is counted apart')
     return m.data
 
-# %% ../nbs/04_cases.ipynb #9ff6729d
+# %% ../nbs/04_cases.ipynb #d4f5b0b1
 def _check_files(rep, case, need):
     "Open scan and masks, one after the other"
     for k in need:
@@ -251,7 +258,7 @@ def _check_files(rep, case, need):
     if 'lung' in case.masks: _check_lung(rep, case, ct, lesion)
     for k in set(case.masks)-{'lesion','lung'}: _note_all(rep, case.masks[k], case.open_mask(k, ct).notes)
 
-# %% ../nbs/04_cases.ipynb #698428a9
+# %% ../nbs/04_cases.ipynb #a14e0662
 def check_case(
     case:Case,             # From `read_cases`
     need:tuple=('lesion',) # Masks that a case with a split must have
@@ -263,7 +270,7 @@ def check_case(
     except MemoryError: rep.add('error', case.ct, 'opening it needs more memory than there is', 'Close other programs, or leave the case out')
     return rep
 
-# %% ../nbs/04_cases.ipynb #d396a9a0
+# %% ../nbs/04_cases.ipynb #74948001
 def _same_scans(reports)->list:
     "Findings on scans that are there twice under different names"
     seen = {}
@@ -308,7 +315,7 @@ def check_table(
     faults = [Finding('error', 'the table', str(e.what), e.fault, e.cure) for e in _table_faults(df, name)]
     return [CaseReport('the table', findings=faults)]*bool(faults)+[next(checked) if isinstance(c, Case) else c for c in cases]
 
-# %% ../nbs/04_cases.ipynb #0d6950f9
+# %% ../nbs/04_cases.ipynb #0a5df960
 def require_ok(
     reports:list,  # Of `CaseReport`, from `check_table`
     table:str|Path # For the message
@@ -332,7 +339,7 @@ def report_table(
             found=', '.join(f'{n[k]} {k}{"s"[:n[k]>1]}' for k in levels if n[k]) or 'ok')
     return pd.DataFrame([line(r) for r in reports])
 
-# %% ../nbs/04_cases.ipynb #17efcb99
+# %% ../nbs/04_cases.ipynb #8602d847
 def report_json(
     reports:list # Of `CaseReport`, from `check_table`
 )->dict: # Nothing but dicts, lists, text and numbers

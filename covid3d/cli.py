@@ -6,8 +6,8 @@ Docs: https://covid3d.github.io/covid3d/cli.html.md"""
 
 # %% auto #0
 __all__ = ['commands', 'demo_config', 'demo_mark', 'overview', 'command', 'numbers', 'absent', 'writable', 'check_overlap',
-           'find_device', 'download', 'phantom', 'names_or_share', 'cases', 'check', 'train', 'evaluate', 'find_scans',
-           'predict', 'clear_demo', 'demo', 'tie', 'one_line', 'main']
+           'find_device', 'download', 'phantom', 'names_or_share', 'cases', 'check', 'prepare', 'train', 'evaluate',
+           'find_scans', 'predict', 'clear_demo', 'demo', 'tie', 'one_line', 'main']
 
 # %% ../nbs/30_cli.ipynb #9daa8dd1
 import math, os, re, shutil, sys, time, warnings
@@ -168,10 +168,34 @@ def check(
     print(f'{sum(r.case!="the table" for r in reports)} cases · '+', '.join(f'{v} {k}{"s"[:v!=1]}' for k,v in n.items()))
     return int(n['error']>0)
 
+# %% ../nbs/30_cli.ipynb #ee2e839f
+@command
+def prepare(
+    table:Annotated[str, 'Case table (CSV)', {'opt':False}],
+    out:str=None,           # Folder for the prepared cases
+    spacing:str='4,2.8,2.8',# mm between slices, rows and columns that the network sees
+    patch:str='16,96,96',   # Slices, rows and columns of a training patch
+    window:str='-1000,400', # HU that become black and white
+    classes:str='lesion',   # Masks to learn, columns of the table, with commas between
+    workers:int=None        # Threads; two if not given, each holds one scan in memory
+):
+    "Read, resample and window every scan once, for quick random patches; goes on where it was interrupted."
+    writable(out)
+    if workers is not None and workers<1: raise CTError('workers', f'{workers} threads cannot work', 'Give 1 or more')
+    from covid3d.data import prepare_table
+    from covid3d.transforms import CTSpec
+    spec = CTSpec(numbers(spacing, float, 'spacing'), numbers(window, float, 'window'), numbers(patch, int, 'patch'), tuple(classes.split(',')))
+    done = prepare_table(table, out, spec, workers)
+    failed = [o for o in done if isinstance(o, CTError)]
+    for e in failed: print(e, file=sys.stderr)
+    mb = sum(o.nbytes for o in done if not isinstance(o, CTError))/1e6
+    print(f'wrote {out} · {len(done)-len(failed)} of {len(done)} cases, {mb:,.0f} MB · next: covid3d train {out} --out RUN')
+    return int(bool(failed))
+
 # %% ../nbs/30_cli.ipynb #77487dbd
 @command
 def train(
-    table:Annotated[str, 'Case table (CSV) with train and valid cases', {'opt':False}],
+    table:Annotated[str, 'Case table (CSV) with train and valid cases, or a folder from covid3d prepare', {'opt':False}],
     out:str=None,           # Folder for model.safetensors and history.csv
     encoder:str='r3d_18',   # r3d_18, mc3_18 or r2plus1d_18
     weights:str='kinetics', # Where the encoder starts: kinetics (downloaded once), random, or a file of weights
@@ -199,7 +223,7 @@ def train(
     if not 0<lr<math.inf: raise CTError('lr', f'{lr} is no learning rate', 'Give, for example, 2e-3')
     device = find_device(device)
     from covid3d.learner import CTSpec, train
-    spec = CTSpec(numbers(spacing, float, 'spacing'), numbers(window, float, 'window'), numbers(patch, int, 'patch'), tuple(classes.split(',')))
+    spec = None if Path(table).is_dir() else CTSpec(numbers(spacing, float, 'spacing'), numbers(window, float, 'window'), numbers(patch, int, 'patch'), tuple(classes.split(',')))  # a prepared folder brings its own
     learn = train(table, out, spec, encoder, {'kinetics':True, 'random':False}.get(weights, weights), epochs, frozen_epochs, lr, bs, patches, score_every, seed=seed, device=device,
                   width=width, decoder=numbers(decoder, int, 'decoder'))
     print(f'wrote {Path(out)/"model.safetensors"} · whole-scan Dice on valid {learn.kept.best:.3f}')
@@ -330,13 +354,15 @@ def demo(
     out,c,t = Path(out),dict(demo_config),time.time()
     if n<3: raise CTError('n', f'{n} scans are too few to train, choose and test', 'Give 3 or more')
     writable(out); clear_demo(out, overwrite)
+    from covid3d.augment import Augment3d, Brightness3d, Contrast3d, Flip3d
     from covid3d.evaluate import mean_dice, score_cases, write_scores
     from covid3d.learner import CTSpec, open_ct, read_cases, save_figure, save_mask, segment, show_slices, train, write_phantoms
     spec = CTSpec(spacing=c.pop('spacing'), patch=c.pop('patch'))
     print(f'1  made-up scans: {n} of 96×256×256 voxels')
     table = write_phantoms(out/'data', n, seed)
     print(f'2  training: grid {"×".join(f"{s:g}" for s in spec.spacing)} mm, patch {"×".join(map(str,spec.patch))}, r3d_18 of width {c["width"]} (of 64), random weights')
-    learn = train(table, out/'run', spec, pretrained=False, seed=seed, **c)
+    light = Augment3d([Flip3d(), Contrast3d(.1, p=1), Brightness3d(p=1)], spec.spacing)
+    learn = train(table, out/'run', spec, pretrained=False, seed=seed, aug=light, **c)
     print('3  scores on unseen scans, each on its own grid')
     test = read_cases(table, 'test')
     scores = score_cases(learn.model, spec, test)

@@ -8,10 +8,10 @@ Docs: https://covid3d.github.io/covid3d/learner.html.md"""
 __all__ = ['plain_log', 'unet_learner_3d', 'ScanDice', 'WhileTraining', 'KeepBest', 'History', 'train', 'r3d_18', 'mc3_18',
            'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_scan', 'open_mask', 'save_mask', 'save_seg',
            'save_volume', 'show_slices', 'save_figure', 'phantom', 'write_phantoms', 'CTSpec', 'TensorCT',
-           'TensorMask3d', 'RandomPatch', 'FlipLR', 'JitterWindow', 'apply_window', 'resample_image', 'resample_mask',
-           'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases',
-           'aug_transforms_3d', 'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'soft_dice', 'dice',
-           'PatchDice', 'NetSpec', 'save_model', 'load_model', 'segment', 'sliding_window', 'set_seed']
+           'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms', 'apply_window', 'resample_image',
+           'resample_mask', 'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases',
+           'check_table', 'write_cases', 'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'soft_dice',
+           'dice', 'PatchDice', 'NetSpec', 'save_model', 'load_model', 'segment', 'sliding_window', 'set_seed']
 
 # %% ../nbs/15_learner.ipynb #fe9f8fe1
 import csv, io, math
@@ -30,8 +30,9 @@ from fastai.vision.data import get_grid
 from plum import dispatch
 from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18
 
-from .cases import Case, check_table, read_cases, require_ok, write_cases
-from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock, aug_transforms_3d
+from .augment import Augment3d, ct_aug_transforms
+from .cases import Case, check_cases, check_table, read_cases, require_ok, write_cases
+from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock
 from .dicom import open_scan, save_seg
 from .encoder import encoder3d
 from .inference import NetSpec, load_model, save_model, segment, sliding_window
@@ -39,14 +40,14 @@ from .losses import DiceCELoss, soft_dice
 from .metrics import PatchDice, dice
 from .phantom import phantom, write_phantoms
 from .show import save_figure, show_slices, track, watched
-from .transforms import CTSpec, FlipLR, JitterWindow, RandomPatch, TensorCT, TensorMask3d, apply_window, resample_image, resample_mask, show_patch
+from .transforms import CTSpec, RandomPatch, TensorCT, TensorMask3d, apply_window, resample_image, resample_mask, show_patch
 from .unet import DynamicUnet3d, param_groups
 from .volume import CTError, Volume, open_ct, open_mask, save_mask, save_volume, write_atomic
 
 # %% ../nbs/15_learner.ipynb #012de542
 _all_ = ['r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_scan', 'open_mask', 'save_mask', 'save_seg', 'save_volume', 'show_slices', 'save_figure',
-         'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'FlipLR', 'JitterWindow', 'apply_window', 'resample_image', 'resample_mask',
-         'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases', 'aug_transforms_3d',
+         'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms', 'apply_window', 'resample_image', 'resample_mask',
+         'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases',
          'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'soft_dice', 'dice', 'PatchDice',
          'NetSpec', 'save_model', 'load_model', 'segment', 'sliding_window', 'set_seed']
 
@@ -165,7 +166,7 @@ class History(WhileTraining):
 
 # %% ../nbs/15_learner.ipynb #8ae684dd
 def train(
-    table,                 # Case table with `train` and `valid` cases
+    table,                 # Case table with `train` and `valid` cases, or a folder that `covid3d prepare` wrote
     out,                   # Folder for `model.safetensors` and `history.csv`
     spec:CTSpec=None,      # Spacing, window, patch, classes
     arch=r3d_18,           # Encoder
@@ -176,7 +177,7 @@ def train(
     bs:int=2,              # Patches in a batch
     patches:int=6,         # Patches of each training scan an epoch
     score_every:int=5,     # Whole scans are scored in each `score_every`-th epoch
-    tfms=None,             # Augmentations; `aug_transforms_3d()` if None, `[]` for none
+    aug=None,              # Augmentation; `ct_aug_transforms()` if None, False for none
     seed:int=0,            # Of weights, patches and augmentation
     device=None,           # `cpu`, `cuda`; the best there is if None
     **kwargs               # For `unet_learner_3d`: `width`, `decoder`, …
@@ -184,7 +185,7 @@ def train(
     "Train on a case table and keep the weights with the best whole-scan Dice"
     out = Path(out)
     set_seed(seed, reproducible=True)
-    dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, tfms=tfms, path=out, device=device)
+    dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, aug=aug, path=out, device=device)
     learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], **kwargs)
     _check(dls, table)
     if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # a step takes about 15 % less time, the forward pass is equal
@@ -199,9 +200,12 @@ def train(
     return learn
 
 def _check(dls, table):
-    "A bad scan stops the run here, before anything is written"
-    reports = check_table(table, ('train','valid'), dls.spec.classes)
-    require_ok(reports, table)
-    for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f)
-    if not any(dls.reader(c)[1][0].any() for c in dls.valid_cases):
+    "A bad scan stops the run here, before anything is written; what was checked and prepared before, and has not changed, is not read again"
+    cases = [*dict.fromkeys(dls.train_ds.items),*dls.valid_cases]
+    if not all(map(dls.reader.ready, cases)):
+        reports = check_cases(cases, dls.spec.classes)
+        require_ok(reports, table)
+        for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f)
+        dls.reader.prepare(cases)
+    if not any(dls.reader(c).masks[0].any() for c in dls.valid_cases):
         raise CTError(table, f'no valid case has a {dls.spec.classes[0]}, so no weights could be chosen', 'Put a case with one into the split valid')

@@ -1,4 +1,4 @@
-"""Window, resample, crop a patch, and vary it: what happens to a scan between the file and the network
+"""Window, resample, crop a patch: what happens to a scan between the file and the network
 
 Docs: https://covid3d.github.io/covid3d/transforms.html.md"""
 
@@ -6,16 +6,15 @@ Docs: https://covid3d.github.io/covid3d/transforms.html.md"""
 
 # %% auto #0
 __all__ = ['TensorCT', 'TensorMask3d', 'show_patch', 'apply_window', 'axis_weights', 'resize', 'size_at', 'resample_image',
-           'resample_mask', 'CTSpec', 'crop', 'patch_range', 'RandomPatch', 'FlipLR', 'JitterWindow']
+           'resample_mask', 'CTSpec', 'crop', 'positions', 'patch_range', 'RandomPatch']
 
 # %% ../nbs/06_transforms.ipynb #ae9c388e
 import math, random, re
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np, torch
+import cc3d, numpy as np, torch
 from fastai.torch_core import TensorImageBase
-from fastai.vision.augment import RandTransform
 from fasttransform import ItemTransform
 from scipy import ndimage
 from torch.nn import functional as F
@@ -65,12 +64,20 @@ def axis_weights(
     else: w = (torch.minimum(at+step/2, old+.5)-torch.maximum(at-step/2, old-.5)).clamp(min=0)
     return (w/w.sum(1, keepdim=True)).float()
 
+def _shrink_slices(x, size)->torch.Tensor:
+    "Rows and columns by the linear kernel, a few slices at a time: the weights are few, and PyTorch's own interpolation skips the zeros among them"
+    out = x.new_empty(*x.shape[:-2], *size, dtype=torch.float32)
+    for o,i in zip(out.view(-1, *size).split(16), x.reshape(-1, *x.shape[-2:]).split(16)):
+        o.copy_(F.interpolate(i[None].float(), size, mode='bilinear', antialias=True)[0])
+    return out
+
 def resize(
     x:torch.Tensor,       # (…, slice, row, column)
     size,                 # New (slice, row, column)
     kernel:str='linear'   # `linear` or `overlap`
 )->torch.Tensor: # float32, (…, *size)
     "Resample the last three axes to `size`"
+    if kernel=='linear' and tuple(x.shape[-2:])!=tuple(size[1:]): x = _shrink_slices(x, tuple(size[1:]))
     x = x.float()
     for axis,n in zip((-3,-2,-1), size):
         if x.shape[axis]!=n: x = torch.tensordot(x, axis_weights(x.shape[axis], n, kernel).to(x.device), dims=([axis],[1])).movedim(-1,axis)
@@ -109,7 +116,7 @@ def resample_mask(
 )->torch.Tensor: # uint8
     "`mask` on a grid of `size` voxels, each lesion with its volume"
     out = torch.zeros(tuple(size), dtype=torch.uint8)
-    labels,_ = ndimage.label(mask, np.ones((3,3,3)))
+    labels = cc3d.connected_components(np.ascontiguousarray(mask), connectivity=26)
     step = [a/b for a,b in zip(mask.shape, size)]
     for i,box in enumerate(ndimage.find_objects(labels), 1):
         fine = torch.from_numpy(labels[box]==i)
@@ -167,6 +174,15 @@ def crop(
     return F.pad(out, [o for b,a in zip(before[::-1], after[::-1]) for o in (b,a)]) if any(before) or any(after) else out
 
 # %% ../nbs/06_transforms.ipynb #dc6d9e39
+def positions(
+    masks,       # (class, slice, row, column); prepared cases bring an index of voxels with them, as the attribute `at`
+    on:str       # `lesion`: voxels of the first class; `body`: where there is something to see, empty if that is not known
+)->np.ndarray: # Flat indices of voxels
+    "Voxels on which a patch may be placed"
+    at = getattr(masks, 'at', None)
+    if at is not None: return at[on]
+    return np.flatnonzero(np.asarray(masks[0])) if on=='lesion' else np.empty(0, int)
+
 def patch_range(n, p):
     "Lowest and highest start of a patch of `p` voxels on an axis of `n`"
     return (0,n-p) if n>=p else ((n-p)//2,)*2
@@ -176,40 +192,30 @@ class RandomPatch(ItemTransform):
     order = 10
     def __init__(self,
         size,               # (slice, row, column) in voxels
-        p_lesion:float=.7   # Share of the training patches placed on a voxel of the first class
-    ): self.size,self.p_lesion,self.train = tuple(size),p_lesion,True
+        p_lesion:float=.7,  # Share of the training patches placed on a voxel of the first class
+        aug=None,           # `Augment3d` that cuts and bends in one step, in training
+        valid_size=None     # In validation; `size` if None
+    ): self.sizes,self.p_lesion,self.aug,self.train = (tuple(valid_size or size),tuple(size)),p_lesion,aug,True
+    @property
+    def size(self)->tuple: return self.sizes[self.train]
     def __call__(self, x, split_idx=None, **kwargs):
         self.train = split_idx!=1
         return super().__call__(x, split_idx=split_idx, **kwargs)
-    def start(self, masks)->list:
-        "First voxel of the patch on each axis"
+
+    def place(self, masks)->tuple: # First voxel of the patch on each axis, and the voxel it was placed on, or None
+        "Where to cut"
         ranges = [patch_range(n,p) for n,p in zip(masks.shape[1:], self.size)]
-        at = torch.nonzero(torch.as_tensor(masks[0])) if not self.train or random.random()<self.p_lesion else []
-        if not len(at): return [random.randint(*r) if self.train else sum(r)//2 for r in ranges]
+        on = 'lesion' if not self.train or random.random()<self.p_lesion else 'body'
+        at = positions(masks, on)
+        if not len(at): return [random.randint(*r) if self.train else sum(r)//2 for r in ranges],None
         if not self.train:
-            middle = at[(at-at.float().mean(0)).square().sum(1).argmin()].tolist()
-            return [min(max(c-p//2,lo),hi) for c,p,(lo,hi) in zip(middle, self.size, ranges)]
-        voxel = at[random.randrange(len(at))].tolist()
-        return [random.randint(max(lo,min(hi,v-p+1)), max(lo,min(hi,v))) for v,p,(lo,hi) in zip(voxel, self.size, ranges)]
+            all_at = np.stack(np.unravel_index(at, masks.shape[1:]), 1)
+            middle = all_at[((all_at-all_at.mean(0))**2).sum(1).argmin()]
+            return [min(max(int(c)-p//2,lo),hi) for c,p,(lo,hi) in zip(middle, self.size, ranges)],None
+        voxel = [int(v) for v in np.unravel_index(at[random.randrange(len(at))], masks.shape[1:])]
+        return [random.randint(max(lo,min(hi,v-p+1)), max(lo,min(hi,v))) for v,p,(lo,hi) in zip(voxel, self.size, ranges)],voxel
+
     def encodes(self, xy):
-        s = self.start(xy[-1])
-        return [type(o)(crop(torch.as_tensor(o), s, self.size)) for o in xy]
-
-# %% ../nbs/06_transforms.ipynb #9b591e99
-class FlipLR(ItemTransform, RandTransform):
-    "Mirror CT and masks, the patient's left for the right"
-    order,split_idx = 20,0
-    def __init__(self, p:float=.5): RandTransform.__init__(self, p=p)
-    def encodes(self, xy): return [o.flip(-1) for o in xy]
-
-class JitterWindow(RandTransform):
-    "Vary contrast and brightness of the CT as if the window were a little off"
-    order,split_idx = 21,0
-    def __init__(self,
-        gain:float=.1,  # Contrast is multiplied by 1 ± this, at most
-        shift:float=.05 # Brightness is moved by ± this, at most
-    ):
-        super().__init__(p=1.)
-        self.gain,self.shift = gain,shift
-    def encodes(self, x:TensorCT):
-        return (x*random.uniform(1-self.gain, 1+self.gain)+random.uniform(-self.shift, self.shift)).clamp(0,1)
+        start,voxel = self.place(xy[-1])
+        if self.train and self.aug: return self.aug.cut(*xy, start, self.size, voxel)
+        return tuple(type(o)(crop(torch.as_tensor(o), start, self.size)) for o in xy)

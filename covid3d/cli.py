@@ -48,6 +48,7 @@ def absent(
     there = [p for p in paths if Path(p).exists()]
     if there and not overwrite: raise CTError(there[0], 'exists already', 'Choose another --out, or add --overwrite')
 
+# %% ../nbs/30_cli.ipynb #548592d2
 def writable(
     out # Folder to write to, may not exist yet
 ):
@@ -282,6 +283,7 @@ def find_scans(
     if twice: raise CTError(twice, 'two of the scans have this name, and so would their masks', 'Rename one, or use two runs')
     return found
 
+# %% ../nbs/30_cli.ipynb #1fa74b0c
 def _dicom_folders(p)->list:
     "Folders below `p` with a CT series; one that cannot be read is among them, to be told"
     from covid3d.datasets import dicom_series
@@ -289,6 +291,7 @@ def _dicom_folders(p)->list:
     if not found: raise CTError(p, 'there is no .nii or .nii.gz and no CT series in it', 'Check the folder')
     return found
 
+# %% ../nbs/30_cli.ipynb #91b58c14
 @command
 def predict(
     ct:Annotated[str, 'Scans: .nii, .nii.gz, DICOM folders, folders of them, or a case table', {'opt':False, 'nargs':'+'}],
@@ -318,6 +321,7 @@ def predict(
     if failed: print(f'{failed} of {len(cases)} scans failed', file=sys.stderr)
     return int(failed>0)
 
+# %% ../nbs/30_cli.ipynb #fdf3652b
 def _write_masks(masks, vol, targets, path):
     "Masks of a scan as NIfTI or as one DICOM Segmentation, and a line on each"
     if targets[0].suffix=='.dcm': save_seg(masks, vol, targets[0]); targets = targets*len(masks)

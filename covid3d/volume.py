@@ -208,6 +208,7 @@ def _repair_grid(hdr, p)->list:
     if int(hdr['qform_code'])>0 and pix[0] not in (-1,1): notes.append(f'qfac was {pix[0]:g}, set to 1'); pix[0] = 1  # H9
     return notes
 
+# %% ../nbs/00_volume.ipynb #87ddb402
 def _corners(shape)->np.ndarray:
     "Homogeneous indices (4, 8) of the corners of an array"
     return np.array([[*o,1] for o in np.ndindex(2,2,2)]).T*np.array([[*(np.array(shape[:3])-1),1]]).T
@@ -221,6 +222,7 @@ def _best_affine(hdr, unit, p)->np.ndarray:
     if size.min()<1e-3 or size.max()>1e3: raise CTError(p, f'voxels of {"×".join(f"{o:.3g}" for o in size)} mm are no CT', 'Mend the affine in the header')
     return affine
 
+# %% ../nbs/00_volume.ipynb #c66b27c4
 def _check_quaternion(hdr, p):
     "A rotation has a quaternion no longer than 1; float noise above that is taken off"
     quat = np.clip([float(hdr[f'quatern_{o}']) for o in 'bcd'], -2, 2)
@@ -264,6 +266,7 @@ def _stored(hdr, f:_File)->np.ndarray:
     if f.packed and more==2**20: raise CTError(f.path, 'the gzip stream unpacks to far more than the header declares', 'Do not trust this file')  # D4
     return x.reshape(shape, order='F')
 
+# %% ../nbs/00_volume.ipynb #7b6f7e12
 def _scaled(x, slope, inter)->np.ndarray:
     "slope·x + inter: in place where that fits, else as int32 if both are whole, else as float32"
     if (slope,inter)==(1,0): return x
@@ -337,6 +340,7 @@ def to_hu(
     else: hu = np.clip(x, air, 32767, out=np.empty(x.shape, np.float32 if x.dtype.kind=='f' else np.int16), casting='unsafe')
     return replace(vol, data=hu, notes=(*vol.notes,*notes))
 
+# %% ../nbs/00_volume.ipynb #3f3b13be
 def _from_grey(x, lo, hi, p, already_windowed)->np.ndarray:
     "Map grey values 0…255 to the HU range they stand for"
     try: low,high = (float(o) for o in already_windowed)
@@ -443,6 +447,7 @@ def save_volume(
     if _shear(affine)>1e-5: img.set_qform(None, 0)  # only the sform can hold shear
     _write_nifti(img, path)
 
+# %% ../nbs/00_volume.ipynb #fc712afd
 def _bytes(mask, p)->np.ndarray:
     "Labels 0…255 as uint8: float noise is rounded, anything else refused"
     if mask.dtype in (np.uint8,bool): return mask.astype(np.uint8)

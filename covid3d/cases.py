@@ -52,14 +52,13 @@ class Case:
     def open_ct(self)->Volume: return open_scan(self.ct, self.already_windowed)
     def open_mask(
         self,
-        klass:str,       # Such as `lesion`, a key of `masks`
-        ct:Volume,       # The scan, as `open_ct` gives it
-        either:bool=True # A lung mask may tell the lungs apart by 1 and 2: make both 1?
+        klass:str, # Such as `lesion`, a key of `masks`
+        ct:Volume  # The scan, as `open_ct` gives it
     )->Volume: # uint8, on the grid of `ct`
-        "The mask of `klass` as 0 and 1"
+        "The mask of `klass` as 0 and 1; a lung mask may tell the lungs apart by 1 and 2, and both become 1"
         if klass not in self.masks: raise CTError(self.name, f'the case has no mask of class {klass!r}', 'Add it to the case table')
         m = open_mask(self.masks[klass], like=ct, labels=(0,1,2) if klass=='lung' else (0,1))
-        return m.new((m.data>0).astype('uint8')) if either else m
+        return m.new((m.data>0).astype('uint8'))
 
 # %% ../nbs/04_cases.ipynb #e881251f
 def _read_csv(path)->pd.DataFrame:

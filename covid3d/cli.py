@@ -438,6 +438,7 @@ def main(
     except SystemExit as e: return e.code or 0
     try: return f(**{k:v for k,v in args.items() if k not in ('pdb','xtra')}) or 0
     except KeyboardInterrupt: print('\nstopped', file=sys.stderr); return 130
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 141  # whoever read the output, `head` for one, has had enough
     except Exception as e:
         if debug: raise
         print(f'covid3d {name}: {one_line(e)}', file=sys.stderr)

@@ -175,7 +175,7 @@ def crop(
 
 # %% ../nbs/06_transforms.ipynb #dc6d9e39
 def positions(
-    masks,       # (class, slice, row, column); prepared cases bring an index of voxels with them, as the attribute `at`
+    masks:torch.Tensor, # (class, slice, row, column); prepared cases bring an index of voxels with them, as the attribute `at`
     on:str       # `lesion`: voxels of the first class; `body`: where there is something to see, empty if that is not known
 )->np.ndarray: # Flat indices of voxels
     "Voxels on which a patch may be placed"
@@ -183,18 +183,28 @@ def positions(
     if at is not None: return at[on]
     return np.flatnonzero(np.asarray(masks[0])) if on=='lesion' else np.empty(0, int)
 
-def patch_range(n, p):
-    "Lowest and highest start of a patch of `p` voxels on an axis of `n`"
+def _middle(at, shape)->np.ndarray:
+    "Of the voxels, (slice, row, column) of the one nearest to their mean"
+    all_at = np.stack(np.unravel_index(at, shape), 1)
+    return all_at[((all_at-all_at.mean(0))**2).sum(1).argmin()]
+
+# %% ../nbs/06_transforms.ipynb #b279deda
+def patch_range(
+    n:int, # Voxels of the scan along an axis
+    p:int  # Voxels of the patch
+)->tuple: # (lowest, highest), below 0 where the scan is smaller
+    "Where a patch may start: inside the scan, or, if that is smaller, with the scan in its middle"
     return (0,n-p) if n>=p else ((n-p)//2,)*2
 
+# %% ../nbs/06_transforms.ipynb #9dd28a2c
 class RandomPatch(ItemTransform):
     "Cut the same patch from CT and masks; often around a lesion"
     order = 10
     def __init__(self,
-        size,               # (slice, row, column) in voxels
-        p_lesion:float=.7,  # Share of the training patches placed on a voxel of the first class
+        size:tuple,         # (slice, row, column) in voxels
+        p_lesion:float=.7,  # Share of the training patches placed on a voxel of the first class, 0 to 1
         aug=None,           # `Augment3d` that cuts and bends in one step, in training
-        valid_size=None     # In validation; `size` if None
+        valid_size:tuple=None # (slice, row, column) in validation; `size` if None
     ): self.sizes,self.p_lesion,self.aug,self.train = (tuple(valid_size or size),tuple(size)),p_lesion,aug,True
     @property
     def size(self)->tuple: return self.sizes[self.train]
@@ -202,18 +212,16 @@ class RandomPatch(ItemTransform):
         self.train = split_idx!=1
         return super().__call__(x, split_idx=split_idx, **kwargs)
 
-    def place(self, masks)->tuple: # First voxel of the patch on each axis, and the voxel it was placed on, or None
+    def place(self,
+        masks:torch.Tensor # (class, slice, row, column)
+    )->tuple: # First voxel of the patch on each axis, and the voxel it was placed on, or None
         "Where to cut"
-        ranges = [patch_range(n,p) for n,p in zip(masks.shape[1:], self.size)]
-        on = 'lesion' if not self.train or random.random()<self.p_lesion else 'body'
-        at = positions(masks, on)
-        if not len(at): return [random.randint(*r) if self.train else sum(r)//2 for r in ranges],None
-        if not self.train:
-            all_at = np.stack(np.unravel_index(at, masks.shape[1:]), 1)
-            middle = all_at[((all_at-all_at.mean(0))**2).sum(1).argmin()]
-            return [min(max(int(c)-p//2,lo),hi) for c,p,(lo,hi) in zip(middle, self.size, ranges)],None
-        voxel = [int(v) for v in np.unravel_index(at[random.randrange(len(at))], masks.shape[1:])]
-        return [random.randint(max(lo,min(hi,v-p+1)), max(lo,min(hi,v))) for v,p,(lo,hi) in zip(voxel, self.size, ranges)],voxel
+        shape,on = masks.shape[1:],'lesion' if not self.train or random.random()<self.p_lesion else 'body'
+        at,axes = positions(masks, on),[(p,*patch_range(n,p)) for n,p in zip(shape, self.size)]
+        if not len(at): return [random.randint(lo,hi) if self.train else (lo+hi)//2 for _,lo,hi in axes],None
+        if not self.train: return [min(max(int(c)-p//2,lo),hi) for c,(p,lo,hi) in zip(_middle(at, shape), axes)],None
+        voxel = [int(v) for v in np.unravel_index(at[random.randrange(len(at))], shape)]
+        return [random.randint(max(lo,min(hi,v-p+1)), max(lo,min(hi,v))) for v,(p,lo,hi) in zip(voxel, axes)],voxel
 
     def encodes(self, xy):
         start,voxel = self.place(xy[-1])

@@ -6,8 +6,8 @@ Docs: https://covid3d.github.io/covid3d/augment.html.md"""
 
 # %% auto #0
 __all__ = ['Draw', 'uniform', 'Aug3d', 'Spatial3d', 'Flip3d', 'turn', 'Rotate3d', 'Zoom3d', 'Shear3d', 'Shift3d', 'Perspective3d',
-           'Elastic3d', 'spline_weights', 'warp', 'Brightness3d', 'Contrast3d', 'Gamma3d', 'Window3d', 'tone', 'Pool',
-           'Then3d', 'Noise3d', 'Streaks3d', 'weighted', 'smooth', 'Blur3d', 'Sharpen3d', 'ThickSlices3d', 'CutOut3d',
+           'spline_weights', 'Elastic3d', 'warp', 'Brightness3d', 'Contrast3d', 'Window3d', 'Gamma3d', 'tone', 'Then3d',
+           'Pool', 'Noise3d', 'Streaks3d', 'weighted', 'smooth', 'Blur3d', 'Sharpen3d', 'ThickSlices3d', 'CutOut3d',
            'Augment3d', 'ct_aug_transforms']
 
 # %% ../nbs/07_augment.ipynb #a66ce2f1
@@ -16,62 +16,70 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from fastcore.basics import patch
 from fasttransform import ItemTransform
 from torch.nn import functional as F
 
-from .transforms import RandomPatch, TensorCT, TensorMask3d, crop
+from .transforms import crop
 from .volume import CTError
 
 # %% ../nbs/07_augment.ipynb #ca943fd9
 @dataclass
 class Draw:
     "The random numbers of one augmentation, for `n` samples"
-    n:int                        # Samples
-    matrix:torch.Tensor          # (n, 4, 4): mm in the patch → mm in the scan, both from the centre, (slice, row, column, 1)
-    field:torch.Tensor=None      # (n, 3, k, k, k): shifts at knots over the patch, mm; k is 1 along the slices where all slices shift alike
-    gain:torch.Tensor=None       # (n,): greys are multiplied by it, then `shift` is added, then they are raised to `gamma`
-    shift:torch.Tensor=None      # (n,)
-    gamma:torch.Tensor=None      # (n,)
-    then:tuple=()                # Functions of the whole patch, applied after all that
+    n:int                      # Samples
+    matrix:torch.Tensor        # (n, 4, 4): mm in the patch → mm in the scan, both from the centre, as (slice, row, column, 1)
+    field:torch.Tensor=None    # (n, 3, slice, row, column): shifts of knots spread over the patch, mm; None for no bending
+    gain:torch.Tensor=None     # (n,): greys in [0, 1] are multiplied by it (1 if None), …
+    shift:torch.Tensor=None    # (n,): … this is added (0 if None), …
+    gamma:torch.Tensor=None    # (n,): … and they are raised to this (1 if None)
+    then:tuple=()              # What comes last: pairs of a `Then3d` and its strength for each sample, None where it is left out
 
-    def __post_init__(self): self.gain,self.shift,self.gamma = torch.ones(self.n),torch.zeros(self.n),torch.ones(self.n)
-
-    @property
-    def flat(self)->bool:
-        "Whether every slice is treated alike, so that the slices stay slices"
-        m = self.matrix
-        through = torch.cat([m[:,0,1:3].flatten(), m[:,1:3,0].flatten(), (m[:,3]-torch.tensor([0.,0,0,1])).flatten()])
-        return bool(through.abs().max()<1e-6) and (self.field is None or self.field.shape[2]==1 and not self.field[:,0].any())
+    def __post_init__(self):
+        if self.gain is None: self.gain = torch.ones(self.n)
+        if self.shift is None: self.shift = torch.zeros(self.n)
+        if self.gamma is None: self.gamma = torch.ones(self.n)
 
 # %% ../nbs/07_augment.ipynb #799d4f77
-def uniform(n, low, high)->torch.Tensor: return low+(high-low)*torch.rand(n)
+def uniform(
+    n,         # Samples, or a shape
+    low:float, # Least value
+    high:float # Greatest value
+)->torch.Tensor: # (n,)
+    "A random number for each sample"
+    return low+(high-low)*torch.rand(n)
 
 class Aug3d(ItemTransform):
     "A random change of a patch and its masks; alone it is a fastai transform, several are better given to `Augment3d`"
     split_idx,order = 0,20
     def __init__(self,
-        p:float=.5 # Probability, for each sample
+        p:float=.5 # Probability for each sample, 0 to 1
     ):
         if not 0<=p<=1: raise CTError('p', f'{p} is no probability', 'Give 0 to 1')
         self.p = p
-    def hit(self, n)->torch.Tensor: return torch.rand(n)<self.p
+    def hit(self, n:int)->torch.Tensor:
+        "Which of `n` samples are changed"
+        return torch.rand(n)<self.p
     def add(self, d:Draw): "Put this change's random numbers into a `Draw`"
     def encodes(self, xy): return Augment3d([self])(xy, split_idx=0)
 
-# %% ../nbs/07_augment.ipynb #e78c325f
+# %% ../nbs/07_augment.ipynb #96047266
 def _eye(n)->torch.Tensor: return torch.eye(4).repeat(n,1,1)
 
 class Spatial3d(Aug3d):
     "A change that is a matrix; a subclass gives `matrices`"
-    def matrices(self, n)->torch.Tensor: return _eye(n)
+    def matrices(self, n:int)->torch.Tensor:
+        "A 4×4 matrix for each of `n` samples, mm in the patch → mm in the scan"
+        return _eye(n)
     def add(self, d):
         hit,m = self.hit(d.n),self.matrices(d.n)
         d.matrix = d.matrix@(m if hit.all() else torch.where(hit[:,None,None], m, torch.eye(4)))
 
+# %% ../nbs/07_augment.ipynb #d375f133
 class Flip3d(Spatial3d):
     "Mirror an axis, as a rule the patient's left for the right"
     def __init__(self,
-        p:float=.5,   # Probability
+        p:float=.5,   # Probability, 0 to 1
         axis:int=2    # 0 slices, 1 rows, 2 columns
     ):
         super().__init__(p); self.axis = axis
@@ -79,9 +87,10 @@ class Flip3d(Spatial3d):
         m = _eye(n); m[:,self.axis,self.axis] = -1
         return m
 
+# %% ../nbs/07_augment.ipynb #72fd548b
 def turn(
-    angle, # (n,) radians
-    a:int, # From this axis
+    angle:torch.Tensor, # (n,) radians
+    a:int, # From this axis (0 slices, 1 rows, 2 columns)
     b:int  # To this one
 )->torch.Tensor: # (n, 4, 4)
     "Rotation in the plane of two axes"
@@ -93,34 +102,35 @@ class Rotate3d(Spatial3d):
     "Turn about the body axis; with `tilt` about the two others too, which needs 3D interpolation"
     def __init__(self,
         degrees:float=15, # About the body axis, at most, either way
-        tilt:float=0,     # About the row and the column axis, at most
-        p:float=.5        # Probability
+        tilt:float=0,     # Degrees about the row and the column axis, at most, either way
+        p:float=.5        # Probability, 0 to 1
     ):
         super().__init__(p); self.degrees,self.tilt = degrees,tilt
     def matrices(self, n):
-        m = turn(torch.deg2rad(uniform(n, -self.degrees, self.degrees)), 1, 2)
-        return m@turn(torch.deg2rad(uniform(n, -self.tilt, self.tilt)), 0, 1)@turn(torch.deg2rad(uniform(n, -self.tilt, self.tilt)), 0, 2) if self.tilt else m
+        drawn = lambda most, a, b: turn(torch.deg2rad(uniform(n, -most, most)), a, b)
+        m = drawn(self.degrees, 1, 2)
+        return m@drawn(self.tilt, 0, 1)@drawn(self.tilt, 0, 2) if self.tilt else m
 
-# %% ../nbs/07_augment.ipynb #96047266
+# %% ../nbs/07_augment.ipynb #125550fb
 class Zoom3d(Spatial3d):
     "Make the body larger or smaller"
     def __init__(self,
-        low:float=.85,  # Smallest factor
-        high:float=1.2, # Largest factor
+        low:float=.85,     # Smallest factor, above 0
+        high:float=1.2,    # Largest factor
         slices:bool=False, # Along the body axis too
-        p:float=.5      # Probability
+        p:float=.5         # Probability, 0 to 1
     ):
         super().__init__(p); self.low,self.high,self.slices = low,high,slices
     def matrices(self, n):
-        m,by = _eye(n),1/uniform(n, math.log(self.low), math.log(self.high)).exp()  # twice as large is as likely as half as large
+        m,by = _eye(n),1/uniform(n, math.log(self.low), math.log(self.high)).exp()
         for a in (0,1,2)[not self.slices:]: m[:,a,a] = by
         return m
 
 class Shear3d(Spatial3d):
     "Slant rows against columns"
     def __init__(self,
-        degrees:float=5, # At most, either way
-        p:float=.3       # Probability
+        degrees:float=5, # At most, either way, below 90
+        p:float=.3       # Probability, 0 to 1
     ):
         super().__init__(p); self.degrees = degrees
     def matrices(self, n):
@@ -128,11 +138,12 @@ class Shear3d(Spatial3d):
         for a,b in ((1,2),(2,1)): m[:,a,b] = torch.deg2rad(uniform(n, -self.degrees, self.degrees)).tan()
         return m
 
+# %% ../nbs/07_augment.ipynb #7fd3abad
 class Shift3d(Spatial3d):
     "Move the patch; where patches are cut at random this adds little"
     def __init__(self,
         mm=(0,10,10), # At most, either way, (slice, row, column)
-        p:float=.5    # Probability
+        p:float=.5    # Probability, 0 to 1
     ):
         super().__init__(p); self.mm = mm
     def matrices(self, n):
@@ -143,8 +154,8 @@ class Shift3d(Spatial3d):
 class Perspective3d(Spatial3d):
     "Nearer parts larger, as in a photograph"
     def __init__(self,
-        amount:float=.1, # Change of scale 100 mm from the centre, at most
-        p:float=.5       # Probability
+        amount:float=.1, # Change of scale 100 mm from the centre, at most, as a part: 0.1 is 10 %
+        p:float=.5       # Probability, 0 to 1
     ):
         super().__init__(p); self.amount = amount
     def matrices(self, n):
@@ -152,14 +163,27 @@ class Perspective3d(Spatial3d):
         m[:,3,1:3] = uniform((n,2), -self.amount, self.amount)/100
         return m
 
-# %% ../nbs/07_augment.ipynb #d375f133
+# %% ../nbs/07_augment.ipynb #f3fa5fbb
+@lru_cache(maxsize=32)
+def spline_weights(
+    n:int, # Voxels along an axis
+    k:int  # Knots along it, the first and the last at the edges
+)->torch.Tensor: # (n, k), rows sum to 1
+    "How much each knot counts at each voxel, by cubic B-splines"
+    if k==1: return torch.ones(n,1)
+    t = (torch.linspace(0, k-1, n)[:,None]-torch.arange(-1, k+1)).abs()
+    w = torch.where(t<1, 2/3-t**2+t**3/2, (2-t).clamp(min=0)**3/6)
+    w[:,1] += w[:,0]; w[:,k] += w[:,k+1]  # knots beyond the edge shift like the last one
+    return w[:,1:k+1].contiguous()
+
+# %% ../nbs/07_augment.ipynb #2bb6f4b5
 class Elastic3d(Aug3d):
     "Bend smoothly"
     def __init__(self,
-        mm:float=6,   # Standard deviation of the shift at a knot; between knots it is less
-        knots:int=5,  # Along rows and columns
-        through:int=1,# Along the slices; 1 bends all slices alike
-        p:float=.3    # Probability
+        mm:float=6,   # Standard deviation of the knots' own shifts; about half of it arrives at a voxel
+        knots:int=5,  # Along rows and columns, 1 or more
+        through:int=1,# Knots along the slices; 1 bends all slices alike
+        p:float=.3    # Probability, 0 to 1
     ):
         super().__init__(p); self.mm,self.knots,self.through = mm,knots,through
     def add(self, d):
@@ -168,80 +192,88 @@ class Elastic3d(Aug3d):
         if d.field is not None: raise CTError('Elastic3d', 'it was given twice', 'Give one')
         d.field = field if field.any() else None
 
-@lru_cache(maxsize=32)
-def spline_weights(
-    n:int, # Voxels along an axis
-    k:int  # Knots along it
-)->torch.Tensor: # (n, k), rows sum to 1
-    "How much each knot counts at each voxel: cubic B-splines, the first and last knot at the edges"
-    if k==1: return torch.ones(n,1)
-    t = (torch.linspace(0, k-1, n)[:,None]-torch.arange(-1, k+1)).abs()
-    w = torch.where(t<1, 2/3-t**2+t**3/2, (2-t).clamp(min=0)**3/6)
-    w[:,1] += w[:,0]; w[:,k] += w[:,k+1]  # knots beyond the edge shift like the last one
-    return w[:,1:k+1].contiguous()
+# %% ../nbs/07_augment.ipynb #5e02060b
+@patch(as_prop=True)
+def still(self:Draw)->bool:
+    "Whether every voxel stays where it is"
+    return self.field is None and bool((self.matrix==torch.eye(4)).all())
 
-# %% ../nbs/07_augment.ipynb #34931656
+@patch(as_prop=True)
+def flat(self:Draw)->bool:
+    "Whether every slice is treated alike, so that the slices stay slices"
+    m = self.matrix
+    through = torch.cat([m[:,0,1:3].flatten(), m[:,1:3,0].flatten(), (m[:,3]-torch.tensor([0.,0,0,1])).flatten()])
+    return bool(through.abs().max()<1e-6) and (self.field is None or self.field.shape[2]==1 and not self.field[:,0].any())
+
+# %% ../nbs/07_augment.ipynb #910d6bca
 def _along(n, spacing)->torch.Tensor: return (torch.arange(n)-(n-1)/2)*spacing  # mm from the centre of a patch
 
-def _unit(at, n)->torch.Tensor: return at*(2/max(n-1,1))-1  # voxels → −1…1, as grid_sample has it
+def _unit(at, n)->torch.Tensor: return at*(2/max(n-1,1))-1  # voxels → −1…1
 
 def _plane(d, size, spacing, centre, shape)->torch.Tensor:
     "(n, row, column, 2): where the voxels of a slice come from, for grid_sample"
     (r,c),m = [_along(size[a], spacing[a]) for a in (1,2)],d.matrix
     out = [m[:,a,1,None,None]*r[:,None]+m[:,a,2,None,None]*c+m[:,a,3,None,None] for a in (1,2)]
     if d.field is not None:
-        bend = torch.einsum('nakl,rk,cl->narc', d.field[:,1:,0], spline_weights(size[1], d.field.shape[3]), spline_weights(size[2], d.field.shape[4]))
+        w = [spline_weights(size[a], d.field.shape[a+2]) for a in (1,2)]
+        bend = torch.einsum('nakl,rk,cl->narc', d.field[:,1:,0], *w)
         out = [o+bend[:,i] for i,o in enumerate(out)]
     return torch.stack([_unit(out[a-1]/spacing[a]+centre[:,a,None,None], shape[a]) for a in (2,1)], -1)
+
+# %% ../nbs/07_augment.ipynb #a564f017
+def _pick(x, which)->torch.Tensor:
+    "Slices of each sample by number, black where there is none"
+    n,i = x.shape[2],which.long()
+    inside = ((i>=0)&(i<n)).to(x.device)[:,None,:,None,None]
+    return torch.stack([o[:,j] for o,j in zip(x, i.clamp(0, n-1).to(x.device))])*inside
 
 def _slices(x, d, size, spacing, centre)->torch.Tensor:
     "(n, channel, slice, row, column) with the slices of the new patch: zoomed, mirrored or moved along the body axis"
     at = (d.matrix[:,0,0,None]*_along(size[0], spacing[0])+d.matrix[:,0,3,None])/spacing[0]+centre[:,0,None]
-    low,first = at.floor(),int(at[0,0])
-    if 0<=first<=x.shape[2]-size[0] and torch.equal(at, torch.arange(first, first+size[0]).float().expand_as(at)): return x[:,:,first:first+size[0]]
-    part,n = (at-low)[:,None,:,None,None].to(x.device),x.shape[2]
-    pick = lambda i: torch.stack([o[:,j]*((j0>=0)&(j0<n)).to(x.device)[:,None,None] for o,j0 in zip(x, i.long()) for j in [j0.clamp(0, n-1).to(x.device)]])
-    if x.dtype==torch.uint8: return pick(at.round())
-    return pick(low) if not part.any() else torch.lerp(pick(low), pick(low+1), part)
+    first = int(at[0,0]); stay = torch.arange(first, first+size[0]).float().expand_as(at)
+    if 0<=first<=x.shape[2]-size[0] and torch.equal(at, stay): return x[:,:,first:first+size[0]]
+    if x.dtype==torch.uint8: return _pick(x, at.round())
+    low = at.floor(); part = (at-low)[:,None,:,None,None].to(x.device)
+    return torch.lerp(_pick(x, low), _pick(x, low+1), part) if part.any() else _pick(x, low)
 
+# %% ../nbs/07_augment.ipynb #c192bd2e
 def _volume(d, size, spacing, centre, shape)->torch.Tensor:
     "(n, slice, row, column, 3): where each voxel comes from, for grid_sample"
     z,r,c = (_along(s,mm) for s,mm in zip(size, spacing)); m = d.matrix[...,None,None,None]
     row = lambda a: (m[:,a,0]*z[:,None,None]+m[:,a,1]*r[:,None])+(m[:,a,2]*c+m[:,a,3])
     out,w = [row(a) for a in range(3)],row(3) if (d.matrix[:,3,:3]!=0).any() else 1
-    bend = torch.zeros(3) if d.field is None else torch.einsum('nazkl,sz,rk,cl->ansrc', d.field, *(spline_weights(s,k) for s,k in zip(size, d.field.shape[2:])))
+    bend = torch.zeros(3)
+    if d.field is not None:
+        weights = [spline_weights(s,k) for s,k in zip(size, d.field.shape[2:])]
+        bend = torch.einsum('nazkl,sz,rk,cl->ansrc', d.field, *weights)
     return torch.stack([_unit((out[a]/w+bend[a])/spacing[a]+centre[:,a,None,None,None], shape[a]) for a in (2,1,0)], -1)
 
-# %% ../nbs/07_augment.ipynb #125550fb
-def _sample(x, grid, nearest)->torch.Tensor: return F.grid_sample(x, grid.to(x.device), mode='nearest' if nearest else 'bilinear', align_corners=True)
-
+# %% ../nbs/07_augment.ipynb #b78ce172
 def warp(
     x:torch.Tensor,    # CT (n, 1, slice, row, column), float
     y:torch.Tensor,    # Masks (n, class, slice, row, column), uint8; or None
     d:Draw,            # What was drawn
-    size,              # Of the new patch, (slice, row, column)
-    spacing,           # mm
-    centre=None,       # (n, 3): voxel of `x` on which the new patch is centred; its middle if None
-    linear_masks=False # Interpolate masks and cut at one half, instead of taking the nearest voxel
+    size:tuple,        # Of the new patch, (slice, row, column) in voxels
+    spacing:tuple,     # (slice, row, column) in mm
+    centre:torch.Tensor=None, # (n, 3): voxel of `x` on which the new patch is centred; its middle if None
+    linear_masks:bool=False   # Interpolate masks and cut at one half, instead of taking the nearest voxel
 )->tuple: # (CT (n, 1, *size), masks (n, class, *size))
     "Apply the spatial part of a draw, by one resampling"
-    shape = x.shape[2:]
+    shape,flat = x.shape[2:],d.flat
     if centre is None: centre = (torch.tensor([shape])-1)/2
-    if d.flat:
-        grid,rows = _plane(d, size, spacing, centre, shape),size[1:]
-        do = lambda o,nearest: _sample(_slices(o, d, size, spacing, centre).flatten(1,2).float(), grid, nearest).reshape(len(o), o.shape[1], *size)
-    else:
-        grid = _volume(d, size, spacing, centre, shape)
-        do = lambda o,nearest: _sample(o.float(), grid, nearest)
-    if y is None: return do(x, False),None
-    return do(x, False),(do(y.float(), False)>=.5).to(y.dtype) if linear_masks else do(y, True).to(y.dtype)
+    grid = (_plane if flat else _volume)(d, size, spacing, centre, shape)
+    def read(o, mode='bilinear'):
+        src = _slices(o, d, size, spacing, centre).flatten(1,2) if flat else o
+        return F.grid_sample(src.float(), grid.to(o.device), mode=mode, align_corners=True).reshape(*o.shape[:2], *size)
+    if y is None: return read(x),None
+    return read(x),(read(y.float())>=.5).to(y.dtype) if linear_masks else read(y, 'nearest').to(y.dtype)
 
-# %% ../nbs/07_augment.ipynb #7fd3abad
+# %% ../nbs/07_augment.ipynb #0bbb42b9
 class Brightness3d(Aug3d):
     "Lighter or darker"
     def __init__(self,
         by:float=.05, # At most, either way, where the window is 1 wide
-        p:float=.5    # Probability
+        p:float=.5    # Probability, 0 to 1
     ):
         super().__init__(p); self.by = by
     def add(self, d): d.shift = d.shift+self.hit(d.n)*uniform(d.n, -self.by, self.by)
@@ -249,29 +281,20 @@ class Brightness3d(Aug3d):
 class Contrast3d(Aug3d):
     "A narrower or wider window about its middle"
     def __init__(self,
-        by:float=.15, # Factor 1 ± this, at most
-        p:float=.5    # Probability
+        by:float=.15, # Factor 1 ± this, at most; below 1
+        p:float=.5    # Probability, 0 to 1
     ):
         super().__init__(p); self.by = by
     def add(self, d):
         c = torch.where(self.hit(d.n), uniform(d.n, 1-self.by, 1+self.by), 1.)
         d.gain,d.shift = d.gain*c,d.shift*c+(1-c)/2
 
-class Gamma3d(Aug3d):
-    "Dark greys lifted or lowered more than light ones"
-    def __init__(self,
-        low:float=.8,   # Smallest exponent
-        high:float=1.25,# Largest exponent
-        p:float=.3      # Probability
-    ):
-        super().__init__(p); self.low,self.high = low,high
-    def add(self, d): d.gamma = d.gamma*torch.where(self.hit(d.n), uniform(d.n, math.log(self.low), math.log(self.high)).exp(), 1.)
-
+# %% ../nbs/07_augment.ipynb #063b5d6a
 class Window3d(Aug3d):
     "Both ends of the window moved, each on its own"
     def __init__(self,
-        by:float=.05, # At most, either way, where the window is 1 wide
-        p:float=.5    # Probability
+        by:float=.05, # At most, either way, where the window is 1 wide; below 0.5
+        p:float=.5    # Probability, 0 to 1
     ):
         super().__init__(p); self.by = by
     def add(self, d):
@@ -279,6 +302,17 @@ class Window3d(Aug3d):
         g = torch.where(hit, 1/(high-low), 1.); s = torch.where(hit, -low/(high-low), 0.)
         d.gain,d.shift = d.gain*g,d.shift*g+s
 
+class Gamma3d(Aug3d):
+    "Dark greys lifted or lowered more than light ones"
+    def __init__(self,
+        low:float=.8,   # Smallest exponent, above 0; below 1 lifts
+        high:float=1.25,# Largest exponent
+        p:float=.3      # Probability, 0 to 1
+    ):
+        super().__init__(p); self.low,self.high = low,high
+    def add(self, d): d.gamma = d.gamma*torch.where(self.hit(d.n), uniform(d.n, math.log(self.low), math.log(self.high)).exp(), 1.)
+
+# %% ../nbs/07_augment.ipynb #3c4d442e
 def tone(
     x:torch.Tensor, # (n, …), uint8 0…255 or float in [0, 1]
     d:Draw          # What was drawn
@@ -287,40 +321,56 @@ def tone(
     col = lambda v,o: v.to(o.device).reshape(-1, *[1]*(o.dim()-1))
     curve = lambda o: (col(d.gain,o)*o+col(d.shift,o)).clamp_(0,1).pow_(col(d.gamma,o))
     if x.dtype!=torch.uint8: return curve(x.float())
-    table = curve(torch.linspace(0, 1, 256).repeat(d.n,1))
     if x.device.type!='cpu': return curve(x.float()/255)
-    out = torch.empty(x.shape)
-    for t,o,i in zip(table, out, x): torch.index_select(t, 0, i.flatten().int(), out=o.view(-1))
+    out,tables = torch.empty(x.shape),curve(torch.linspace(0, 1, 256).repeat(d.n,1))
+    for t,o,i in zip(tables, out, x): torch.index_select(t, 0, i.flatten().int(), out=o.view(-1))
     return out
 
-# %% ../nbs/07_augment.ipynb #f3fa5fbb
-class Pool:
-    "Normal random numbers, drawn once and read from random places"
-    def __init__(self, n=2**21): self.n,self.kept = n,{}
-    def __call__(self, like)->torch.Tensor:
-        "Numbers in the shape and on the device of `like`"
-        k,dev = like.numel(),like.device
-        if k>self.n//2: return torch.randn_like(like)
-        if dev not in self.kept: self.kept[dev] = torch.randn(self.n, device=dev)
-        at,sign = int(torch.randint(self.n-k, ())),1-2*int(torch.randint(2, ()))
-        return self.kept[dev][at:at+k].view_as(like)*sign if sign<0 else self.kept[dev][at:at+k].view_as(like)
-    def __getstate__(self): return dict(n=self.n, kept={})  # a worker process draws its own
-
+# %% ../nbs/07_augment.ipynb #124e8fa2
 class Then3d(Aug3d):
-    "A change of a whole patch; a subclass gives `change`, which gets a sample (1, slice, row, column) and a strength"
+    "A change of a whole patch, of a strength between `low` and `high`; a subclass gives `change`"
     low,high = 0.,1.
     def add(self, d):
         hit,by = self.hit(d.n),uniform(d.n, self.low, self.high)
         if hit.any(): d.then += ((self,[float(b) if h else None for h,b in zip(hit, by)]),)
-    def apply(self, x, strengths):
+    def change(self,
+        x:torch.Tensor, # (1, slice, row, column), values in [0, 1]
+        by:float        # Strength, as drawn
+    )->torch.Tensor: # The same shape, cut to [0, 1] later
+        "The changed sample"
+        return x
+    def apply(self,
+        x:torch.Tensor, # (n, 1, slice, row, column), changed in place
+        strengths       # Of each sample, None where it is left out
+    ):
+        "Change the samples that were hit"
         for o,by in zip(x, strengths):
             if by is not None: o.copy_(self.change(o, by))
 
+# %% ../nbs/07_augment.ipynb #52ee1607
+class Pool:
+    "Normal random numbers, drawn once and read from random places"
+    def __init__(self,
+        n:int=2**21 # How many; a patch of more than half of them gets fresh ones
+    ): self.n,self.kept = n,{}
+    def __call__(self,
+        like:torch.Tensor # Gives shape and device
+    )->torch.Tensor: # Not to be written to
+        "Numbers of mean 0 and standard deviation 1"
+        k,dev = like.numel(),like.device
+        if k>self.n//2: return torch.randn_like(like)
+        if dev not in self.kept: self.kept[dev] = torch.randn(self.n, device=dev)
+        at,negate = int(torch.randint(self.n-k, ())),bool(torch.randint(2, ()))
+        part = self.kept[dev][at:at+k].view_as(like)
+        return -part if negate else part
+    def __getstate__(self): return dict(n=self.n, kept={})
+
+# %% ../nbs/07_augment.ipynb #05c76164
 class Noise3d(Then3d):
     "Grain, as less dose gives it"
     def __init__(self,
         by:float=.04, # Standard deviation, at most, where the window is 1 wide
-        p:float=.3    # Probability
+        p:float=.3    # Probability, 0 to 1
     ):
         super().__init__(p); self.high,self.pool = by,Pool()
     def change(self, x, by): return torch.add(x, self.pool(x), alpha=by)
@@ -328,21 +378,21 @@ class Noise3d(Then3d):
 class Streaks3d(Then3d):
     "Noise that runs from side to side"
     def __init__(self,
-        by:float=.04, # Standard deviation, at most, where the window is 1 wide
-        length:int=24,# Of a streak, voxels
-        p:float=.1    # Probability
+        by:float=.04, # Standard deviation where a streak begins or ends, at most, where the window is 1 wide
+        length:int=24,# Of a streak, voxels, at most
+        p:float=.1    # Probability, 0 to 1
     ):
         super().__init__(p); self.high,self.length = by,length
     def change(self, x, by):
         coarse = torch.randn(*x.shape[:3], max(2, x.shape[3]//self.length+1), device=x.device)
         return x+by*F.interpolate(coarse.flatten(0,1), x.shape[3], mode='linear', align_corners=True).view_as(x)
 
-# %% ../nbs/07_augment.ipynb #2377d560
+# %% ../nbs/07_augment.ipynb #a4461818
 def weighted(
     x:torch.Tensor, # (1, slice, row, column)
-    weights,        # An odd number of them, for the neighbours along the axis
+    weights:list,   # An odd number of them, for the neighbours along the axis
     axis:int        # 1 slices, 2 rows, 3 columns
-)->torch.Tensor:
+)->torch.Tensor: # The same shape
     "Each voxel as a weighted sum of its neighbours along an axis; the edge is repeated"
     r,n = len(weights)//2,x.shape[axis]
     s = torch.cat([x.narrow(axis, 0, 1)]*r+[x]+[x.narrow(axis, n-1, 1)]*r, axis)
@@ -352,18 +402,20 @@ def weighted(
 
 def smooth(
     x:torch.Tensor, # (1, slice, row, column)
-    sigma:float     # Voxels, along rows and columns
-)->torch.Tensor:
+    sigma:float     # Voxels, along rows and columns, above 0
+)->torch.Tensor: # The same shape
     "Blur each slice with a Gaussian"
-    w = [math.exp(-.5*(i/sigma)**2) for i in range(-math.ceil(2.5*sigma), math.ceil(2.5*sigma)+1)]
-    return weighted(weighted(x, [o/sum(w) for o in w], 2), [o/sum(w) for o in w], 3)
+    r = math.ceil(2.5*sigma); w = [math.exp(-.5*(i/sigma)**2) for i in range(-r, r+1)]
+    w = [o/sum(w) for o in w]
+    return weighted(weighted(x, w, 2), w, 3)
 
+# %% ../nbs/07_augment.ipynb #ac5ec635
 class Blur3d(Then3d):
     "A softer kernel"
     low = .3
     def __init__(self,
-        sigma:float=1., # Voxels, at most
-        p:float=.1      # Probability
+        sigma:float=1., # Voxels, at most; 0.3 or more
+        p:float=.1      # Probability, 0 to 1
     ):
         super().__init__(p); self.high = sigma
     def change(self, x, by): return smooth(x, by)
@@ -372,31 +424,33 @@ class Sharpen3d(Then3d):
     "A harder kernel"
     low = .2
     def __init__(self,
-        by:float=.8, # Of the detail that is added, at most
-        p:float=.1   # Probability
+        by:float=.8, # Part of the detail that is added, at most; 0.2 or more
+        p:float=.1   # Probability, 0 to 1
     ):
         super().__init__(p); self.high = by
     def change(self, x, by): return x+by*(x-smooth(x, 1.))
 
+# %% ../nbs/07_augment.ipynb #a23ba53e
 class ThickSlices3d(Then3d):
     "Neighbouring slices averaged, as a thicker reconstruction does"
     low = 1.
     def __init__(self,
-        slices:float=3, # Thickness, at most, in slices
-        p:float=.1      # Probability
+        slices:float=3, # Thickness, at most, in slices, 1 to 5
+        p:float=.1      # Probability, 0 to 1
     ):
         super().__init__(p); self.high = slices
     def change(self, x, by):
-        k = (by-1)/2  # of each neighbour, as part of the slice itself; beyond 1 the next ones
-        w = [min(max(k-1,0),1),min(k,1),1.,min(k,1),min(max(k-1,0),1)]
+        k = (by-1)/2  # slices on either side
+        near,far = min(k, 1),min(max(k-1, 0), 1)
+        w = [far,near,1.,near,far]
         return weighted(x, [o/sum(w) for o in w], 1)
 
 class CutOut3d(Then3d):
     "A box of the CT set to black, so that no single sign is relied upon; the masks stay"
     low = .1
     def __init__(self,
-        by:float=.3, # Of each side of the patch, at most
-        p:float=0.   # Probability
+        by:float=.3, # Of each side of the patch, at most, 0.1 to 1
+        p:float=0.   # Probability, 0 to 1
     ):
         super().__init__(p); self.high = by
     def change(self, x, by):
@@ -405,91 +459,123 @@ class CutOut3d(Then3d):
         x = x.clone(); x[(slice(None),*(slice(a,a+s) for a,s in zip(at, size)))] = 0
         return x
 
-# %% ../nbs/07_augment.ipynb #5e02060b
+# %% ../nbs/07_augment.ipynb #e1ae83fc
 class Augment3d(ItemTransform):
     "Several random changes, applied as one"
     split_idx,order = 0,20
     def __init__(self,
-        tfms,                # `Aug3d`s, in the order in which they are drawn
+        tfms:list,           # `Aug3d`s, in the order in which they are drawn
         spacing=(1.,1.,1.),  # (slice, row, column) of the patches in mm
-        size=None,           # Of the patch that is wanted; that of the input if None
+        size:tuple=None,     # (slice, row, column) of the patch that is wanted, voxels; that of the input if None
         linear_masks:bool=False # Interpolate masks and cut at one half, instead of taking the nearest voxel
     ): self.tfms,self.spacing,self.size,self.linear_masks = list(tfms),tuple(spacing),size,linear_masks
 
-    def draw(self, n=1)->Draw:
+    def draw(self,
+        n:int=1 # Samples
+    )->Draw:
+        "The random numbers of all changes"
         d = Draw(n, _eye(n))
         for t in self.tfms: t.add(d)
         return d
 
-    def apply(self, x, y, d, size, centre=None)->tuple:
-        "CT (n, 1, …) uint8 or float in [0, 1], and masks"
-        x,still = tone(x, d),d.field is None and bool((d.matrix==torch.eye(4)).all()) and tuple(size)==tuple(x.shape[2:])
-        if not still: x,y = warp(x, y, d, size, self.spacing, centre, self.linear_masks)
-        for t,strengths in d.then: t.apply(x, strengths)
-        return x.clamp_(0,1) if d.then else x,y
-
-    def cut(self, x, y, start, size, voxel=None)->tuple:
-        "Cut a patch of `size` from a scan, bent on the way; `voxel` stays where `start` would put it"
-        d,mm,half = self.draw(),torch.tensor(self.spacing),(torch.tensor(size)-1)/2
-        centre = torch.tensor(start)+half
-        if voxel is not None:
-            at = torch.tensor(voxel)
-            centre = at-d.matrix[0,:3,:3]@((at-centre)*mm)/mm
-        low,high = self.reach(d, half*mm)
-        low,high = (centre+low/mm-1).floor().int(),(centre+high/mm+1).ceil().int()
-        if d.field is None and bool((d.matrix==torch.eye(4)).all()): low,high = torch.tensor(start),torch.tensor(start)+torch.tensor(size)-1
-        box = [crop(o.as_subclass(torch.Tensor), low.tolist(), (high-low+1).tolist())[None] for o in (x,y)]
-        bx,by = self.apply(*box, d, size, (centre-low)[None])
-        return type(x)(bx[0]),type(y)(by[0])
-
-    def reach(self, d, half)->tuple:
-        "The box of the scan, in mm from the centre, that a patch of half-size `half` is read from"
-        corners = torch.cartesian_prod(*(torch.tensor([-h,h]) for h in half.tolist()))
-        v = F.pad(corners, (0,1), value=1.)@d.matrix[0].T
-        v = v[:,:3]/v[:,3:]
-        bend = 0 if d.field is None else d.field[0].flatten(1).abs().amax(1)
-        return v.amin(0)-bend,v.amax(0)+bend
-
-    def room(self, size, tries=300)->tuple:
-        "The size that patches need, so that all that is turned into a patch of `size` lies in them (the largest of many draws)"
-        mm = torch.tensor(self.spacing)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            reach = [torch.stack([o.abs() for o in self.reach(self.draw(), (torch.tensor(size)-1)/2*mm)]).amax(0)/mm for _ in range(tries)]
-        return tuple(max(n, 2*math.ceil(float(r)-n/2)+n) for n,r in zip(size, torch.stack(reach).amax(0)))
-
     def encodes(self, xy):
-        x,y = xy[0],xy[1] if len(xy)>1 else None
-        batch = (lambda o: o) if x.dim()==5 else (lambda o: None if o is None else o[None])
-        bx,by = self.apply(batch(torch.as_tensor(x).as_subclass(torch.Tensor)), batch(None if y is None else y.as_subclass(torch.Tensor)), self.draw(len(x) if x.dim()==5 else 1), self.size or x.shape[-3:])
-        out = [bx,by] if x.dim()==5 else [bx[0],None if by is None else by[0]]
-        return tuple(type(o)(v) for o,v in zip(xy, out))
+        plain = [torch.as_tensor(o).as_subclass(torch.Tensor) for o in xy[:2]]
+        single = plain[0].dim()==4
+        x,*y = [o[None] for o in plain] if single else plain
+        out = self.apply(x, y[0] if y else None, self.draw(len(x)), self.size or x.shape[2:])
+        return tuple(type(o)(v[0] if single else v) for o,v in zip(xy, out))
 
-# %% ../nbs/07_augment.ipynb #910d6bca
+# %% ../nbs/07_augment.ipynb #b2627e51
+@patch
+def apply(self:Augment3d,
+    x:torch.Tensor, # CT (n, 1, slice, row, column), uint8 0…255 or float in [0, 1]
+    y:torch.Tensor, # Masks (n, class, slice, row, column), uint8; or None
+    d:Draw,         # What was drawn
+    size:tuple,     # Of the patch that is wanted, (slice, row, column) in voxels
+    centre:torch.Tensor=None # (n, 3): voxel of `x` on which it is centred; its middle if None
+)->tuple: # (CT float32 in [0, 1], masks)
+    "Apply a draw to a batch"
+    x = tone(x, d)
+    if not d.still or tuple(size)!=tuple(x.shape[2:]): x,y = warp(x, y, d, size, self.spacing, centre, self.linear_masks)
+    for t,strengths in d.then: t.apply(x, strengths)
+    return x.clamp_(0,1) if d.then else x,y
+
+# %% ../nbs/07_augment.ipynb #f693eb78
+@patch
+def reach(self:Augment3d,
+    d:Draw,           # What was drawn, for one sample
+    half:torch.Tensor # (3,): from the centre of the patch to its outermost voxels, mm
+)->tuple: # Two tensors (3,): lowest and highest (slice, row, column)
+    "The box of the scan that a patch is read from, mm from its centre"
+    corners = torch.cartesian_prod(*(torch.tensor([-h,h]) for h in half.tolist()))
+    v = F.pad(corners, (0,1), value=1.)@d.matrix[0].T
+    v = v[:,:3]/v[:,3:]
+    bend = 0 if d.field is None else d.field[0].flatten(1).abs().amax(1)
+    return v.amin(0)-bend,v.amax(0)+bend
+
+# %% ../nbs/07_augment.ipynb #c703c729
+@patch
+def cut(self:Augment3d,
+    x:torch.Tensor, # CT of the whole scan, (1, slice, row, column), uint8 or float in [0, 1]
+    y:torch.Tensor, # Its masks, (class, slice, row, column), uint8
+    start,          # First voxel of the patch on each axis, if nothing were drawn; may be negative
+    size:tuple,     # (slice, row, column) in voxels
+    voxel=None      # A voxel of the scan, (slice, row, column), that stays where `start` would put it
+)->tuple: # (CT (1, *size) float32 in [0, 1], masks (class, *size))
+    "Cut a patch from a scan, bent on the way"
+    d,mm,start,n = self.draw(),torch.tensor(self.spacing),torch.tensor(start),torch.tensor(size)
+    half = (n-1)/2; centre = start+half
+    if voxel is not None:
+        at = torch.tensor(voxel)
+        centre = at-d.matrix[0,:3,:3]@((at-centre)*mm)/mm
+    low,high = start,start+n-1
+    if not d.still:
+        near,far = self.reach(d, half*mm)
+        low,high = (centre+near/mm-1).floor().int(),(centre+far/mm+1).ceil().int()
+    box = [crop(o.as_subclass(torch.Tensor), low.tolist(), (high-low+1).tolist())[None] for o in (x,y)]
+    out = self.apply(*box, d, size, (centre-low)[None])
+    return tuple(type(o)(v[0]) for o,v in zip((x,y), out))
+
+# %% ../nbs/07_augment.ipynb #930b8325
+@patch
+def room(self:Augment3d,
+    size:tuple,   # (slice, row, column) of the patch that is wanted, voxels
+    tries:int=300 # Draws, of which the largest counts
+)->tuple: # (slice, row, column) in voxels, `size` or more
+    "The size that patches need, so that what is turned into a patch of `size` lies in them"
+    mm = torch.tensor(self.spacing)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        boxes = [self.reach(self.draw(), (torch.tensor(size)-1)/2*mm) for _ in range(tries)]
+    most = torch.stack([o.abs() for b in boxes for o in b]).amax(0)
+    return tuple(max(n, 2*math.ceil(float(r)-n/2)+n) for n,r in zip(size, most/mm))
+
+# %% ../nbs/07_augment.ipynb #b59962a4
 def ct_aug_transforms(
-    spacing=(4.,2.8,2.8), # mm of the patches, (slice, row, column)
-    flip:float=.5,        # Probability of a mirror image
+    spacing=(4.,2.8,2.8), # (slice, row, column) of the patches in mm
+    flip:float=.5,        # Probability of a mirror image, 0 to 1
     degrees:float=15,     # Rotation about the body axis, at most
-    tilt:float=0,         # Rotation about the other axes, at most; more than 0 needs 3D interpolation
-    zoom=(.85,1.2),       # Smallest and largest scale
+    tilt:float=0,         # Degrees about the other axes, at most; more than 0 needs 3D interpolation and zooms slices too
+    zoom=(.85,1.2),       # Smallest and largest factor of scale
     shear:float=5,        # Degrees, at most
-    elastic:float=6,      # Standard deviation of bending at the knots, mm
+    elastic:float=6,      # Standard deviation of the knots' shifts, mm, of which about half arrives; 0 leaves it out
     through:int=1,        # Knots of bending along the slices; more than 1 needs 3D interpolation
-    brightness:float=.05, # Shift of greys, at most
+    brightness:float=.05, # Shift of greys in [0, 1], at most
     contrast:float=.15,   # Factor 1 ± this, at most
     gamma=(.8,1.25),      # Smallest and largest exponent
-    noise:float=.04,      # Standard deviation of grain, at most
-    streaks:float=.03,    # Standard deviation of streaks, at most
-    blur:float=1.,        # Gaussian, voxels, at most
+    noise:float=.04,      # Standard deviation of grain, greys in [0, 1], at most
+    streaks:float=.03,    # Standard deviation of streaks, greys in [0, 1], at most
+    blur:float=1.,        # Sigma of the Gaussian, voxels, at most
     sharpen:float=.8,     # Part of the detail that is added, at most
-    thick:float=3,        # Thickness of simulated slices, at most
+    thick:float=3,        # Thickness of simulated slices, at most, 1 to 5
     cutout:float=0.,      # Side of a black box, part of the patch, at most; 0 leaves it out
-    p:float=1.,           # Factor on the probability of each
+    p:float=1.,           # Factor on the probability of each, 0 or more
     linear_masks:bool=False # Interpolate masks and cut at one half
 )->Augment3d:
     "The default augmentation of CT patches"
     tfms = [Flip3d(flip), Rotate3d(degrees, tilt, p=.5), Zoom3d(*zoom, slices=tilt>0, p=.5), Shear3d(shear, p=.3)]
-    tfms += [Elastic3d(elastic, through=through, p=.3)]*bool(elastic)+[Brightness3d(brightness), Contrast3d(contrast), Gamma3d(*gamma), Noise3d(noise), Streaks3d(streaks),
-        Blur3d(blur), Sharpen3d(sharpen), ThickSlices3d(thick)]+[CutOut3d(cutout, p=.2)]*bool(cutout)
+    if elastic: tfms += [Elastic3d(elastic, through=through, p=.3)]
+    tfms += [Brightness3d(brightness), Contrast3d(contrast), Gamma3d(*gamma), Noise3d(noise), Streaks3d(streaks), Blur3d(blur), Sharpen3d(sharpen)]
+    tfms += [ThickSlices3d(thick)]+[CutOut3d(cutout, p=.2)]*bool(cutout)
     for t in tfms: t.p = min(1., t.p*p)
     return Augment3d(tfms, spacing, linear_masks=linear_masks)

@@ -359,7 +359,7 @@ class Pool:
         "Numbers of mean 0 and standard deviation 1"
         k,dev = like.numel(),like.device
         if k>self.n//2: return torch.randn_like(like)
-        if dev not in self.kept: self.kept[dev] = torch.randn(self.n, device=dev)
+        if dev not in self.kept: self.kept[dev] = torch.randn(self.n, device=dev, generator=torch.Generator(dev).manual_seed(0))
         at,negate = int(torch.randint(self.n-k, ())),bool(torch.randint(2, ()))
         part = self.kept[dev][at:at+k].view_as(like)
         return -part if negate else part

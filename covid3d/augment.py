@@ -8,7 +8,7 @@ Docs: https://covid3d.github.io/covid3d/augment.html.md"""
 __all__ = ['Draw', 'uniform', 'Aug3d', 'Spatial3d', 'Flip3d', 'turn', 'Rotate3d', 'Zoom3d', 'Shear3d', 'Shift3d', 'Perspective3d',
            'spline_weights', 'Elastic3d', 'warp', 'Brightness3d', 'Contrast3d', 'Window3d', 'Gamma3d', 'tone', 'Then3d',
            'Pool', 'Noise3d', 'Streaks3d', 'weighted', 'smooth', 'Blur3d', 'Sharpen3d', 'ThickSlices3d', 'CutOut3d',
-           'Augment3d', 'ct_aug_transforms']
+           'Augment3d', 'ct_aug_transforms', 'light_aug_transforms']
 
 # %% ../nbs/07_augment.ipynb #a66ce2f1
 import math
@@ -579,3 +579,8 @@ def ct_aug_transforms(
     tfms += [ThickSlices3d(thick)]+[CutOut3d(cutout, p=.2)]*bool(cutout)
     for t in tfms: t.p = min(1., t.p*p)
     return Augment3d(tfms, spacing, linear_masks=linear_masks)
+
+# %% ../nbs/07_augment.ipynb #6004344b
+def light_aug_transforms()->Augment3d:
+    "Mirror image, contrast and brightness: for short trainings"
+    return Augment3d([Flip3d(), Contrast3d(.1, p=1), Brightness3d(.05, p=1)])

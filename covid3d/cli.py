@@ -209,6 +209,7 @@ def train(
     lr:float=2e-3,          # Highest learning rate
     bs:int=2,               # Patches in a batch
     patches:int=6,          # Patches of each scan an epoch
+    augment:str='light',    # none, light (mirror, contrast, brightness) or full, for trainings of many epochs
     score_every:int=5,      # Score whole validation scans in each such epoch
     width:int=64,           # Channels of the encoder's first stage; fewer only with random weights
     decoder:str=None,       # Channels of the decoder's levels, coarse to fine, e.g. 128,64,32
@@ -222,10 +223,11 @@ def train(
     for k,v in dict(epochs=epochs, bs=bs, patches=patches, score_every=score_every).items():
         if v<1: raise CTError(k, f'{v} is too few', 'Give 1 or more')
     if not 0<lr<math.inf: raise CTError('lr', f'{lr} is no learning rate', 'Give, for example, 2e-3')
+    if augment not in ('none','light','full'): raise CTError('augment', f'{augment!r} is unknown', 'Give none, light or full')
     device = find_device(device)
     from covid3d.learner import CTSpec, train
     spec = None if Path(table).is_dir() else CTSpec(numbers(spacing, float, 'spacing'), numbers(window, float, 'window'), numbers(patch, int, 'patch'), tuple(classes.split(',')))  # a prepared folder brings its own
-    learn = train(table, out, spec, encoder, {'kinetics':True, 'random':False}.get(weights, weights), epochs, frozen_epochs, lr, bs, patches, score_every, seed=seed, device=device,
+    learn = train(table, out, spec, encoder, {'kinetics':True, 'random':False}.get(weights, weights), epochs, frozen_epochs, lr, bs, patches, score_every, aug=augment if augment!='none' else False, seed=seed, device=device,
                   width=width, decoder=numbers(decoder, int, 'decoder'))
     print(f'wrote {Path(out)/"model.safetensors"} · whole-scan Dice on valid {learn.kept.best:.3f}')
     if not learn.complete: raise CTError('loss', 'it became NaN and training stopped; the best weights so far are kept', 'Use a lower --lr')
@@ -358,15 +360,13 @@ def demo(
     out,c,t = Path(out),dict(demo_config),time.time()
     if n<3: raise CTError('n', f'{n} scans are too few to train, choose and test', 'Give 3 or more')
     writable(out); clear_demo(out, overwrite)
-    from covid3d.augment import Augment3d, Brightness3d, Contrast3d, Flip3d
     from covid3d.evaluate import mean_dice, score_cases, write_scores
     from covid3d.learner import CTSpec, open_ct, read_cases, save_figure, save_mask, segment, show_slices, train, write_phantoms
     spec = CTSpec(spacing=c.pop('spacing'), patch=c.pop('patch'))
     print(f'1  made-up scans: {n} of 96×256×256 voxels')
     table = write_phantoms(out/'data', n, seed)
     print(f'2  training: grid {"×".join(f"{s:g}" for s in spec.spacing)} mm, patch {"×".join(map(str,spec.patch))}, r3d_18 of width {c["width"]} (of 64), random weights')
-    light = Augment3d([Flip3d(), Contrast3d(.1, p=1), Brightness3d(p=1)], spec.spacing)
-    learn = train(table, out/'run', spec, pretrained=False, seed=seed, aug=light, **c)
+    learn = train(table, out/'run', spec, pretrained=False, seed=seed, **c)
     print('3  scores on unseen scans, each on its own grid')
     test = read_cases(table, 'test')
     scores = score_cases(learn.model, spec, test)

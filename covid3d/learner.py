@@ -8,10 +8,11 @@ Docs: https://covid3d.github.io/covid3d/learner.html.md"""
 __all__ = ['plain_log', 'unet_learner_3d', 'ScanDice', 'WhileTraining', 'KeepBest', 'History', 'train', 'r3d_18', 'mc3_18',
            'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_scan', 'open_mask', 'save_mask', 'save_seg',
            'save_volume', 'show_slices', 'save_figure', 'phantom', 'write_phantoms', 'CTSpec', 'TensorCT',
-           'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms', 'apply_window', 'resample_image',
-           'resample_mask', 'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases',
-           'check_table', 'write_cases', 'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'soft_dice',
-           'dice', 'PatchDice', 'NetSpec', 'save_model', 'load_model', 'segment', 'sliding_window', 'set_seed']
+           'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms', 'light_aug_transforms', 'apply_window',
+           'resample_image', 'resample_mask', 'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders',
+           'read_cases', 'check_table', 'write_cases', 'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss',
+           'soft_dice', 'dice', 'PatchDice', 'NetSpec', 'save_model', 'load_model', 'segment', 'sliding_window',
+           'set_seed']
 
 # %% ../nbs/15_learner.ipynb #fe9f8fe1
 import csv, io, math
@@ -30,7 +31,7 @@ from fastai.vision.data import get_grid
 from plum import dispatch
 from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18
 
-from .augment import Augment3d, ct_aug_transforms
+from .augment import Augment3d, ct_aug_transforms, light_aug_transforms
 from .cases import Case, check_cases, check_table, read_cases, require_ok, write_cases
 from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock
 from .dicom import open_scan, save_seg
@@ -46,7 +47,7 @@ from .volume import CTError, Volume, open_ct, open_mask, save_mask, save_volume,
 
 # %% ../nbs/15_learner.ipynb #012de542
 _all_ = ['r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_scan', 'open_mask', 'save_mask', 'save_seg', 'save_volume', 'show_slices', 'save_figure',
-         'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms', 'apply_window', 'resample_image', 'resample_mask',
+         'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms', 'light_aug_transforms', 'apply_window', 'resample_image', 'resample_mask',
          'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases',
          'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'soft_dice', 'dice', 'PatchDice',
          'NetSpec', 'save_model', 'load_model', 'segment', 'sliding_window', 'set_seed']
@@ -177,7 +178,7 @@ def train(
     bs:int=2,              # Patches in a batch
     patches:int=6,         # Patches of each training scan an epoch
     score_every:int=5,     # Whole scans are scored in each `score_every`-th epoch
-    aug=None,              # Augmentation; `ct_aug_transforms()` if None, False for none
+    aug='light',           # Augmentation: `light`, `full` (`ct_aug_transforms`, for long trainings), False for none, or an `Augment3d`
     seed:int=0,            # Of weights, patches and augmentation
     device=None,           # `cpu`, `cuda`; the best there is if None
     **kwargs               # For `unet_learner_3d`: `width`, `decoder`, …
@@ -185,7 +186,7 @@ def train(
     "Train on a case table and keep the weights with the best whole-scan Dice"
     out = Path(out)
     set_seed(seed, reproducible=True)
-    dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, aug=aug, path=out, device=device)
+    dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, aug={'light':light_aug_transforms(), 'full':None}.get(aug, aug), path=out, device=device)
     learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], **kwargs)
     _check(dls, table)
     if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # a step takes about 15 % less time, the forward pass is equal

@@ -59,6 +59,12 @@ def test_whole_way(data, tmp_path, capfd):
     refused(capfd, ['predict',data/'ct'/'phantom_004.nii.gz',*w,'--out',masks], 'exists already', '--overwrite')
     refused(capfd, ['train',table,'--out',run,*small], 'exists already')
 
+def test_augmentation_changes_what_is_learned(data, tmp_path):
+    "Each choice of --augment trains, and to other weights"
+    small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu']
+    for o in ('none','light','full'): assert main(['train',str(data/'cases.csv'),'--out',str(tmp_path/o),*small,'--augment',o])==0
+    assert len({(tmp_path/o/'model.safetensors').read_bytes() for o in ('none','light','full')})==3
+
 def test_training_again_gives_the_same_weights(data, tmp_path):
     small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu','--seed','3']
     for o in 'ab': assert main(['train',str(data/'cases.csv'),'--out',str(tmp_path/o),*small])==0
@@ -134,7 +140,7 @@ def test_grey_scan_needs_its_window(capfd, tmp_path, weights, ct):
 def test_options_out_of_range(capfd, data, tmp_path, weights, ct):
     table = data/'cases.csv'
     for more,word in [(['--epochs','0'],'epochs'), (['--spacing','3,2'],'spacing'), (['--window','400,-1000'],'window'), (['--patch','1,2,3'],'patch'), (['--encoder','resnet'],'resnet'),
-                      (['--device','cuda:99'],'device'), (['--classes','lesion,liver'],'liver'), (['--weights','nowhere.pth'],'nowhere.pth')]:
+                      (['--device','cuda:99'],'device'), (['--classes','lesion,liver'],'liver'), (['--weights','nowhere.pth'],'nowhere.pth'), (['--augment','much'],'augment')]:
         refused(capfd, ['train',table,'--out',tmp_path/'run',*(['--weights','random'] if '--weights' not in more else []),*more], word)
     refused(capfd, ['predict',ct,'--weights',weights,'--out',tmp_path/'out','--overlap','1'], 'overlap')
     assert list(tmp_path.iterdir())==[]

@@ -1,4 +1,4 @@
-"""How much augmentation helps a short training: none, light (mirror, contrast, brightness) and the default set, on seven real scans
+"""How much augmentation helps a short training: none, light (mirror, contrast, brightness) and the full set, on seven real scans
 
     COVID3D_TEST_DATA=folder python benchmarks/augment.py [--epochs 16] [--seeds 0,1,2] [--out _bench]
 
@@ -17,7 +17,7 @@ from covid3d.learner import CTDataLoaders, CTSpec, ScanDice, r3d_18, set_seed, u
 
 here,spec = Path(__file__).parent,CTSpec(spacing=(6,4,4), patch=(16,64,64))
 table_path,names = here/'augment.csv',('augmentation','epochs','fold','seed','dice','cpu_seconds','torch')
-augs = dict(none=lambda: False, light=lambda: Augment3d([Flip3d(), Contrast3d(.1, p=1), Brightness3d(p=1)], spec.spacing), default=lambda: ct_aug_transforms(spec.spacing))
+augs = dict(none=lambda: False, light=lambda: Augment3d([Flip3d(), Contrast3d(.1, p=1), Brightness3d(p=1)], spec.spacing), full=lambda: ct_aug_transforms(spec.spacing))
 
 def rows()->list: return list(csv.DictReader(table_path.open())) if table_path.exists() else []
 

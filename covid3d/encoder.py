@@ -246,9 +246,8 @@ def encoder_state(state: dict) -> dict: # tensors of an encoder, or of a whole U
     return inner or state
 
 def weights_width(state: dict) -> int: # tensors of an encoder by name; 64 where they are no encoder's
-    "Channels of the first stage."
-    first = state.get('layer1.0.conv1.0.weight', torch.empty(0, 64)) # in r2plus1d_18 only its input has the stage's width
-    return first.shape[1]
+    "Channels of the first stage: what its first convolution reads."
+    return next((v.shape[1] for k, v in state.items() if k.startswith('layer1.0.conv1.0') and v.ndim == 5), 64)
 
 # %% ../nbs/10_encoder.ipynb #e2a67255
 def encoder3d(

@@ -42,11 +42,12 @@ def numbers(
 
 def absent(
     paths,          # Files about to be written
-    overwrite:bool  # Whether the user allows it
+    overwrite:bool, # Whether the user allows it
+    cure='Choose another --out, or add --overwrite' # For the message
 ):
     "Refuse to overwrite, before any work is done"
     there = [p for p in paths if Path(p).exists()]
-    if there and not overwrite: raise CTError(there[0], 'exists already', 'Choose another --out, or add --overwrite')
+    if there and not overwrite: raise CTError(there[0], 'exists already', cure)
 
 # %% ../nbs/30_cli.ipynb #548592d2
 def writable(
@@ -215,11 +216,14 @@ def train(
     decoder:str=None,       # Channels of the decoder's levels, coarse to fine, e.g. 128,64,32
     seed:int=0,             # Of weights, patches and augmentation
     device:str=None,        # cpu or cuda; the best there is
+    resume:store_true=False,   # Go on with a training that was interrupted, with the same arguments
     overwrite:store_true=False # Replace a run that is there
 ):
     "Learn from the cases of a table; keeps the weights with the best whole-scan Dice on `valid`."
     writable(out)
-    absent([Path(out)/'model.safetensors'], overwrite)
+    if resume and overwrite: raise CTError('resume', 'it contradicts --overwrite', 'Give one of the two')
+    files = [Path(out)/o for o in ('checkpoint.safetensors','model.safetensors')]
+    if not (resume and files[0].exists()): absent(files, overwrite, 'Add --resume to go on with a training that was interrupted, choose another --out, or add --overwrite')
     for k,v in dict(epochs=epochs, bs=bs, patches=patches, score_every=score_every).items():
         if v<1: raise CTError(k, f'{v} is too few', 'Give 1 or more')
     if not 0<lr<math.inf: raise CTError('lr', f'{lr} is no learning rate', 'Give, for example, 2e-3')
@@ -228,9 +232,9 @@ def train(
     from covid3d.learner import CTSpec, train
     spec = None if Path(table).is_dir() else CTSpec(numbers(spacing, float, 'spacing'), numbers(window, float, 'window'), numbers(patch, int, 'patch'), tuple(classes.split(',')))  # a prepared folder brings its own
     learn = train(table, out, spec, encoder, {'kinetics':True, 'random':False}.get(weights, weights), epochs, frozen_epochs, lr, bs, patches, score_every, aug=augment if augment!='none' else False, seed=seed, device=device,
-                  width=width, decoder=numbers(decoder, int, 'decoder'))
+                  resume=resume, width=width, decoder=numbers(decoder, int, 'decoder'))
+    if _rank(): return
     print(f'wrote {Path(out)/"model.safetensors"} · whole-scan Dice on valid {learn.kept.best:.3f}')
-    if not learn.complete: raise CTError('loss', 'it became NaN and training stopped; the best weights so far are kept', 'Use a lower --lr')
 
 # %% ../nbs/30_cli.ipynb #5ab2e341
 @command
@@ -418,6 +422,8 @@ def one_line(
     return f'unexpected {type(e).__name__}: {" ".join(str(e).split())[:300]}. --debug shows where'
 
 # %% ../nbs/30_cli.ipynb #ce4f6e45
+def _rank()->int: return int(os.environ.get('RANK', 0))  # of the processes that torchrun started
+
 def main(
     argv=None # Words of the command line; those of the process if None
 )->int: # Exit status
@@ -441,5 +447,9 @@ def main(
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 141  # whoever read the output, `head` for one, has had enough
     except Exception as e:
         if debug: raise
+        if _rank() and isinstance(e, CTError) and not hasattr(e, 'joined'): return 2  # process 0 tells it
         print(f'covid3d {name}: {one_line(e)}', file=sys.stderr)
         return 2 if isinstance(e, CTError) else 3
+
+# %% ../nbs/30_cli.ipynb #5389f833
+if __name__=='__main__': sys.exit(main())

@@ -16,13 +16,13 @@ __all__ = ['plain_log', 'unet_learner_3d', 'ScanDice', 'WhileTraining', 'KeepBes
 
 # %% ../nbs/18_learner.ipynb #fe9f8fe1
 import csv, io, math
+from dataclasses import asdict
 from pathlib import Path
 
 import fastai.callback.all  # adds fit_one_cycle, fine_tune, lr_find and to_fp16 to Learner
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.core import show_results
 from fastai.learner import Learner, Metric
 from fastai.optimizer import Adam
@@ -33,14 +33,16 @@ from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18
 
 from .augment import Augment3d, ct_aug_transforms, light_aug_transforms
 from .cases import Case, check_cases, check_table, read_cases, require_ok, write_cases
+from .checkpoint import Checkpoint, StopOnNaN, case_digests
 from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock
 from .dicom import open_scan, save_seg
+from .distributed import joined, once, own_random, place, split_map, split_training, spread
 from .encoder import encoder3d
 from .inference import NetSpec, load_model, save_model, segment, sliding_window
 from .losses import DiceCELoss, soft_dice
 from .metrics import PatchDice, dice
 from .phantom import phantom, write_phantoms
-from .show import save_figure, show_slices, track, watched
+from .show import save_figure, show_slices, watched
 from .transforms import CTSpec, RandomPatch, TensorCT, TensorMask3d, apply_window, resample_image, resample_mask, show_patch
 from .unet import DynamicUnet3d, param_groups
 from .volume import CTError, Volume, open_ct, open_mask, save_mask, save_volume, write_atomic
@@ -118,7 +120,7 @@ class ScanDice(Metric):
     def value(self):
         if self.learn is None or not self.due: return float('nan')
         cases = self.learn.dls.valid_cases if self.cases is None else self.cases
-        scores = [o for c in track(cases, 'scoring scans') for o in [self.score(c)] if not math.isnan(o)]
+        scores = [o for o in split_map(self.score, cases, 'scoring scans') if not math.isnan(o)]
         return sum(scores)/len(scores) if scores else float('nan')
     def score(self, case)->float:
         "Dice of the first class"
@@ -134,7 +136,7 @@ class WhileTraining(Callback):
 
 class KeepBest(WhileTraining):
     "Write the weights whenever the whole-scan Dice rises; end with the best ones"
-    order = 61
+    order,keeps = 61,('best','best_epoch')
     def __init__(self,
         path,              # `.safetensors`
         monitor='scan_dice'# Column of the metrics
@@ -147,23 +149,28 @@ class KeepBest(WhileTraining):
         score = self.recorder.values[-1][list(self.recorder.metric_names[1:]).index(self.monitor)]
         if not score>self.best: return  # NaN too
         self.best,self.best_epoch = score,self.epoch
-        save_model(self.learn.model, self.file, self.learn.spec, self.learn.net)
+        once(lambda: save_model(self.learn.model, self.file, self.learn.spec, self.learn.net))
     def after_fit(self):
-        if not self.trains: return
+        if self.trains: self.put_back(self.learn)
+    def put_back(self, learn):
+        "Give a learner the best weights"
+        once(lambda: self._load(learn.model))
+        spread(learn.model.state_dict().values())
+    def _load(self, model):
         if self.best_epoch is None: raise CTError(self.file, 'no epoch gave a whole-scan Dice, so no weights were kept', 'Look at history.csv: was the loss NaN? Try a lower learning rate')
         best,_,_ = load_model(self.file)
-        self.learn.model.load_state_dict(best.state_dict())
+        model.load_state_dict(best.state_dict())
 
 class History(WhileTraining):
     "Write the table of epochs, whole after each epoch, one table over several fits"
-    order = 62
+    order,keeps = 62,('rows',)
     def __init__(self, path): self.file,self.rows = Path(path),[]
     def after_epoch(self):
         if not self.trains: return
         self.rows.append([len(self.rows), *self.recorder.log[1:]])
         buf = io.StringIO()
         csv.writer(buf, lineterminator='\n').writerows([list(self.recorder.metric_names), *self.rows])
-        write_atomic(self.file, buf.getvalue().encode())
+        once(lambda: write_atomic(self.file, buf.getvalue().encode()))
 
 # %% ../nbs/18_learner.ipynb #8ae684dd
 def train(
@@ -181,24 +188,38 @@ def train(
     aug='light',           # Augmentation: `light`, `full` (`ct_aug_transforms`, for long trainings), False for none, or an `Augment3d`
     seed:int=0,            # Of weights, patches and augmentation
     device=None,           # `cpu`, `cuda`; the best there is if None
+    resume:bool=False,     # Go on from the checkpoint in `out`, if there is one, with the same arguments
     **kwargs               # For `unet_learner_3d`: `width`, `decoder`, …
 )->Learner: # Trained, with the best weights; `kept.best` is their Dice, `complete` whether every epoch was run
     "Train on a case table and keep the weights with the best whole-scan Dice"
-    out = Path(out)
-    set_seed(seed, reproducible=True)
-    dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, aug={'light':light_aug_transforms(), 'full':None}.get(aug, aug), path=out, device=device)
-    learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], **kwargs)
-    _check(dls, table)
-    if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # a step takes about 15 % less time, the forward pass is equal
-    out.mkdir(parents=True, exist_ok=True)
-    learn.kept,frozen = KeepBest(out/'model.safetensors'),bool(pretrained) and frozen_epochs>0
-    history = History(out/'history.csv')
-    cbs = [learn.kept, history, TerminateOnNaNCallback()]
-    if frozen: learn.freeze(); learn.fit_one_cycle(frozen_epochs, lr, cbs=cbs)
-    learn.unfreeze()
-    learn.fit_one_cycle(epochs, slice(lr/10, lr) if pretrained else lr, cbs=cbs)
-    learn.complete = len(history.rows)==epochs+frozen*frozen_epochs  # a loss that becomes NaN ends a fit early
+    out,args = Path(out),dict(pretrained=str(pretrained), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, bs=bs, patches=patches, score_every=score_every, aug=_name(aug), seed=seed)
+    with joined(device) as device:
+        set_seed(seed, reproducible=True)
+        dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, aug={'light':light_aug_transforms(), 'full':None}.get(aug, aug), path=out, device=device)
+        learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], **kwargs)
+        once(lambda: _check(dls, table))
+        if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # a step takes about 15 % less time, the forward pass is equal
+        once(lambda: out.mkdir(parents=True, exist_ok=True))
+        learn.kept,history,frozen = KeepBest(out/'model.safetensors'),History(out/'history.csv'),bool(pretrained) and frozen_epochs>0
+        cbs,ck = [learn.kept, history, StopOnNaN()],Checkpoint(out/'checkpoint.safetensors', args|once(lambda: _about(learn, kwargs)))
+        own_random(seed)
+        if ck.begin(resume): ck.restore(learn, cbs); learn.kept.put_back(learn)
+        else:
+            with split_training(learn):
+                if frozen: learn.freeze(); ck.fit(learn, frozen_epochs, lr, cbs=cbs)
+                learn.unfreeze()
+                ck.fit(learn, epochs, slice(lr/10, lr) if pretrained else lr, cbs=cbs)
+            ck.finish(cbs)
+    learn.complete = len(history.rows)==epochs+frozen*frozen_epochs
     return learn
+
+def _name(o): return o if o is None or isinstance(o, (bool,int,float,str,list,tuple)) else getattr(o, '__name__', type(o).__name__)
+
+def _about(learn, kwargs)->dict:
+    "What must be the same when a training is resumed, besides the numbers of the recipe"
+    train,more = [*dict.fromkeys(learn.dls.train_ds.items)],{k:_name(v) for k,v in kwargs.items()}
+    return dict(spec=asdict(learn.spec), net=asdict(learn.net)|more, device=torch.device(learn.dls.device).type, processes=place()[1],
+                train=case_digests(learn.dls.reader, train), valid=case_digests(learn.dls.reader, learn.dls.valid_cases))
 
 def _check(dls, table):
     "A bad scan stops the run here, before anything is written; what was checked and prepared before, and has not changed, is not read again"

@@ -9,7 +9,8 @@ __all__ = ['solids', 'kinds', 'unknown', 'classes', 'study_colors', 'study_key',
            'shell', 'sheet', 'branches', 'segment_mask', 'soft_field', 'draw_objects', 'rescan', 'shapes',
            'phantom_scan', 'grey_curve', 'remap', 'MixedPatches', 'KnownLoss', 'KnownDice', 'save_encoder',
            'encoder_info', 'PretrainLog', 'pretrain_loaders', 'pretrain_learner', 'quiet', 'pretrain_encoder', 'if_nan',
-           'cpu_seconds', 'Curve', 'transfer_run', 'draw_study', 'read_study', 'one_build', 'transfer_study']
+           'cpu_seconds', 'Curve', 'transfer_run', 'draw_study', 'build_of', 'read_study', 'one_build',
+           'transfer_study']
 
 # %% ../nbs/19_pretrain.ipynb #be6a8d59
 import json, math, os, random, time
@@ -33,12 +34,12 @@ from torch.nn import functional as F
 
 from .augment import Augment3d, ct_aug_transforms, light_aug_transforms, spline_weights
 from .data import CTDataLoaders
-from .encoder import encoder3d
+from .encoder import encoder3d, encoder_state, read_weights, weights_width
 from .learner import ScanDice, unet_learner_3d
 from .losses import soft_dice
 from .phantom import centred_mm, phantom, ring
 from .prepare import Prepared
-from .show import track
+from .show import save_figure, track
 from .transforms import CTSpec, RandomPatch, TensorCT, TensorMask3d, resample_mask, size_at
 from .unet import DynamicUnet3d
 from .volume import CTError, write_atomic
@@ -160,7 +161,7 @@ def shapes(
     "A made-up volume of solids, tubes and sheets, and which voxels belong to which kind"
     rng,grid = np.random.default_rng(seed),[g.ravel() for g in centred_mm(shape,spacing)]
     least,largest = 1.2*np.prod(spacing)**(1/3),max(n*s for n,s in zip(shape,spacing))/4
-    sizes = np.sort(np.exp(rng.uniform(np.log(least),np.log(largest),rng.integers(most//4,most+1))))[::-1]
+    sizes = np.sort(np.exp(rng.uniform(np.log(least),np.log(max(least,largest)),rng.integers(most//4,most+1))))[::-1]
     texture = [soft_field(rng,shape,np.maximum(2,np.array(shape)//k)) for k in rng.integers(2,12,2)]
     image,label = rng.uniform(0,.7)+rng.uniform(0,.2)*texture[0],np.zeros(shape,np.uint8)
     image = image.astype(np.float32)
@@ -280,9 +281,10 @@ def encoder_info(
     path # `.safetensors`
 )->dict: # What `save_encoder` was told; empty for weights of another origin
     "How an encoder was built and trained"
+    if Path(path).suffix!='.safetensors': return {}
     try:
-        with safe_open(path,'pt') as f: return json.loads((f.metadata() or {}).get('covid3d_encoder','{}'))
-    except (SafetensorError,OSError,ValueError) as e:
+        with safe_open(path,'pt') as f: return dict(json.loads((f.metadata() or {}).get('covid3d_encoder','{}')))
+    except (SafetensorError,OSError,ValueError,TypeError) as e:
         raise CTError(path,f'not read ({str(e).splitlines()[0][:80]})','Give the encoder.safetensors that `covid3d pretrain` wrote') from None
 
 # %% ../nbs/19_pretrain.ipynb #a9fed733
@@ -370,7 +372,9 @@ def pretrain_encoder(
     out.mkdir(parents=True,exist_ok=True)
     log,epochs = PretrainLog(out,every,info|how),math.ceil(steps/every)
     try: learn.fit_one_cycle(epochs,lr,cbs=[log,TerminateOnNaNCallback()])
-    except KeyboardInterrupt: print(f'stopped after {len(log.rows)*every} steps')
+    except KeyboardInterrupt:
+        if not log.rows: raise
+        print(f'stopped after {len(log.rows)*every} steps')
     else: if_nan(len(log.rows)<epochs,len(log.rows)*every)
     return out/'encoder.safetensors'
 
@@ -423,9 +427,10 @@ def transfer_run(
     return curve.rows
 
 # %% ../nbs/19_pretrain.ipynb #f1f04f03
+study_colors = ('#555555','#0072B2','#E69F00','#CC79A7','#009E73')  # grey for random weights
+
 def draw_study(
-    df,  # Rows of `transfer_study`
-    path=None # `.png` to write
+    df # Rows of `transfer_study`
 ): # The figure
     "Dice against patches seen and against seconds of training: mean, and from the worst to the best run"
     fig,axs = plt.subplots(1,2,figsize=(9,3.2),sharey=True,layout='constrained')
@@ -436,10 +441,15 @@ def draw_study(
             ax.fill_between(mean[x],low,high,color=colour,alpha=.15,lw=0)
             ax.set_xlabel({'patches':'patches seen','seconds':'seconds of training'}[x]); ax.set_ylim(0,1)
     axs[0].set_ylabel('Dice of whole scans'); axs[0].legend(frameon=False,fontsize=8)
-    if path: fig.savefig(path,dpi=110,facecolor='white')
     return fig
 
-study_colors = ('#555555','#0072B2','#E69F00','#CC79A7','#009E73')  # grey for random weights
+# %% ../nbs/19_pretrain.ipynb #091a226b
+def build_of(
+    path # File of encoder weights
+)->dict: # `arch`, `width` and `norm` for `unet_learner_3d`, as far as the file says
+    "How the encoder in a file is built"
+    width,info = weights_width(encoder_state(read_weights(path))),encoder_info(path)
+    return dict(arch=info.get('encoder','r3d_18'),width=width)|({} if info.get('norm','batch')=='batch' else dict(norm=info['norm']))
 
 # %% ../nbs/19_pretrain.ipynb #ef0d28d8
 study_key = ['weights','fold','seed','budget']
@@ -451,11 +461,10 @@ def read_study(
     return pd.read_csv(path) if Path(path).is_file() else pd.DataFrame(columns=[*study_key,'moment','patches','seconds','dice'])
 
 def one_build(
-    files:dict # Label → file of encoder weights
-)->dict: # `arch`, `width`, `norm` for `unet_learner_3d`, as far as the files say
+    files:dict # Label → file
+)->dict: # See `build_of`
     "How all the encoders are built, if they are built alike"
-    infos = [encoder_info(f) for f in files.values()]
-    builds = [dict(arch=i['encoder'],width=i['width'])|({} if i['norm']=='batch' else dict(norm=i['norm'])) if i else {} for i in infos]
+    builds = [build_of(f) for f in files.values()]
     if any(b!=builds[0] for b in builds): raise CTError('weights',f'{", ".join(files)} are encoders of different build','Study them one by one')
     return builds[0]
 
@@ -481,5 +490,5 @@ def transfer_study(
         write_atomic(path,df.to_csv(index=False,lineterminator='\n').encode())
         print(*(f'{k} {v}' for k,v in key.items()),f'dice {rows[-1]["dice"]:.3f}',f'{rows[-1]["seconds"]:.0f} s',sep='  ',flush=True)
     df = read_study(path); df = df[df.budget==patches]
-    draw_study(df,Path(out)/'transfer.png')
+    save_figure(draw_study(df),Path(out)/'transfer.png')
     return df

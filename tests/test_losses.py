@@ -1,0 +1,90 @@
+"Losses: MONAI's as the oracle, Lovász by its definition, gradients by finite differences, any logit, any precision"
+import copy, itertools
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from monai import losses as monai
+from covid3d.losses import DiceCELoss, DiceFocalLoss, LovaszHingeLoss, SampleLoss, TverskyLoss, focal
+from covid3d.volume import CTError
+
+makers = dict(dice_ce=DiceCELoss, dice_focal=DiceFocalLoss, focal_below_1=lambda **k: DiceFocalLoss(gamma=.5, alpha=.8, **k), tversky=TverskyLoss, focal_tversky=lambda **k: TverskyLoss(gamma=4/3, **k),
+    lovasz=LovaszHingeLoss, lovasz_ce=lambda **k: LovaszHingeLoss(ce=1, **k))
+each = pytest.mark.parametrize('make', makers.values(), ids=list(makers))
+
+def sample(seed=0, shape=(3,2,3,6,5), share=.2):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=g)*2,(torch.rand(shape, generator=g)<share).float()
+
+@settings(max_examples=25)
+@given(st.integers(0,10**6), st.floats(0,1), st.floats(.5,5), st.floats(.05,.95), st.floats(.1,10))
+def test_monai_gives_the_same(seed, share, gamma, alpha, smooth):
+    x,y = sample(seed, share=share); kw = dict(sigmoid=True, smooth_nr=smooth, smooth_dr=smooth)
+    torch.testing.assert_close(DiceCELoss(smooth=smooth)(x[:,:1],y[:,:1]), monai.DiceCELoss(**kw)(x[:,:1],y[:,:1]), rtol=1e-5, atol=1e-6)  # of more channels MONAI takes a softmax
+    for ours,theirs in ((DiceFocalLoss(2,3,gamma,alpha,smooth), monai.DiceFocalLoss(**kw, lambda_dice=2, lambda_focal=3, gamma=gamma, alpha=alpha)),
+        (DiceFocalLoss(0,1,gamma), monai.FocalLoss(gamma=gamma)), (TverskyLoss(alpha,1-alpha,smooth=smooth), monai.TverskyLoss(**kw, alpha=alpha, beta=1-alpha)), (DiceCELoss(ce=0,smooth=smooth), monai.DiceLoss(**kw))):
+        torch.testing.assert_close(ours(x,y), theirs(x,y), rtol=1e-5, atol=1e-6)
+
+def test_focal_tversky_is_the_root_of_tversky():
+    x,y = sample(); one = TverskyLoss(reduction='none')
+    torch.testing.assert_close(TverskyLoss(gamma=2)(x[:,:1],y[:,:1]), one(x[:,:1],y[:,:1]).sqrt().mean())
+
+def lovasz_by_definition(x, y):
+    "The extension of the Jaccard loss, each step from sets counted anew"
+    m = np.maximum(0, 1-x*(2*y-1)); order = np.argsort(-m, kind='stable'); truth = set(np.flatnonzero(y))
+    def delta(wrong): guess = truth^set(wrong); return 1-len(truth&guess)/len(truth|guess) if truth|guess else 0.
+    return sum(m[i]*(delta(order[:k+1])-delta(order[:k])) for k,i in enumerate(order))
+
+@settings(max_examples=40)
+@given(st.integers(0,10**6), st.floats(0,1))
+def test_lovasz_by_its_definition(seed, share):
+    x,y = sample(seed, (2,2,1,3,7), share)
+    want = [np.mean([lovasz_by_definition(x[b,c].flatten().double().numpy(), y[b,c].flatten().numpy().astype(int)) for c in range(2)]) for b in range(2)]
+    np.testing.assert_allclose(LovaszHingeLoss(reduction='none')(x,y), want, rtol=1e-4, atol=1e-5)
+
+@each
+def test_a_sample_does_not_depend_on_its_neighbours(make):
+    x,y = sample(); none = make(reduction='none')(x,y)
+    assert none.shape==(3,)
+    torch.testing.assert_close(none, torch.stack([make()(x[i:i+1],y[i:i+1]) for i in range(3)])); torch.testing.assert_close(none.mean(), make()(x,y)); torch.testing.assert_close(none, make()(x,y,reduction='none'))
+
+@each
+def test_gradient_by_finite_differences(make):
+    x,y = sample(1, (1,1,2,3,4)); x.requires_grad_(); f = make(); f(x,y).backward(); eps = 1e-2
+    num = torch.stack([(f(x.detach()+d,y)-f(x.detach()-d,y))/(2*eps) for d in (torch.eye(24)*eps).view(24,*x.shape)]).view(x.shape)
+    assert x.grad.abs().max()>1e-3
+    torch.testing.assert_close(x.grad, num, rtol=2e-2, atol=1e-3)
+
+@each
+def test_right_is_best_and_wrong_is_worst(make):
+    x,y = sample(); f = make(); right,wrong = f(20*(2*y-1),y),f(-20*(2*y-1),y)
+    assert 0<=right<1e-2 and right<f(x,y)<wrong and f(torch.full_like(y,-20),y*0)<1e-2
+
+@each
+@pytest.mark.parametrize('dtype', (torch.float32,torch.float16,torch.bfloat16))
+@pytest.mark.parametrize('big', (0.,20.,6e4,float(torch.finfo(torch.float16).max)))
+def test_finite_at_any_logit(make, dtype, big):
+    for share in (0,.3,1):
+        _,y = sample(2, share=share)
+        for sign in (2*y-1, 1-2*y, torch.ones_like(y), -torch.ones_like(y)):
+            x = (big*sign).clamp(-6.5e4,6.5e4).to(dtype).requires_grad_(); l = make()(x,y); l.backward()
+            assert l.dtype==torch.float32 and torch.isfinite(l) and torch.isfinite(x.grad).all()
+
+@each
+def test_float32_whatever_the_precision_around(make):
+    _,y = sample(3, (1,1,32,64,64)); x = torch.full_like(y, 3.)
+    want = make()(x,y)
+    for dtype in (torch.float16,torch.bfloat16):
+        torch.testing.assert_close(make()(x.to(dtype),y.to(dtype)), want, rtol=1e-5, atol=1e-6)
+    with torch.autocast('cpu', dtype=torch.bfloat16): torch.testing.assert_close(make()(x,y), want, rtol=1e-5, atol=1e-6)
+
+@each
+def test_a_misfit_is_named(make):
+    x,y = sample()
+    with pytest.raises(CTError, match='one channel for each class'): make()(x,y[:,:1])
+    f = copy.deepcopy(make()); assert isinstance(f,SampleLoss) and f.decodes(f.activation(x)).dtype==torch.uint8 and ((x>=0)==(f.decodes(f.activation(x))==1)).all()
+
+@each
+def test_descent_finds_the_lesion(make):
+    "300 steps on free logits end at the reference"
+    _,y = sample(4, (1,1,4,8,8), .05); x = torch.zeros_like(y, requires_grad=True); opt,f = torch.optim.Adam([x], .1),make()
+    for _ in range(300): opt.zero_grad(); f(x,y).backward(); opt.step()
+    assert ((x>0)==(y>0)).all()

@@ -48,7 +48,11 @@ def gather(
     return [json.loads(b.numpy().tobytes()) for b in _gather_bytes(mine, group)]
 
 # %% ../nbs/16_distributed.ipynb #5081b090
-_lost = 'Connection closed','Connection reset','Broken pipe','Timed out waiting','NCCL','Socket Timeout','recvBytes','sendBytes'
+_lost = 'Connection closed','Connection reset','Broken pipe','Timed out waiting','Application timeout','pair closure'
+
+def _is_lost(e)->bool:
+    "Whether another process is gone: PyTorch's own errors, and gloo's, which are plain `RuntimeError`s"
+    return isinstance(e, dist.DistError) or any(o in str(e) for o in _lost)
 
 def _share_device(device):
     "The GPU of this process, or the CPU"
@@ -70,7 +74,7 @@ def joined(
         with open(os.devnull, 'w') as f, redirect_stdout(f) if rank else nullcontext(): yield device
     except CTError as e: e.joined = True; raise  # of this process: nobody else may have told it
     except RuntimeError as e:
-        if not any(o in str(e) for o in _lost): raise
+        if not _is_lost(e): raise
         raise CTError(f'process {rank} of {num_distrib()}', 'another process ended or no longer answers', 'Look at its own message, then go on with --resume') from None
     finally:
         if dist.is_initialized(): dist.destroy_process_group()

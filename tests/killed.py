@@ -1,0 +1,52 @@
+"""A process that imports covid3d once and forks a child for each command, to be killed by the dozen: not a test, started by those of resuming.
+
+A line of JSON in: argv of `covid3d`; `after` seconds, or `writing` (the n-th checkpoint is half written), when it is killed; `limit`, the largest file once a first checkpoint
+is there; `keep`, a folder for a link to each checkpoint. A line of JSON out: status (negative: killed), seconds, stdout, stderr."""
+import json, os, resource, signal, sys, tempfile, time
+from pathlib import Path
+
+import torch
+import covid3d.checkpoint, covid3d.learner
+from covid3d.cli import main
+
+write_checkpoint = covid3d.checkpoint.write_checkpoint
+
+def kept(folder):
+    "`write_checkpoint` that leaves a link to each checkpoint, named by phase and epoch"
+    def write(path, state, tensors):
+        write_checkpoint(path, state, tensors)
+        to = Path(folder)/f'{state["phase"]}-{state["epoch"]}.safetensors'
+        if tensors: to.parent.mkdir(exist_ok=True); to.unlink(missing_ok=True); os.link(path, to)
+    return write
+
+def child(o, out, err):
+    "The command, in a process of its own"
+    for fd,f in ((1,out),(2,err)): os.dup2(f.fileno(), fd)
+    torch.set_num_threads(1)
+    if 'keep' in o: covid3d.checkpoint.write_checkpoint = kept(o['keep'])
+    status = main(o['argv'])
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(status)
+
+def watch(pid, o):
+    "Kill the child at its moment; its status"
+    start,run,seen,was = time.monotonic(),Path(o['argv'][o['argv'].index('--out')+1]),0,False
+    while True:
+        got,status = os.waitpid(pid, os.WNOHANG)
+        if got: return os.waitstatus_to_exitcode(status)
+        now = (run/'.writing'/'checkpoint.safetensors').exists()
+        seen,was = seen+(now and not was),now
+        if 'after' in o and time.monotonic()-start>o['after'] or now and seen==o.get('writing'): os.kill(pid, signal.SIGKILL)
+        if 'limit' in o and seen>1 and not now: resource.prlimit(pid, resource.RLIMIT_FSIZE, (o.pop('limit'),)*2)
+        time.sleep(.0002)
+
+if __name__=='__main__':
+    print('ready', flush=True)
+    for line in sys.stdin:
+        o = json.loads(line)
+        with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as err:
+            start,pid = time.monotonic(),os.fork()
+            if not pid: child(o, out, err)
+            status = watch(pid, o); secs = time.monotonic()-start
+            out.seek(0); err.seek(0)
+            print(json.dumps(dict(status=status, secs=secs, out=out.read(), err=err.read())), flush=True)

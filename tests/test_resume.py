@@ -1,0 +1,163 @@
+"Nothing is lost: trainings killed at random moments, while they write, and on a full disk go on and end bit-equal"
+import csv, json, os, random, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+from safetensors.torch import load_file, save_file
+
+from covid3d.checkpoint import read_checkpoint
+from covid3d.encoder import encoder3d
+from covid3d.phantom import write_phantoms
+
+rng = random.Random(int(os.environ.get('COVID3D_SEED', 0)))
+small = ['--width','8','--spacing','9,7,7','--patch','16,32,32','--patches','12','--frozen-epochs','1','--epochs','3','--lr','1e-1','--score-every','1','--augment','full','--device','cpu']
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    "Phantoms, a table, and an encoder to start from"
+    root = tmp_path_factory.mktemp('data')
+    table = write_phantoms(root, n=5, seed=1, shape=(32,96,96), spacing=(9,3.7,3.7))
+    torch.manual_seed(2)
+    save_file({k:v.contiguous() for k,v in encoder3d('r3d_18', False, 8).state_dict().items()}, root/'encoder.safetensors')
+    return table,root/'encoder.safetensors'
+
+@pytest.fixture(scope='module')
+def worker():
+    "Runs commands in forked children, see killed.py"
+    env = os.environ|dict(OMP_NUM_THREADS='1')
+    with subprocess.Popen([sys.executable, Path(__file__).with_name('killed.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env) as p:
+        assert p.stdout.readline()=='ready\n'
+        def run(argv, **kwargs):
+            p.stdin.write(json.dumps(dict(argv=[str(o) for o in argv])|kwargs)+'\n'); p.stdin.flush()
+            return json.loads(p.stdout.readline())
+        yield run
+        p.stdin.close()
+
+def words(data, out, *more): return ['train',data[0],'--weights',data[1],'--out',out,*small,*more]
+
+@pytest.fixture(scope='module')
+def straight(data, worker, tmp_path_factory):
+    "The same training without a break"
+    out = tmp_path_factory.mktemp('straight')
+    res = worker(words(data, out/'run'), keep=str(out/'kept'))
+    assert res['status']==0, res
+    return out,res['secs']
+
+def history(run):
+    "The table of epochs but for the time it took"
+    return [{k:v for k,v in r.items() if k!='time'} for r in csv.DictReader((run/'history.csv').open())]
+
+def content(path):
+    "A checkpoint, all of it but for the time that epochs took"
+    state,tensors = read_checkpoint(path)
+    state['callbacks']['history']['rows'] = [r[:-1] for r in state['callbacks']['history']['rows']]
+    return state,tensors
+
+def require_equal(a, b):
+    "Two runs with the same weights, table and checkpoints (those that were linked before a kill)"
+    assert (a/'run'/'model.safetensors').read_bytes()==(b/'run'/'model.safetensors').read_bytes()
+    assert history(a/'run')==history(b/'run')
+    both = sorted({o.name for o in (a/'kept').iterdir()} & {o.name for o in (b/'kept').iterdir()})
+    assert '1-3.safetensors' in both and len(both)>=3
+    for o in both:
+        (s,t),(s2,t2) = content(a/'kept'/o),content(b/'kept'/o)
+        assert s==s2 and t.keys()==t2.keys() and all(torch.equal(t[k], t2[k]) for k in t), o
+
+def test_the_training_learns(data, straight):
+    "Else equal weights would say little: best weights of a later epoch, every epoch other weights"
+    out,_ = straight
+    h = history(out/'run')
+    assert len(h)==4 and len({r['valid_loss'] for r in h})==4 and float(h[-1]['train_loss'])<.95*float(h[0]['train_loss'])
+    dice = [float(r['scan_dice']) for r in h]
+    assert max(dice)>dice[0]
+    w = [read_checkpoint(out/'kept'/f'{o}.safetensors')[1]['model.encoder.layer1.0.conv1.0.weight'] for o in ('0-1','1-1','1-2','1-3')]
+    start = load_file(data[1])['layer1.0.conv1.0.weight']
+    assert torch.equal(w[0], start) and not torch.equal(w[1], start) and not torch.equal(w[2], w[1])
+
+def test_killed_at_random(data, worker, straight, tmp_path, record_property):
+    "At least 20 kills, spread over several runs, every third in the middle of writing a checkpoint; each run ends as the one without a break"
+    (ref,whole),kills,writing,resumed = straight,0,0,0
+    while kills<20:
+        out = tmp_path/f'{kills}'
+        for i in range(100):
+            how = dict(writing=rng.randint(1,3)) if i%3==1 else dict(after=rng.uniform(0, .4*whole)) if kills<20 else {}
+            res = worker(words(data, out/'run', *(['--resume'] if i else [])), keep=str(out/'kept'), **how)
+            assert res['status'] in (0,-signal.SIGKILL), res
+            assert 'Traceback' not in res['err']
+            resumed += 'are done' in res['out']
+            if res['status']==0: break
+            kills += 1; writing += 'writing' in how
+        assert not list((out/'run').glob('.*')), 'what was half written is removed'
+        require_equal(ref, out)
+    print(f'{kills} kills, {writing} of them while writing, {resumed} times resumed')
+    assert writing>1 and resumed>5
+
+def test_real_command(data, straight, tmp_path):
+    "The command itself, killed when it has written a checkpoint"
+    cmd = [Path(sys.executable).parent/'covid3d',*words(data, tmp_path/'run')]
+    env = os.environ|dict(OMP_NUM_THREADS='1')
+    with subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, text=True) as p:
+        while 'epoch 1 ' not in p.stdout.readline(): assert p.poll() is None
+        p.kill()
+    res = subprocess.run([*cmd,'--resume'], capture_output=True, text=True, env=env)
+    assert res.returncode==0, res.stderr
+    assert 'of its epochs are done' in res.stdout and 1<=res.stdout.count('train_loss')<=2
+    assert (tmp_path/'run'/'model.safetensors').read_bytes()==(straight[0]/'run'/'model.safetensors').read_bytes()
+    assert history(tmp_path/'run')==history(straight[0]/'run')
+
+def test_full_disk(data, worker, straight, tmp_path):
+    "The last checkpoint stays, one line says so, and the training goes on when there is room"
+    out = tmp_path
+    res = worker(words(data, out/'run'), keep=str(out/'kept'), limit=int(1.5*(straight[0]/'run'/'model.safetensors').stat().st_size))
+    assert res['status']==2 and res['err'].count('\n')==1 and 'cannot be written' in res['err'] and '--resume' in res['err'], res
+    assert read_checkpoint(out/'run'/'checkpoint.safetensors')[0]['epoch']==1 and not list((out/'run').glob('.*'))
+    assert worker(words(data, out/'run', '--resume'), keep=str(out/'kept'))['status']==0
+    require_equal(straight[0], out)
+
+def refused(worker, argv, *said):
+    res = worker(argv)
+    assert res['status']==2 and res['err'].count('\n')==1 and all(o in res['err'] for o in said), res
+
+@pytest.fixture(scope='module')
+def broken(data, worker, tmp_path_factory):
+    "A run that was killed while it wrote its third checkpoint"
+    out = tmp_path_factory.mktemp('broken')/'run'
+    assert worker(words(data, out), writing=3)['status']==-signal.SIGKILL
+    return out
+
+@pytest.mark.parametrize('more,said', [(['--lr','2e-3'], 'lr 0.1 then, 0.002 now'), (['--seed','1'], 'seed 0 then, 1 now'), (['--epochs','4'], 'epochs 3 then, 4 now'), (['--bs','3'], 'bs 2 then'),
+    (['--patch','16,32,48'], 'spec patch [16, 32, 32] then'), (['--augment','none'], 'aug full then'), (['--frozen-epochs','2'], 'frozen_epochs 1 then'), (['--decoder','32,16,8'], 'net decoder')])
+def test_other_arguments(data, worker, broken, more, said): refused(worker, words(data, broken, '--resume', *more), 'of another training', said)
+
+def test_another_table(data, worker, broken, tmp_path):
+    "A table that leaves a case out, and one with other scans of the same names"
+    lines = data[0].read_text().splitlines()
+    less = data[0].with_name('less.csv'); less.write_text('\n'.join(lines[:1]+lines[2:]))
+    refused(worker, ['train',less,*words(data, broken, '--resume')[2:]], 'of another training', 'train ', 'absent now')
+    other = write_phantoms(tmp_path, n=5, seed=2, shape=(32,96,96), spacing=(9,3.7,3.7))
+    refused(worker, ['train',other,*words(data, broken, '--resume')[2:]], 'of another training', 'train phantom_000')
+
+@pytest.mark.parametrize('harm', [lambda b: b[:-100], lambda b: b[:-1]+bytes([b[-1]^1]), lambda b: b''], ids=['cut','flipped','empty'])
+def test_damaged(data, worker, broken, tmp_path, harm):
+    shutil.copytree(broken, tmp_path/'run')
+    ck = tmp_path/'run'/'checkpoint.safetensors'
+    ck.write_bytes(harm(ck.read_bytes()))
+    refused(worker, words(data, tmp_path/'run', '--resume'), 'damaged', str(ck))
+
+def test_what_is_there_already(data, worker, broken, straight, tmp_path):
+    "Without --resume a run is not touched; a model without a checkpoint is no run to go on with; a finished run says so; nothing there is a beginning"
+    refused(worker, words(data, broken), 'exists already', '--resume')
+    (tmp_path/'run').mkdir(); (tmp_path/'run'/'model.safetensors').write_bytes(b'dear')
+    refused(worker, words(data, tmp_path/'run', '--resume'), 'exists already')
+    refused(worker, words(data, broken, '--resume', '--overwrite'), 'contradicts')
+    before = (straight[0]/'run'/'model.safetensors').read_bytes()
+    res = worker(words(data, straight[0]/'run', '--resume'))
+    assert res['status']==0 and 'it had finished' in res['out'] and (straight[0]/'run'/'model.safetensors').read_bytes()==before
+    assert 'begins anew' in worker(words(data, tmp_path/'new', '--resume'), writing=2)['out']
+
+def test_nan(data, worker, tmp_path):
+    "The loss is no number: one line with step and cases; no checkpoint with NaN"
+    res = worker(words(data, tmp_path/'run', '--lr', '1e25'))
+    assert res['status']==2 and res['err'].count('\n')==1 and 'at step' in res['err'] and 'phantom_00' in res['err'] and 'lower lr' in res['err'], res
+    _,t = read_checkpoint(tmp_path/'run'/'checkpoint.safetensors')
+    assert all(torch.isfinite(v).all() for v in t.values())

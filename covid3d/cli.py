@@ -6,8 +6,9 @@ Docs: https://covid3d.github.io/covid3d/cli.html.md"""
 
 # %% auto #0
 __all__ = ['commands', 'demo_config', 'demo_mark', 'overview', 'command', 'numbers', 'absent', 'writable', 'check_overlap',
-           'find_device', 'download', 'phantom', 'names_or_share', 'cases', 'check', 'prepare', 'train', 'evaluate',
-           'find_scans', 'predict', 'clear_demo', 'demo', 'tie', 'one_line', 'main']
+           'at_least_one', 'check_lr', 'find_device', 'download', 'phantom', 'names_or_share', 'cases', 'check',
+           'prepare', 'train', 'pretrain', 'transfer_study', 'evaluate', 'find_scans', 'predict', 'clear_demo', 'demo',
+           'tie', 'one_line', 'main']
 
 # %% ../nbs/30_cli.ipynb #9daa8dd1
 import math, os, re, shutil, sys, time, warnings
@@ -26,7 +27,7 @@ commands = {}
 
 def command(f):
     "Make `f` a command of `covid3d`"
-    commands[f.__name__] = f
+    commands[f.__name__.replace('_','-')] = f
     return f
 
 # %% ../nbs/30_cli.ipynb #2b1534cc
@@ -63,6 +64,17 @@ def check_overlap(
 ):
     "Refuse what is no share of a window"
     if not 0<=overlap<1: raise CTError('overlap', f'{overlap} is not in 0…1', 'Give 0.5, or less for speed')
+
+def at_least_one(
+    **numbers # By the name of their option
+):
+    "Refuse what is below 1"
+    for k,v in numbers.items():
+        if v<1: raise CTError(k, f'{v} is too few', 'Give 1 or more')
+
+def check_lr(lr):
+    "Refuse what is no learning rate"
+    if not 0<lr<math.inf: raise CTError('lr', f'{lr} is no learning rate', 'Give, for example, 2e-3')
 
 def find_device(
     name # `cpu`, `cuda`, …; None for the best there is
@@ -212,9 +224,14 @@ def train(
     patches:int=6,          # Patches of each scan an epoch
     augment:str='light',    # none, light (mirror, contrast, brightness) or full, for trainings of many epochs
     score_every:int=5,      # Score whole validation scans in each such epoch
-    width:int=64,           # Channels of the encoder's first stage; fewer only with random weights
+    width:int=None,         # Channels of the encoder's first stage; those of the weights, 16 for random ones
+    norm:str=None,          # Normalisation of the encoder: batch, frozen, group or instance; see the recipe in the documentation
     decoder:str=None,       # Channels of the decoder's levels, coarse to fine, e.g. 128,64,32
+    memory:str=None,        # What a step may take, e.g. 6GB: batch, precision and recomputation are chosen to fit
     seed:int=0,             # Of weights, patches and augmentation
+    examples:int=5,         # Draw predictions into OUT/examples in each such epoch; 0 for none
+    plot:store_true=False,  # Draw the curves into OUT/history.png after each epoch
+    log:str=None,           # Hand the numbers on to tensorboard or wandb
     device:str=None,        # cpu or cuda; the best there is
     resume:store_true=False,   # Go on with a training that was interrupted, with the same arguments
     overwrite:store_true=False # Replace a run that is there
@@ -224,17 +241,68 @@ def train(
     if resume and overwrite: raise CTError('resume', 'it contradicts --overwrite', 'Give one of the two')
     files = [Path(out)/o for o in ('checkpoint.safetensors','model.safetensors')]
     if not (resume and files[0].exists()): absent(files, overwrite, 'Add --resume to go on with a training that was interrupted, choose another --out, or add --overwrite')
-    for k,v in dict(epochs=epochs, bs=bs, patches=patches, score_every=score_every).items():
-        if v<1: raise CTError(k, f'{v} is too few', 'Give 1 or more')
-    if not 0<lr<math.inf: raise CTError('lr', f'{lr} is no learning rate', 'Give, for example, 2e-3')
+    at_least_one(epochs=epochs, bs=bs, patches=patches, score_every=score_every); check_lr(lr)
     if augment not in ('none','light','full'): raise CTError('augment', f'{augment!r} is unknown', 'Give none, light or full')
     device = find_device(device)
     from covid3d.learner import CTSpec, train
     spec = None if Path(table).is_dir() else CTSpec(numbers(spacing, float, 'spacing'), numbers(window, float, 'window'), numbers(patch, int, 'patch'), tuple(classes.split(',')))  # a prepared folder brings its own
     learn = train(table, out, spec, encoder, {'kinetics':True, 'random':False}.get(weights, weights), epochs, frozen_epochs, lr, bs, patches, score_every, aug=augment if augment!='none' else False, seed=seed, device=device,
-                  resume=resume, width=width, decoder=numbers(decoder, int, 'decoder'))
+                  resume=resume, examples=examples, plot=plot, log=log, width=width, norm=norm, decoder=numbers(decoder, int, 'decoder'), memory=memory)
     if _rank(): return
     print(f'wrote {Path(out)/"model.safetensors"} · whole-scan Dice on valid {learn.kept.best:.3f}')
+
+# %% ../nbs/30_cli.ipynb #93baf3b8
+@command
+def pretrain(
+    out:str=None,           # Folder for encoder.safetensors and history.csv
+    encoder:str='r3d_18',   # r3d_18, mc3_18 or r2plus1d_18
+    width:int=16,           # Channels of its first stage; 64 is torchvision's own
+    norm:str='batch',       # Normalisation: batch, group or instance
+    steps:int=4000,         # Batches to train on
+    bs:int=2,               # Patches in a batch
+    share:float=.5,         # Of the patches that show shapes, 0 to 1; the others show phantoms
+    phantoms:int=24,        # Made-up chests to train with
+    spacing:str='4,2.8,2.8',# mm between slices, rows and columns that the network sees
+    patch:str='16,96,96',   # Slices, rows and columns of a training patch
+    lr:float=2e-3,          # Highest learning rate
+    seed:int=0,             # Of weights, phantoms and patches
+    device:str=None,        # cpu or cuda; the best there is
+    overwrite:store_true=False # Replace an encoder that is there
+):
+    "Train an encoder on made-up shapes and chests; start a training from it with train --weights."
+    writable(out); absent([Path(out)/'encoder.safetensors'], overwrite)
+    at_least_one(width=width, steps=steps, bs=bs, phantoms=phantoms); check_lr(lr)
+    if not 0<=share<=1: raise CTError('share', f'{share} is not in 0…1', 'Give 0.5')
+    device = find_device(device)
+    from covid3d.pretrain import pretrain_encoder
+    from covid3d.transforms import CTSpec
+    spec = CTSpec(numbers(spacing, float, 'spacing'), patch=numbers(patch, int, 'patch'))
+    file = pretrain_encoder(out, encoder, width, steps, bs, spec, share, lr, seed, phantoms, device=device, norm=norm)
+    print(f'wrote {file} · next: covid3d train cases.csv --weights {file} --out RUN')
+
+@command
+def transfer_study(
+    table:Annotated[str, 'Case table (CSV), or a folder from covid3d prepare', {'opt':False}],
+    weights:str=None,       # File of encoder weights, or several with commas between
+    out:str=None,           # Folder for transfer.csv and transfer.png
+    folds:int=3,            # Of the cross-validation, by patient
+    seeds:str='0',          # A run for each, with commas between
+    patches:int=1800,       # Patches that a run sees in all
+    moments:int=6,          # Scores on the way
+    lr:float=2e-3,          # Highest learning rate
+    device:str=None         # cpu or cuda; the best there is
+):
+    "Learning curves from pretrained and from random weights at the same budget; a run that was finished is not repeated."
+    writable(out)
+    if not weights: raise CTError('weights', 'no file of encoder weights', 'Add --weights FILE, from covid3d pretrain or torchvision')
+    at_least_one(patches=patches, moments=moments); check_lr(lr)
+    device = find_device(device)
+    from covid3d.pretrain import transfer_study
+    files = {Path(f).stem if ',' in weights else 'pretrained':f for f in weights.split(',')}
+    df = transfer_study(table, files, out, folds, numbers(seeds, int, 'seeds'), patches, moments=moments, lr=lr, device=device)
+    last = df[df.moment==df.moment.max()].groupby('weights', sort=False).dice.agg(['mean','min','max'])
+    for k,r in last.iterrows(): print(f"{k}: whole-scan Dice {r['mean']:.3f} ({r['min']:.3f} to {r['max']:.3f})")
+    print(f'wrote {Path(out)/"transfer.csv"} and {Path(out)/"transfer.png"}')
 
 # %% ../nbs/30_cli.ipynb #5ab2e341
 @command
@@ -433,7 +501,7 @@ def main(
     argv = [o for o in argv if o!='--debug']
     if not debug: warnings.simplefilter('ignore')  # other libraries' notes to their developers
     if not argv or argv[0] in ('-h','--help','help'):
-        print(overview.format(list='\n'.join(f'  {k:<10}{f.__doc__}' for k,f in commands.items())))
+        print(overview.format(list='\n'.join(f'  {k:<16}{f.__doc__}' for k,f in commands.items())))
         return 0 if argv else 2
     if argv[0]=='--version': print(__version__); return 0
     name,f = argv[0],commands.get(argv[0])

@@ -96,10 +96,14 @@ def segment(
 class NetSpec:
     "Which network: all that is needed to build it again"
     encoder:str='r3d_18'     # `r3d_18`, `mc3_18` or `r2plus1d_18`
-    width:int=64             # Channels of the encoder's first stage; 64 is torchvision's own
+    width:int=None           # Channels of the encoder's first stage; that of the weights, or torchvision's 64, if None
     decoder:tuple=None       # Channels of the decoder's levels, coarse to fine; None for half the encoder's
     stem_skip:bool=True      # A skip from the stem besides stages 1 to 3
     input_skip:bool=False    # A last level at full resolution that sees the input itself
+    norm:str=None            # Normalisation of the encoder: `batch`, `frozen`, `group` or `instance`; that of the weights, or `batch`, if None
+    up:str='trilinear'       # The decoder's way to the finer grid: `trilinear`, `transposed` or `shuffle`
+    decoder_norm:str='group' # Normalisation of the decoder
+    attention:bool=False     # Self-attention at the coarsest grid
 
     def __post_init__(self):
         if self.decoder is not None: object.__setattr__(self, 'decoder', tuple(self.decoder))
@@ -109,8 +113,8 @@ class NetSpec:
         pretrained=False       # Kinetics-400 weights for the encoder (True), none (False), or a file
     )->DynamicUnet3d:
         "A new network"
-        return DynamicUnet3d(encoder3d(self.encoder, pretrained, self.width), list(classes), decoder=self.decoder,
-                             stem_skip=self.stem_skip, input_skip=self.input_skip)
+        decoder = {k:v for k,v in asdict(self).items() if k not in ('encoder','width','norm')}
+        return DynamicUnet3d(encoder3d(self.encoder, pretrained, self.width, self.norm), list(classes), **decoder)
 
 # %% ../nbs/14_inference.ipynb #222f4baf
 def save_model(

@@ -8,9 +8,8 @@ Docs: https://covid3d.github.io/covid3d/pretrain.html.md"""
 __all__ = ['solids', 'kinds', 'unknown', 'classes', 'study_colors', 'study_key', 'random_frame', 'inner_grid', 'ball', 'box',
            'shell', 'sheet', 'branches', 'segment_mask', 'soft_field', 'draw_objects', 'rescan', 'shapes',
            'phantom_scan', 'grey_curve', 'remap', 'MixedPatches', 'KnownLoss', 'KnownDice', 'save_encoder',
-           'encoder_info', 'PretrainLog', 'pretrain_loaders', 'pretrain_learner', 'quiet', 'pretrain_encoder', 'if_nan',
-           'cpu_seconds', 'Curve', 'transfer_run', 'draw_study', 'build_of', 'read_study', 'one_build',
-           'transfer_study']
+           'PretrainLog', 'pretrain_loaders', 'pretrain_learner', 'quiet', 'pretrain_encoder', 'if_nan', 'cpu_seconds',
+           'Curve', 'transfer_run', 'draw_study', 'file_build', 'read_study', 'one_build', 'transfer_study']
 
 # %% ../nbs/19_pretrain.ipynb #be6a8d59
 import json, math, os, random, time
@@ -26,7 +25,6 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, Metric
 from fastai.torch_core import default_device, set_seed
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from scipy.ndimage import gaussian_filter
 from torch import nn
@@ -34,7 +32,7 @@ from torch.nn import functional as F
 
 from .augment import Augment3d, ct_aug_transforms, light_aug_transforms, spline_weights
 from .data import CTDataLoaders
-from .encoder import encoder3d, encoder_state, read_weights, weights_width
+from .encoder import encoder3d, encoder_info, encoder_state, read_weights, weights_width
 from .learner import ScanDice, unet_learner_3d
 from .losses import soft_dice
 from .phantom import centred_mm, phantom, ring
@@ -277,15 +275,7 @@ def save_encoder(
     state = {k:v.detach().cpu().contiguous() for k,v in encoder.state_dict().items()}
     write_atomic(path,save(state,{'covid3d_encoder':json.dumps(info)}))
 
-def encoder_info(
-    path # `.safetensors`
-)->dict: # What `save_encoder` was told; empty for weights of another origin
-    "How an encoder was built and trained"
-    if Path(path).suffix!='.safetensors': return {}
-    try:
-        with safe_open(path,'pt') as f: return dict(json.loads((f.metadata() or {}).get('covid3d_encoder','{}')))
-    except (SafetensorError,OSError,ValueError,TypeError) as e:
-        raise CTError(path,f'not read ({str(e).splitlines()[0][:80]})','Give the encoder.safetensors that `covid3d pretrain` wrote') from None
+
 
 # %% ../nbs/19_pretrain.ipynb #a9fed733
 class PretrainLog(Callback):
@@ -444,7 +434,7 @@ def draw_study(
     return fig
 
 # %% ../nbs/19_pretrain.ipynb #091a226b
-def build_of(
+def file_build(
     path # File of encoder weights
 )->dict: # `arch`, `width` and `norm` for `unet_learner_3d`, as far as the file says
     "How the encoder in a file is built"
@@ -462,9 +452,9 @@ def read_study(
 
 def one_build(
     files:dict # Label → file
-)->dict: # See `build_of`
+)->dict: # See `file_build`
     "How all the encoders are built, if they are built alike"
-    builds = [build_of(f) for f in files.values()]
+    builds = [file_build(f) for f in files.values()]
     if any(b!=builds[0] for b in builds): raise CTError('weights',f'{", ".join(files)} are encoders of different build','Study them one by one')
     return builds[0]
 

@@ -6,15 +6,17 @@ Docs: https://covid3d.github.io/covid3d/unet.html.md"""
 
 # %% auto #0
 __all__ = ['Stage', 'stage_sizes', 'size_levels', 'conv_norm_relu', 'init_he', 'resize', 'shuffle3d', 'icnr', 'ToGrid', 'UpLevel',
-           'level_widths', 'check_classes', 'logit_conv', 'Head', 'Attention3d', 'check_batch', 'DynamicUnet3d',
-           'param_groups']
+           'level_widths', 'check_classes', 'logit_conv', 'Head', 'Attention3d', 'check_batch', 'still', 'again',
+           'pieces', 'DynamicUnet3d', 'param_groups']
 
 # %% ../nbs/11_unet.ipynb #3eb552cb
 import math, torch, torch.nn.functional as F
 from collections import namedtuple
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from itertools import groupby
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from .encoder import group_norm, norm_layer
 from .volume import CTError
 
@@ -200,6 +202,26 @@ def check_batch(x: Tensor): # meant to be (batch, 1, slice, row, column)
         raise CTError('input', f'has shape {tuple(x.shape)}', 'Give a batch (batch, 1, slice, row, column) with voxels along each axis')
 
 # %% ../nbs/11_unet.ipynb #41456a65
+@contextmanager
+def still(module: nn.Module): # whose BatchNorm shall keep its running statistics
+    "Whatever runs inside leaves the statistics of `module` as they are."
+    moving = [(m, dict(m._buffers)) for m in module.modules() if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m, kept in moving: m._buffers.update({k: None if b is None else b.clone() for k, b in kept.items()})
+    try: yield
+    finally:
+        for m, kept in moving: m._buffers.update(kept)
+
+def again(piece: nn.Module, *args): # a part of a network; what it is called with
+    "`piece(*args)`, of which only `args` are kept for the backward pass, where the rest is computed again."
+    return checkpoint(piece, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), still(piece)))
+
+# %% ../nbs/11_unet.ipynb #197d1692
+def pieces(stage: nn.Module) -> list: # an encoder's stage; modules to call one after another
+    "The residual blocks of `stage`, or `stage` itself where it has no such parts."
+    blocks = list(stage.children())
+    return blocks if isinstance(stage, nn.Sequential) and blocks and all(any(True for _ in b.children()) for b in blocks) else [stage]
+
+# %% ../nbs/11_unet.ipynb #c3447c71
 class DynamicUnet3d(nn.Module):
     "A U-Net around `encoder`: volumes (batch, 1, slice, row, column) to logits (batch, class, slice, row, column)."
     def __init__(
@@ -214,8 +236,10 @@ class DynamicUnet3d(nn.Module):
         attention: bool = False, # self-attention at the coarsest grid
         prior: float = .05, # expected probability at the start, in (0, 1)
         size: tuple = (64, 64, 64), # (slice, row, column) to probe with; any other size will do later
+        recompute: bool = False, # compute activations again in the backward pass instead of keeping them
     ):
         super().__init__()
+        self.recompute = recompute
         *levels, deepest = size_levels(stage_sizes(encoder, size), stem_skip)
         widths = level_widths([*levels, deepest], decoder)
         self.encoder, self.classes = encoder, check_classes(classes)
@@ -229,11 +253,19 @@ class DynamicUnet3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: # grey volumes in [0, 1]; logits
         check_batch(x)
-        volume, found = x, {}
-        for name, stage in self.encoder.named_children(): found[name] = x = stage(x)
+        volume, found, run = x, {}, again if self.recompute and torch.is_grad_enabled() else lambda piece, *args: piece(*args)
+        for name, stage in self.encoder.named_children():
+            for piece in pieces(stage): x = run(piece, x)
+            found[name] = x
         x = self.attention(x)
-        for names, level in zip(self.skips, self.decoder.values()): x = level(x, [found.pop(name) for name in names])
-        return self.head(x, volume)
+        for names, level in zip(self.skips, self.decoder.values()): x = run(level, x, [found.pop(name) for name in names])
+        return run(self.head, x, volume)
+
+    def train(self, mode: bool = True): # for training, or for evaluation
+        super().train(mode)
+        for stage in self.encoder.children():
+            if not any(p.requires_grad for p in stage.parameters()): stage.eval()
+        return self
 
 # %% ../nbs/11_unet.ipynb #3de3d689
 def param_groups(model: DynamicUnet3d) -> list: # of lists of parameters: encoder stages in order, then decoder and head

@@ -5,7 +5,7 @@ from functools import cache
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from covid3d.encoder import encoder3d
-from covid3d.unet import DynamicUnet3d, Stage, group_norm, param_groups, resize, size_levels, stage_sizes
+from covid3d.unet import DynamicUnet3d, Stage, group_norm, param_groups, pieces, resize, size_levels, stage_sizes, still
 from covid3d.volume import CTError
 
 names = ('r3d_18', 'mc3_18', 'r2plus1d_18')
@@ -203,3 +203,76 @@ def test_copies_agree():
 def test_a_traced_network_reads_other_sizes():
     net, x = unet().eval(), torch.rand(1, 1, 9, 35, 30)
     with torch.no_grad(): assert torch.allclose(torch.jit.trace(net, torch.rand(1, 1, 16, 32, 32), check_trace=False)(x), net(x), atol=1e-5)
+
+# Computing again instead of keeping
+
+@archs
+@pytest.mark.parametrize('norm', ['batch', 'frozen', 'group', 'instance'])
+@pytest.mark.parametrize('kwargs', [{}, dict(input_skip=True, decoder_norm='batch'), dict(up='shuffle', attention=True)], ids=str)
+def test_recompute_changes_no_bit(arch, norm, kwargs):
+    "Logits, gradients, BatchNorm statistics and their count, names, random state"
+    torch.manual_seed(0)
+    net = DynamicUnet3d(encoder3d(arch, False, 8, norm), **kwargs).train()
+    twin, x, ends = deepcopy(net), torch.rand(2, 1, 17, 24, 31), []
+    twin.recompute = True
+    for o in (net, twin):
+        torch.manual_seed(1)
+        for _ in range(2): o(x).square().mean().backward()
+        ends.append(torch.get_rng_state())
+    assert torch.equal(*ends)
+    assert list(net.state_dict()) == list(twin.state_dict())
+    assert all(torch.equal(v, w) for v, w in zip(net.state_dict().values(), twin.state_dict().values()))
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), twin.parameters()))
+    assert {int(b) for k, b in twin.named_buffers() if k.endswith('num_batches_tracked')} <= {0 if norm == 'frozen' else 2, 2}
+
+def test_recompute_with_dropout():
+    "The same voxels are dropped the second time, and the random numbers that follow are the same"
+    net = unet()
+    net.encoder.layer2.append(nn.Sequential(nn.Dropout(.5)))
+    net.encoder.layer2 = nn.Sequential(*net.encoder.layer2)
+    twin, x, seen = deepcopy(net), torch.rand(1, 1, 16, 24, 24), []
+    twin.recompute = True
+    for o in (net, twin):
+        torch.manual_seed(1)
+        o.train()(x).square().mean().backward()
+        seen.append(torch.rand(3))
+    assert torch.equal(*seen) and all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), twin.parameters()))
+
+def test_statistics_stay_after_an_error():
+    "A BatchNorm has its own buffers back whatever happens while they are set aside"
+    norm = nn.BatchNorm3d(2)
+    own = dict(norm.named_buffers())
+    with pytest.raises(ZeroDivisionError):
+        with still(norm):
+            norm(torch.rand(1, 2, 3, 3, 3))
+            assert norm.num_batches_tracked == 1
+            1 / 0
+    assert all(b is own[k] for k, b in norm.named_buffers()) and norm.num_batches_tracked == 0
+
+def test_recompute_without_gradients_and_in_copies():
+    net, x = unet(recompute=True), torch.rand(1, 1, 16, 24, 24)
+    calls = []
+    for m in net.encoder.layer1.modules(): m.register_forward_hook(lambda *o: calls.append(1))
+    with torch.no_grad(): net.eval()(x)
+    once = len(calls)
+    net.train()(x).sum().backward()
+    assert len(calls) > 2 * once
+    assert deepcopy(net).recompute and pickle.loads(pickle.dumps(unet(recompute=True))).recompute
+    assert deepcopy(unet(recompute=True)).to('meta')(x.to('meta')).shape == x.shape
+    with torch.inference_mode(): assert torch.equal(net.eval()(x), net(x))
+
+def test_pieces_are_blocks():
+    body = encoder3d('r3d_18', False, 8)
+    assert [len(pieces(stage)) for stage in body] == [1, 2, 2, 2, 2]
+    assert pieces(body.stem) == [body.stem] and pieces(body.layer1) == list(body.layer1)
+
+@pytest.mark.parametrize('recompute', [False, True])
+def test_a_frozen_stage_keeps_its_statistics(recompute):
+    net, x = unet(recompute=recompute), torch.rand(1, 1, 16, 24, 24)
+    for name in ('stem', 'layer1'): net.encoder.get_submodule(name).requires_grad_(False)
+    before = deepcopy(net.encoder.state_dict())
+    net.train()(x).square().mean().backward()
+    same = {k.split('.')[0] for k, v in net.encoder.state_dict().items() if 'running' in k and torch.equal(v, before[k])}
+    assert same == {'stem', 'layer1'}
+    net.encoder.requires_grad_(True)
+    assert all(stage.training for stage in net.train().encoder) and not any(stage.training for stage in net.eval().encoder)

@@ -2,10 +2,13 @@
 import math
 
 import pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientClip
 from fastai.optimizer import SGD
 
-from covid3d.learner import (CTDataLoaders, CTSpec, KeepBest, PatchDice, ScanDice, mc3_18, r2plus1d_18, r3d_18, set_seed, train,
+from covid3d.learner import (CTDataLoaders, CTSpec, KeepBest, PatchDice, ScanDice, encoder3d, load_model, mc3_18, r2plus1d_18, r3d_18, save_model, set_seed, train,
     unet_learner_3d, write_phantoms)
+from covid3d.pretrain import save_encoder
 
 spec = CTSpec(spacing=(9,7,7), patch=(16,32,32))
 
@@ -46,6 +49,38 @@ def test_fine_tune_freezes_then_frees(dls):
         assert torch.equal(conv, start)
         learn.fine_tune(1, 1e-3, freeze_epochs=1)
     assert not torch.equal(conv, start) and all(p.requires_grad for p in learn.model.parameters())
+
+def test_frozen_is_frozen(dls):
+    "While the encoder waits nothing of it changes: weights, scale and shift, running statistics"
+    learn = learner(dls)
+    before = {k:v.clone() for k,v in learn.model.encoder.state_dict().items()}
+    with learn.no_bar(), learn.no_logging(): learn.freeze(); learn.fit(1, 1e-2)
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.encoder.state_dict().items())
+    with learn.no_bar(), learn.no_logging(): learn.unfreeze(); learn.fit(1, 1e-2)
+    assert not any(torch.equal(v, before[k]) for k,v in learn.model.encoder.state_dict().items() if 'shift' not in k)
+
+@pytest.mark.parametrize('norm', ['batch','instance'])
+def test_a_file_says_how_its_encoder_is_built(dls, tmp_path, norm):
+    "Width and normalisation come from the file, and travel with the model"
+    save_encoder(encoder3d(r3d_18, False, 8, norm), tmp_path/'e.safetensors', dict(encoder='r3d_18', width=8, norm=norm))
+    learn = unet_learner_3d(dls, pretrained=tmp_path/'e.safetensors')
+    assert (learn.net.width,learn.net.norm)==(8,norm)
+    save_model(learn.model, tmp_path/'m.safetensors', learn.spec, learn.net)
+    again,_,net = load_model(tmp_path/'m.safetensors')
+    assert net==learn.net and all(torch.equal(a, b) for a,b in zip(again.state_dict().values(), learn.model.state_dict().values()))
+    assert unet_learner_3d(dls, pretrained=tmp_path/'m.safetensors').net==learn.net  # a whole model starts another
+
+def test_gradients_are_clipped(dls):
+    "No longer than `clip` when the optimiser steps"
+    class Lengths(Callback):
+        order = 100
+        def before_fit(self): self.seen = []
+        def before_step(self): self.seen.append(torch.cat([p.grad.flatten() for p in self.learn.model.parameters()]).norm().item())
+    learn,lengths = learner(dls),Lengths()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4, cbs=lengths)
+    free = max(lengths.seen)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4, cbs=[GradientClip(free/2), lengths])
+    assert max(lengths.seen)<=free/2*1.001
 
 def test_pretrained_starts_frozen(dls, tmp_path):
     "Weights from a file in torchvision's layout; all but the decoder wait"

@@ -1,0 +1,170 @@
+"Bytes counted by hand, without numbers and with them; plans that keep their word; a step measured in a process of its own"
+import json, os, subprocess, sys
+from pathlib import Path
+import pytest, torch
+from fastai.callback.fp16 import MixedPrecision
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import SGD
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from covid3d.encoder import encoder3d
+from covid3d.losses import DiceCELoss
+from covid3d.memory import Accumulate, LiveBytes, MemoryPlan, apply_plan, largest_patch, live_step, on_meta, options, parse_bytes, plan_memory, saved_bytes, show_bytes, step_bytes, try_bytes
+from covid3d.unet import DynamicUnet3d
+from covid3d.volume import CTError
+
+stages = ('stem', 'layer1', 'layer2', 'layer3', 'layer4')
+
+def unet(norm='batch', arch='r3d_18', width=8, **kwargs):
+    torch.manual_seed(0)
+    return DynamicUnet3d(encoder3d(arch, False, width, norm), **kwargs)
+
+def freeze(net, names):
+    for name in names: net.encoder.get_submodule(name).requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize('arch', ['r3d_18', 'mc3_18', 'r2plus1d_18'])
+@pytest.mark.parametrize('norm', ['batch', 'group', 'instance'])
+@pytest.mark.parametrize('recompute', [False, True])
+def test_meta_counts_what_a_real_pass_keeps(arch, norm, recompute):
+    net = unet(norm, arch, input_skip=True, recompute=recompute)
+    for bs, size in ((1, (16, 24, 33)), (2, (19, 16, 16))): assert saved_bytes(net, size, bs) == saved_bytes(net, size, bs, 'cpu') > 0
+
+def test_frozen_norm_is_counted_to_a_thousandth():
+    "In evaluation the CPU's kernel returns no mean and deviation, the meta device's does"
+    net, size = unet('frozen', width=16), (16, 48, 48)
+    meta, cpu = saved_bytes(net, size), saved_bytes(net, size, device='cpu')
+    assert cpu <= meta < cpu * 1.003
+
+@pytest.mark.parametrize('norm', ['batch', 'frozen', 'group', 'instance'])
+@pytest.mark.parametrize('recompute', [False, True])
+def test_what_is_frozen_keeps_nothing(norm, recompute):
+    net, size = unet(norm, recompute=recompute), (16, 32, 32)
+    counts = [saved_bytes(freeze(net, stages[:n]), size) for n in range(len(stages) + 1)]
+    assert counts == sorted(counts, reverse=True)
+    if not recompute: assert counts[-1] < counts[0] / 2
+    assert saved_bytes(net.encoder, size) == 0
+
+def test_recompute_keeps_less_and_needs_less_at_the_peak():
+    for norm in ('batch', 'group'):
+        kept, again = unet(norm), unet(norm, recompute=True)
+        assert saved_bytes(again, (16, 64, 64)) < saved_bytes(kept, (16, 64, 64)) / 3
+        assert live_step(again, (16, 64, 64))[1] < live_step(kept, (16, 64, 64))[1]
+
+def test_the_count_leaves_the_model_alone():
+    net = unet()
+    before, state, mode = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state(), net.eval().training
+    saved_bytes(net, (16, 16, 16))
+    step_bytes(net, (16, 16, 16))
+    plan_memory(net, (16, 16, 16), '9GB', device='cpu')
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and torch.equal(torch.get_rng_state(), state)
+    assert net.training == mode and not net.recompute and all(p.grad is None and p.device.type == 'cpu' for p in net.parameters())
+    assert {p.device.type for p in on_meta(net).parameters()} == {'meta'}
+
+def test_more_patches_need_more():
+    net = unet(width=16)
+    one, two, four = (step_bytes(net, (16, 32, 32), n)['forward'] for n in (1, 2, 4))
+    assert one < two < four and four == pytest.approx(2 * two, rel=.2)
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.data())
+def test_live_bytes_of_any_order_of_coming_and_going(sizes, data):
+    live, held, now, peak = LiveBytes(), [], 0, 0
+    with live:
+        for n in sizes:
+            held.append(torch.zeros(n))
+            now += 4 * n
+            peak = max(peak, now)
+            if data.draw(st.booleans()): now -= held.pop(data.draw(st.integers(0, len(held) - 1))).nbytes
+            assert (live.now, live.peak) == (now, peak)
+
+
+@given(st.integers(1, 10**13))
+def test_a_number_of_bytes_is_itself(n): assert parse_bytes(n) == parse_bytes(str(n)) == parse_bytes(f'{n} B') == n
+
+@pytest.mark.parametrize('text, n', [('6GB', 6e9), ('6 gb', 6e9), ('6GiB', 6 * 2**30), ('1.5 G', 1.5e9), ('24 GIB', 24 * 2**30), (8e9, 8e9), ('2e9', 2e9), ('512MiB', 2**29)])
+def test_ways_to_write_a_budget(text, n): assert parse_bytes(text) == n
+
+@pytest.mark.parametrize('bad', ['', 'GB', '6 cards', '6..5GB', '-1', 'nan', 'inf', None, 0, [], True, '0.1 B'])
+def test_no_budget(bad):
+    with pytest.raises(CTError, match='not an amount of memory') as e: parse_bytes(bad)
+    assert '\n' not in str(e.value)
+
+def test_sizes_for_people(): assert [show_bytes(n) for n in (4.1e9, 999e6, 1e9, 12.34e9)] == ['4.1 GB', '999 MB', '1 GB', '12.3 GB']
+
+@settings(max_examples=5, deadline=None)
+@given(bs=st.sampled_from([1, 2]), norm=st.sampled_from(['batch', 'group']), share=st.floats(0, 1), device=st.sampled_from(['cpu', 'cuda']))
+def test_a_plan_is_the_first_option_that_fits(bs, norm, share, device):
+    net, size = unet(norm), (16, 32, 32)
+    ways = options(net, bs, device)
+    needs = [try_bytes(net, size, *way, device) for way in ways]
+    budget = int(min(needs) + share * (max(needs) - min(needs)))
+    plan = plan_memory(net, size, budget, bs, device)
+    assert (plan.bs, plan.recompute, plan.fp16) == next(way for way, need in zip(ways, needs) if need <= budget)
+    assert plan.bs * plan.accumulate == bs and plan.bytes <= budget and plan.fp16 == (device == 'cuda')
+
+def test_a_cpu_never_trains_in_half_precision(): assert not any(fp16 for *_, fp16 in options(unet(), 4, 'cpu'))
+
+def test_nothing_fits():
+    net = unet()
+    with pytest.raises(CTError, match='memory=0.9GB: one patch of 32×64×64 needs .* at the least. Give a slimmer network'): plan_memory(net, (32, 64, 64), '0.9GB', device='cpu')
+    budget = try_bytes(net, (16, 48, 48), 1, True, False, 'cpu')
+    smaller = largest_patch(net, (24, 80, 80), budget, True, False, 'cpu')
+    assert smaller and plan_memory(net, smaller, budget, 1, 'cpu').bytes <= budget
+    with pytest.raises(CTError, match='Give a patch of ' + '×'.join(map(str, smaller))): plan_memory(net, (24, 80, 80), budget, 1, 'cpu')
+
+def test_a_network_that_cannot_compute_again():
+    assert options(nn.Sequential(nn.Conv3d(1, 1, 3)), 2, 'cpu') == [(2, False, False), (1, False, False)]
+
+@pytest.mark.parametrize('norm', ['batch', 'frozen'])
+def test_a_single_patch_comes_last_on_a_cpu(norm):
+    assert [n == 1 for n, *_ in options(unet(norm), 6, 'cpu')] == [False] * 6 + [True] * 2
+    assert options(unet('frozen'), 6, 'cuda')[3][:2] == (1, False)
+
+def test_plan_is_told():
+    assert str(MemoryPlan(4, 1, True, False, 10**9, 2 * 10**9)) == '2 GB: 4 patches at a time, fp32, activations computed again; about 1 GB'
+
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='resident memory is read from /proc, which is not here')
+@pytest.mark.parametrize('recompute', [False, True])
+def test_resident_memory_grows_as_predicted(recompute):
+    "A process of its own; forward, backward and workspace explain the growth within 35 %"
+    script = Path(__file__).parent.parent / 'benchmarks/memory.py'
+    env = dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536', OMP_NUM_THREADS='1')
+    res = subprocess.run([sys.executable, '-W', 'ignore', script, '--one', json.dumps([16, 'group', recompute, 1, [32, 128, 128]])], env=env, capture_output=True, text=True)
+    assert res.returncode == 0, res.stderr
+    grown, predicted = json.loads(res.stdout.splitlines()[-1])
+    assert predicted / grown == pytest.approx(1, abs=.35), f'{grown:.0f} MB measured, {predicted:.0f} MB predicted'
+
+
+def learner(norm='group', n=4, bs=2):
+    net, size = unet(norm), (1, 16, 32, 32)
+    samples = [(torch.rand(size), (torch.rand(size) > .7).float()) for _ in range(n)]
+    dls = DataLoaders.from_dsets(samples, samples[:1], bs=bs, shuffle=False, num_workers=0, device='cpu')
+    return Learner(dls, net, loss_func=DiceCELoss(), opt_func=SGD, lr=.1, train_bn=False)
+
+def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+@pytest.mark.parametrize('norm', ['frozen', 'group', 'instance'])
+@pytest.mark.parametrize('bs, recompute', [(1, False), (1, True), (2, True), (4, True)])
+def test_every_plan_for_a_batch_of_four_trains_alike(norm, bs, recompute):
+    "One step: an instance normalisation of the few voxels at the bottom would blow rounding up in the next"
+    ends = []
+    for plan in (MemoryPlan(4, 1, False, False, 0, 0), MemoryPlan(bs, 4 // bs, recompute, False, 0, 0)):
+        learn = apply_plan(learner(norm, n=5), plan)
+        start = weights(learn)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        ends.append(weights(learn))
+    assert (ends[0] - start).abs().max() > 1e-3
+    assert torch.allclose(*ends, atol=1e-6)
+
+def test_a_later_plan_replaces_the_earlier():
+    learn = apply_plan(learner(), MemoryPlan(1, 4, True, True, 0, 0))
+    assert learn.model.recompute and learn.dls.train.bs == 1 and learn.accumulate.n_acc == 4 and isinstance(learn.mixed_precision, MixedPrecision)
+    apply_plan(learn, MemoryPlan(2, 2, False, False, 0, 0))
+    assert not learn.model.recompute and learn.dls.train.bs == 2 and learn.accumulate.n_acc == 4 and not hasattr(learn, 'mixed_precision')
+    assert sum(isinstance(cb, Accumulate) for cb in learn.cbs) == 1
+    apply_plan(learn, MemoryPlan(4, 1, False, False, 0, 0))
+    assert not any(isinstance(cb, Accumulate) for cb in learn.cbs)

@@ -49,7 +49,8 @@ def sliding_window(
     patch,              # Window, (slice, row, column)
     overlap:float=.5,   # Share of a window that the next one covers again
     classes:int=1,      # Channels of logits
-    bar:bool=False      # Show a progress bar
+    bar:bool=False,     # Show a progress bar
+    windows:int=4       # At a time, at most
 )->torch.Tensor: # Probabilities, (class, slice, row, column)
     "Probabilities for a whole scan"
     w = blend_weights(patch).to(x.device)
@@ -57,11 +58,13 @@ def sliding_window(
     total,seen = x.new_zeros(classes, *(n+p for n,p in zip(x.shape[1:], pad))),x.new_zeros([n+p for n,p in zip(x.shape[1:], pad)])
     off = [-min(0, window_starts(n,p)[0]) for n,p in zip(x.shape[1:], patch)]
     starts = list(product(*(window_starts(n,p,overlap) for n,p in zip(x.shape[1:], patch))))
-    for start in track(starts, 'segmenting') if bar else starts:
-        logits = model(crop(x, start, patch)[None])[0].float()
+    groups = [starts[i::-(-len(starts)//windows)] for i in range(-(-len(starts)//windows))]
+    for group in track(groups, 'segmenting') if bar else groups:
+        logits = model(torch.stack([crop(x, start, patch) for start in group])).float()
         if not torch.isfinite(logits).all(): raise CTError('weights', 'the network answers with NaN or infinite logits', 'Train again, or use other weights')
-        at = tuple(slice(s+o, s+o+p) for s,o,p in zip(start, off, patch))
-        total[(slice(None),*at)] += logits.sigmoid()*w; seen[at] += w
+        for start,prob in zip(group, logits.sigmoid()):
+            at = tuple(slice(s+o, s+o+p) for s,o,p in zip(start, off, patch))
+            total[(slice(None),*at)] += prob*w; seen[at] += w
     inner = tuple(slice(o, o+n) for o,n in zip(off, x.shape[1:]))
     return total[(slice(None),*inner)]/seen[inner]
 

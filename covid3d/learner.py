@@ -23,7 +23,7 @@ import fastai.callback.all  # adds fit_one_cycle, fine_tune, lr_find and to_fp16
 import matplotlib.pyplot as plt, torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.training import BnFreeze, GradientClip
+from fastai.callback.training import GradientClip
 from fastai.data.core import show_results
 from fastai.learner import Learner, Metric
 from fastai.optimizer import Adam
@@ -42,6 +42,7 @@ from .distributed import joined, once, own_random, place, split_map, split_train
 from .encoder import build_of, encoder3d
 from .inference import NetSpec, load_model, save_model, segment, sliding_window
 from .losses import DiceCELoss, soft_dice
+from .memory import apply_plan, plan_memory
 from .metrics import PatchDice, dice
 from .phantom import phantom, write_phantoms
 from .show import save_figure, show_slices, watched
@@ -97,12 +98,17 @@ def unet_learner_3d(
     model = net.build(spec.classes, pretrained)
     learn = Learner(dls, model, loss_func=loss_func or DiceCELoss(), opt_func=opt_func, lr=lr, splitter=param_groups, train_bn=False,
                     metrics=PatchDice() if metrics is None else metrics, **kwargs)
-    learn.add_cb(BnFreeze())
     learn.spec,learn.net = spec,replace(net, **build_of(model.encoder))
     plain_log(learn)
-    if memory is not None: print(apply_plan(learn, memory))
+    if memory is not None: _fit_memory(learn, memory)
     if pretrained: learn.freeze()
     return learn
+
+def _fit_memory(learn, memory):
+    "Choose a setting that fits, say which, and use it"
+    plan = plan_memory(learn.model, learn.spec.patch, memory, learn.dls.train.bs, torch.device(learn.dls.device).type)
+    once(lambda: print(plan, flush=True))
+    apply_plan(learn, plan)
 
 # %% ../nbs/18_learner.ipynb #1c431f6c
 @dispatch

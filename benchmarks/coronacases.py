@@ -1,25 +1,20 @@
-"""Twenty CPU-minutes on seven real scans: this library's commands, and MONAI's UNet on the same data for the same CPU time
+"""The commands as a user types them, on seven real scans: a table of cases, `covid3d train` with its defaults but random weights, scores and a picture of unseen scans
 
     COVID3D_TEST_DATA=folder python benchmarks/coronacases.py [--seed 0] [--out _bench]
 
 `folder/coronacases_7` holds `ct/`, `lung_mask/` and `infection_mask/`. Trained on 001-004, weights chosen on 005, scored on 006 and 007, whole scans on their own grids.
-Each run adds a row to benchmarks/coronacases.csv. CPU-seconds are user + system time of all processes, reading, validation and choosing of weights included.
-MONAI's UNet gets the same cases, grid, window, patches, augmentation, loss, optimiser, schedule, choice of weights and sliding window; only the network differs.
+Each run adds a row to benchmarks/coronacases.csv. CPU-seconds are user + system time of all processes, reading, validation and choosing of weights included. (The MONAI row is of an earlier version of this script; benchmarks/peers.py compares now.)
 """
 import argparse, csv, os, resource, subprocess, sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt, torch
-from fastai.callback.core import Callback
-from fastai.learner import Learner
-from monai.networks.nets import UNet
 
 from covid3d.evaluate import mean_dice, score_cases
-from covid3d.learner import CTDataLoaders, DiceCELoss, ScanDice, dice, load_model, plain_log, read_cases, segment, set_seed
+from covid3d.learner import CTDataLoaders, dice, load_model, read_cases, segment
 from covid3d.show import outline_colors, pick_slices, show_slice
 
 here = Path(__file__).parent
-score_every,lr = 5,2e-3
 
 def cpu(who):
     r = resource.getrusage(who)
@@ -39,7 +34,7 @@ def add_row(network, model, seed, spent, steps, scores):
         w.writerow(row)
     print(row, flush=True)
 
-def steps_an_epoch(out): return len(CTDataLoaders.from_table(out/'cases.csv').train)
+def steps_an_epoch(out): return len(CTDataLoaders.from_table(out/'cases.csv', patches=24).train)
 
 def ours(out, seed)->float:
     "The commands as a user types them, with their defaults; the CPU-seconds of the training"
@@ -48,7 +43,7 @@ def ours(out, seed)->float:
     spent = cpu(resource.RUSAGE_CHILDREN)-start
     model,spec,net = load_model(out/'run'/'model.safetensors')
     epochs = len((out/'run'/'history.csv').read_text().splitlines())-1
-    add_row(f'covid3d {net.encoder}', model, seed, spent, epochs*steps_an_epoch(out), score_cases(model, spec, read_cases(out/'cases.csv', 'test')))
+    add_row(f'covid3d {net.encoder} of width {net.width}', model, seed, spent, epochs*steps_an_epoch(out), score_cases(model, spec, read_cases(out/'cases.csv', 'test')))
     if seed==0: picture(model, spec, read_cases(out/'cases.csv', 'test'))
     return spent
 
@@ -64,40 +59,6 @@ def picture(model, spec, cases):
     fig.legend([plt.Line2D([],[],color=c) for c in outline_colors], ['human readers','covid3d'], loc='outside lower center', ncols=2, frameon=False)
     fig.savefig(here.parent/'nbs'/'images'/'coronacases.jpg', dpi=80, facecolor='white', pil_kwargs=dict(quality=80))
 
-class KeepInMemory(Callback):
-    "The weights with the best whole-scan Dice"
-    order,best,state = 61,-1.,None
-    def after_epoch(self):
-        d = self.recorder.values[-1][-1]
-        if d>self.best: self.best,self.state = d,{k:v.clone() for k,v in self.learn.model.state_dict().items()}
-    def after_fit(self): self.learn.model.load_state_dict(self.state)
-
-def monai_learner(dls, every):
-    net = UNet(3, 1, 1, channels=(16,32,64,128,256), strides=(2,2,2,2), num_res_units=2, norm='instance')
-    learn = Learner(dls, net, loss_func=DiceCELoss(), metrics=[ScanDice(every)])
-    learn.spec = dls.spec
-    plain_log(learn)
-    return learn
-
-def timed(f, *args):
-    "CPU-seconds of a call"
-    start = cpu(resource.RUSAGE_SELF); f(*args)
-    return cpu(resource.RUSAGE_SELF)-start
-
-def monai(out, seed, budget):
-    "MONAI's UNet for about `budget` CPU-seconds: an epoch and a scoring are timed first, on another network"
-    set_seed(seed, reproducible=True)
-    dls = CTDataLoaders.from_table(out/'cases.csv', device='cpu')
-    reading = timed(lambda: [dls.reader(c) for c in read_cases(out/'cases.csv', masks=('lesion',)) if c.split!='test'])
-    trial = monai_learner(dls, 1)
-    trial.fit(1, 0.)
-    scoring = timed(trial.validate)
-    epoch = timed(trial.fit, 1, 0.)-scoring
-    set_seed(seed, reproducible=True)
-    learn,epochs,keep = monai_learner(dls, score_every),int((budget-reading)/(epoch+scoring/score_every)),KeepInMemory()
-    spent = reading+timed(lambda: learn.fit_one_cycle(epochs, lr, cbs=keep))
-    add_row('MONAI UNet 16…256', learn.model, seed, spent, epochs*len(dls.train), score_cases(learn.model, dls.spec, read_cases(out/'cases.csv', 'test')))
-
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--out', type=Path, default=Path('_bench')); p.add_argument('--seed', type=int, default=0)
@@ -105,4 +66,4 @@ if __name__=='__main__':
     if 'COVID3D_TEST_DATA' not in os.environ: sys.exit('COVID3D_TEST_DATA: not set. Let it name the folder that holds coronacases_7')
     covid3d('cases','folder',Path(os.environ['COVID3D_TEST_DATA'])/'coronacases_7','--valid','coronacases_005','--test','coronacases_006,coronacases_007',
             '--already-windowed','-1000:20','-o',a.out/'cases.csv','--overwrite')
-    monai(a.out, a.seed, ours(a.out, a.seed))
+    ours(a.out, a.seed)

@@ -62,22 +62,34 @@ def run(table, name, fold, seed, budget, lr, encoder):
         learn = unet_learner_3d(whole.dls, pretrained=False, spec=spec, metrics=[])
     else: learn = ours(dls, encoder if name.endswith('pretrained') else False)
     learn.model.to(memory_format=torch.channels_last_3d)
-    b = Budget(lr, **budget)
+    b = Budget(slice(lr/10, lr) if name=='covid3d pretrained' else lr, **budget)
     with learn.no_bar(), learn.no_logging(): learn.fit(10**6, cbs=b)
     if name=='whole-volume resize': d = {c.name:whole.dice(learn.model, c) for c in dls.valid_cases}
     else: d = {s.case:s.dice for s in score_cases(learn.model.eval(), spec, dls.valid_cases, .25)}
     return dict(network=name, budget='{1:g} {0}'.format(*next(iter(budget.items()))), lr=lr, fold=fold, seed=seed, dice=f'{np.mean([*d.values()]):.3f}', cases=' '.join(f'{k[-3:]}:{v:.3f}' for k,v in d.items()),
         patches=b.seen, cpu_seconds=f'{b.spent:.0f}', parameters=sum(p.numel() for p in learn.model.parameters()), **versions())
 
-def ours(dls, pretrained): raise NotImplementedError
+def ours(dls, encoder):
+    "As `covid3d train` builds it: r3d_18 of width 16 from random weights, or whatever the encoder file holds (then with rates that rise from the stem to the decoder)"
+    learn = unet_learner_3d(dls, pretrained=encoder or False, width=None if encoder else 16, metrics=[])
+    learn.unfreeze()
+    return learn
+
+def table()->pd.DataFrame:
+    "Mean Dice, and from the least to the greatest mean of a fold"
+    df = pd.read_csv(path)
+    g = df.groupby(['budget','network'], sort=False)
+    return g.agg(runs=('dice','size'), dice=('dice','mean'), least=('dice','min'), greatest=('dice','max'), patches=('patches','mean'), cpu_seconds=('cpu_seconds','mean'), parameters=('parameters','first')).round(3)
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seconds', type=float); p.add_argument('--patches', type=int); p.add_argument('--networks', default=','.join([*peers,'whole-volume resize']))
+    p.add_argument('--seconds', type=float); p.add_argument('--patches', type=int); p.add_argument('--networks', default=','.join([*peers,'whole-volume resize','covid3d','covid3d pretrained']))
     p.add_argument('--folds', default='0,1,2'); p.add_argument('--seeds', default='0'); p.add_argument('--encoder'); p.add_argument('--lr', type=float, default=2e-3)
     p.add_argument('--out', type=Path, default=here.parent/'_bench'); p.add_argument('--table', action='store_true')
     a = p.parse_args()
+    if a.table: print(table().to_string()); raise SystemExit
     budget = dict(patches=a.patches) if a.patches else dict(seconds=a.seconds or 300)
     for seed,fold,name in itertools.product(map(int, a.seeds.split(',')), map(int, a.folds.split(',')), a.networks.split(',')):
+        if name.endswith('pretrained') and not a.encoder: continue
         key = dict(network=name, budget='{1:g} {0}'.format(*next(iter(budget.items()))), lr=a.lr, fold=fold, seed=seed)
         if not done(path, **key): add_row(path, run(seven_scans(a.out), name, fold, seed, budget, a.lr, a.encoder))

@@ -42,7 +42,7 @@ def test_whole_way(data, tmp_path, capfd):
     assert main(['cases','folder',str(data),'--valid','phantom_003','--test','phantom_004','-o',str(table)])==0
     small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','2','--patches','2','--device','cpu']
     assert main(['train',str(table),'--out',str(run),*small])==0
-    assert sorted(o.name for o in run.iterdir())==['checkpoint.safetensors','history.csv','model.safetensors']
+    assert sorted(o.name for o in run.iterdir())==['checkpoint.safetensors','examples','history.csv','model.safetensors']
     history = list(csv.DictReader((run/'history.csv').open()))
     assert len(history)==2 and 0<=float(history[-1]['scan_dice'])<=1
     _,ct_spec,net = load_model(run/'model.safetensors')
@@ -64,6 +64,16 @@ def test_augmentation_changes_what_is_learned(data, tmp_path):
     small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu']
     for o in ('none','light','full'): assert main(['train',str(data/'cases.csv'),'--out',str(tmp_path/o),*small,'--augment',o])==0
     assert len({(tmp_path/o/'model.safetensors').read_bytes() for o in ('none','light','full')})==3
+
+def test_memory_is_planned_and_said(data, tmp_path, capfd):
+    "A budget that fits says what it chose, one that does not says what is needed"
+    small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu','--plot']
+    assert main(['train',str(data/'cases.csv'),'--out',str(tmp_path/'a'),*small,'--memory','8GB'])==0
+    assert '8 GB: 2 patches at a time, fp32, activations kept' in capfd.readouterr().out and (tmp_path/'a'/'history.png').stat().st_size>5000
+    refused(capfd, ['train',data/'cases.csv','--out',tmp_path/'b',*small,'--memory','1MB'], 'memory=1MB', 'at the least')
+    refused(capfd, ['train',data/'cases.csv','--out',tmp_path/'b',*small,'--memory','much'], 'much')
+    refused(capfd, ['train',data/'cases.csv','--out',tmp_path/'b',*small,'--log','mlflow'], 'Give tensorboard or wandb')
+    assert not (tmp_path/'b'/'model.safetensors').exists()
 
 def test_training_again_gives_the_same_weights(data, tmp_path):
     small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu','--seed','3']

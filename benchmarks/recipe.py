@@ -1,0 +1,119 @@
+"""The tables behind the recipe: one choice changed at a time, seven real scans, whole-scan Dice on each scan's own grid
+
+    COVID3D_TEST_DATA=folder python benchmarks/recipe.py [--only REGEX] [--seconds 300] [--folds 0] [--seeds 0] [--encoder FILE] [--out _bench]
+
+Each run adds a row to benchmarks/recipe.csv; a run that has its row is not repeated. CPU-seconds are user + system time of the process, patches and augmentation included; nothing is chosen on the scans that are scored, so
+there is no validation. Choices marked * start from `--encoder`, as `covid3d pretrain` writes it; the others from random weights.
+"""
+import argparse, itertools, json, re
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np, torch
+from fastai.callback.core import Callback
+from torch import nn
+from torch.nn import functional as F
+
+from budget import Budget, add_row, done, here, seven_scans, versions
+from covid3d import losses
+from covid3d.encoder import encoder3d
+from covid3d.evaluate import score_cases
+from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, ct_aug_transforms, light_aug_transforms, r3d_18, set_seed
+from covid3d.unet import DynamicUnet3d, logit_conv, param_groups, resize
+from fastai.learner import Learner
+
+path = here/'recipe.csv'
+base = dict(width=16, norm='batch', decoder=None, lr=2e-3, bs=2, spacing=(4,2.8,2.8), patch=(16,96,96), p_lesion=.5, aug='light', loss='DiceCELoss', up='trilinear', stem_skip=True, input_skip=False, attention=False,
+            decoder_norm='group', deep=False, ema=0, frozen=0., cut='', ratio=1., wd=.01, bf16=False)
+
+# name → what differs from `base`; a leading * means pretrained
+choices = {'base':{}, 'encoder norm: group':dict(norm='group'), 'encoder norm: instance':dict(norm='instance'),
+    'width 8':dict(width=8), 'width 32':dict(width=32), 'width 64':dict(width=64),
+    'learning rate 1e-3':dict(lr=1e-3), 'learning rate 5e-3':dict(lr=5e-3),
+    'loss: Dice + focal':dict(loss='DiceFocalLoss'), 'loss: Tversky':dict(loss='TverskyLoss'), 'loss: Lovász':dict(loss='LovaszHingeLoss'),
+    'up: pixel shuffle':dict(up='shuffle'), 'up: transposed':dict(up='transposed'),
+    'decoder 32,16,8':dict(decoder=(32,16,8)), 'decoder 64,32,16':dict(decoder=(64,32,16)),
+    'decoder norm: instance':dict(decoder_norm='instance'), 'decoder norm: batch':dict(decoder_norm='batch'),
+    'no stem skip':dict(stem_skip=False), 'input skip':dict(input_skip=True), 'attention':dict(attention=True), 'deep supervision':dict(deep=True), 'moving average':dict(ema=.99),
+    'batch 1':dict(bs=1), 'batch 4':dict(bs=4), 'batch 1, group':dict(bs=1, norm='group'), 'batch 1, instance':dict(bs=1, norm='instance'),
+    'patch 16×64×64':dict(patch=(16,64,64)), 'patch 16×128×128':dict(patch=(16,128,128)), 'patch 32×96×96':dict(patch=(32,96,96)),
+    'spacing 6×4×4, patch 16×64×64':dict(spacing=(6,4,4), patch=(16,64,64)), 'spacing 3×2×2, patch 16×128×128':dict(spacing=(3,2,2), patch=(16,128,128)),
+    'augmentation: none':dict(aug='none'), 'augmentation: full':dict(aug='full'), 'patches at lesions: 0.8':dict(p_lesion=.8), 'patches at lesions: 0.2':dict(p_lesion=.2),
+    'bfloat16':dict(bf16=True), 'bfloat16, width 32':dict(bf16=True, width=32),
+    '* base':{}, '* bfloat16':dict(bf16=True), '* encoder norm: frozen':dict(norm='frozen'), '* learning rates 1:10':dict(ratio=10.), '* frozen start, 10 %':dict(frozen=.1), '* stem and layer1 frozen':dict(cut='layer1'), '* encoder frozen':dict(frozen=2.)}
+
+class EMA(Callback):
+    "The moving average of the weights, used when the fit ends"
+    def __init__(self, decay): self.decay = decay
+    def before_fit(self): self.mean,self.n = deepcopy(self.learn.model),0
+    def after_batch(self):
+        if not self.training: return
+        self.n += 1; d = min(self.decay, (1+self.n)/(10+self.n))
+        with torch.no_grad():
+            for m,p in zip(self.mean.state_dict().values(), self.learn.model.state_dict().values()): m.lerp_(p, 1-d) if m.is_floating_point() else m.copy_(p)
+    def after_fit(self): self.learn.model.load_state_dict(self.mean.state_dict())
+
+class BFloat16(Callback):
+    "The forward pass in bfloat16, weights in float32"
+    order = 100
+    def before_batch(self): self.cast = torch.autocast('cpu', torch.bfloat16); self.cast.__enter__()
+    def after_loss(self): self.cast.__exit__(None, None, None)
+
+class DeepUnet(DynamicUnet3d):
+    "Logits of each decoder level while training: deep supervision"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.aux = nn.ModuleList(logit_conv(l.join[0].out_channels, len(self.classes)) for l in [*self.decoder.values()][:-1])
+    def forward(self, x):
+        found,outs,volume = {},[],x
+        for name,stage in self.encoder.named_children(): found[name] = x = stage(x)
+        for names,level in zip(self.skips, self.decoder.values()): x = level(x, [found.pop(n) for n in names]); outs.append(x)
+        logits = self.head(x, volume)
+        return [logits, *(resize(a(o), volume.shape[2:]) for a,o in zip(self.aux[::-1], outs[-2::-1]))] if self.training else logits
+
+class DeepLoss(nn.Module):
+    "A loss of several logits, each coarser one with half the weight"
+    def __init__(self, loss): super().__init__(); self.loss = loss
+    def forward(self, logits, y):
+        if not isinstance(logits, list): return self.loss(logits, y)
+        w = [.5**i for i in range(len(logits))]
+        return sum(k*self.loss(l, y) for k,l in zip(w, logits))/sum(w)
+
+class Thaw(Callback):
+    "Train the decoder alone for a share of the budget"
+    def __init__(self, share, budget): self.share,self.budget = share,budget
+    def before_fit(self): self.body(False)
+    def before_batch(self):
+        if self.share and self.budget.share>=self.share: self.body(True); self.share = 0
+    def body(self, on):
+        for n,s in self.learn.model.encoder.named_children(): s.requires_grad_(on and n not in self.learn.model.cut)
+
+def learner(dls, c, pretrained):
+    enc = encoder3d(r3d_18, pretrained or False, c['width'], c['norm'])
+    net = (DeepUnet if c['deep'] else DynamicUnet3d)(enc, decoder=c['decoder'], stem_skip=c['stem_skip'], input_skip=c['input_skip'], up=c['up'], attention=c['attention'], decoder_norm=c['decoder_norm'])
+    net.cut = {'':(), 'stem':('stem',), 'layer1':('stem','layer1'), 'layer2':('stem','layer1','layer2')}[c['cut']]
+    for n in net.cut: net.encoder.get_submodule(n).requires_grad_(False)
+    loss = getattr(losses, c['loss'])() if isinstance(c['loss'], str) else c['loss']()
+    return Learner(dls, net.to(memory_format=torch.channels_last_3d), loss_func=DeepLoss(loss) if c['deep'] else loss, metrics=[], splitter=param_groups, train_bn=False, wd=c['wd'])
+
+def run(table, name, fold, seed, seconds, encoder):
+    set_seed(seed, reproducible=True)
+    c = base|choices[name]
+    spec = CTSpec(spacing=c['spacing'], patch=c['patch'])
+    dls = CTDataLoaders.from_table(table, spec, bs=c['bs'], fold=(fold,3), patches=6, p_lesion=c['p_lesion'], device='cpu', aug={'light':light_aug_transforms(), 'full':None, 'none':False}[c['aug']])
+    learn = learner(dls, c, encoder if name[0]=='*' else None)
+    b = Budget(slice(c['lr']/c['ratio'], c['lr']) if c['ratio']!=1 else c['lr'], seconds=seconds)
+    cbs = [b]+[EMA(c['ema'])]*bool(c['ema'])+[Thaw(c['frozen'], b)]*bool(c['frozen'])+[BFloat16()]*c['bf16']
+    with learn.no_bar(), learn.no_logging(): learn.fit(10**6, cbs=cbs)
+    d = {s.case:s.dice for s in score_cases(learn.model.eval(), spec, dls.valid_cases, .25)}
+    return dict(choice=name, seconds=f'{seconds:g}', fold=fold, seed=seed, dice=f'{np.mean([*d.values()]):.3f}', cases=' '.join(f'{k[-3:]}:{v:.3f}' for k,v in d.items()), patches=b.seen, cpu_seconds=f'{b.spent:.0f}',
+        settings=json.dumps(choices[name]), **versions())
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--only', default='.*'); p.add_argument('--seconds', type=float, default=300); p.add_argument('--folds', default='0'); p.add_argument('--seeds', default='0'); p.add_argument('--encoder')
+    p.add_argument('--out', type=Path, default=here.parent/'_bench')
+    a = p.parse_args()
+    for seed,fold,name in itertools.product(map(int, a.seeds.split(',')), map(int, a.folds.split(',')), choices):
+        if not re.fullmatch(a.only, name) or name[0]=='*' and not a.encoder: continue
+        if not done(path, choice=name, seconds=f'{a.seconds:g}', fold=fold, seed=seed): add_row(path, run(seven_scans(a.out), name, fold, seed, a.seconds, a.encoder))

@@ -221,7 +221,7 @@ def train(
     frozen_epochs:int=1,    # Of the decoder alone before, unless weights are random
     lr:float=2e-3,          # Highest learning rate
     bs:int=2,               # Patches in a batch
-    patches:int=6,          # Patches of each scan an epoch
+    patches:int=24,         # Patches of each scan an epoch
     augment:str='light',    # none, light (mirror, contrast, brightness) or full, for trainings of many epochs
     score_every:int=5,      # Score whole validation scans in each such epoch
     width:int=None,         # Channels of the encoder's first stage; those of the weights, 16 for random ones

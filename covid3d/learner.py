@@ -242,7 +242,7 @@ def trackers(
     wandb.init(project='covid3d', dir=str(out))
     return [WandbCallback(log_preds=False, log_model=False)]
 
-# %% ../nbs/18_learner.ipynb #8ae684dd
+# %% ../nbs/18_learner.ipynb #8c03ba7d
 def train(
     table,                 # Case table with `train` and `valid` cases, or a folder that `covid3d prepare` wrote
     out,                   # Folder for `model.safetensors` and `history.csv`
@@ -253,9 +253,10 @@ def train(
     frozen_epochs:int=1,   # Of the decoder alone, before; only with pretrained weights
     lr:float=2e-3,         # Highest learning rate
     bs:int=2,              # Patches in a batch
-    patches:int=6,         # Patches of each training scan an epoch
+    patches:int=24,        # Patches of each training scan an epoch
     score_every:int=5,     # Whole scans are scored in each `score_every`-th epoch
     aug='light',           # Augmentation: `light`, `full` (`ct_aug_transforms`, for long trainings), False for none, or an `Augment3d`
+    width:int=None,        # Channels of the encoder's first stage; those of the weights, 16 for random ones, if None
     seed:int=0,            # Of weights, patches and augmentation
     device=None,           # `cpu`, `cuda`; the best there is if None
     resume:bool=False,     # Go on from the checkpoint in `out`, if there is one, with the same arguments
@@ -263,14 +264,14 @@ def train(
     examples:int=5,        # Pictures of predictions in each such epoch; 0 for none
     plot:bool=False,       # Draw `history.png` after each epoch
     log:str=None,          # Hand the numbers on to `tensorboard` or `wandb`
-    **kwargs               # For `unet_learner_3d`: `width`, `decoder`, `memory`, …
+    **kwargs               # For `unet_learner_3d`: `norm`, `decoder`, `memory`, …
 )->Learner: # Trained, with the best weights; `kept.best` is their Dice, `complete` whether every epoch was run
     "Train on a case table and keep the weights with the best whole-scan Dice"
     out,args = Path(out),dict(pretrained=str(pretrained), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, clip=clip, bs=bs, patches=patches, score_every=score_every, aug=_name(aug), seed=seed)
     with joined(device) as device:
         set_seed(seed, reproducible=True)
         dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, aug={'light':light_aug_transforms(), 'full':None}.get(aug, aug), path=out, device=device)
-        learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], **kwargs)
+        learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], width=width or (None if pretrained else 16), **kwargs)
         once(lambda: _check(dls, table))
         if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # a step takes about 15 % less time, the forward pass is equal
         once(lambda: out.mkdir(parents=True, exist_ok=True))

@@ -212,13 +212,14 @@ class Pictures(WhileTraining):
             if name in ('epoch','time'): continue
             seen = [(r[0],r[i]) for r in self.history.rows if not math.isnan(r[i])]
             if seen: axs[int('loss' not in name)].plot(*zip(*seen), '.-', label=name.replace('_',' '))
-        for ax,label in zip(axs, ('loss','Dice')): ax.set(xlabel='epoch', ylabel=label); ax.legend(frameon=False)
+        for ax,label in zip(axs, ('loss','Dice')):
+            ax.set(xlabel='epoch', ylabel=label); ax.legend(frameon=False); ax.xaxis.get_major_locator().set_params(integer=True)
         axs[1].set_ylim(0, 1)
         save_figure(fig, self.history.file.with_suffix('.png'))
     def examples(self):
         "Reference in blue, prediction in orange"
         x,y,logits = self.patches
-        axs = get_grid(len(x), nrows=1, figsize=(3*len(x),3.2), title=f'epoch {len(self.history.rows)-1} · blue: reference, orange: prediction')
+        axs = get_grid(len(x), nrows=1, figsize=(max(6,3*len(x)),3.2), title=f'epoch {len(self.history.rows)-1} · blue: reference, orange: prediction')
         for ax,ct,mask,logit in zip(axs, x, y, logits): show_patch(TensorCT(ct), [mask, (logit>0).float()], ax)
         folder = self.history.file.parent/'examples'
         folder.mkdir(exist_ok=True)

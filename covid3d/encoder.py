@@ -269,11 +269,11 @@ def encoder3d(
 ) -> nn.Sequential: # `stem`, `layer1` … `layer4`; reads (batch, 1, slice, row, column) in [0, 1]
     "A video ResNet without its classifier, reading one grey channel."
     arch = find_arch(arch)
-    if pretrained is False: return change_norm(grey_trunk(video_net(arch, width or 64), kinetics(arch)), norm or 'batch')
+    if pretrained is False: return change_norm(grey_trunk(video_net(arch, 64 if width is None else width), kinetics(arch)), norm or 'batch')
     if pretrained is True and width not in (None, 64): raise CTError(f'width={width}', 'pretrained weights have width 64', 'Use pretrained=False or width=64')
     source, state = (kinetics(arch).url, download(kinetics(arch))) if pretrained is True else (pretrained, encoder_state(read_weights(pretrained)))
     info = {} if pretrained is True else encoder_info(pretrained)
-    return _load(arch, state, source, width or weights_width(state), norm or info.get('norm', 'batch'))
+    return _load(arch, state, source, weights_width(state) if width is None else width, norm or info.get('norm', 'batch'))
 
 def _load(arch, state, source, width, norm):
     "An encoder with the weights `state`: in colour, in grey, or in grey with the statistics of each sample"

@@ -272,7 +272,7 @@ def train(
     with joined(device) as device:
         set_seed(seed, reproducible=True)
         dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, aug={'light':light_aug_transforms(), 'full':None}.get(aug, aug), path=out, device=device)
-        learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], width=width or (None if pretrained else 16), **kwargs)
+        learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], width=16 if width is None and not pretrained else width, **kwargs)
         once(lambda: _check(dls, table))
         if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # a step takes about 15 % less time, the forward pass is equal
         once(lambda: out.mkdir(parents=True, exist_ok=True))

@@ -14,7 +14,7 @@ from fastai.learner import Learner
 from torch.nn import functional as F
 
 from budget import Budget, add_row, done, here, seven_scans, versions
-from covid3d.evaluate import mean_dice, score_cases
+from covid3d.evaluate import score_cases
 from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, dice, light_aug_transforms, set_seed, unet_learner_3d
 
 spec = CTSpec()

@@ -11,16 +11,15 @@ from pathlib import Path
 
 import numpy as np, torch
 from fastai.callback.core import Callback
+from fastai.learner import Learner
 from torch import nn
-from torch.nn import functional as F
 
 from budget import Budget, add_row, done, here, seven_scans, versions
 from covid3d import losses
 from covid3d.encoder import encoder3d
 from covid3d.evaluate import score_cases
-from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, ct_aug_transforms, light_aug_transforms, r3d_18, set_seed
+from covid3d.learner import CTDataLoaders, CTSpec, light_aug_transforms, r3d_18, set_seed
 from covid3d.unet import DynamicUnet3d, logit_conv, param_groups, resize
-from fastai.learner import Learner
 
 path = here/'recipe.csv'
 base = dict(width=16, norm='batch', decoder=None, lr=2e-3, bs=2, spacing=(4,2.8,2.8), patch=(16,96,96), p_lesion=.5, aug='light', loss='DiceCELoss', up='trilinear', stem_skip=True, input_skip=False, attention=False,
@@ -93,7 +92,7 @@ def learner(dls, c, pretrained):
     net = (DeepUnet if c['deep'] else DynamicUnet3d)(enc, decoder=c['decoder'], stem_skip=c['stem_skip'], input_skip=c['input_skip'], up=c['up'], attention=c['attention'], decoder_norm=c['decoder_norm'])
     net.cut = {'':(), 'stem':('stem',), 'layer1':('stem','layer1'), 'layer2':('stem','layer1','layer2')}[c['cut']]
     for n in net.cut: net.encoder.get_submodule(n).requires_grad_(False)
-    loss = getattr(losses, c['loss'])() if isinstance(c['loss'], str) else c['loss']()
+    loss = getattr(losses, c['loss'])()
     return Learner(dls, net.to(memory_format=torch.channels_last_3d), loss_func=DeepLoss(loss) if c['deep'] else loss, metrics=[], splitter=param_groups, train_bn=False, wd=c['wd'])
 
 def run(table, name, fold, seed, seconds, encoder):

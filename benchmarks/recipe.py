@@ -1,6 +1,6 @@
 """The tables behind the recipe: one choice changed at a time, seven real scans, whole-scan Dice on each scan's own grid
 
-    COVID3D_TEST_DATA=folder python benchmarks/recipe.py [--only REGEX] [--seconds 300] [--folds 0] [--seeds 0] [--encoder FILE] [--out _bench]
+    COVID3D_TEST_DATA=folder python benchmarks/recipe.py [--only REGEX] [--seconds 300 | --patches 68] [--folds 0] [--seeds 0] [--encoder FILE] [--out _bench]
 
 Each run adds a row to benchmarks/recipe.csv; a run that has its row is not repeated. CPU-seconds are user + system time of the process, patches and augmentation included; nothing is chosen on the scans that are scored, so
 there is no validation. Choices marked * start from `--encoder`, as `covid3d pretrain` writes it; the others from random weights.
@@ -23,7 +23,7 @@ from covid3d.unet import DynamicUnet3d, logit_conv, param_groups, resize
 
 path = here/'recipe.csv'
 base = dict(width=16, norm='batch', decoder=None, lr=2e-3, bs=2, spacing=(4,2.8,2.8), patch=(16,96,96), p_lesion=.5, aug='light', loss='DiceCELoss', up='trilinear', stem_skip=True, input_skip=False, attention=False,
-            decoder_norm='group', deep=False, ema=0, frozen=0., cut='', ratio=1., wd=.01, bf16=False)
+            decoder_norm='group', deep=False, head=.1, prior=.05, ema=0, frozen=0., cut='', ratio=1., wd=.01, bf16=False)
 
 # name → what differs from `base`; a leading * means pretrained
 choices = {'base':{}, 'encoder norm: group':dict(norm='group'), 'encoder norm: instance':dict(norm='instance'),
@@ -33,6 +33,7 @@ choices = {'base':{}, 'encoder norm: group':dict(norm='group'), 'encoder norm: i
     'up: pixel shuffle':dict(up='shuffle'), 'up: transposed':dict(up='transposed'),
     'decoder 32,16,8':dict(decoder=(32,16,8)), 'decoder 64,32,16':dict(decoder=(64,32,16)),
     'decoder norm: instance':dict(decoder_norm='instance'), 'decoder norm: batch':dict(decoder_norm='batch'),
+    'head: first weights 0.01':dict(head=.01), 'head: first weights 0.3':dict(head=.3), 'head: prior 0.2':dict(prior=.2),
     'no stem skip':dict(stem_skip=False), 'input skip':dict(input_skip=True), 'attention':dict(attention=True), 'deep supervision':dict(deep=True), 'moving average':dict(ema=.99),
     'batch 1':dict(bs=1), 'batch 4':dict(bs=4), 'batch 1, group':dict(bs=1, norm='group'), 'batch 1, instance':dict(bs=1, norm='instance'),
     'patch 16×64×64':dict(patch=(16,64,64)), 'patch 16×128×128':dict(patch=(16,128,128)), 'patch 32×96×96':dict(patch=(32,96,96)),
@@ -89,30 +90,32 @@ class Thaw(Callback):
 
 def learner(dls, c, pretrained):
     enc = encoder3d(r3d_18, pretrained or False, c['width'], c['norm'])
-    net = (DeepUnet if c['deep'] else DynamicUnet3d)(enc, decoder=c['decoder'], stem_skip=c['stem_skip'], input_skip=c['input_skip'], up=c['up'], attention=c['attention'], decoder_norm=c['decoder_norm'])
+    net = (DeepUnet if c['deep'] else DynamicUnet3d)(enc, decoder=c['decoder'], stem_skip=c['stem_skip'], input_skip=c['input_skip'], up=c['up'], attention=c['attention'], decoder_norm=c['decoder_norm'], prior=c['prior'])
+    nn.init.normal_(net.head.logits.weight, std=c['head'])
     net.cut = {'':(), 'stem':('stem',), 'layer1':('stem','layer1'), 'layer2':('stem','layer1','layer2')}[c['cut']]
     for n in net.cut: net.encoder.get_submodule(n).requires_grad_(False)
     loss = getattr(losses, c['loss'])()
     return Learner(dls, net.to(memory_format=torch.channels_last_3d), loss_func=DeepLoss(loss) if c['deep'] else loss, metrics=[], splitter=param_groups, train_bn=False, wd=c['wd'])
 
-def run(table, name, fold, seed, seconds, encoder):
+def run(table, name, fold, seed, budget, encoder):
     set_seed(seed, reproducible=True)
     c = base|choices[name]
     spec = CTSpec(spacing=c['spacing'], patch=c['patch'])
     dls = CTDataLoaders.from_table(table, spec, bs=c['bs'], fold=(fold,3), patches=6, p_lesion=c['p_lesion'], device='cpu', aug={'light':light_aug_transforms(), 'full':None, 'none':False}[c['aug']])
     learn = learner(dls, c, encoder if name[0]=='*' else None)
-    b = Budget(slice(c['lr']/c['ratio'], c['lr']) if c['ratio']!=1 else c['lr'], seconds=seconds)
+    b = Budget(slice(c['lr']/c['ratio'], c['lr']) if c['ratio']!=1 else c['lr'], **budget)
     cbs = [b]+[EMA(c['ema'])]*bool(c['ema'])+[Thaw(c['frozen'], b)]*bool(c['frozen'])+[BFloat16()]*c['bf16']
     with learn.no_bar(), learn.no_logging(): learn.fit(10**6, cbs=cbs)
     d = {s.case:s.dice for s in score_cases(learn.model.eval(), spec, dls.valid_cases, .25)}
-    return dict(choice=name, seconds=f'{seconds:g}', fold=fold, seed=seed, dice=f'{np.mean([*d.values()]):.3f}', cases=' '.join(f'{k[-3:]}:{v:.3f}' for k,v in d.items()), patches=b.seen, cpu_seconds=f'{b.spent:.0f}',
+    return dict(choice=name, budget='{1:g} {0}'.format(*next(iter(budget.items()))), fold=fold, seed=seed, dice=f'{np.mean([*d.values()]):.3f}', cases=' '.join(f'{k[-3:]}:{v:.3f}' for k,v in d.items()), patches=b.seen, cpu_seconds=f'{b.spent:.0f}',
         settings=json.dumps(choices[name]), **versions())
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--only', default='.*'); p.add_argument('--seconds', type=float, default=300); p.add_argument('--folds', default='0'); p.add_argument('--seeds', default='0'); p.add_argument('--encoder')
+    p.add_argument('--only', default='.*'); p.add_argument('--seconds', type=float, default=300); p.add_argument('--patches', type=int); p.add_argument('--folds', default='0'); p.add_argument('--seeds', default='0'); p.add_argument('--encoder')
     p.add_argument('--out', type=Path, default=here.parent/'_bench')
     a = p.parse_args()
+    budget = dict(patches=a.patches) if a.patches else dict(seconds=a.seconds)
     for seed,fold,name in itertools.product(map(int, a.seeds.split(',')), map(int, a.folds.split(',')), choices):
         if not re.fullmatch(a.only, name) or name[0]=='*' and not a.encoder: continue
-        if not done(path, choice=name, seconds=f'{a.seconds:g}', fold=fold, seed=seed): add_row(path, run(seven_scans(a.out), name, fold, seed, a.seconds, a.encoder))
+        if not done(path, choice=name, budget='{1:g} {0}'.format(*next(iter(budget.items()))), fold=fold, seed=seed): add_row(path, run(seven_scans(a.out), name, fold, seed, budget, a.encoder))

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, asdict
 from functools import lru_cache
 from itertools import product
-from scipy.spatial import cKDTree
+from pykdtree.kdtree import KDTree
 from fastai.learner import Metric
 from .volume import CTError
 
@@ -202,7 +202,7 @@ def nearest_mm(
         d[far] = edt.edt(grid, anisotropy=tuple(spacing), parallel=0).ravel()[frm]
     else:
         p,q = (np.stack(np.unravel_index(o, shape), 1)*spacing for o in (frm,to))
-        d[far] = cKDTree(q, leafsize=32, balanced_tree=False, compact_nodes=False).query(p, workers=-1)[0]
+        d[far] = KDTree(q).query(p)[0]
     return d
 
 # %% ../nbs/13_metrics.ipynb #b9c8269e

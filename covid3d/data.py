@@ -22,7 +22,7 @@ from plum import dispatch
 from .augment import Augment3d, ct_aug_transforms
 from .cases import Case, read_cases, write_cases
 from .prepare import Prepared, fingerprint, open_prepared, prepare_case, prepare_cases, tidy
-from .transforms import CTSpec, RandomPatch, TensorCT, TensorMask3d, show_patch, size_at
+from .transforms import CTSpec, RandomPatch, TensorCT, TensorMask3d, show_patch
 from .volume import CTError, write_atomic
 
 # %% ../nbs/09_data.ipynb #83bd19f6
@@ -132,7 +132,7 @@ def _prepared_table(table, spec)->tuple:
 # %% ../nbs/09_data.ipynb #86023905
 def _cut_and_aug(spec, p_lesion, aug, on_batch)->tuple:
     "`RandomPatch`, and what augments batches, if anything does"
-    aug = ct_aug_transforms(spec.spacing) if aug is None else aug or None
+    aug = ct_aug_transforms(spec.mm) if aug is None else aug or None
     if aug: aug.size = spec.patch
     if aug and on_batch: return RandomPatch(aug.room(spec.patch), p_lesion, None, spec.patch),aug
     return RandomPatch(spec.patch, p_lesion, aug, spec.patch),None

@@ -17,7 +17,7 @@ import numpy as np, torch
 
 from .cases import Case
 from .show import track
-from .transforms import CTSpec, resample_mask, size_at
+from .transforms import CTSpec, resample_mask
 from .volume import CTError
 
 # %% ../nbs/08_prepare.ipynb #8d3a5011
@@ -32,6 +32,10 @@ def _stat(path)->list:
     return [[str(o.absolute()), (s := o.stat()).st_size, s.st_mtime_ns] for o in files]
 
 # %% ../nbs/08_prepare.ipynb #16506201
+def _form(spec)->dict:
+    "What of a spec a prepared case depends on, as JSON has it"
+    return json.loads(json.dumps({k:getattr(spec, k) for k in ('spacing','window','classes', *['patch']*spec.whole)}))
+
 def fingerprint(
     case:Case,   # From `read_cases`
     spec:CTSpec  # Spacing, window and classes
@@ -39,7 +43,7 @@ def fingerprint(
     "A digest of what a prepared case depends on"
     missing = [k for k in spec.classes if k not in case.masks]
     if missing: raise CTError(case.name, f'the case has no mask of class {missing[0]!r}', 'Add it to the case table')
-    made_by = dict(version=version, spacing=spec.spacing, window=spec.window, classes=spec.classes, greys=case.already_windowed)
+    made_by = dict(version=version, **_form(spec), greys=case.already_windowed)
     lung = _stat(case.masks['lung']) if 'lung' in case.masks else None
     files = dict(ct=_stat(case.ct), masks=[_stat(case.masks[k]) for k in spec.classes], lung=lung)
     return hashlib.blake2b(json.dumps(made_by | files).encode(), digest_size=8).hexdigest()
@@ -51,7 +55,7 @@ class Prepared:
     ct:torch.Tensor    # uint8 (1, slice, row, column), 0 and 255 are the ends of the window
     masks:torch.Tensor # uint8 (class, slice, row, column), 0 and 1
     at:dict            # `lesion` and `body` → flat indices of voxels, for placing patches
-    info:dict          # `case`, `shape`, `spacing`, `window`, `classes`, `lesion_ml`
+    info:dict          # `case`, `shape`, `spacing` (None for a whole scan in one patch, and then its `patch`), `window`, `classes`, `lesion_ml`
 
     @property
     def nbytes(self)->int:
@@ -90,14 +94,14 @@ def _body(case, ct, size, grey)->np.ndarray:
 def _arrays(case, spec)->tuple:
     "What is kept of a case: arrays by name, and its info"
     ct = case.open_ct()
-    size = size_at(ct, spec.spacing)
+    size = spec.size(ct)
     if np.prod(size, dtype=object)>2**33:
-        raise CTError('spacing', f'{spec.spacing} mm would make {"×".join(map(str,size))} voxels of {case.name}', 'Use a coarser spacing')
+        raise CTError('spacing', f'{spec.mm} mm would make {"×".join(map(str,size))} voxels of {case.name}', 'Use a coarser spacing')
     masks = [case.open_mask(k, ct).data for k in spec.classes]
     ml = float(masks[0].sum()*ct.ml_per_voxel)
     grey = (spec.prepare(ct)*255).round_().to(torch.uint8).numpy()
     small = np.stack([resample_mask(m, size).numpy() for m in masks])
-    info = dict(case=case.name, shape=list(size), spacing=list(spec.spacing), window=list(spec.window), classes=list(spec.classes), lesion_ml=ml)
+    info = dict(case=case.name, shape=list(size), **_form(spec), lesion_ml=ml)
     return dict(ct=grey, masks=small, lesion=_positions(small[0]), body=_positions(_body(case, ct, size, grey[0]))),info
 
 # %% ../nbs/08_prepare.ipynb #3462d8d3
@@ -152,7 +156,7 @@ def _same_spec(folder, spec)->bool:
     "Whether a prepared case has this spacing, window and classes: then only its source has changed"
     try: info = json.loads((folder/'info.json').read_text())
     except (OSError,ValueError): return False
-    return all(info.get(k)==list(getattr(spec, k)) for k in ('spacing','window','classes'))
+    return all(k in info and info[k]==v for k,v in _form(spec).items())
 
 def tidy(
     out:str|Path,     # Folder of prepared cases

@@ -139,16 +139,17 @@ def _finite_numbers(name, values, n)->tuple:
 @dataclass(frozen=True)
 class CTSpec:
     "How scans are prepared for a network, and what it tells apart"
-    spacing:tuple=(4.,2.8,2.8)    # (slice, row, column) in mm
+    spacing:tuple=(4.,2.8,2.8)    # (slice, row, column) in mm; None: the whole scan is squeezed into one patch
     window:tuple=(-1000.,400.)    # HU that become 0 and 1
     patch:tuple=(16,96,96)        # (slice, row, column) in voxels at `spacing`
     classes:tuple=('lesion',)     # One mask and one channel of logits each
 
     def __post_init__(self):
         if isinstance(self.classes, str): raise CTError('classes', f'{self.classes!r} is one name, not a list of names', f'Give ({self.classes!r},)')
-        for k,n in dict(spacing=3, window=2, patch=3).items(): object.__setattr__(self, k, _finite_numbers(k, getattr(self, k), n))
+        for k,n in dict(spacing=3, window=2, patch=3).items():
+            if (k,self.spacing)!=('spacing',None): object.__setattr__(self, k, _finite_numbers(k, getattr(self, k), n))
         object.__setattr__(self, 'classes', tuple(self.classes))
-        if not all(0<s<100 for s in self.spacing): raise CTError('spacing', f'{self.spacing} is not three lengths in mm', 'Give slice, row and column spacing')
+        if not self.whole and not all(0<s<100 for s in self.spacing): raise CTError('spacing', f'{self.spacing} is not three lengths in mm', 'Give slice, row and column spacing')
         if not all(p==int(p)>=4 for p in self.patch): raise CTError('patch', f'{self.patch} is not three whole sizes of 4 voxels or more', 'Give slices, rows and columns')
         object.__setattr__(self, 'patch', tuple(int(p) for p in self.patch))
         if not self.window[0]<self.window[1]: raise CTError('window', f'{self.window} is not (low, high) in HU', 'Give the lower first')
@@ -156,9 +157,20 @@ class CTSpec:
         odd = [c for c in self.classes if not (isinstance(c, str) and re.fullmatch(r'[A-Za-z]\w*', c))]
         if odd: raise CTError('classes', f'{odd[0]!r} is not a plain name', 'Use letters, digits and _: it becomes part of a file name')
 
+    @property
+    def whole(self)->bool:
+        "Whether the whole scan becomes one patch, of whatever spacing"
+        return self.spacing is None
+    @property
+    def mm(self)->tuple:
+        "(slice, row, column) of a voxel in mm; where it differs from scan to scan, that of a chest of 320×350×350 mm"
+        return tuple(n/p for n,p in zip((320,350,350), self.patch)) if self.whole else self.spacing
+    def size(self, vol:Volume)->tuple:
+        "Voxels of `vol` along each axis as the network sees it"
+        return self.patch if self.whole else size_at(vol, self.spacing)
     def prepare(self, vol:Volume)->torch.Tensor:
-        "HU of `vol` as the network's input on its own spacing, (1, slice, row, column)"
-        return apply_window(resample_image(vol, size_at(vol, self.spacing)), *self.window)[None]
+        "HU of `vol` as the network's input, (1, slice, row, column)"
+        return apply_window(resample_image(vol, self.size(vol)), *self.window)[None]
 
 # %% ../nbs/06_transforms.ipynb #012d3c05
 def crop(

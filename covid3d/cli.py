@@ -220,6 +220,7 @@ def train(
     epochs:int=25,          # Of the whole network
     frozen_epochs:int=1,    # Of the decoder alone before, unless weights are random
     lr:float=2e-3,          # Highest learning rate
+    frozen_lr:float=None,   # That of the frozen epochs; --lr if not given
     bs:int=2,               # Patches in a batch
     patches:int=24,         # Patches of each scan an epoch
     augment:str='light',    # none, light (mirror, contrast, brightness) or full, for trainings of many epochs
@@ -228,6 +229,10 @@ def train(
     norm:str=None,          # Normalisation of the encoder: batch, frozen, group or instance; see the recipe in the documentation
     decoder:str=None,       # Channels of the decoder's levels, coarse to fine, e.g. 128,64,32
     memory:str=None,        # What a step may take, e.g. 6GB: batch, precision and recomputation are chosen to fit
+    average:float=0.,       # Decay of a moving average of the weights, e.g. 0.99, which is scored and kept; 0 for none
+    folds:int=None,         # Cross-validate: that many trainings, each scored on the cases that it did not see
+    fold:int=None,          # Only this one of the --folds, from 0, so that each can run on a machine of its own
+    keep:str=None,          # Weights of the best epoch on valid, or of the last; best, with --folds last
     seed:int=0,             # Of weights, patches and augmentation
     examples:int=5,         # Draw predictions into OUT/examples in each such epoch; 0 for none
     plot:store_true=False,  # Draw the curves into OUT/history.png after each epoch
@@ -239,17 +244,42 @@ def train(
     "Learn from the cases of a table; keeps the weights with the best whole-scan Dice on `valid`."
     writable(out)
     if resume and overwrite: raise CTError('resume', 'it contradicts --overwrite', 'Give one of the two')
-    files = [Path(out)/o for o in ('checkpoint.safetensors','model.safetensors')]
-    if not (resume and files[0].exists()): absent(files, overwrite, 'Add --resume to go on with a training that was interrupted, choose another --out, or add --overwrite')
     at_least_one(epochs=epochs, bs=bs, patches=patches, score_every=score_every); check_lr(lr)
+    if frozen_lr is not None: check_lr(frozen_lr)
     if augment not in ('none','light','full'): raise CTError('augment', f'{augment!r} is unknown', 'Give none, light or full')
-    device = find_device(device)
+    runs = _runs(out, folds, fold)
+    for run in runs: _absent_run(run, resume, overwrite)
     from covid3d.learner import CTSpec, train
     spec = None if Path(table).is_dir() else CTSpec(numbers(spacing, float, 'spacing'), numbers(window, float, 'window'), numbers(patch, int, 'patch'), tuple(classes.split(',')))  # a prepared folder brings its own
-    learn = train(table, out, spec, encoder, {'kinetics':True, 'random':False}.get(weights, weights), epochs, frozen_epochs, lr, bs, patches, score_every, aug=augment if augment!='none' else False, seed=seed, device=device,
-                  resume=resume, examples=examples, plot=plot, log=log, width=width, norm=norm, decoder=numbers(decoder, int, 'decoder'), memory=memory)
+    recipe = dict(spec=spec, arch=encoder, pretrained={'kinetics':True, 'random':False}.get(weights, weights), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, bs=bs, patches=patches, score_every=score_every,
+                  aug=augment if augment!='none' else False, average=average, keep=keep or ('last' if folds else 'best'), seed=seed, device=find_device(device), resume=resume, examples=examples, plot=plot, log=log,
+                  width=width, norm=norm, decoder=numbers(decoder, int, 'decoder'), memory=memory)
+    if folds: return _train_folds(table, out, folds, fold, recipe)
+    learn = train(table, out, **recipe)
     if _rank(): return
-    print(f'wrote {Path(out)/"model.safetensors"} · whole-scan Dice on valid {learn.kept.best:.3f}')
+    print(f'wrote {runs[0]/"model.safetensors"} · whole-scan Dice on valid {learn.kept.best:.3f}')
+
+def _runs(out, folds, fold)->list:
+    "Folders of the trainings to come"
+    if folds is None and fold is None: return [Path(out)]
+    if folds is None or folds<2: raise CTError('folds', f'{folds or "a fold without --folds"} is no number of folds', 'Give 2 or more, for example --folds 5')
+    if fold is not None and not 0<=fold<folds: raise CTError('fold', f'{fold} is not one of {folds} folds', f'Give 0 to {folds-1}')
+    if fold is None and int(os.environ.get('WORLD_SIZE', 1))>1: raise CTError('folds', 'several processes train one fold at a time', 'Add --fold 0, then 1, …')
+    return [Path(out)/f'fold_{i}' for i in (range(folds) if fold is None else [fold])]
+
+def _absent_run(run, resume, overwrite):
+    "Refuse to replace a training"
+    files = [run/o for o in ('checkpoint.safetensors','model.safetensors')]
+    if not (resume and files[0].exists()): absent(files, overwrite, 'Add --resume to go on with a training that was interrupted, choose another --out, or add --overwrite')
+
+def _train_folds(table, out, folds, fold, recipe):
+    "Train, score, and say how it went"
+    from covid3d.folds import missing_folds, train_folds
+    df = train_folds(table, out, folds, None if fold is None else [fold], **recipe)
+    if _rank(): return
+    left = missing_folds(out, folds)
+    print(f'mean whole-scan Dice {df.dice.mean():.3f} over {df.dice.notna().sum()} cases'+(f' · folds still to train: {", ".join(map(str, left))}' if left else f' · wrote {Path(out)/"report"}'))
+    return int((df.error!='').any())
 
 # %% ../nbs/30_cli.ipynb #93baf3b8
 @command
@@ -308,7 +338,7 @@ def transfer_study(
 @command
 def evaluate(
     table:Annotated[str, 'Case table (CSV)', {'opt':False}],
-    weights:str=None,  # model.safetensors of a run
+    weights:str=None,  # model.safetensors of a run, several with commas between, or a folder of folds: their mean
     out:str=None,      # Folder for scores.csv
     split:str='test',  # Which cases: train, valid or test
     overlap:float=.5,  # Of the sliding window, 0 to below 1
@@ -333,10 +363,10 @@ def evaluate(
     return int(any(s.error for s in scores))
 
 def _model(weights, device):
-    "The network and its spec, on a device"
-    from covid3d.inference import load_model
+    "The network, or several as one, and its spec, on a device"
+    from covid3d.inference import load_models
     if weights is None: raise CTError('weights', 'no weights given', 'Add --weights RUN/model.safetensors')
-    return load_model(weights, find_device(device))[:2]
+    return load_models(weights.split(',') if ',' in weights and not Path(weights).exists() else weights, find_device(device))
 
 # %% ../nbs/30_cli.ipynb #3b42b9bc
 def find_scans(
@@ -369,7 +399,7 @@ def _dicom_folders(p)->list:
 @command
 def predict(
     ct:Annotated[str, 'Scans: .nii, .nii.gz, DICOM folders, folders of them, or a case table', {'opt':False, 'nargs':'+'}],
-    weights:str=None,         # model.safetensors of a run
+    weights:str=None,         # model.safetensors of a run, several with commas between, or a folder of folds: their mean
     out:str=None,             # Folder for the masks
     format:str='nifti',       # nifti, or seg: DICOM Segmentation, which carries the patient's data as archives need it
     already_windowed:str='',  # low:high in HU, for scans of grey values

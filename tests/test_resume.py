@@ -10,7 +10,7 @@ from covid3d.encoder import encoder3d
 from covid3d.phantom import write_phantoms
 
 rng = random.Random(int(os.environ.get('COVID3D_SEED', 0)))
-small = ['--width','8','--spacing','9,7,7','--patch','16,32,32','--patches','12','--frozen-epochs','1','--epochs','3','--lr','1e-1','--score-every','1','--augment','full','--device','cpu']
+small = ['--width','8','--spacing','9,7,7','--patch','16,32,32','--patches','12','--frozen-epochs','1','--epochs','3','--lr','1e-1','--score-every','1','--augment','full','--average','.9','--device','cpu']
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -77,9 +77,10 @@ def test_the_training_learns(data, scored):
     assert len(h)==4 and len({r['valid_loss'] for r in h})==4 and float(h[-1]['train_loss'])<.97*float(h[0]['train_loss'])
     dice = [float(r['scan_dice']) for r in h]
     assert dice.index(max(dice))==2
-    w = [read_checkpoint(out/'kept'/f'{o}.safetensors')[1]['model.encoder.layer1.0.conv1.0.weight'] for o in ('0-1','1-1','1-2','1-3')]
+    kept = [read_checkpoint(out/'kept'/f'{o}.safetensors')[1] for o in ('0-1','1-1','1-2','1-3')]
+    w,mean = ([o[f'{k}.encoder.layer1.0.conv1.0.weight'] for o in kept] for k in ('model','weight_average'))
     start = load_file(data[1])['layer1.0.conv1.0.weight']
-    assert torch.equal(w[0], start) and not torch.equal(w[1], start) and not torch.equal(w[2], w[1]) and torch.equal(w[3], w[2])
+    assert torch.equal(w[0], start) and not torch.equal(w[1], start) and not torch.equal(w[2], w[1]) and not torch.equal(mean[2], w[2]) and torch.equal(w[3], mean[2])
 
 def test_killed_at_random(data, worker, scored, tmp_path):
     "At least 20 kills, spread over several runs, every third in the middle of writing a checkpoint; each run ends as the one without a break"

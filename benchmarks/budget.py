@@ -44,6 +44,14 @@ class Budget(Callback):
         self.seen += len(self.x); self.spent = time.process_time()-self.start
         if self.share>=1: raise CancelFitException
 
+def budget_name(budget)->str: return '{1:g} {0}'.format(*next(iter(budget.items())))
+
+def reset_peak(): Path('/proc/self/clear_refs').write_text('5')
+
+def peak_mb()->float:
+    "The process's greatest resident memory since `reset_peak`, in megabytes"
+    return int(next(o for o in Path('/proc/self/status').read_text().splitlines() if o.startswith('VmHWM')).split()[1])/1e3
+
 def rows(path)->list: return list(csv.DictReader(path.open())) if path.exists() else []
 
 def done(path, **key)->bool: return any(all(r[k]==str(v) for k,v in key.items()) for r in rows(path))

@@ -35,18 +35,18 @@ def strides(patch):
         res.append(tuple(2 if n>=8 else 1 for n in size)); size = [-(-n//s) for n,s in zip(size, res[-1])]
     return res
 
-def nnunet(patch, residual=False):
-    "nnU-Net's default network for `patch`, as its planner sets it up: 32 to 320 channels, instance normalisation, leaky ReLU, deep supervision"
+def nnunet(patch, residual=False, deep=True):
+    "nnU-Net's default network for `patch`, as its planner sets it up: 32 to 320 channels, instance normalisation, leaky ReLU; deep supervision if `deep`"
     from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
     s = strides(patch); n = len(s)
     common = dict(input_channels=1, n_stages=n, features_per_stage=[min(320, 32*2**i) for i in range(n)], conv_op=nn.Conv3d, kernel_sizes=[[3]*3]*n, strides=s, num_classes=1, conv_bias=True,
-        norm_op=nn.InstanceNorm3d, norm_op_kwargs=dict(eps=1e-5, affine=True), nonlin=nn.LeakyReLU, nonlin_kwargs=dict(inplace=True), deep_supervision=True)
+        norm_op=nn.InstanceNorm3d, norm_op_kwargs=dict(eps=1e-5, affine=True), nonlin=nn.LeakyReLU, nonlin_kwargs=dict(inplace=True), deep_supervision=deep)
     if residual: return ResidualEncoderUNet(n_blocks_per_stage=(1,3,4,6,6,6)[:n], n_conv_per_stage_decoder=[1]*(n-1), **common)
     return PlainConvUNet(n_conv_per_stage=[2]*n, n_conv_per_stage_decoder=[2]*(n-1), **common)
 
 def peers(patch):
     from peers import dynunet, monai_unet, segresnet
-    return {'MONAI UNet':monai_unet, 'MONAI SegResNet':segresnet, 'MONAI DynUNet':dynunet, 'nnU-Net plain':lambda: nnunet(patch), 'nnU-Net residual encoder':lambda: nnunet(patch, True)}
+    return {'MONAI UNet':monai_unet, 'MONAI SegResNet':segresnet, 'MONAI DynUNet':dynunet, 'nnU-Net plain':lambda: nnunet(patch), 'nnU-Net residual':lambda: nnunet(patch, True)}
 
 def row(kind, network, patch, bs, setting, make):
     "Add a row with what `make` gives, unless it is there"

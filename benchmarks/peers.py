@@ -1,24 +1,26 @@
-"""This library's network beside MONAI's UNet, SegResNet and DynUNet and the whole-volume-resize recipe: seven real scans, three folds by patient, whole-scan Dice on each scan's own grid
+"""This library's network beside its peers: seven real scans, three folds by patient, Dice and surface Dice of whole scans on their own grids
 
-    COVID3D_TEST_DATA=folder python benchmarks/peers.py [--seconds 300 | --patches 300] [--networks …] [--folds 0,1,2] [--seeds 0] [--encoder FILE] [--out _bench]
+    COVID3D_TEST_DATA=folder python benchmarks/peers.py [--seconds 200 | --patches 68] [--networks …] [--folds 0,1,2] [--seeds 0] [--lr 2e-3] [--encoder FILE] [--out _bench]
 
-All get the same cases, grid (4×2.8×2.8 mm), patches (16×96×96), batch size, augmentation, loss, optimiser, schedule and sliding window; only the network differs. The resize recipe squeezes each scan to 20×224×224 instead.
-Each run adds a row to benchmarks/peers.csv; a run that has its row is not repeated. `--table` prints the means.
+Peers: MONAI's UNet, SegResNet and DynUNet, nnU-Net's default plain and residual networks, and the recipe that resizes whole volumes to 20×224×224 (the whole r3d_18, batch 1, rate 1e-3, weight decay 1e-4).
+All but the last get the same cases, grid (4×2.8×2.8 mm), patches (16×96×96), batch size, augmentation, loss, optimiser, schedule and sliding window; only the network differs. That is not what nnU-Net's own program would do: its
+planner would choose near 0.7 mm and patches of millions of voxels, of which these budgets pay for none.
+`cpu_seconds` is training alone, `step` one batch of it, `inference` one scan, `peak_mb` the process's resident memory in training, PyTorch and data included. Each run adds a row to benchmarks/peers.csv; a run that has its row
+is not repeated. `--table` prints the means, with the 95 % bootstrap interval over patients.
 """
-import argparse, itertools
+import argparse, itertools, time
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
-from fastai.data.core import DataLoaders
+import pandas as pd, torch
 from fastai.learner import Learner
-from torch.nn import functional as F
 
-from budget import Budget, add_row, done, here, seven_scans, versions
+from budget import Budget, add_row, budget_name, done, here, peak_mb, reset_peak, seven_scans, versions
 from covid3d.evaluate import score_cases
-from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, dice, light_aug_transforms, set_seed, unet_learner_3d
+from covid3d.inference import segment
+from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, unet_learner_3d
+from memory import nnunet
 
-spec = CTSpec()
-path = here/'peers.csv'
+path,spec,whole = here/'peers.csv',CTSpec(),CTSpec(spacing=None, patch=(20,224,224))
 
 def monai_unet():
     from monai.networks.nets import UNet
@@ -34,62 +36,61 @@ def dynunet():
     strides = [1,2,2,(1,2,2),(1,2,2)]
     return DynUNet(3, 1, 1, kernel_size=[3]*5, strides=strides, upsample_kernel_size=strides[1:], filters=[32,64,128,256,320])
 
-peers = {'MONAI UNet':monai_unet, 'MONAI SegResNet':segresnet, 'MONAI DynUNet':dynunet}
+def plain(deep=False, **kwargs): return nnunet(spec.patch, deep=deep, **kwargs)  # without deep supervision, as DynUNet here: one loss for all
 
-class WholeVolumes:
-    "Scans squeezed to 20×224×224, for the recipe that resizes whole volumes; its idea, not its code"
-    size = 20,224,224
-    def __init__(self, dls):
-        at = lambda c: (F.interpolate(torch.from_numpy(np.array(dls.reader(c).ct))[None].float()/255, self.size, mode='trilinear')[0],
-                        (F.interpolate(torch.from_numpy(np.array(dls.reader(c).masks))[None].float(), self.size, mode='trilinear')[0]>=.5).float())
-        self.dls = DataLoaders.from_dsets([at(c) for c in dict.fromkeys(dls.train_ds.items)], [at(c) for c in dls.valid_cases[:1]], bs=1, shuffle=True, num_workers=0, device='cpu')
-    def dice(self, model, case)->float:
-        ct = case.open_ct()
-        with torch.inference_mode():
-            x = F.interpolate(spec.prepare(ct)[None], self.size, mode='trilinear')
-            p = F.interpolate(model.eval()(x).sigmoid(), ct.shape, mode='trilinear')[0,0]
-        return dice(p.numpy()>=.5, case.open_mask('lesion', ct).data)
+peers = {'MONAI UNet':monai_unet, 'MONAI SegResNet':segresnet, 'MONAI DynUNet':dynunet, 'nnU-Net plain':plain, 'nnU-Net residual':lambda: plain(residual=True)}
+
+def learner(name, dls, encoder):
+    "As `covid3d train` builds ours: r3d_18 of width 16 from random weights, or whatever the encoder file holds"
+    if name in peers: learn = Learner(dls, peers[name](), loss_func=DiceCELoss(), metrics=[])
+    elif name=='whole-volume resize': learn = unet_learner_3d(dls, pretrained=False, metrics=[], wd=1e-4)
+    else:
+        pretrained = encoder if name.endswith('pretrained') else False
+        learn = unet_learner_3d(dls, pretrained=pretrained, width=None if pretrained else 16, metrics=[])
+        learn.unfreeze()
+    learn.model.to(memory_format=torch.channels_last_3d)
+    return learn
 
 def run(table, name, fold, seed, budget, lr, encoder):
     "Train and score one network"
     set_seed(seed, reproducible=True)
-    bs = 1 if name=='whole-volume resize' else 2
-    dls = CTDataLoaders.from_table(table, spec, bs=bs, fold=(fold,3), patches=6, device='cpu', aug=light_aug_transforms())
-    if name in peers:
-        learn = Learner(dls, peers[name](), loss_func=DiceCELoss(), metrics=[]); learn.spec = spec
-    elif name=='whole-volume resize':
-        whole = WholeVolumes(dls)
-        learn = unet_learner_3d(whole.dls, pretrained=False, spec=spec, metrics=[])
-    else: learn = ours(dls, encoder if name.endswith('pretrained') else False)
-    learn.model.to(memory_format=torch.channels_last_3d)
-    b = Budget(slice(lr/10, lr) if name=='covid3d pretrained' else lr, **budget)
+    resize = name=='whole-volume resize'
+    s,bs = (whole,1) if resize else (spec,2)
+    dls = CTDataLoaders.from_table(table, s, bs=bs, fold=(fold,3), patches=6, device='cpu', aug=light_aug_transforms())
+    learn,b = learner(name, dls, encoder),Budget(slice(lr/10, lr) if name.endswith('pretrained') else lr, **budget)
+    reset_peak()
     with learn.no_bar(), learn.no_logging(): learn.fit(10**6, cbs=b)
-    if name=='whole-volume resize': d = {c.name:whole.dice(learn.model, c) for c in dls.valid_cases}
-    else: d = {s.case:s.dice for s in score_cases(learn.model.eval(), spec, dls.valid_cases, .25)}
-    return dict(network=name, budget='{1:g} {0}'.format(*next(iter(budget.items()))), lr=lr, fold=fold, seed=seed, dice=f'{np.mean([*d.values()]):.3f}', cases=' '.join(f'{k[-3:]}:{v:.3f}' for k,v in d.items()),
-        patches=b.seen, cpu_seconds=f'{b.spent:.0f}', parameters=sum(p.numel() for p in learn.model.parameters()), **versions())
+    peak,model = peak_mb(),learn.model.eval()
+    t = time.process_time(); segment(model, s, dls.valid_cases[0].open_ct(), .25); t = time.process_time()-t
+    df = score_cases(model, s, dls.valid_cases, .25)
+    each = lambda k: ' '.join(f'{c[-3:]}:{v:.3f}' for c,v in zip(df.case, df[k]))
+    return dict(network=name, budget=budget_name(budget), lr=lr, fold=fold, seed=seed, dice=f'{df.dice.mean():.3f}', nsd=f'{df.nsd.mean():.3f}', cases=each('dice'), nsd_cases=each('nsd'), patches=b.seen, cpu_seconds=f'{b.spent:.0f}',
+        step=f'{b.spent*bs/b.seen:.3f}', inference=f'{t:.1f}', peak_mb=f'{peak:.0f}', parameters=sum(p.numel() for p in model.parameters()), **versions())
 
-def ours(dls, encoder):
-    "As `covid3d train` builds it: r3d_18 of width 16 from random weights, or whatever the encoder file holds (then with rates that rise from the stem to the decoder)"
-    learn = unet_learner_3d(dls, pretrained=encoder or False, width=None if encoder else 16, metrics=[])
-    learn.unfreeze()
-    return learn
+def by_case(df)->pd.DataFrame:
+    "A row a network, budget, seed and case"
+    return pd.DataFrame([dict(network=r.network, budget=r.budget, lr=r.lr, seed=r.seed, case=c, dice=float(d)) for r in df.itertuples() for c,d in (o.split(':') for o in r.cases.split())])
 
 def table()->pd.DataFrame:
-    "Mean Dice, and from the least to the greatest mean of a fold"
-    df = pd.read_csv(path)
-    g = df.groupby(['budget','network'], sort=False)
-    return g.agg(runs=('dice','size'), dice=('dice','mean'), least=('dice','min'), greatest=('dice','max'), patches=('patches','mean'), cpu_seconds=('cpu_seconds','mean'), parameters=('parameters','first')).round(3)
+    "Means over the scans, each the mean of its seeds, with the interval over patients"
+    from covid3d.evaluate import mean_interval
+    df = pd.read_csv(path); key = ['budget','network','lr']
+    g = df.groupby(key, sort=False)
+    res = g.agg(runs=('dice','size'), nsd=('nsd','mean'), patches=('patches','mean'), cpu_seconds=('cpu_seconds','mean'), step=('step','median'), inference=('inference','median'), peak_mb=('peak_mb','median'), parameters=('parameters','first'))
+    each = by_case(df).groupby([*key,'case'], sort=False).dice.mean()
+    ci = each.groupby(key, sort=False).apply(lambda d: pd.Series(dict(zip(('low','high'), mean_interval(d.to_numpy(), d.index.get_level_values('case'))))) ).unstack()
+    return res.assign(dice=each.groupby(key, sort=False).mean(), **ci)
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seconds', type=float); p.add_argument('--patches', type=int); p.add_argument('--networks', default=','.join([*peers,'whole-volume resize','covid3d','covid3d pretrained']))
-    p.add_argument('--folds', default='0,1,2'); p.add_argument('--seeds', default='0'); p.add_argument('--encoder'); p.add_argument('--lr', type=float, default=2e-3)
+    p.add_argument('--folds', default='0,1,2'); p.add_argument('--seeds', default='0'); p.add_argument('--encoder'); p.add_argument('--lr', type=float)
     p.add_argument('--out', type=Path, default=here.parent/'_bench'); p.add_argument('--table', action='store_true')
     a = p.parse_args()
-    if a.table: print(table().to_string()); raise SystemExit
-    budget = dict(patches=a.patches) if a.patches else dict(seconds=a.seconds or 300)
+    if a.table: print(table().round(3).to_string()); raise SystemExit
+    budget = dict(patches=a.patches) if a.patches else dict(seconds=a.seconds or 200)
     for seed,fold,name in itertools.product(map(int, a.seeds.split(',')), map(int, a.folds.split(',')), a.networks.split(',')):
         if name.endswith('pretrained') and not a.encoder: continue
-        key = dict(network=name, budget='{1:g} {0}'.format(*next(iter(budget.items()))), lr=a.lr, fold=fold, seed=seed)
-        if not done(path, **key): add_row(path, run(seven_scans(a.out), name, fold, seed, budget, a.lr, a.encoder))
+        lr = a.lr or (1e-3 if name=='whole-volume resize' else 2e-3)
+        key = dict(network=name, budget=budget_name(budget), lr=lr, fold=fold, seed=seed)
+        if not done(path, **key): add_row(path, run(seven_scans(a.out), name, fold, seed, budget, lr, a.encoder))

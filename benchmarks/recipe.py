@@ -9,12 +9,12 @@ import argparse, itertools, json, re
 from copy import deepcopy
 from pathlib import Path
 
-import numpy as np, torch
+import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from torch import nn
 
-from budget import Budget, add_row, done, here, seven_scans, versions
+from budget import Budget, add_row, budget_name, done, here, seven_scans, versions
 from covid3d import losses
 from covid3d.encoder import encoder3d
 from covid3d.evaluate import score_cases
@@ -106,8 +106,8 @@ def run(table, name, fold, seed, budget, encoder):
     b = Budget(slice(c['lr']/c['ratio'], c['lr']) if c['ratio']!=1 else c['lr'], **budget)
     cbs = [b]+[EMA(c['ema'])]*bool(c['ema'])+[Thaw(c['frozen'], b)]*bool(c['frozen'])+[BFloat16()]*c['bf16']
     with learn.no_bar(), learn.no_logging(): learn.fit(10**6, cbs=cbs)
-    d = {s.case:s.dice for s in score_cases(learn.model.eval(), spec, dls.valid_cases, .25)}
-    return dict(choice=name, budget='{1:g} {0}'.format(*next(iter(budget.items()))), fold=fold, seed=seed, dice=f'{np.mean([*d.values()]):.3f}', cases=' '.join(f'{k[-3:]}:{v:.3f}' for k,v in d.items()), patches=b.seen, cpu_seconds=f'{b.spent:.0f}',
+    df = score_cases(learn.model.eval(), spec, dls.valid_cases, .25)
+    return dict(choice=name, budget=budget_name(budget), fold=fold, seed=seed, dice=f'{df.dice.mean():.3f}', cases=' '.join(f'{k[-3:]}:{v:.3f}' for k,v in zip(df.case, df.dice)), patches=b.seen, cpu_seconds=f'{b.spent:.0f}',
         settings=json.dumps(choices[name]), **versions())
 
 if __name__=='__main__':
@@ -118,4 +118,4 @@ if __name__=='__main__':
     budget = dict(patches=a.patches) if a.patches else dict(seconds=a.seconds)
     for seed,fold,name in itertools.product(map(int, a.seeds.split(',')), map(int, a.folds.split(',')), choices):
         if not re.fullmatch(a.only, name) or name[0]=='*' and not a.encoder: continue
-        if not done(path, choice=name, budget='{1:g} {0}'.format(*next(iter(budget.items()))), fold=fold, seed=seed): add_row(path, run(seven_scans(a.out), name, fold, seed, budget, a.encoder))
+        if not done(path, choice=name, budget=budget_name(budget), fold=fold, seed=seed): add_row(path, run(seven_scans(a.out), name, fold, seed, budget, a.encoder))

@@ -530,8 +530,13 @@ def main(
     debug = '--debug' in argv
     argv = [o for o in argv if o!='--debug']
     if not debug: warnings.simplefilter('ignore')  # other libraries' notes to their developers
+    try: return _command(argv, debug)
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 141  # whoever read the output, `head` for one, has had enough
+
+def _command(argv, debug)->int:
+    "Run one command, tell what goes wrong"
     if not argv or argv[0] in ('-h','--help','help'):
-        print(overview.format(list='\n'.join(f'  {k:<16}{f.__doc__}' for k,f in commands.items())))
+        print(overview.format(list='\n'.join(f'  {k:<16}{f.__doc__}' for k,f in commands.items())), flush=True)
         return 0 if argv else 2
     if argv[0]=='--version': print(__version__); return 0
     name,f = argv[0],commands.get(argv[0])
@@ -542,7 +547,7 @@ def main(
     except SystemExit as e: return e.code or 0
     try: return f(**{k:v for k,v in args.items() if k not in ('pdb','xtra')}) or 0
     except KeyboardInterrupt: print('\nstopped', file=sys.stderr); return 130
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 141  # whoever read the output, `head` for one, has had enough
+    except BrokenPipeError: raise
     except Exception as e:
         if debug: raise
         if _rank() and isinstance(e, CTError) and not hasattr(e, 'joined'): return 2  # process 0 tells it

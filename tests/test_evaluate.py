@@ -1,0 +1,317 @@
+"Scores equal independent oracles, intervals hold what they promise, tests err as often as they say, and a report is whole, safe and readable"
+import gc, json, math, os, warnings, weakref
+from html.parser import HTMLParser
+from itertools import product
+from pathlib import Path
+
+import matplotlib; matplotlib.use('Agg')
+import numpy as np, pandas as pd, pytest, surface_distance, torch
+from scipy import ndimage, stats
+from sklearn import metrics as skm
+from torch import nn
+
+from covid3d import evaluate as ev
+from covid3d.cases import Case, read_cases
+from covid3d.datasets import folder
+from covid3d.evaluate import (Extremes, as_table, compare, counts, headline, paired_tests, per_patient, ratio_interval, read_scores, score_case, score_cases,
+    score_masks, scores_csv, statements, summarise, write_report)
+from covid3d.inference import segment
+from covid3d.phantom import write_phantoms
+from covid3d.transforms import CTSpec
+from covid3d.volume import CTError, Volume, canonical_affine, write_atomic
+
+class Band(nn.Module):
+    "Calls a band of grey a lesion"
+    def __init__(self, low=.2, high=.44): super().__init__(); self.band = nn.Parameter(torch.tensor([low,high]))
+    def forward(self, x): return 100*torch.minimum(x-self.band[0], self.band[1]-x)
+
+spec = CTSpec(spacing=(9,3.7,3.7), patch=(16,96,96))
+
+@pytest.fixture(scope='module')
+def cases(tmp_path_factory): return read_cases(write_phantoms(tmp_path_factory.mktemp('phantoms'), n=4, seed=3, shape=(24,64,72), spacing=(12,5.5,5)))
+
+def oracle(pred, mask, spacing):
+    "The scores by scikit-learn, SciPy and DeepMind's surface-distance"
+    p,m = pred.ravel(),mask.ravel()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore'); d = surface_distance.compute_surface_distances(mask, pred, spacing)
+    (lp,np_),(lm,nm) = (ndimage.label(o, np.ones((3,3,3))) for o in (pred,mask))
+    right,found = sum(mask[lp==i+1].any() for i in range(np_))/np_,sum(pred[lm==i+1].any() for i in range(nm))/nm
+    ml = np.prod(spacing)/1000
+    return dict(dice=skm.f1_score(m,p), jaccard=skm.jaccard_score(m,p), precision=skm.precision_score(m,p), recall=skm.recall_score(m,p), specificity=skm.recall_score(m,p,pos_label=0),
+        hd95=surface_distance.compute_robust_hausdorff(d,95), nsd=surface_distance.compute_surface_dice_at_tolerance(d,3.), lesion_precision=right, lesion_recall=found,
+        lesion_f1=2*right*found/(right+found) if right+found else 0, volume_error_ml=(p.sum()-m.sum())*ml, volume_error_pct=100*(p.sum()-m.sum())/m.sum(),
+        reference_ml=m.sum()*ml, predicted_ml=p.sum()*ml)
+
+def equals_oracle(row, pred, mask, spacing):
+    for k,v in oracle(pred, mask, spacing).items(): assert row[k]==pytest.approx(v, rel=1e-5, abs=1e-7), k
+
+def test_every_score_equals_its_oracle(cases):
+    "A network, a whole scan, its own grid"
+    for case in cases:
+        seen = {}
+        row = score_case(Band(), spec, case, each=lambda row,ct,pred,mask: seen.update(pred=pred>0, mask=mask>0, ct=ct))
+        assert seen['pred'].shape==case.open_ct().shape and seen['pred'].any()
+        assert (seen['pred']==(segment(Band(), spec, case.open_ct())['lesion']>0)).all()
+        equals_oracle(row, seen['pred'], seen['mask'], seen['ct'].spacing)
+
+@pytest.mark.parametrize('seed', range(8))
+def test_scores_of_given_masks_equal_their_oracle(seed):
+    rng = np.random.default_rng(seed); spacing = [(1.,1.,1.),(5.,.7,.8),(8.,.6,.6)][seed%3]
+    pred,mask = (ndimage.gaussian_filter(rng.standard_normal((10,30,28)), 1.5)>.08 for _ in range(2))
+    equals_oracle(score_masks(Case('a',None), Volume(np.zeros(pred.shape,np.int16), canonical_affine(spacing)), pred, mask), pred, mask, spacing)
+
+@pytest.mark.skipif(not os.environ.get('COVID3D_TEST_DATA'), reason='COVID3D_TEST_DATA is not set: the folder of real CTs is not part of the repository')
+def test_real_scan_equals_the_oracle():
+    df = folder(Path(os.environ['COVID3D_TEST_DATA'])/'coronacases_7', test=['coronacases_004'], already_windowed='-1000:20')
+    case, = read_cases(df, 'test'); seen = {}
+    row = score_case(Band(.3,.6), CTSpec(spacing=(4,2.8,2.8), patch=(16,96,96)), case, 0., each=lambda row,ct,pred,mask: seen.update(pred=pred>0, mask=mask>0, ct=ct))
+    equals_oracle(row, seen['pred'], seen['mask'], seen['ct'].spacing)
+
+def test_one_bad_case_never_stops_a_cohort(cases, tmp_path):
+    "A damaged file, a scan of another kind, a network that breaks on one scan: each is a line; Ctrl-C still stops"
+    broken = tmp_path/'broken.nii.gz'; broken.write_bytes(b'\x1f\x8b no')
+    class Breaks(Band):
+        def forward(self, x):
+            if self.bad: raise RuntimeError('first line\nsecond line')
+            return super().forward(x)
+    m = Breaks(); m.bad = False
+    bad = Case('broken', broken, cases[0].masks),Case('gone', tmp_path/'gone.nii', cases[0].masks),Case('unlabelled', cases[0].ct),Case('other_grid', cases[0].ct, dict(lesion=broken))
+    df = score_cases(m, spec, [cases[0],*bad,cases[1]])
+    assert (df.error!='').tolist()==[False]+[True]*4+[False] and not df.error.str.contains('\n').any() and df.dice.notna().tolist()==[True]+[False]*4+[True]
+    assert counts(df)['failed']==4 and '4 failed' in headline(df) and summarise(df).loc['dice','n']==2
+    m.bad = True
+    assert 'first line second line' in score_cases(m, spec, cases[:1]).error[0]
+    class Stop(Band):
+        def forward(self, x): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): score_cases(Stop(), spec, cases)
+
+def test_one_scan_in_memory(cases):
+    "When a case is scored, nothing of the former ones is alive, pictures included"
+    alive,keep = [],Extremes(1)
+    def each(row, ct, pred, mask):
+        gc.collect(); assert all(r() is None for r in alive)
+        alive.extend(weakref.ref(o) for o in (ct.data,pred,mask)); keep(row, ct, pred, mask)
+    score_cases(Band(), spec, cases, each=each)
+    assert len(alive)==12 and len(keep.kept)==2 and all(o.img.base is None and o.img.ndim==2 for o in keep.kept)
+
+# intervals
+
+def made_up(rng, *shape): return 1/(1+np.exp(-rng.normal(1.2, 1.1, shape)))
+true_mean = made_up(np.random.default_rng(99), 10**6).mean()
+
+def within(share, p, n, sigma=3.3): return abs(share-p)<=sigma*math.sqrt(p*(1-p)/n)
+
+@pytest.mark.parametrize('n', [7,20])
+def test_coverage(n, studies=500):
+    "95 % intervals hold the true mean in 95 % of studies; SciPy's percentile interval does not at 7 patients"
+    rng,hit,percentile = np.random.default_rng(n),0,0
+    for _ in range(studies):
+        x = made_up(rng, n)
+        low,high = ratio_interval(x, np.ones(n), (0,1), draws=599); hit += low<=true_mean<=high
+        p = stats.bootstrap((x,), np.mean, method='percentile', n_resamples=599, vectorized=True, rng=0).confidence_interval; percentile += p.low<=true_mean<=p.high
+    assert within(hit/studies, .95, studies), hit/studies
+    if n==7: assert not within(percentile/studies, .95, studies), percentile/studies
+
+def test_coverage_over_patients(studies=400):
+    "Several scans of a patient: drawing patients holds, drawing scans fails"
+    rng,hit = np.random.default_rng(0),np.zeros(2)
+    for _ in range(studies):
+        n = rng.integers(1,9,12); who = np.repeat(np.arange(12), n)
+        x = 1/(1+np.exp(-(1.2+1.1*(math.sqrt(.7)*rng.normal(size=12)[who]+math.sqrt(.3)*rng.normal(size=len(who))))))
+        for i,w in enumerate((who, np.arange(len(who)))):
+            low,high = ratio_interval(*per_patient(w, x, np.ones(len(x))), (0,1), draws=499); hit[i] += low<=true_mean<=high
+    patients,scans = hit/studies
+    assert within(patients, .95, studies, 4) and scans<.8, hit/studies
+
+@pytest.mark.parametrize('seed', range(4))
+def test_interval_equals_scipys(seed):
+    "One scan a patient: SciPy's bootstrap of the t statistic, turned around"
+    x = made_up(np.random.default_rng(seed), 6+7*seed); m,se = x.mean(),stats.sem(x)
+    q = stats.bootstrap((x,), lambda o, axis: (o.mean(axis)-m)/stats.sem(o, axis), method='percentile', n_resamples=4999, rng=0, batch=999).confidence_interval
+    assert ratio_interval(x, np.ones(len(x)))==pytest.approx((m-se*q.high,m-se*q.low), rel=1e-9)
+
+def test_interval_at_the_edges():
+    assert np.isnan(ratio_interval([.4], [1])).all() and np.isnan(ratio_interval([], [])).all()
+    assert ratio_interval([0,0,0], np.ones(3), (0,1))==(0,0)
+    assert ratio_interval([0,1], np.ones(2), (0,1))==(0,1)
+    low,high = ratio_interval([0]*9+[.9], np.ones(10), (0,1)); assert 0<=low<=.09<=high<=1
+    assert ratio_interval([.2,.5,.9], np.ones(3))==ratio_interval([.2,.5,.9], np.ones(3))
+
+def test_summary_equals_pandas_and_pools_voxels():
+    rng = np.random.default_rng(1); n = 9
+    c = rng.integers(10,1000,(n,4)); d = 2*c[:,0]/(2*c[:,0]+c[:,1]+c[:,2])
+    df = as_table(dict(case=[f'c{i}' for i in range(n)], patient=['p0','p0',*map(str,range(n-2))], dice=d, tp=c[:,0], fp=c[:,1], fn=c[:,2], tn=c[:,3], empty='', error=''))
+    t = summarise(df)
+    q = pd.Series(d).describe()
+    assert t.loc['dice',['n','mean','sd','median','q1','q3']].tolist()==pytest.approx([q[k] for k in ('count','mean','std','50%','25%','75%')], rel=1e-12)
+    tp,fp,fn,_ = c.sum(0); assert t.loc['pooled_dice','mean']==pytest.approx(2*tp/(2*tp+fp+fn), rel=1e-12) and t.loc['dice','patients']==n-1
+    assert t.loc['dice','low']<t.loc['dice','mean']<t.loc['dice','high'] and t.loc['pooled_dice','low']<t.loc['pooled_dice','mean']<t.loc['pooled_dice','high']
+
+def test_a_scan_counted_four_times_is_no_new_evidence():
+    df = as_table([dict(r, case=f'c{i}', patient=f'p{i}') for i,r in enumerate(table(*['near','good','mask','near','pred']*2).to_dict('records'))])
+    t,four = summarise(df),summarise(pd.concat([df.assign(case=df.case+k) for k in 'abcd']))
+    cols = ['patients','infinite','mean','low','high']; assert four.loc['dice','n']==4*len(df)
+    pd.testing.assert_frame_equal(t[cols].drop(columns='infinite'), four[cols].drop(columns='infinite'), rtol=1e-9)
+
+def masks(kind):
+    z = np.zeros((8,12,12),bool); m = z.copy(); m[2:5,3:8,3:8] = True
+    return dict(both=(z,z), mask=(m,z), pred=(z,m), good=(m,m), near=(np.roll(m,1,1),m))[kind]
+grid = Volume(np.zeros((8,12,12),np.int16), canonical_affine((5,1,1)))
+def table(*kinds, names=None): return as_table([score_masks(Case(n,None), grid, *masks(k)) for n,k in zip(names or kinds, kinds)])
+
+def test_empty_masks_are_counted_and_never_flatter():
+    "Missing a lesion, or inventing one, makes no score better; a scan with nothing in it changes none"
+    good,t = summarise(table('near','good')),lambda *k: summarise(table('near','good',*k))
+    assert good.equals(t('both')) and counts(table('near','both'))['both_empty']==1
+    for k in ('mask','pred'):
+        worse = t(k)
+        for s in ('dice','nsd','recall','precision','lesion_f1','jaccard'): assert worse.loc[s,'mean']<good.loc[s,'mean'], (k,s)
+        for s in ('hd95','assd'): assert worse.loc[s,'mean']==math.inf and math.isfinite(worse.loc[s,'median']) and worse.loc[s,'infinite']==1 and math.isnan(worse.loc[s,'low'])
+    text = ' '.join(statements(table('near','both','mask','pred')))
+    assert 'Both masks empty: 1 case.' in text and 'One mask empty: 2 cases (1 false alarm: empty reference; 1 miss: empty prediction)' in text
+
+# two models
+
+def pair(diff, who=None, base=.4):
+    n = len(diff); who = [f'p{i}' for i in range(n)] if who is None else who
+    one = lambda d: as_table(dict(case=[f'c{i}' for i in range(n)], patient=who, dice=d, tp=5, fp=1, fn=1, tn=9, empty='', error=''))
+    b = base+.03*np.arange(n)
+    return one(b+np.asarray(diff)),one(b)
+
+@pytest.mark.parametrize('n', [5,8,11])
+def test_sign_flips_by_hand(n):
+    d = np.random.default_rng(n).normal(.3, 1, n)
+    flips = np.array(list(product((-1,1), repeat=n)))@d
+    r = paired_tests(d, np.ones(n))
+    assert r['p']==pytest.approx((np.abs(flips)>=abs(d.sum())-1e-12).mean(), abs=1e-12) and r['p_least']==2.**(1-n)
+    assert r['p']==pytest.approx(stats.permutation_test((d,), np.mean, permutation_type='samples', n_resamples=np.inf, vectorized=True).pvalue, abs=1e-12)
+    assert r['p_wilcoxon']==pytest.approx(stats.wilcoxon(d).pvalue, abs=1e-12)
+
+def test_false_positives_and_power(studies=400):
+    "Two equal models: p ≤ 0.05 in at most 5 % of studies. An effect of one sd and 12 patients: found in most"
+    rng = np.random.default_rng(5)
+    null = np.mean([paired_tests(rng.standard_t(3, 9), np.ones(9))['p']<=.05 for _ in range(studies)])
+    real = np.mean([paired_tests(rng.normal(1, 1, 12), np.ones(12))['p']<=.05 for _ in range(studies//4)])
+    assert null<=.05+3.3*math.sqrt(.05*.95/studies) and null>.015 and real>.75, (null,real)
+
+def test_scans_of_a_patient_are_no_independent_witnesses(studies=300):
+    "Over patients the error rate holds; flipping scans one by one finds differences that are not there"
+    rng,hit = np.random.default_rng(2),np.zeros(2)
+    for _ in range(studies):
+        who = np.repeat(np.arange(8), 4); d = rng.normal(size=8)[who]+.4*rng.normal(size=32)
+        hit += [paired_tests(*per_patient(w, d, np.ones(32)))['p']<=.05 for w in (who, np.arange(32))]
+    patients,scans = hit/studies
+    assert patients<=.05+3.3*math.sqrt(.05*.95/studies) and scans>.15, hit/studies
+
+def test_many_patients_use_random_flips():
+    d = np.random.default_rng(0).normal(.1, 1, 40)
+    assert paired_tests(d, np.ones(40))['p']==pytest.approx(stats.ttest_1samp(d, 0).pvalue, abs=.03)
+
+def test_compare_pairs_by_name():
+    a,b = pair([.1,.2,-.05,.1,.3,.02])
+    c = compare(a, b.sample(frac=1, random_state=0))
+    assert c['difference']==pytest.approx(.67/6) and c==compare(a, b) and c['p']==pytest.approx(paired_tests(np.array([.1,.2,-.05,.1,.3,.02]), np.ones(6))['p']) and c['low']<c['difference']<c['high'] and c['n']==c['patients']==6
+    two = compare(*pair([.1,.2,-.05,.1,.3,.02], list('aabbcc'))); assert two['patients']==3 and two['p_least']==.25 and two['p']>=.25
+
+def test_compare_refuses_what_is_no_pair():
+    a,b = pair([.1,.2,.3])
+    with pytest.raises(CTError, match='compare: the tables hold different cases, only in the first: c2. Score both models on the same cases.'): compare(a, b.iloc[:2])
+    with pytest.raises(CTError, match='only in the first: c0, c1, c2; only in the second: x0'): compare(a, b.assign(case=['x0','x1','x2']))
+    with pytest.raises(CTError, match="case 'c0' stands there twice"): compare(a, b.assign(case='c0'))
+    with pytest.raises(CTError, match="case 'c1' was scored against another reference"): compare(a, b.assign(tp=[5,6,5]))
+    with pytest.raises(CTError, match='infinite where a mask is empty'): compare(table('good','pred'), table('good','pred'), 'hd95')
+    with pytest.raises(CTError, match='no case has a score in both tables'): compare(table('both'), table('both'))
+    with pytest.raises(CTError, match="score: 'f1' is unknown"): compare(a, b, 'f1')
+    assert compare(table('good','near','both'), table('good','near','both'))['left_out']==['both']
+
+# files
+
+nasty = ['=HYPERLINK("http://x")','<script>alert(1)</script>','"><img src=x onerror=alert(1)>','a,b;c','+1','@x','-cmd|calc','ü 肺','&amp;',"it's"]
+
+class Page(HTMLParser):
+    "Tags, attributes and text of a page; complains of tags that are not closed"
+    def __init__(self, html): super().__init__(); self.tags,self.open,self.said = [],[],[]; self.feed(html); assert not self.open, self.open
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag,dict(attrs)))
+        if tag not in ('meta','img','br'): self.open.append(tag)
+    def handle_endtag(self, tag): assert self.open.pop()==tag
+    def handle_data(self, s): self.said.append(s)
+
+def cohort(names=nasty):
+    t = table(*(['near','good','pred','both','mask']*2)[:len(names)], names=names)
+    return as_table([*t.to_dict('records')[:-1], dict(case=names[-1], error='<b>=1+1</b>')])
+
+def test_nothing_in_a_report_runs(tmp_path):
+    keep = Extremes(2)
+    for n in nasty[:4]: keep(dict(case=n, dice=.5), grid, *masks('near'))
+    df = cohort(); at = write_report(df, tmp_path/'r', nasty[1], keep, {nasty[2]:df}, {nasty[1]:nasty[2]}, name=nasty[1])
+    page = Page(at.read_text()); text = ' '.join(page.said)
+    assert not {'script','iframe','object','link','form','a'}&{t for t,_ in page.tags}
+    for t,a in page.tags:
+        assert not any(k.startswith('on') for k in a) and (t!='img' or set(a)=={'alt','src'} and a['src'].startswith('data:image/png;base64,'))
+    assert all(n in text for n in nasty) and '<b>=1+1</b>' in text and 'url(' not in at.read_text() and '@import' not in at.read_text()
+    for f in ('scores.csv','summary.csv'): assert not any(c[:1] in ('=','+','@') or c.startswith('-cmd') for line in (tmp_path/'r'/f).read_text().splitlines() for c in line.replace('"','').split(','))
+    assert read_scores(tmp_path/'r').case.tolist()==nasty
+    assert {o.name for o in at.parent.iterdir()}=={'index.html','scores.csv','summary.csv','report.json','scores.png','volumes.png','worst_1.png','worst_2.png','best_1.png','best_2.png'}
+
+def test_report_says_what_the_table_says(tmp_path):
+    df = cohort([f'case_{i}' for i in range(10)]); at = write_report(df, tmp_path/'r')
+    text,t = ' '.join(Page(at.read_text()).said),summarise(df)
+    js = json.loads((at.parent/'report.json').read_text(), parse_constant=lambda s: pytest.fail(f'{s} is no JSON'))
+    assert js['summary']['dice']['mean']==t.loc['dice','mean'] and js['summary']['hd95']['mean']=='inf' and js['counts']==counts(df) and js['tolerance_mm']==3
+    assert f'{t.loc["dice","mean"]:.3f}' in text and all(s in text for s in statements(df)) and 'Surface Dice at 3 mm' in text and '∞' in text
+    s = pd.read_csv(at.parent/'summary.csv').set_index('score'); assert s.index.tolist()==t.index.tolist() and s.loc['nsd','mean']==pytest.approx(t.loc['nsd','mean'], rel=1e-5)
+    assert ' 1 mm' in ' '.join(Page(write_report(df.assign(tolerance_mm=1.), tmp_path/'one').read_text()).said)
+
+def test_scores_survive_a_file(tmp_path):
+    df = cohort(); df.loc[0,'tn'] = 2**40+1
+    write_atomic(tmp_path/'s.csv', scores_csv(df)); back = read_scores(tmp_path/'s.csv')
+    pd.testing.assert_frame_equal(back, df, rtol=1e-5); assert back.tn[0]==2**40+1
+    assert summarise(back).equals(summarise(read_scores(tmp_path/'s.csv')))
+    for text,match in (('case,dice\na,1\n','the column tp, fp, fn, empty, error is missing'),('','not a table of scores'),('case,dice,tp,fp,fn,empty,error\na,x,1,1,1,,\n','not a table of scores|is no number')):
+        (tmp_path/'bad.csv').write_text(text)
+        with pytest.raises(CTError, match=match): read_scores(tmp_path/'bad.csv')
+    (tmp_path/'bad.csv').write_bytes(b'\xff\xfe\0\0'); pytest.raises(CTError, read_scores, tmp_path/'bad.csv'); pytest.raises(CTError, read_scores, tmp_path/'none.csv')
+
+@pytest.mark.parametrize('fails_at', range(1,12))
+def test_a_report_is_whole_or_the_old_one(tmp_path, monkeypatch, fails_at):
+    "Whatever step of the moving fails, a page that stands there is complete in itself and newer than no figure beside it"
+    old,new = table('near','good'),table('near','pred')
+    out = tmp_path/'r'; write_report(old, out); (out/'mine.txt').write_text('mine')
+    n,real = [0],os.replace
+    def replace(*a):
+        n[0] += 1
+        if n[0]==fails_at: raise OSError(28, 'No space left on device')
+        return real(*a)
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', replace)
+        try: write_report(new, out); failed = False
+        except CTError as e: failed = True; assert 'No space left' in str(e)
+    assert failed==(fails_at<=6) and (out/'mine.txt').read_text()=='mine' and [o.name for o in tmp_path.iterdir()]==['r']
+    assert (out/'index.html').exists()!=failed                   # the old page went first, the new one comes last
+    write_report(new, out); assert counts(read_scores(out))['misses']==1
+
+def test_a_picture_that_fails_leaves_the_old_report(tmp_path, monkeypatch):
+    out = tmp_path/'r'; write_report(table('near','good'), out); before = {o.name:o.read_bytes() for o in out.iterdir()}
+    monkeypatch.setattr(ev, 'plot_volumes', lambda df: (_ for _ in ()).throw(OSError(28,'No space left on device')))
+    with pytest.raises(CTError, match='No space left'): write_report(table('near','pred'), out)
+    assert {o.name:o.read_bytes() for o in out.iterdir()}==before and len(list(tmp_path.iterdir()))==1
+    with pytest.raises(CTError, match='exists already'): write_report(table('near'), out, overwrite=False)
+
+def test_small_cohorts_make_a_page(tmp_path):
+    for i,df in enumerate((table('good'),table('both'),table('pred'),table('mask'),table('mask','pred','both'),as_table([dict(case='a',error='gone')]))):
+        assert Page(write_report(df, tmp_path/str(i)).read_text()).tags
+
+def test_extremes_are_the_extremes():
+    rng = np.random.default_rng(0)
+    for n,m in product((1,3,5),(0,1,4,6,30)):
+        d,keep = rng.permutation(100)[:m]/100,Extremes(n)
+        for x in d: keep(dict(case=str(x), dice=x), grid, *masks('near'))
+        worst,best = [o.dice for o in keep.worst],[o.dice for o in keep.best]
+        assert worst==sorted(d)[:len(worst)] and best==sorted(d)[::-1][:len(best)] and not set(worst)&set(best) and len(worst)+len(best)==min(m,2*n) and len(worst)-len(best) in (0,1)
+
+def test_the_picture_shows_the_dispute():
+    p,m = (o.copy() for o in masks('good')); p[6,:4,:4] = True; m[4,3:5,3:8] = False
+    s = ev.snapshot(dict(case='a',dice=.5), grid, p, m)
+    assert s.index==6 and (s.prediction==p[6]).all() and (s.reference==m[6]).all()

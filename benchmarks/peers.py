@@ -3,7 +3,8 @@
     COVID3D_TEST_DATA=folder python benchmarks/peers.py [--seconds 200 | --patches 68] [--networks …] [--folds 0,1,2] [--seeds 0] [--lr 2e-3] [--encoder FILE] [--out _bench]
 
 Peers: MONAI's UNet, SegResNet and DynUNet, nnU-Net's default plain and residual networks, and the recipe that resizes whole volumes to 20×224×224 (the whole r3d_18, batch 1, rate 1e-3, weight decay 1e-4).
-All but the last get the same cases, grid (4×2.8×2.8 mm), patches (16×96×96), batch size, augmentation, loss, optimiser, schedule and sliding window; only the network differs. That is not what nnU-Net's own program would do: its
+All but the last get the same cases, grid (4×2.8×2.8 mm), patches (16×96×96), batch size, augmentation, optimiser, schedule and sliding window. The peers train with Dice + cross-entropy, the default of nnU-Net and the usual choice with
+MONAI; ours with its own default, Dice + focal loss, and from pretrained weights with rates that rise from the stem to the decoder. That is not what nnU-Net's own program would do: its
 planner would choose near 0.7 mm and patches of millions of voxels, of which these budgets pay for none.
 `cpu_seconds` is training alone, `step` one batch of it, `inference` one scan, `peak_mb` the process's resident memory in training, PyTorch and data included. Each run adds a row to benchmarks/peers.csv; a run that has its row
 is not repeated. `--table` prints the means, with the 95 % bootstrap interval over patients.
@@ -43,7 +44,7 @@ peers = {'MONAI UNet':monai_unet, 'MONAI SegResNet':segresnet, 'MONAI DynUNet':d
 def learner(name, dls, encoder):
     "As `covid3d train` builds ours: r3d_18 of width 16 from random weights, or whatever the encoder file holds"
     if name in peers: learn = Learner(dls, peers[name](), loss_func=DiceCELoss(), metrics=[])
-    elif name=='whole-volume resize': learn = unet_learner_3d(dls, pretrained=False, metrics=[], wd=1e-4)
+    elif name=='whole-volume resize': learn = unet_learner_3d(dls, pretrained=False, loss_func=DiceCELoss(), metrics=[], wd=1e-4)
     else:
         pretrained = encoder if name.endswith('pretrained') else False
         learn = unet_learner_3d(dls, pretrained=pretrained, width=None if pretrained else 16, metrics=[])

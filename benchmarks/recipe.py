@@ -30,6 +30,7 @@ choices = {'base':{}, 'encoder norm: group':dict(norm='group'), 'encoder norm: i
     'width 8':dict(width=8), 'width 32':dict(width=32), 'width 64':dict(width=64),
     'learning rate 1e-3':dict(lr=1e-3), 'learning rate 5e-3':dict(lr=5e-3),
     'loss: Dice + focal':dict(loss='DiceFocalLoss'), 'loss: Tversky':dict(loss='TverskyLoss'), 'loss: Lovász':dict(loss='LovaszHingeLoss'),
+    'Dice + focal, moving average':dict(loss='DiceFocalLoss', ema=.99), '* Dice + focal, moving average, rates 1:10':dict(loss='DiceFocalLoss', ema=.99, ratio=10.),
     'up: pixel shuffle':dict(up='shuffle'), 'up: transposed':dict(up='transposed'),
     'decoder 32,16,8':dict(decoder=(32,16,8)), 'decoder 64,32,16':dict(decoder=(64,32,16)),
     'decoder norm: instance':dict(decoder_norm='instance'), 'decoder norm: batch':dict(decoder_norm='batch'),

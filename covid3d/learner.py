@@ -11,8 +11,8 @@ __all__ = ['plain_log', 'unet_learner_3d', 'ScanDice', 'WhileTraining', 'KeepBes
            'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms',
            'light_aug_transforms', 'apply_window', 'resample_image', 'resample_mask', 'Case', 'CaseReader', 'CTBlock',
            'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases', 'encoder3d', 'DynamicUnet3d',
-           'param_groups', 'DiceCELoss', 'soft_dice', 'dice', 'PatchDice', 'NetSpec', 'save_model', 'load_model',
-           'segment', 'sliding_window', 'set_seed']
+           'param_groups', 'DiceCELoss', 'DiceFocalLoss', 'soft_dice', 'dice', 'PatchDice', 'NetSpec', 'save_model',
+           'load_model', 'segment', 'sliding_window', 'set_seed']
 
 # %% ../nbs/18_learner.ipynb #fe9f8fe1
 import csv, io, math, time
@@ -41,7 +41,7 @@ from .dicom import open_scan, save_seg
 from .distributed import joined, once, own_random, place, split_map, split_training, spread
 from .encoder import build_of, encoder3d
 from .inference import NetSpec, load_model, save_model, segment, sliding_window
-from .losses import DiceCELoss, soft_dice
+from .losses import DiceCELoss, DiceFocalLoss, soft_dice
 from .memory import apply_plan, plan_memory
 from .metrics import PatchDice, dice
 from .phantom import phantom, write_phantoms
@@ -54,7 +54,7 @@ from .volume import CTError, Volume, open_ct, open_mask, save_mask, save_volume,
 _all_ = ['r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_scan', 'open_mask', 'save_mask', 'save_seg', 'save_volume', 'show_slices', 'save_figure',
          'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms', 'light_aug_transforms', 'apply_window', 'resample_image', 'resample_mask',
          'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases',
-         'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'soft_dice', 'dice', 'PatchDice',
+         'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'DiceFocalLoss', 'soft_dice', 'dice', 'PatchDice',
          'NetSpec', 'save_model', 'load_model', 'segment', 'sliding_window', 'set_seed']
 
 # %% ../nbs/18_learner.ipynb #ec5521fb
@@ -76,7 +76,7 @@ def unet_learner_3d(
     arch=r3d_18,          # `r3d_18`, `mc3_18` or `r2plus1d_18`
     pretrained=True,      # Kinetics-400 weights (True), random ones (False), or a file of weights
     spec:CTSpec=None,     # What the data was prepared with; that of `dls` if None
-    loss_func=None,       # Of logits and masks (batch, class, slice, row, column); `DiceCELoss()` if None
+    loss_func=None,       # Of logits and masks (batch, class, slice, row, column); `DiceFocalLoss()` if None
     metrics=None,         # `PatchDice` of the first class if None
     width:int=None,       # Channels of the encoder's first stage; those of the weights, 64 for random ones, if None
     decoder=None,         # Channels of the decoder's levels, coarse to fine; half the encoder's if None
@@ -97,7 +97,7 @@ def unet_learner_3d(
     if norm=='frozen' and not pretrained: raise CTError('norm=frozen', 'random weights have no statistics to freeze', 'Use norm=batch, or pretrained weights')
     net = NetSpec(getattr(arch, '__name__', arch), width, decoder, stem_skip, input_skip, norm, up, decoder_norm, attention)
     model = net.build(spec.classes, pretrained)
-    learn = Learner(dls, model, loss_func=loss_func or DiceCELoss(), opt_func=opt_func, lr=lr, splitter=param_groups, train_bn=False,
+    learn = Learner(dls, model, loss_func=loss_func or DiceFocalLoss(), opt_func=opt_func, lr=lr, splitter=param_groups, train_bn=False,
                     metrics=PatchDice() if metrics is None else metrics, **kwargs)
     learn.spec,learn.net = spec,replace(net, **build_of(model.encoder))
     plain_log(learn)

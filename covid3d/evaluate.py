@@ -7,12 +7,12 @@ Docs: https://covid3d.github.io/covid3d/evaluate.html.md"""
 # %% auto #0
 __all__ = ['counts_of', 'row_names', 'shares', 'about_scores', 'summary_head', 'case_head', 'compare_head', 'css', 'own_files',
            'score_masks', 'score_case', 'as_table', 'score_cases', 'counts', 'per_patient', 'ratio', 'ratio_se',
-           'ratio_interval', 'quantiles', 'bounds_of', 'summarise', 'signed', 'span', 'headline', 'check_same_cases',
-           'compare', 'paired_tests', 'scores_csv', 'read_scores', 'plot_scores', 'label_of', 'agreement',
-           'plot_volumes', 'Snapshot', 'Extremes', 'snapshot', 'crop_body', 'plot_snapshot', 'fmt', 'html_table',
-           'summary_rows', 'many', 'statements', 'cards', 'case_rows', 'compare_rows', 'compare_text', 'compared',
-           'figure', 'section', 'bullets', 'page', 'draw_all', 'to_json', 'move_in', 'write_folder', 'report_page',
-           'write_report']
+           'ratio_interval', 'mean_interval', 'quantiles', 'bounds_of', 'summarise', 'signed', 'span', 'headline',
+           'check_same_cases', 'compare', 'paired_tests', 'scores_csv', 'read_scores', 'plot_scores', 'label_of',
+           'agreement', 'plot_volumes', 'Snapshot', 'Extremes', 'snapshot', 'crop_body', 'plot_snapshot', 'fmt',
+           'html_table', 'summary_rows', 'many', 'statements', 'cards', 'case_rows', 'compare_rows', 'compare_text',
+           'compared', 'figure', 'section', 'bullets', 'page', 'draw_all', 'to_json', 'move_in', 'write_folder',
+           'report_page', 'write_report']
 
 # %% ../nbs/20_evaluate.ipynb #0e3d4645
 import base64, html, json, math, os, shutil, tempfile
@@ -146,6 +146,16 @@ def ratio_interval(
     q = bootstrap((top,bottom), t, paired=True, vectorized=True, method='percentile', n_resamples=draws, confidence_level=level, batch=999, rng=seed).confidence_interval
     return tuple(float(np.clip(m-s*o if abs(o)<1e9 else -o*math.inf, *bounds)) for o in (q.high,q.low))
 
+# %% ../nbs/20_evaluate.ipynb #8382f4c4
+def mean_interval(
+    x,   # A score of each case, finite
+    who, # Its patient
+    bounds=(-math.inf,math.inf), # Range of the score
+    **kwargs # For `ratio_interval`
+)->tuple: # Low, high; NaN for fewer than two patients
+    "95 % interval of a mean over cases, drawn over patients"
+    return ratio_interval(*per_patient(who, x, np.ones(len(x))), bounds, **kwargs)
+
 # %% ../nbs/20_evaluate.ipynb #31b24091
 def quantiles(
     x,             # Numbers, infinite ones too
@@ -163,7 +173,7 @@ shares = ('dice','pooled_dice','jaccard','precision','recall','specificity','nsd
 def _line(x, who, score):
     "The summary of one score"
     ok = np.isfinite(x).all()
-    (low,high) = ratio_interval(*per_patient(who, x, np.ones(len(x))), bounds_of(score)) if ok and len(x) else (np.nan,np.nan)
+    low,high = mean_interval(x, who, bounds_of(score)) if ok and len(x) else (np.nan,np.nan)
     median,q1,q3 = quantiles(x)
     return dict(n=len(x), patients=len(set(who)), infinite=int(np.isinf(x).sum()), mean=np.mean(x) if len(x) else np.nan, sd=np.std(x, ddof=1) if ok and len(x)>1 else np.nan,
                 median=median, q1=q1, q3=q3, low=low, high=high)

@@ -1,13 +1,18 @@
 "Whole scans as patches; the paper's three data sets from folders to the table, killed and gone on with"
-import json
+import json, os, random, shutil, signal, subprocess, sys, time
+from dataclasses import asdict
+from pathlib import Path
 
-import numpy as np, pytest, torch
+import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 from safetensors import safe_open
 
 from covid3d.cases import read_cases
 from covid3d.data import CTDataLoaders, prepare_table
+from covid3d.datasets import write_coronacases, write_mosmed, write_ricord
+from covid3d.evaluate import read_scores, score_case
 from covid3d.inference import NetSpec, load_model, save_model, segment
 from covid3d.phantom import phantom, write_phantoms
+from covid3d.reproduce import locked, reproduce
 from covid3d.transforms import CTSpec, resize
 from covid3d.volume import CTError
 
@@ -45,3 +50,153 @@ def test_prepared_folder_of_whole_scans(tmp_path):
     assert [o.shape[1:] for o in (dls.reader(c).ct for c in read_cases(table))]==[(8,32,32)]*3
     dls = CTDataLoaders.from_table(tmp_path/'p', bs=1, patches=1, aug=None, on_batch=True)   # cut larger than the scan, turned, and cut to it
     assert dls.train.one_batch()[0].shape==(1,1,8,32,32)
+
+# The paper's table, from folders
+
+small = dict(pretrained=False, device='cpu', spec=CTSpec((9,7,7), patch=(16,32,32)), width=4, epochs=3, patches=6, lr=5e-2, score_every=1, examples=0)
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    "All three data sets; one scan of each is damaged: a slice that is cut short, a mask of another size, a file that is no gzip"
+    root = tmp_path_factory.mktemp('sets')
+    ph = [phantom(i, shape=(32,96,96), spacing=(9,3.7,3.7)) for i in range(14)]
+    write_ricord(ph[:6], root/'ricord'); write_coronacases([*ph[6:9], ph[0]], root/'corona'); write_mosmed([*ph[9:12], ph[0]], root/'mosmed')
+    dcm = sorted((root/'ricord').rglob('1-009.dcm'))[1]; dcm.write_bytes(dcm.read_bytes()[:700])
+    nii = root/'corona'/'Infection_Mask'/'coronacases_002.nii.gz'; nib.save(nib.Nifti1Image(np.zeros((5,5,5), np.uint8), np.eye(4)), nii)
+    gz = root/'mosmed'/'studies'/'CT-1'/'study_0256.nii.gz'; gz.write_bytes(gz.read_bytes()[:5000])
+    return dict(ricord=root/'ricord', coronacases=root/'corona', mosmed=root/'mosmed')
+
+worker = '''
+import json, os, re, signal, sys, traceback
+import torch
+from covid3d.reproduce import reproduce
+from covid3d.transforms import CTSpec
+from covid3d.volume import CTError
+def dying(real, at):
+    "`os.replace` that is killed before the first file whose path matches"
+    def f(a, b, **k):
+        if re.search(at, str(b)): os.kill(os.getpid(), signal.SIGKILL)
+        return real(a, b, **k)
+    return f
+print('ready', flush=True)
+for line in sys.stdin:
+    o = json.loads(line); log,at = o.pop('log'),o.pop('at'); pid = os.fork()
+    if not pid:
+        f = os.open(log, os.O_WRONLY|os.O_CREAT|os.O_APPEND)
+        for fd in (1,2): os.dup2(f, fd)
+        torch.set_num_threads(1)
+        if at: os.replace,os.rename = dying(os.replace, at),dying(os.rename, at)
+        try: reproduce(**o|dict(spec=CTSpec(**o['spec']))); code = 0
+        except CTError as e: print(e, flush=True); code = 2
+        except BaseException: traceback.print_exc(); code = 3
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)'''
+
+@pytest.fixture(scope='module')
+def start():
+    "Runs `reproduce` in a process of its own, killed before it gives a file that matches `at` its name, or after so many seconds"
+    env = os.environ|dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+    with subprocess.Popen([sys.executable, '-c', worker], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as p:
+        assert p.stdout.readline()=='ready\n'
+        def run(out, data, at=None, after=None, **kwargs):
+            o = dict(out=str(out), log=f'{out}.log', at=at)|{k:str(v) for k,v in data.items()}|small|kwargs|dict(spec=asdict(kwargs.get('spec', small['spec'])))
+            p.stdin.write(json.dumps(o)+'\n'); p.stdin.flush(); pid = int(p.stdout.readline())
+            if after is not None: time.sleep(after); os.kill(pid, signal.SIGKILL)
+            return int(p.stdout.readline()),Path(o['log']).read_text()
+        yield run
+        p.stdin.close()
+
+@pytest.fixture(scope='module')
+def straight(start, data, tmp_path_factory):
+    "A run without a break"
+    out = tmp_path_factory.mktemp('straight')/'run'
+    t = time.time(); status,text = start(out, data)
+    assert status==0, text
+    return out,text,time.time()-t
+
+final = ('table.csv','table.json','table.md','index.html','check.csv','cases.csv','train/model.safetensors')
+
+def test_the_table(straight, data):
+    "Measured and published side by side, the damaged scans counted and named, nothing stopped by them"
+    out,text,_ = straight
+    df = pd.read_csv(out/'table.csv', keep_default_na=False); mine = df[df.what=='measured here'].set_index('data')
+    assert [*mine.index]==['ricord','coronacases','mosmed'] and mine.n.astype(int).to_dict()==dict(ricord=1, coronacases=2, mosmed=2)
+    assert mine.left_out.astype(int).to_dict()==dict(ricord=1, coronacases=1, mosmed=1) and 'flatters' in mine.differs['ricord']
+    pub = df[df.what=='published']; assert pub[pub.source.str.startswith('Bressem')].dice.astype(float).tolist()==[.679,.648,.405] and (pub.source!='').all() and (pub.differs!='').all()
+    js = json.loads((out/'table.json').read_text()); lost = {o['data']:o for o in js['left_out']}
+    assert {k:o['stage'] for k,o in lost.items()}==dict(ricord='tables', coronacases='check', mosmed='check') and lost['coronacases']['case']=='coronacases_002' and all('\n' not in o['error'] and str(data['ricord'].parent) not in o['error']+o['case'] for o in lost.values()) and lost['ricord']['case'].startswith('MIDRC-RICORD-1A/')
+    for k,names in dict(ricord=None, coronacases=['coronacases_001','coronacases_003'], mosmed=['study_0255','study_0257']).items():
+        s = read_scores(out/k); assert (s.error=='').all() and abs(s.dice.mean()-float(mine.dice[k]))<1e-5 and (names is None or s.case.tolist()==names)
+        row = score_case(*load_model(out/'train'/'model.safetensors')[:2], next(c for c in read_cases(out/'cases.csv') if c.name==s.case[0])); assert abs(row['dice']-s.dice[0])<1e-5 and row['tp']==s.tp[0]
+        assert 'data:image/png' in (out/k/'index.html').read_text()
+    for where in (text, (out/'table.md').read_text(), (out/'index.html').read_text()): assert 'measured here' in where and 'published' in where and 'not the paper’s' in where
+    assert 'about' in text and 'disk' in text and 'memory' in text
+    cases = pd.read_csv(out/'training.csv', dtype=str); assert set(cases.split)=={'train','valid'} and set(cases.dataset)=={'ricord'} and cases.groupby('patient').split.nunique().max()==1
+
+def test_what_was_expected(straight):
+    "The disk that was asked for holds the run; the memory is not below what a process with torch takes"
+    out,text,_ = straight
+    def number(s): return float(s.split()[0])*{'MB':1e6,'GB':1e9}[s.split()[1]]
+    asked = number(text.split('disk: about ')[1]); used = sum(o.stat().st_size for o in out.rglob('*') if o.is_file())
+    assert used<asked<20*used+3e7 and number(text.split('memory: about ')[1])>2e8
+
+moments = ('run.json$','ricord_masks/ricord_003','/cases.csv$','check/ricord','stages/check','prepared/ricord_002','training.csv$','model.safetensors$','history.csv$','checkpoint.safetensors$','stages/train','scores/.*npz$','scores/coronacases_003.json$',
+    'ricord/scores.csv$','run/coronacases$','run/mosmed$','table.json$','run/index.html$')  # the page of RICORD is there by then, and is replaced
+
+def test_killed_in_every_stage(start, straight, data, tmp_path):
+    "SIGKILL in each stage, one after the other, and at random moments: the run goes on each time, and ends with the same table and weights, bit for bit"
+    out,rng = tmp_path/'run',random.Random(0)
+    for i,at in enumerate(moments):
+        if i<5: status,text = start(out, data, after=rng.uniform(.02, .6)); assert status==-9, text
+        status,text = start(out, data, at=at); assert status==-9, (at,text)
+    scored = {o.name:o.stat().st_mtime_ns for o in out.glob('scores/*.json')}
+    status,text = start(out, data); assert status==0, text
+    assert {o.name:o.stat().st_mtime_ns for o in out.glob('scores/*.json')}.items()>=scored.items()   # nothing that was scored is scored again
+    assert text.count('tables: done')==text.count('train: done')==1 and 'goes on; done: tables' in text
+    for f in final: assert (out/f).read_bytes()==(straight[0]/f).read_bytes(), f
+    for k in data: pd.testing.assert_frame_equal(read_scores(out/k), read_scores(straight[0]/k))
+    assert not [*out.rglob('.*.tmp')] and not [*out.glob('.*-*')]
+
+def test_finished_again_and_refused(start, straight, data, tmp_path):
+    "A finished run is read, not made again; other arguments, other data, a second process and a foreign folder are refused in one line"
+    out = tmp_path/'run'; shutil.copytree(straight[0], out); before = {f:(out/f).stat().st_mtime_ns for f in ('train/model.safetensors','stages/check.json')}
+    assert start(out, data)[0]==0 and {f:(out/f).stat().st_mtime_ns for f in before}==before
+    def refused(word, **kwargs):
+        status,text = start(out, kwargs.pop('data', data), **kwargs); last = text.strip().splitlines()[-1]; assert status==2 and word in last, text
+    refused('seed was 0, is 3', seed=3); refused('recipe was patches, is resize', recipe='resize'); refused('train epochs was 3, is 4', epochs=4)
+    refused('data mosmed', data={k:v for k,v in data.items() if k!='mosmed'})
+    f = next(data['mosmed'].rglob('study_0257_mask.nii.gz')); was = f.stat(); os.utime(f); refused('data mosmed digest was'); os.utime(f, ns=(was.st_atime_ns,was.st_mtime_ns))
+    assert start(out, data)[0]==0
+    with locked(out): refused('another process is at work')
+    (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'thesis.doc').touch()
+    with pytest.raises(CTError, match='is not empty'): reproduce(tmp_path/'mine', **data, **small)
+
+def test_disk_too_small(data, tmp_path, monkeypatch):
+    monkeypatch.setattr('covid3d.reproduce.free_disk', lambda out: 10**6)
+    with pytest.raises(CTError, match='about .* are needed, 1 MB are free. Make room'): reproduce(tmp_path/'run', **data, **small)
+    assert not (tmp_path/'run').exists()
+
+def test_encoder_weights_that_are_not_there(data, tmp_path, monkeypatch):
+    "Told before anything is written, not after the scans are prepared"
+    def offline(weights): raise CTError('weights', 'cannot be downloaded', 'Go online')
+    monkeypatch.setattr('covid3d.encoder.download', offline)
+    for o,word in ((True,'cannot be downloaded'), (tmp_path/'none.safetensors','no such file')):
+        with pytest.raises(CTError, match=word): reproduce(tmp_path/'run', **data, **small|dict(pretrained=o, width=None))
+        assert not (tmp_path/'run').exists()
+
+def test_given_weights_and_one_data_set(start, data, straight, tmp_path, capfd):
+    "MosMed alone can be scored with weights that are there; without any it is refused"
+    weights = straight[0]/'train'/'model.safetensors'
+    df = reproduce(tmp_path/'run', mosmed=data['mosmed'], weights=weights, device='cpu')
+    mine = df[df.what=='measured here']; assert mine.data.tolist()==['mosmed'] and mine.method.tolist()==['weights model.safetensors'] and not (tmp_path/'run'/'train').exists()
+    assert read_scores(tmp_path/'run'/'mosmed').dice.tolist()==read_scores(straight[0]/'mosmed').dice.tolist() and 'trains nothing' in capfd.readouterr().out
+    with pytest.raises(CTError, match='nothing to train on. Add --ricord'): reproduce(tmp_path/'no', mosmed=data['mosmed'])
+
+def test_whole_scans_beside_patches(start, data, straight, tmp_path):
+    "The second recipe, without RICORD, beside the first run"
+    out = tmp_path/'run'; status,text = start(out, {k:v for k,v in data.items() if k!='ricord'}, recipe='resize', against=str(straight[0]), spec=CTSpec(None, patch=(8,32,32)))
+    assert status==0 and 'has no RICORD' in text, text
+    df = pd.read_csv(out/'table.csv', keep_default_na=False); mine = df[df.what=='measured here']
+    assert mine.data.tolist()==['coronacases','coronacases','mosmed','mosmed'] and mine.method.str.startswith('whole scans resized to 8×32×32, after the authors’ later example').tolist()==[True,False]*2
+    assert load_model(out/'train'/'model.safetensors')[1].whole and 'the other run' in json.loads((out/'mosmed'/'report.json').read_text())['compare'] and 'the other run was not compared' in (out/'index.html').read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt, torch
 
-from covid3d.evaluate import mean_dice, score_cases
+from covid3d.evaluate import score_cases
 from covid3d.learner import CTDataLoaders, dice, load_model, read_cases, segment
 from covid3d.show import outline_colors, pick_slices, show_slice
 
@@ -24,9 +24,9 @@ def covid3d(*argv): subprocess.run([Path(sys.executable).with_name('covid3d'), *
 
 def add_row(network, model, seed, spent, steps, scores):
     "Append a row to the table"
-    path,d = here/'coronacases.csv',{f'dice_{s.case[-3:]}':f'{s.dice:.3f}' for s in scores}
+    path,d = here/'coronacases.csv',{f'dice_{s.case[-3:]}':f'{s.dice:.3f}' for s in scores.itertuples()}
     row = dict(network=network, parameters=sum(p.numel() for p in model.parameters()), torch=torch.__version__.split('+')[0], threads=torch.get_num_threads(), seed=seed,
-               cpu_seconds=f'{spent:.0f}', steps=steps, **d, mean_dice=f'{mean_dice(scores)[0]:.3f}')
+               cpu_seconds=f'{spent:.0f}', steps=steps, **d, mean_dice=f'{scores.dice.mean():.3f}')
     new = not path.exists()
     with path.open('a') as f:
         w = csv.DictWriter(f, row, lineterminator='\n')

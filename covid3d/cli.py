@@ -7,8 +7,8 @@ Docs: https://covid3d.github.io/covid3d/cli.html.md"""
 # %% auto #0
 __all__ = ['commands', 'demo_config', 'demo_mark', 'overview', 'command', 'numbers', 'absent', 'writable', 'check_overlap',
            'at_least_one', 'check_lr', 'find_device', 'download', 'phantom', 'names_or_share', 'cases', 'check',
-           'prepare', 'train', 'pretrain', 'transfer_study', 'evaluate', 'find_scans', 'predict', 'clear_demo', 'demo',
-           'tie', 'one_line', 'main']
+           'prepare', 'train', 'pretrain', 'transfer_study', 'evaluate', 'print_scores', 'reproduce', 'find_scans',
+           'predict', 'clear_demo', 'demo', 'tie', 'one_line', 'main']
 
 # %% ../nbs/30_cli.ipynb #9daa8dd1
 import math, os, re, shutil, sys, time, warnings
@@ -223,6 +223,7 @@ def train(
     frozen_lr:float=None,   # That of the frozen epochs; --lr if not given
     bs:int=2,               # Patches in a batch
     patches:int=24,         # Patches of each scan an epoch
+    p_lesion:float=.7,      # Share of these placed on a lesion, 0 to 1
     augment:str='light',    # none, light (mirror, contrast, brightness) or full, for trainings of many epochs
     score_every:int=5,      # Score whole validation scans in each such epoch
     width:int=None,         # Channels of the encoder's first stage; those of the weights, 16 for random ones
@@ -246,12 +247,13 @@ def train(
     if resume and overwrite: raise CTError('resume', 'it contradicts --overwrite', 'Give one of the two')
     at_least_one(epochs=epochs, bs=bs, patches=patches, score_every=score_every); check_lr(lr)
     if frozen_lr is not None: check_lr(frozen_lr)
+    if not 0<=p_lesion<=1: raise CTError('p_lesion', f'{p_lesion} is not in 0…1', 'Give 0.5')
     if augment not in ('none','light','full'): raise CTError('augment', f'{augment!r} is unknown', 'Give none, light or full')
     runs = _runs(out, folds, fold)
     for run in runs: _absent_run(run, resume, overwrite)
     from covid3d.learner import CTSpec, train
     spec = None if Path(table).is_dir() else CTSpec(numbers(spacing, float, 'spacing'), numbers(window, float, 'window'), numbers(patch, int, 'patch'), tuple(classes.split(',')))  # a prepared folder brings its own
-    recipe = dict(spec=spec, arch=encoder, pretrained={'kinetics':True, 'random':False}.get(weights, weights), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, bs=bs, patches=patches, score_every=score_every,
+    recipe = dict(spec=spec, arch=encoder, pretrained={'kinetics':True, 'random':False}.get(weights, weights), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every,
                   aug=augment if augment!='none' else False, average=average, keep=keep or ('last' if folds else 'best'), seed=seed, device=find_device(device), resume=resume, examples=examples, plot=plot, log=log,
                   width=width, norm=norm, decoder=numbers(decoder, int, 'decoder'), memory=memory)
     if folds: return _train_folds(table, out, folds, fold, recipe)
@@ -339,34 +341,86 @@ def transfer_study(
 def evaluate(
     table:Annotated[str, 'Case table (CSV)', {'opt':False}],
     weights:str=None,  # model.safetensors of a run, several with commas between, or a folder of folds: their mean
-    out:str=None,      # Folder for scores.csv
+    out:str=None,      # Folder for the report
     split:str='test',  # Which cases: train, valid or test
     overlap:float=.5,  # Of the sliding window, 0 to below 1
+    tolerance:float=3.,# Of the surface Dice, mm
+    compare:str='',    # Scores of other models on the same cases: their folders or scores.csv, with commas between
+    pictures:int=3,    # Of the worst and of the best cases; 0 for none
+    title:str='Evaluation', # Of the report
     device:str=None,   # cpu or cuda; the best there is
     overwrite:store_true=False # Replace scores that are there
 ):
-    "Score each case on its scan's own grid: a line a case in a CSV, and the mean."
+    "Score each case on its scan's own grid: a report with intervals, tables and pictures."
     from covid3d.cases import check_cases, read_cases, splits
-    from covid3d.evaluate import mean_dice, score_cases, write_scores
+    from covid3d.evaluate import Extremes, check_same_cases, headline, read_scores, score_cases, write_report
     writable(out); check_overlap(overlap)
-    model,spec = _model(weights, device)
+    if not 0<tolerance<100: raise CTError('tolerance', f'{tolerance} is no distance in mm', 'Give 3')
     if split not in splits: raise CTError('split', f'{split!r} is unknown', f'Give {", ".join(splits)}')
-    path = Path(out)/'scores.csv'
-    absent([path], overwrite)
+    others = {_label(p):read_scores(p) for p in compare.split(',') if p}
+    model,spec = _model(weights, device)
+    absent([Path(out)/o for o in ('index.html','scores.csv')], overwrite)
     cases = read_cases(table, split, dict.fromkeys((*spec.classes,'lung')), spec.classes[:1])
+    for o in others.values(): check_same_cases([c.name for c in cases], o.case)
     for f in (f for r in check_cases(cases, spec.classes[:1]) for f in r.findings if f.level=='warning'): print(f, file=sys.stderr)
-    scores = score_cases(model, spec, cases, overlap)
-    write_scores(scores, path)
-    for s in scores: print(f'{s.case}  Dice {s.dice:.3f}  {s.predicted_ml:.1f} ml, reference {s.reference_ml:.1f} ml' if not s.error else s.error)
-    m,n = mean_dice(scores)
-    print(f'mean whole-scan Dice {m:.3f} over {n} of {len(scores)} {split} cases · wrote {path}')
-    return int(any(s.error for s in scores))
+    keep = Extremes(pictures) if pictures>0 else None
+    df = score_cases(model, spec, cases, overlap, tolerance, each=keep)
+    page = write_report(df, out, title, keep, others, dict(weights=weights, table=table, split=split, overlap=overlap), overwrite)
+    print_scores(df)
+    for k,o in others.items(): print(f'against {k}: {_difference(df, o)}')
+    print(f'{headline(df)} · wrote {page}')
+    return int((df.error!='').any())
+
+def _label(path):
+    "What another model's scores are called: the name of their folder"
+    return (Path(path) if Path(path).is_dir() else Path(path).parent).resolve().name
+
+def _difference(a, b)->str:
+    "Two models in one line"
+    from covid3d.evaluate import compare, span
+    try: c = compare(a, b)
+    except CTError as e: return str(e)
+    return f'Dice {c["difference"]:+.3f} (95 % interval {span(c["low"],c["high"])}), p = {c["p"]:.3f}, {c["n"]} cases'
+
+def print_scores(
+    df,       # From `score_cases`
+    indent='' # Before each line
+):
+    "A line a case"
+    for r in df.itertuples(): print(indent+(r.error or f'{r.case}  Dice {r.dice:.3f}  {r.predicted_ml:.0f} ml, reference {r.reference_ml:.0f} ml'))
 
 def _model(weights, device):
     "The network, or several as one, and its spec, on a device"
     from covid3d.inference import load_models
     if weights is None: raise CTError('weights', 'no weights given', 'Add --weights RUN/model.safetensors')
     return load_models(weights.split(',') if ',' in weights and not Path(weights).exists() else weights, find_device(device))
+
+# %% ../nbs/30_cli.ipynb #a1af9ddf
+@command
+def reproduce(
+    out:str=None,         # Folder for the run; the same command goes on with one that was interrupted
+    ricord:str=None,      # Folder of RICORD-1a: DICOM and the annotations
+    coronacases:str=None, # Folder of COVID-19-CT-Seg
+    mosmed:str=None,      # Folder of MosMedData
+    recipe:str='patches', # patches (this library's own), or resize: whole scans to 20×224×224, after the authors' later example
+    weights:str=None,     # model.safetensors to score instead of training
+    encoder_weights:str='kinetics', # Where the encoder starts: kinetics (downloaded once), random, or a file
+    epochs:int=None,      # Of the whole network; the recipe's if not given
+    memory:str=None,      # What a step may take, e.g. 6GB
+    against:str=None,     # Folder of another finished run, to compare with
+    seed:int=0,           # Of the tuning set, weights and patches
+    overlap:float=.5,     # Of the sliding window, 0 to below 1
+    tolerance:float=3.,   # Of the surface Dice, mm
+    plan:store_true=False,# Say how long it takes and how much disk and memory, and stop
+    device:str=None       # cpu or cuda; the best there is
+):
+    "The paper's table from its three data sets, published figures beside; any subset, goes on where it was interrupted."
+    writable(out); check_overlap(overlap)
+    from covid3d.reproduce import reproduce
+    if epochs is not None: at_least_one(epochs=epochs)
+    more = {k:v for k,v in dict(epochs=epochs, memory=memory).items() if v is not None}
+    df = reproduce(out, ricord, coronacases, mosmed, recipe, weights, {'kinetics':True, 'random':False}.get(encoder_weights, encoder_weights), seed, find_device(device), overlap, tolerance, against, plan, **more)
+    return int(df is not None and bool(df.attrs['left_out']))
 
 # %% ../nbs/30_cli.ipynb #3b42b9bc
 def find_scans(
@@ -446,8 +500,8 @@ def clear_demo(
     "An empty folder with the demo's mark; only what a demo wrote is ever removed"
     if out.exists() and any(out.iterdir()):
         if not overwrite or not (out/demo_mark).exists(): raise CTError(out, 'exists already', 'Choose another --out, or add --overwrite to replace a former demo')
-        for o in ('data','run'): shutil.rmtree(out/o, ignore_errors=True)
-        for o in (out/'scores.csv', out/'demo.png', *out.glob('phantom_*_lesion.nii.gz')): o.unlink(missing_ok=True)
+        for o in ('data','run','scores'): shutil.rmtree(out/o, ignore_errors=True)
+        for o in (out/'demo.png', *out.glob('phantom_*_lesion.nii.gz')): o.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     (out/demo_mark).touch()
 
@@ -462,7 +516,7 @@ def demo(
     out,c,t = Path(out),dict(demo_config),time.time()
     if n<3: raise CTError('n', f'{n} scans are too few to train, choose and test', 'Give 3 or more')
     writable(out); clear_demo(out, overwrite)
-    from covid3d.evaluate import mean_dice, score_cases, write_scores
+    from covid3d.evaluate import Extremes, score_cases, write_report
     from covid3d.learner import CTSpec, open_ct, read_cases, save_figure, save_mask, segment, show_slices, train, write_phantoms
     spec = CTSpec(spacing=c.pop('spacing'), patch=c.pop('patch'))
     print(f'1  made-up scans: {n} of 96×256×256 voxels')
@@ -471,17 +525,17 @@ def demo(
     learn = train(table, out/'run', spec, pretrained=False, seed=seed, **c)
     print('3  scores on unseen scans, each on its own grid')
     test = read_cases(table, 'test')
-    scores = score_cases(learn.model, spec, test)
-    write_scores(scores, out/'scores.csv')
-    for s in scores: print(f'   {s.case}  Dice {s.dice:.3f}  {s.predicted_ml:.0f} ml, reference {s.reference_ml:.0f} ml')
+    keep = Extremes()
+    df = score_cases(learn.model, spec, test, each=keep)
+    page = write_report(df, out/'scores', 'Demo: made-up chests', keep)
+    print_scores(df, '   ')
     ct = open_ct(test[0].ct)
     mask = segment(learn.model, spec, ct)['lesion']
     save_mask(mask, ct, out/f'{test[0].name}_lesion.nii.gz')
-    save_figure(show_slices(ct, dict(reference=test[0].open_mask('lesion', ct), prediction=mask), n=5, title=f'{test[0].name}: Dice {scores[0].dice:.2f}'), out/'demo.png')
-    m,k = mean_dice(scores)
-    print(f'   mean whole-scan Dice {m:.3f} over {k} unseen phantoms')
-    print(f'4  wrote {out/"demo.png"}, {out/f"{test[0].name}_lesion.nii.gz"} and {out/"run"/"model.safetensors"} · {time.time()-t:.0f} s')
-    return int(any(s.error for s in scores))
+    save_figure(show_slices(ct, dict(reference=test[0].open_mask('lesion', ct), prediction=mask), n=5, title=f'{test[0].name}: Dice {df.dice[0]:.2f}'), out/'demo.png')
+    print(f'   mean whole-scan Dice {df.dice.mean():.3f} over {df.dice.notna().sum()} unseen phantoms')
+    print(f'4  wrote {out/"demo.png"}, {out/f"{test[0].name}_lesion.nii.gz"} and {out/"run"/"model.safetensors"}; report: {page} · {time.time()-t:.0f} s')
+    return int((df.error!='').any())
 
 # %% ../nbs/30_cli.ipynb #6f44c626
 overview = f'''covid3d {__version__}: find COVID-19 lesions in chest CT with a 3D U-Net on a video encoder
@@ -496,6 +550,7 @@ Your own scans, from folder to masks:  covid3d cases folder DATA --test case_9 -
                                        covid3d train cases.csv --out run
                                        covid3d evaluate cases.csv --weights run/model.safetensors --out scores
                                        covid3d predict new.nii.gz --weights run/model.safetensors --out masks
+The paper's table:                     covid3d reproduce --ricord DIR --coronacases DIR --mosmed DIR --out paper
 --debug after any command shows the full traceback of an error.'''
 
 def tie(

@@ -279,6 +279,7 @@ def train(
     frozen_lr:float=None,  # That of the frozen epochs; `lr` if None
     bs:int=2,              # Patches in a batch
     patches:int=24,        # Patches of each training scan an epoch
+    p_lesion:float=.7,     # Share of these placed on a lesion, 0 to 1
     score_every:int=5,     # Whole scans are scored in each `score_every`-th epoch
     aug='light',           # Augmentation: `light`, `full` (`ct_aug_transforms`, for long trainings), False for none, or an `Augment3d`
     width:int=None,        # Channels of the encoder's first stage; those of the weights, 16 for random ones, if None
@@ -295,12 +296,12 @@ def train(
     **kwargs               # For `unet_learner_3d`: `norm`, `decoder`, `memory`, …
 )->Learner: # Trained, with the weights that were kept; `kept.best` is their Dice
     "Train on a case table and keep the weights with the best whole-scan Dice"
-    out,args = Path(out),dict(pretrained=str(pretrained), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, clip=clip, average=average, fold=fold, keep=keep, bs=bs, patches=patches, score_every=score_every, aug=_name(aug), seed=seed)
+    out,args = Path(out),dict(pretrained=str(pretrained), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, clip=clip, average=average, fold=fold, keep=keep, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every, aug=_name(aug), seed=seed)
     if keep not in ('best','last'): raise CTError('keep', f'{keep!r} is unknown', 'Give best or last')
     if not 0<=average<1: raise CTError('average', f'{average} is not in 0…1', 'Give 0.99, or 0 for none')
     with joined(device) as device:
         set_seed(seed, reproducible=True)
-        dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, fold=fold, aug={'light':light_aug_transforms(), 'full':None}.get(aug, aug), path=out, device=device)
+        dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, p_lesion=p_lesion, fold=fold, aug={'light':light_aug_transforms(), 'full':None}.get(aug, aug), path=out, device=device)
         learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], width=16 if width is None and not pretrained else width, **kwargs)
         once(lambda: _check(dls, table))
         if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # a step takes about 15 % less time, the forward pass is equal

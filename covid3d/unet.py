@@ -153,10 +153,10 @@ def logit_conv(
     n: int, # number of classes
     prior: float = .05, # expected probability at the start, in (0, 1)
 ) -> nn.Conv3d: # 1×1×1, with bias
-    "The last convolution, which starts around the logit of `prior`."
+    "The last convolution, whose logits scatter around that of `prior` at the start."
     if not 0 < prior < 1: raise CTError(f'prior={prior}', 'not a probability', 'Give a number between 0 and 1')
     conv = nn.Conv3d(ni, n, 1)
-    nn.init.normal_(conv.weight, std=.1)
+    nn.init.normal_(conv.weight, std=ni**-.5)
     nn.init.constant_(conv.bias, math.log(prior / (1 - prior)))
     return conv
 

@@ -1,5 +1,5 @@
 "DynamicUnet3d at any size, for every encoder"
-import pickle, pytest, torch
+import math, pickle, pytest, torch
 from copy import deepcopy
 from functools import cache
 from hypothesis import given, settings, strategies as st
@@ -141,9 +141,11 @@ def test_classes_are_names(classes):
     with pytest.raises((CTError, TypeError)): DynamicUnet3d(encoder3d('r3d_18', False, 8), classes)
 
 @pytest.mark.parametrize('prior', [.01, .05, .5])
-def test_the_first_probability_is_the_prior(prior):
-    with torch.no_grad(): p = unet(prior=prior).eval()(torch.rand(1, 1, 16, 32, 32)).sigmoid()
-    assert abs(p.mean() / prior - 1) < .1
+def test_the_first_logits_are_around_that_of_the_prior(prior):
+    net, want = unet(prior=prior).eval(), math.log(prior / (1 - prior))
+    with torch.no_grad(): logits = net(torch.rand(1, 1, 16, 32, 32))
+    assert abs(net.head.logits.bias.item() - want) < 1e-6
+    assert abs(logits.mean() - want) < 1.5 and logits.std() < 1.5
 
 def test_logits_are_not_normalised():
     "Doubling the head's weights doubles what they add to the bias; a normalisation would undo it"

@@ -51,13 +51,36 @@ def test_whole_way(data, tmp_path, capfd):
     assert main(['evaluate',str(table),*w,'--out',str(scores)])==0
     row, = csv.DictReader((scores/'scores.csv').open())
     assert row['case']=='phantom_004' and 0<=float(row['dice'])<=1
-    assert f'mean whole-scan Dice {float(row["dice"]):.3f} over 1 of 1 test cases' in capfd.readouterr().out
+    assert f'mean Dice {float(row["dice"]):.3f}' in capfd.readouterr().out and '<html' in (scores/'index.html').read_text()
     src = data/'ct'/'phantom_004.nii.gz'
     assert main(['predict',str(src),*w,'--out',str(masks)])==0
     out,src = nib.load(masks/'phantom_004_lesion.nii.gz'),nib.load(src)
     assert out.shape==src.shape and (out.affine==src.affine).all() and set(np.unique(out.dataobj))<={0,1}
     refused(capfd, ['predict',data/'ct'/'phantom_004.nii.gz',*w,'--out',masks], 'exists already', '--overwrite')
     refused(capfd, ['train',table,'--out',run,*small], 'exists already')
+
+def test_folds(data, tmp_path, capfd):
+    "Each scan but the test scan is scored once; the folds as one network; against one of them; a fold at a time"
+    table,cv = tmp_path/'cases.csv',tmp_path/'cv'
+    assert main(['cases','folder',str(data),'--test','phantom_004','-o',str(table)])==0
+    small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu','--folds','2']
+    assert main(['train',str(table),'--out',str(cv),*small,'--fold','1'])==0
+    assert 'folds still to train: 0' in capfd.readouterr().out and not (cv/'report').exists()
+    refused(capfd, ['train',table,'--out',cv,*small,'--fold','1'], 'exists already', '--resume')
+    assert main(['train',str(table),'--out',str(cv),*small,'--resume'])==0
+    assert sorted(r['case'] for r in csv.DictReader((cv/'report'/'scores.csv').open()))==[f'phantom_{i:03d}' for i in range(4)]
+    for name,w in dict(both=cv, first=cv/'fold_0'/'model.safetensors').items():
+        assert main(['evaluate',str(table),'--weights',str(w),'--out',str(tmp_path/name),'--device','cpu',*(['--compare',str(tmp_path/'both')] if name=='first' else [])])==0
+    assert 'against both: Dice' in capfd.readouterr().out and 'both' in (tmp_path/'first'/'index.html').read_text()
+    refused(capfd, ['evaluate',table,'--split','train','--weights',cv,'--out',tmp_path/'x','--compare',tmp_path/'both'], 'phantom_')
+    refused(capfd, ['evaluate',table,'--weights',tmp_path,'--out',tmp_path/'x'], 'a folder without weights of folds')
+    refused(capfd, ['train',table,'--out',tmp_path/'y',*small,'--fold','2'], 'fold', 'Give 0 to 1')
+    assert not (tmp_path/'x').exists() and not (tmp_path/'y').exists()
+
+def test_reproduce_says_what_it_needs(tmp_path, capfd):
+    refused(capfd, ['reproduce','--out',tmp_path/'out'], 'ricord')
+    refused(capfd, ['reproduce','--out',tmp_path/'out','--mosmed',tmp_path/'nowhere','--recipe','x'], 'x')
+    assert not (tmp_path/'out').exists()
 
 def test_augmentation_changes_what_is_learned(data, tmp_path):
     "Each choice of --augment trains, and to other weights"

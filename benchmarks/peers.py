@@ -7,7 +7,7 @@ All but the last get the same cases, grid (4×2.8×2.8 mm), patches (16×96×96)
 MONAI; ours with its own default, Dice + focal loss, and from pretrained weights with rates that rise from the stem to the decoder. That is not what nnU-Net's own program would do: its
 planner would choose near 0.7 mm and patches of millions of voxels, of which these budgets pay for none.
 `cpu_seconds` is training alone, `step` one batch of it, `inference` one scan, `peak_mb` the process's resident memory in training, PyTorch and data included. Each run adds a row to benchmarks/peers.csv; a run that has its row
-is not repeated. `--table` prints the means, with the 95 % bootstrap interval over patients.
+is not repeated. `--table` prints the means, with the 95 % bootstrap interval over patients, and draws nbs/images/peers.png.
 """
 import argparse, itertools, time
 from pathlib import Path
@@ -16,7 +16,7 @@ import pandas as pd, torch
 from fastai.learner import Learner
 
 from budget import Budget, add_row, budget_name, done, here, peak_mb, reset_peak, seven_scans, versions
-from covid3d.evaluate import score_cases
+from covid3d.evaluate import mean_interval, score_cases
 from covid3d.inference import segment
 from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, unet_learner_3d
 from memory import nnunet
@@ -68,19 +68,38 @@ def run(table, name, fold, seed, budget, lr, encoder):
     return dict(network=name, budget=budget_name(budget), lr=lr, fold=fold, seed=seed, dice=f'{df.dice.mean():.3f}', nsd=f'{df.nsd.mean():.3f}', cases=each('dice'), nsd_cases=each('nsd'), patches=b.seen, cpu_seconds=f'{b.spent:.0f}',
         step=f'{b.spent*bs/b.seen:.3f}', inference=f'{t:.1f}', peak_mb=f'{peak:.0f}', parameters=sum(p.numel() for p in model.parameters()), **versions())
 
-def by_case(df)->pd.DataFrame:
-    "A row a network, budget, seed and case"
-    return pd.DataFrame([dict(network=r.network, budget=r.budget, lr=r.lr, seed=r.seed, case=c, dice=float(d)) for r in df.itertuples() for c,d in (o.split(':') for o in r.cases.split())])
+def by_case()->tuple:
+    "Dice of each scan, the mean of its seeds; and the rows of the file"
+    df = pd.read_csv(path)
+    df['network'] = df.network+[f', rate {r.lr:g}' if r.network in peers and r.lr!=2e-3 else '' for r in df.itertuples()]
+    rows = [dict(budget=r.budget, network=r.network, case=c, dice=float(d), nsd=float(n)) for r in df.itertuples() for (c,d),(_,n) in zip(*([o.split(':') for o in k.split()] for k in (r.cases,r.nsd_cases)))]
+    return pd.DataFrame(rows).groupby(['budget','network','case'], sort=False).mean().reset_index(),df
 
 def table()->pd.DataFrame:
-    "Means over the scans, each the mean of its seeds, with the interval over patients"
-    from covid3d.evaluate import mean_interval
-    df = pd.read_csv(path); key = ['budget','network','lr']
+    "Means over the scans, with the 95 % bootstrap-t interval over patients, best first in each budget"
+    each,df = by_case(); key = ['budget','network']
+    def line(d): return pd.Series(dict(scans=len(d), dice=d.dice.mean(), **dict(zip(('low','high'), mean_interval(d.dice.to_numpy(), d.case, (0,1)))), nsd=d.nsd.mean()))
+    res = each.groupby(key, sort=False)[['case','dice','nsd']].apply(line)
     g = df.groupby(key, sort=False)
-    res = g.agg(runs=('dice','size'), nsd=('nsd','mean'), patches=('patches','mean'), cpu_seconds=('cpu_seconds','mean'), step=('step','median'), inference=('inference','median'), peak_mb=('peak_mb','median'), parameters=('parameters','first'))
-    each = by_case(df).groupby([*key,'case'], sort=False).dice.mean()
-    ci = each.groupby(key, sort=False).apply(lambda d: pd.Series(dict(zip(('low','high'), mean_interval(d.to_numpy(), d.index.get_level_values('case'))))) ).unstack()
-    return res.assign(dice=each.groupby(key, sort=False).mean(), **ci)
+    res = res.join(g.agg(runs=('dice','size'), seeds=('seed','nunique'), patches=('patches','mean'), cpu_seconds=('cpu_seconds','mean'), step=('step','median'), inference=('inference','median'), peak_mb=('peak_mb','median'), parameters=('parameters','first')))
+    return res.sort_values(['budget','dice'], ascending=[True,False])
+
+def plot():
+    "A panel a budget: scans as dots, mean and interval"
+    import matplotlib.pyplot as plt
+    t,each = table(),by_case()[0]
+    budgets = list(dict.fromkeys(b for b,_ in t.index))
+    fig,axs = plt.subplots(1, len(budgets), figsize=(10,3.4), layout='constrained', squeeze=False)
+    for ax,b in zip(axs[0], budgets):
+        rows = t.loc[b][::-1]
+        for i,(name,r) in enumerate(rows.iterrows()):
+            own = '#d95f02' if name.startswith('covid3d') else '#555555'
+            d = each[(each.budget==b)&(each.network==name)].dice
+            ax.plot(d, [i]*len(d), 'o', ms=4, color=own, alpha=.35, mew=0)
+            ax.plot([r.low,r.high], [i,i], color=own, lw=2); ax.plot(r.dice, i, 'D', ms=6, color=own)
+        ax.set(yticks=range(len(rows)), yticklabels=[k+f' ({r.patches:,.0f} patches)'*('seconds' in b) for k,r in rows.iterrows()], ylim=(-.6,len(rows)-.4), xlim=(-.02,.85), xlabel='Dice of a whole scan', title=b.replace('seconds','CPU-seconds'))
+        ax.grid(axis='x', alpha=.3); ax.spines[['top','right']].set_visible(False)
+    return fig
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,7 +107,7 @@ if __name__=='__main__':
     p.add_argument('--folds', default='0,1,2'); p.add_argument('--seeds', default='0'); p.add_argument('--encoder'); p.add_argument('--lr', type=float)
     p.add_argument('--out', type=Path, default=here.parent/'_bench'); p.add_argument('--table', action='store_true')
     a = p.parse_args()
-    if a.table: print(table().round(3).to_string()); raise SystemExit
+    if a.table: print(table().round(3).to_string()); plot().savefig(here.parent/'nbs'/'images'/'peers.png', dpi=80); raise SystemExit
     budget = dict(patches=a.patches) if a.patches else dict(seconds=a.seconds or 200)
     for seed,fold,name in itertools.product(map(int, a.seeds.split(',')), map(int, a.folds.split(',')), a.networks.split(',')):
         if name.endswith('pretrained') and not a.encoder: continue

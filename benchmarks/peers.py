@@ -7,7 +7,7 @@ All but the last get the same cases, grid (4×2.8×2.8 mm), patches (16×96×96)
 MONAI; ours with its own default, Dice + focal loss, and from pretrained weights with rates that rise from the stem to the decoder. That is not what nnU-Net's own program would do: its
 planner would choose near 0.7 mm and patches of millions of voxels, of which these budgets pay for none.
 `cpu_seconds` is training alone, `step` one batch of it, `inference` one scan, `peak_mb` the process's resident memory in training, PyTorch and data included. Each run adds a row to benchmarks/peers.csv; a run that has its row
-is not repeated. `--table` prints the means, with the 95 % bootstrap interval over patients, and draws nbs/images/peers.png.
+is not repeated (another encoder does not count as another run: remove its rows first). `--table` prints the means, with the 95 % bootstrap interval over patients, and draws nbs/images/peers.png.
 """
 import argparse, itertools, time
 from pathlib import Path
@@ -68,10 +68,12 @@ def run(table, name, fold, seed, budget, lr, encoder):
     return dict(network=name, budget=budget_name(budget), lr=lr, fold=fold, seed=seed, dice=f'{df.dice.mean():.3f}', nsd=f'{df.nsd.mean():.3f}', cases=each('dice'), nsd_cases=each('nsd'), patches=b.seen, cpu_seconds=f'{b.spent:.0f}',
         step=f'{b.spent*bs/b.seen:.3f}', inference=f'{t:.1f}', peak_mb=f'{peak:.0f}', parameters=sum(p.numel() for p in model.parameters()), **versions())
 
+def default_lr(name)->float: return 1e-3 if name=='whole-volume resize' else 2e-3
+
 def by_case()->tuple:
     "Dice of each scan, the mean of its seeds; and the rows of the file"
     df = pd.read_csv(path)
-    df['network'] = df.network+[f', rate {r.lr:g}' if r.network in peers and r.lr!=2e-3 else '' for r in df.itertuples()]
+    df['network'] = df.network+[f', rate {r.lr:g}'*(r.lr!=default_lr(r.network)) for r in df.itertuples()]
     rows = [dict(budget=r.budget, network=r.network, case=c, dice=float(d), nsd=float(n)) for r in df.itertuples() for (c,d),(_,n) in zip(*([o.split(':') for o in k.split()] for k in (r.cases,r.nsd_cases)))]
     return pd.DataFrame(rows).groupby(['budget','network','case'], sort=False).mean().reset_index(),df
 
@@ -111,6 +113,6 @@ if __name__=='__main__':
     budget = dict(patches=a.patches) if a.patches else dict(seconds=a.seconds or 200)
     for seed,fold,name in itertools.product(map(int, a.seeds.split(',')), map(int, a.folds.split(',')), a.networks.split(',')):
         if name.endswith('pretrained') and not a.encoder: continue
-        lr = a.lr or (1e-3 if name=='whole-volume resize' else 2e-3)
+        lr = a.lr or default_lr(name)
         key = dict(network=name, budget=budget_name(budget), lr=lr, fold=fold, seed=seed)
         if not done(path, **key): add_row(path, run(seven_scans(a.out), name, fold, seed, budget, lr, a.encoder))

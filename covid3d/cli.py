@@ -264,7 +264,8 @@ def train(
 def _runs(out, folds, fold)->list:
     "Folders of the trainings to come"
     if folds is None and fold is None: return [Path(out)]
-    if folds is None or folds<2: raise CTError('folds', f'{folds or "a fold without --folds"} is no number of folds', 'Give 2 or more, for example --folds 5')
+    if folds is None: raise CTError('fold', 'is of no use without --folds', 'Give both, for example --folds 5 --fold 0')
+    if folds<2: raise CTError('folds', f'{folds} is no number of folds', 'Give 2 or more, for example --folds 5')
     if fold is not None and not 0<=fold<folds: raise CTError('fold', f'{fold} is not one of {folds} folds', f'Give 0 to {folds-1}')
     if fold is None and int(os.environ.get('WORLD_SIZE', 1))>1: raise CTError('folds', 'several processes train one fold at a time', 'Add --fold 0, then 1, …')
     return [Path(out)/f'fold_{i}' for i in (range(folds) if fold is None else [fold])]
@@ -357,7 +358,7 @@ def evaluate(
     writable(out); check_overlap(overlap)
     if not 0<tolerance<100: raise CTError('tolerance', f'{tolerance} is no distance in mm', 'Give 3')
     if split not in splits: raise CTError('split', f'{split!r} is unknown', f'Give {", ".join(splits)}')
-    others = {_label(p):read_scores(p) for p in compare.split(',') if p}
+    others = {k:read_scores(p) for k,p in _labels([p for p in compare.split(',') if p]).items()}
     model,spec = _model(weights, device)
     absent([Path(out)/o for o in ('index.html','scores.csv')], overwrite)
     cases = read_cases(table, split, dict.fromkeys((*spec.classes,'lung')), spec.classes[:1])
@@ -365,15 +366,18 @@ def evaluate(
     for f in (f for r in check_cases(cases, spec.classes[:1]) for f in r.findings if f.level=='warning'): print(f, file=sys.stderr)
     keep = Extremes(pictures) if pictures>0 else None
     df = score_cases(model, spec, cases, overlap, tolerance, each=keep)
-    page = write_report(df, out, title, keep, others, dict(weights=weights, table=table, split=split, overlap=overlap), overwrite)
     print_scores(df)
+    page = write_report(df, out, title, keep, others, dict(weights=Path(weights).name, table=Path(table).name, split=split, overlap=overlap), overwrite)
     for k,o in others.items(): print(f'against {k}: {_difference(df, o)}')
     print(f'{headline(df)} · wrote {page}')
     return int((df.error!='').any())
 
-def _label(path):
-    "What another model's scores are called: the name of their folder"
-    return (Path(path) if Path(path).is_dir() else Path(path).parent).resolve().name
+def _labels(paths)->dict:
+    "Names for other models' scores: that of their folder, with the folder above it where two are the same"
+    folders = [(Path(p) if Path(p).is_dir() else Path(p).parent).resolve() for p in paths]
+    names = [f.name if sum(f.name==o.name for o in folders)==1 else '/'.join(f.parts[-2:]) for f in folders]
+    if len({*names})<len(names): raise CTError('compare', 'two of the folders have the same name', 'Rename one')
+    return dict(zip(names, paths))
 
 def _difference(a, b)->str:
     "Two models in one line"

@@ -138,7 +138,7 @@ def save_model(
 def _open_weights(path)->tuple:
     "Tensors and JSON text of a safetensors file"
     path = Path(path)
-    if path.is_dir(): raise CTError(path, 'a folder without weights of folds', 'Give the model.safetensors that `covid3d train` wrote')
+    if path.is_dir(): raise CTError(path, 'a folder, not a file of weights nor a cross-validation', 'Give the model.safetensors that `covid3d train` wrote')
     if not path.is_file(): raise CTError(path, 'no such file', 'Give the model.safetensors that `covid3d train` wrote')
     if path.suffix!='.safetensors': raise CTError(path, 'not a .safetensors file; other formats can run code and are never opened', 'Give the model.safetensors that `covid3d train` wrote')
     try:
@@ -188,6 +188,7 @@ def load_models(
 )->tuple: # Network, or `Ensemble`, in eval mode; `CTSpec`
     "Open one saved model, or several as one"
     paths = _weights_in(paths)
+    if not paths: raise CTError('weights', 'no file was given', 'Give the model.safetensors that `covid3d train` wrote')
     loaded = [load_model(p, device) for p in paths]
     odd = next((p for p,(_,ct,_) in zip(paths, loaded) if ct!=loaded[0][1]), None)
     if odd: raise CTError(odd, f'was trained with another spacing, window, patch or classes than {paths[0]}', 'Average models that were trained alike')
@@ -196,5 +197,8 @@ def load_models(
 def _weights_in(paths)->list:
     "Files of weights"
     if not isinstance(paths, (str,Path)): return list(paths)
-    folds = sorted(Path(paths).glob('fold_*/model.safetensors')) if Path(paths).is_dir() else []
-    return folds or [paths]
+    try: k = json.loads((Path(paths)/'folds.json').read_text())['k']
+    except OSError: return [paths]
+    left = next((i for i in range(k) if not (Path(paths)/f'fold_{i}'/'scores.csv').exists()), None)
+    if left is not None: raise CTError(paths, f'fold {left} of {k} is not trained and scored yet', f'Train it with --folds {k} --fold {left}')
+    return [Path(paths)/f'fold_{i}'/'model.safetensors' for i in range(k)]

@@ -203,9 +203,12 @@ class WeightAverage(WhileTraining):
         if not (self.training and self.trains): return
         if not self.mean: self.mean = {k:v.clone() for k,v in self._state().items()}
         self.n += 1; d = min(self.decay, (1+self.n)/(10+self.n))
-        for k,v in self._state().items(): self.mean[k].lerp_(v, 1-d) if v.is_floating_point() else self.mean[k].copy_(v)
+        for k,v in self._state().items():
+            m = self.mean[k] = self.mean[k].to(v.device)  # from a checkpoint it comes on the CPU
+            m.lerp_(v, 1-d) if v.is_floating_point() else m.copy_(v)
     def before_validate(self):
         if not (self.trains and self.mean): return
+        spread(self.mean.values())  # of several processes, the first one's
         self.own = {k:v.clone() for k,v in self._state().items()}
         bare_model(self.learn.model).load_state_dict(self.mean)
     def after_epoch(self):
@@ -303,7 +306,7 @@ def train(
         set_seed(seed, reproducible=True)
         dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, p_lesion=p_lesion, fold=fold, aug={'light':light_aug_transforms(), 'full':None}.get(aug, aug), path=out, device=device)
         learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], width=16 if width is None and not pretrained else width, **kwargs)
-        once(lambda: _check(dls, table))
+        once(lambda: _check(dls, table, choose=keep=='best'))
         if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # a step takes about 15 % less time, the forward pass is equal
         once(lambda: out.mkdir(parents=True, exist_ok=True))
         learn.kept,history,frozen = KeepBest(out/'model.safetensors', last=keep=='last'),History(out/'history.csv'),bool(pretrained) and frozen_epochs>0
@@ -327,7 +330,7 @@ def _about(learn, kwargs)->dict:
     return dict(spec=asdict(learn.spec), net=asdict(learn.net)|more, device=torch.device(learn.dls.device).type, processes=place()[1],
                 train=case_digests(learn.dls.reader, train), valid=case_digests(learn.dls.reader, learn.dls.valid_cases))
 
-def _check(dls, table):
+def _check(dls, table, choose=True):
     "A bad scan stops the run here, before anything is written; what was checked and prepared before, and has not changed, is not read again"
     cases = [*dict.fromkeys(dls.train_ds.items),*dls.valid_cases]
     if not all(map(dls.reader.ready, cases)):
@@ -335,5 +338,5 @@ def _check(dls, table):
         require_ok(reports, table)
         for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f)
         dls.reader.prepare(cases)
-    if not any(dls.reader(c).masks[0].any() for c in dls.valid_cases):
+    if choose and not any(dls.reader(c).masks[0].any() for c in dls.valid_cases):
         raise CTError(table, f'no valid case has a {dls.spec.classes[0]}, so no weights could be chosen', 'Put a case with one into the split valid')

@@ -73,13 +73,15 @@ def test_folds(data, tmp_path, capfd):
         assert main(['evaluate',str(table),'--weights',str(w),'--out',str(tmp_path/name),'--device','cpu',*(['--compare',str(tmp_path/'both')] if name=='first' else [])])==0
     assert 'against both: Dice' in capfd.readouterr().out and 'both' in (tmp_path/'first'/'index.html').read_text()
     refused(capfd, ['evaluate',table,'--split','train','--weights',cv,'--out',tmp_path/'x','--compare',tmp_path/'both'], 'phantom_')
-    refused(capfd, ['evaluate',table,'--weights',tmp_path,'--out',tmp_path/'x'], 'a folder without weights of folds')
+    refused(capfd, ['evaluate',table,'--weights',tmp_path,'--out',tmp_path/'x'], 'not a file of weights nor a cross-validation')
     refused(capfd, ['train',table,'--out',tmp_path/'y',*small,'--fold','2'], 'fold', 'Give 0 to 1')
+    refused(capfd, ['train',table,'--out',cv,*small[:-1],'3','--fold','2'], 'folds.json', 'k 2 then, 3 now')
+    refused(capfd, ['train',table,'--out',cv,*small,'--fold','0','--lr','1e-2','--overwrite'], 'folds.json', 'lr')
     assert not (tmp_path/'x').exists() and not (tmp_path/'y').exists()
 
 def test_reproduce_says_what_it_needs(tmp_path, capfd):
     refused(capfd, ['reproduce','--out',tmp_path/'out'], 'ricord')
-    refused(capfd, ['reproduce','--out',tmp_path/'out','--mosmed',tmp_path/'nowhere','--recipe','x'], 'x')
+    refused(capfd, ['reproduce','--out',tmp_path/'out','--mosmed',tmp_path/'nowhere','--recipe','x'], "'x' is unknown")
     assert not (tmp_path/'out').exists()
 
 def test_augmentation_changes_what_is_learned(data, tmp_path):

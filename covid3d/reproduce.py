@@ -8,7 +8,7 @@ Docs: https://covid3d.github.io/covid3d/reproduce.html.md"""
 __all__ = ['titles', 'published', 'recipes', 'table_head', 'statement', 'Recipe', 'find_recipe', 'roles', 'look_at', 'as_json',
            'begin', 'locked', 'say', 'in_words', 'stage', 'each_case', 'table_of', 'broken', 'make_tables',
            'used_cases', 'twins', 'check_all', 'prepare_all', 'train_all', 'keep_picture', 'read_picture', 'score_all',
-           'measured', 'result_table', 'printed', 'table_rows', 'other_run', 'report_of', 'write_table',
+           'doubt', 'measured', 'result_table', 'printed', 'table_rows', 'other_run', 'report_of', 'write_table',
            'expected_scans', 'Trial', 'try_scan', 'try_step', 'step_count', 'peak_memory', 'expect', 'free_disk',
            'describe', 'net_of', 'plan_run', 'check_out', 'sweep', 'about_run', 'short', 'evaluate_all', 'reproduce',
            'start_run', 'run_stages']
@@ -18,12 +18,16 @@ import hashlib, html, io, json, os, re, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from inspect import signature
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
+from fastai.learner import Learner
 
 from . import __version__
 from .cases import CaseReport, Finding, check_case, read_cases, report_table, write_cases
+from .checkpoint import require_same
 from .data import prepare_table
 from .datasets import choose_splits, coronacases, mosmed, ricord
 from .dicom import open_scan
@@ -31,7 +35,7 @@ from .distributed import place
 from covid3d.evaluate import (Extremes, Snapshot, as_table, bullets, counts, html_table, page, read_scores, score_cases, scores_csv, section, snapshot, summarise, to_json,
     write_report)
 from .inference import NetSpec, load_model, segment
-from .learner import train
+from .learner import train, unet_learner_3d
 from .losses import DiceCELoss
 from .memory import show_bytes
 from .metrics import scores
@@ -64,6 +68,8 @@ class Recipe:
     train:dict=field(hash=False)       # What differs from the defaults of `covid3d.learner.train`
     changed:tuple=()                   # What of it was changed
 
+_names = {k for f in (train, unet_learner_3d, Learner) for k in signature(f).parameters}-{'table','out','resume','dls'}
+
 recipes = dict(
     patches=Recipe('patches, this library’s own recipe, not the paper’s', CTSpec(), {}),
     resize=Recipe('whole scans resized to {patch}, after the authors’ later example for CoronaCases, not the paper’s', CTSpec(None, patch=(20,224,224)),
@@ -76,6 +82,7 @@ def find_recipe(
 )->Recipe:
     "A recipe, changed where that is asked for"
     if name not in recipes: raise CTError('recipe', f'{name!r} is unknown', f'Give {" or ".join(recipes)}')
+    if bad := [k for k in kwargs if k not in _names]: raise CTError(bad[0], 'is no argument of train', 'Give one of its names')
     r = recipes[name]
     spec,changed = spec or r.spec,(*(k for k in kwargs if k not in ('examples','plot','log')), *['network input']*(spec not in (None,r.spec)))
     title = r.title.format(patch='×'.join(map(str, spec.patch)))+', settings changed'*bool(changed)
@@ -108,8 +115,6 @@ def look_at(
     return dict(folder=os.path.abspath(root), files=len(found), bytes=sum(n for _,n,_ in found), digest=hashlib.blake2b(json.dumps(found).encode(), digest_size=8).hexdigest())
 
 # %% ../nbs/24_reproduce.ipynb #ff5400b6
-def _flat(d, at='')->dict: return {k2:v2 for k,v in d.items() for k2,v2 in (_flat(v, f'{at}{k} ') if isinstance(v, dict) else {at+k:v}).items()}
-
 def as_json(o)->str:
     "JSON in which what it does not know is its name"
     return json.dumps(o, default=lambda o: str(o) if isinstance(o, Path) else getattr(o, '__name__', type(o).__name__))
@@ -123,10 +128,9 @@ def begin(
     if not f.exists():
         if out.exists() and any(not o.name.startswith('.') for o in out.iterdir()): raise CTError(out, 'is not empty, and holds no run of this kind', 'Choose another --out')
         write_atomic(f, json.dumps(now, indent=1).encode()); return False
-    try: a,b = _flat(json.loads(f.read_text())),_flat(now)
+    try: require_same(out, json.loads(f.read_text()), now)
+    except CTError as e: raise CTError(out, f'holds a run of other arguments or data: {e.fault.partition(": ")[2]}', 'Give what it was started with, or choose another --out') from None
     except (ValueError,AttributeError): raise CTError(f, 'cannot be read', 'Choose another --out') from None
-    diff = [f'{k} was {a.get(k, "absent")}, is {b.get(k, "absent")}' for k in [*a, *(k for k in b if k not in a)] if a.get(k, 'absent')!=b.get(k, 'absent')]
-    if diff: raise CTError(out, f'holds a run of other arguments or data: {"; ".join(diff[:3])}', 'Give what it was started with, or choose another --out')
     return True
 
 @contextmanager
@@ -310,17 +314,25 @@ def score_all(
     return df,few
 
 # %% ../nbs/24_reproduce.ipynb #1eea1704
+def doubt(
+    name:str, # Of the data set
+    trained   # Name of the data set that was trained on; None for weights that were given
+)->str: # Empty for scans that only test
+    "What the weights may owe to these scans"
+    if name==trained: return 'these scans chose the weights, so the mean flatters'
+    return 'these scans may have been used to train or choose these weights, so the mean may flatter' if name=='ricord' else ''
+
 def measured(
     name:str,      # Of the data set
     df:pd.DataFrame, # Its scores
     method:str,    # Title of the recipe, or which weights
-    tuning:bool,   # Whether these are tuning scans
+    trained,       # Name of the data set that was trained on, or None
     left_out:int=0 # Scans left out in earlier stages
 )->dict: # A line of the table
     "The line of what was measured here"
     t,n = summarise(df).loc['dice'],counts(df)
     apart = {'failed or left out':n['failed']+left_out, 'with both masks empty, not scored':n['both_empty']}
-    note = [*['these scans chose the weights, so the mean flatters']*tuning, *(f'{v} {k}' for k,v in apart.items() if v)]
+    note = [*filter(None, [doubt(name, trained)]), *(f'{v} {k}' for k,v in apart.items() if v)]
     return dict(data=name, what='measured here', method=method, dice=t['mean'], sd=t.sd, low=t.low, high=t.high, n=int(t.n), left_out=n['failed']+left_out,
                 source=f'this run, covid3d {__version__}', differs='; '.join(note))
 
@@ -468,7 +480,7 @@ def step_count(
     pretrained     # As `train` takes it
 )->tuple: # Steps; epochs in which tuning scans are scored
     "How often the weights change, and how often whole scans are scored"
-    a = dict(epochs=25, frozen_epochs=1, bs=2, patches=24, score_every=5)|recipe.train
+    a = {k:p.default for k,p in signature(train).parameters.items()}|recipe.train
     phases = [a['epochs'], *[a['frozen_epochs']]*bool(pretrained)]
     return sum(phases)*(n_train*a['patches']//a['bs']),sum(-(-n//a['score_every']) for n in phases)
 
@@ -549,11 +561,11 @@ def plan_run(
 # %% ../nbs/24_reproduce.ipynb #6c7be0ac
 def check_out(
     out:Path, # Folder of the run
-    data:dict # Name → folder
+    data:dict # Name → whole path of its folder
 ):
     "Refuse a run inside a data set, which it would change"
     for k,root in data.items():
-        if out.resolve().is_relative_to(Path(root).resolve()): raise CTError(out, f'lies in the folder of {titles[k]}', 'Choose an --out outside the data')
+        if out.resolve().is_relative_to(root): raise CTError(out, f'lies in the folder of {titles[k]}', 'Choose an --out outside the data')
 
 def sweep(
     out:Path # Folder of the run
@@ -578,11 +590,11 @@ def about_run(
 
 # %% ../nbs/24_reproduce.ipynb #b56ab03a
 def short(
-    text:str, # With paths
-    data:dict # Name → folder
+    text:str, # With whole paths
+    data:dict # Name → whole path of its folder
 )->str:
     "Paths from the data set's folder on"
-    for root in data.values(): text = text.replace(f'{root.absolute()}{os.sep}', '').replace(f'{root}{os.sep}', '')
+    for root in data.values(): text = text.replace(f'{root}{os.sep}', '')
     return text
 
 def evaluate_all(
@@ -601,10 +613,9 @@ def evaluate_all(
     for name in (k for k in titles if any(k==o for o,_ in used) or any(k==o['data'] for o in left_out)):
         cases = [c for k,c in used if k==name and c.split!='train']
         df,few = score_all(out, cases, model, **kwargs)
-        tuning = name==trained
-        lines += [measured(name, df, method, tuning, sum(o['data']==name for o in left_out)), *(o for o in more if o['data']==name)]
+        lines += [measured(name, df, method, trained, sum(o['data']==name for o in left_out)), *(o for o in more if o['data']==name)]
         failed += [dict(data=name, stage='score', case=c, error=e) for c,e in zip(df.case, df.error) if e]
-        notes += [o for o in [report_of(out, name, df, few, method, about, other(name))] if o]
+        notes += [o for o in [report_of(out, name, df, few, method, {'these scans':doubt(name, trained) or 'test only'}|about, other(name))] if o]
     return result_table(lines),failed,notes
 
 def reproduce(
@@ -625,18 +636,17 @@ def reproduce(
     **kwargs             # For `covid3d.learner.train`, in place of the recipe's: `epochs`, `width`, `memory`, …
 )->pd.DataFrame: # The table; its `attrs` hold `left_out`. None with `only_plan`
     "The paper's table from its data sets: resumable, and honest about what was measured"
-    out,data = Path(out),{k:Path(v) for k,v in dict(ricord=ricord, coronacases=coronacases, mosmed=mosmed).items() if v}
+    out,data = Path(out),{k:Path(v).resolve() for k,v in dict(ricord=ricord, coronacases=coronacases, mosmed=mosmed).items() if v}
     rec,(trained,line),device = find_recipe(recipe, spec, **kwargs),roles(data, weights),torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if place()[1]>1: raise CTError('reproduce', 'runs in one process', 'Train with torchrun and covid3d train, then give --weights')
     check_out(out, data); other_run(against)
     about = about_run(data, rec, weights, pretrained, recipe=recipe, seed=seed, device=device.type, overlap=overlap, tolerance=tolerance)
     plan = lambda: plan_run(data, rec, trained, device, weights, pretrained)
     if only_plan: say(describe((p := plan())[0], line, rec, p[1], device, free_disk(out))); return
-    begun = (out/'run.json').exists()
-    if not begun:
+    if not (out/'run.json').exists():
         if trained and pretrained is True: net_of(rec, True).build(rec.spec.classes, True)  # the download, or its failure, comes first
         start_run(out, plan(), line, rec, device)
-    with locked(out): return run_stages(out, begun, about, data, rec, trained, weights, against, dict(pretrained=pretrained, seed=seed, device=device), dict(overlap=overlap, tolerance=tolerance))
+    with locked(out): return run_stages(out, about, data, rec, trained, weights, against, dict(pretrained=pretrained, seed=seed, device=device), dict(overlap=overlap, tolerance=tolerance))
 
 def start_run(out, plan, line, rec, device):
     "Say what it takes; refuse what the disk cannot hold"
@@ -644,19 +654,16 @@ def start_run(out, plan, line, rec, device):
     say(describe(plan[0], line, rec, plan[1], device, free))
     if plan[1]['disk']>free: raise CTError(out, f'about {show_bytes(plan[1]["disk"])} are needed, {show_bytes(free)} are free', 'Make room, or choose another --out')
 
-def run_stages(out, begun, about, data, rec, trained, weights, against, how, score)->pd.DataFrame:
+def run_stages(out, about, data, rec, trained, weights, against, how, score)->pd.DataFrame:
     "Every stage, or what is left of them"
-    begin(out, about); sweep(out)
+    begun = begin(out, about); sweep(out)
     if begun: say(f'{out}: goes on; done: {", ".join(o.stem for o in sorted((out/"stages").glob("*.json"), key=os.path.getmtime)) or "nothing yet"}')
     first = stage(out, 'tables', lambda: make_tables(data, out, trained, how['seed'])); lost = first['left_out']
     lost = lost+(checked := stage(out, 'check', lambda: check_all(out, lost)))['left_out']
     if trained:
         lost = lost+stage(out, 'prepare', lambda: prepare_all(out, rec.spec, lost))['left_out']
         stage(out, 'train', lambda: train_all(out, rec.train|how))
-    net = []
-    def model():
-        if not net: net.extend(load_model(weights or out/'train'/'model.safetensors', how['device'])[:2])
-        return net
+    model = cache(lambda: load_model(weights or out/'train'/'model.safetensors', how['device'])[:2])
     method = f'weights {Path(weights).name}' if weights else rec.title
     pages = {'recipe':method, 'changed settings':', '.join(rec.changed) or 'none', 'network input':json.dumps(asdict(model()[1]) if weights else about['spec']), 'training':'none here' if weights else as_json(rec.train),
         'seed':how['seed'], 'device':str(how['device']), 'scores':json.dumps(score), 'covid3d':__version__, 'torch':torch.__version__}

@@ -3,7 +3,7 @@
     COVID3D_TEST_DATA=folder python benchmarks/recipe.py [--only REGEX] [--seconds 300 | --patches 68] [--folds 0] [--seeds 0] [--encoder FILE] [--out _bench]
 
 Each run adds a row to benchmarks/recipe.csv; a run that has its row is not repeated. CPU-seconds are user + system time of the process, patches and augmentation included; nothing is chosen on the scans that are scored, so
-there is no validation. Choices marked * start from `--encoder`, as `covid3d pretrain` writes it; the others from random weights.
+there is no validation. `base` is the state of the recipe before this table: Dice + cross-entropy, first weights of the head of 0.1. Choices marked * start from `--encoder`, as `covid3d pretrain` writes it; the others from random weights.
 """
 import argparse, itertools, json, re
 from copy import deepcopy
@@ -31,10 +31,11 @@ choices = {'base':{}, 'encoder norm: group':dict(norm='group'), 'encoder norm: i
     'learning rate 1e-3':dict(lr=1e-3), 'learning rate 5e-3':dict(lr=5e-3),
     'loss: Dice + focal':dict(loss='DiceFocalLoss'), 'loss: Tversky':dict(loss='TverskyLoss'), 'loss: Lovász':dict(loss='LovaszHingeLoss'),
     'Dice + focal, moving average':dict(loss='DiceFocalLoss', ema=.99), '* Dice + focal, moving average, rates 1:10':dict(loss='DiceFocalLoss', ema=.99, ratio=10.),
+    'focal, p 0.7':dict(loss='DiceFocalLoss', p_lesion=.7), '* focal, p 0.7, 1:10':dict(loss='DiceFocalLoss', p_lesion=.7, ratio=10.), '* focal, p 0.33, 1:10':dict(loss='DiceFocalLoss', p_lesion=.33, ratio=10.), '* focal, p 0.33':dict(loss='DiceFocalLoss', p_lesion=.33),
     'up: pixel shuffle':dict(up='shuffle'), 'up: transposed':dict(up='transposed'),
     'decoder 32,16,8':dict(decoder=(32,16,8)), 'decoder 64,32,16':dict(decoder=(64,32,16)),
     'decoder norm: instance':dict(decoder_norm='instance'), 'decoder norm: batch':dict(decoder_norm='batch'),
-    'head: first weights 0.01':dict(head=.01), 'head: first weights 0.3':dict(head=.3), 'head: prior 0.2':dict(prior=.2),
+    'head: first weights 0.01':dict(head=.01), 'head: first weights 0.3':dict(head=.3), 'head: first weights n^-1/2':dict(head=None), 'head: prior 0.2':dict(prior=.2),
     'no stem skip':dict(stem_skip=False), 'input skip':dict(input_skip=True), 'attention':dict(attention=True), 'deep supervision':dict(deep=True), 'moving average':dict(ema=.99),
     'batch 1':dict(bs=1), 'batch 4':dict(bs=4), 'batch 1, group':dict(bs=1, norm='group'), 'batch 1, instance':dict(bs=1, norm='instance'),
     'patch 16×64×64':dict(patch=(16,64,64)), 'patch 16×128×128':dict(patch=(16,128,128)), 'patch 32×96×96':dict(patch=(32,96,96)),
@@ -92,7 +93,7 @@ class Thaw(Callback):
 def learner(dls, c, pretrained):
     enc = encoder3d(r3d_18, pretrained or False, c['width'], c['norm'])
     net = (DeepUnet if c['deep'] else DynamicUnet3d)(enc, decoder=c['decoder'], stem_skip=c['stem_skip'], input_skip=c['input_skip'], up=c['up'], attention=c['attention'], decoder_norm=c['decoder_norm'], prior=c['prior'])
-    nn.init.normal_(net.head.logits.weight, std=c['head'])
+    nn.init.normal_(net.head.logits.weight, std=c['head'] or net.head.logits.in_channels**-.5)
     net.cut = {'':(), 'stem':('stem',), 'layer1':('stem','layer1'), 'layer2':('stem','layer1','layer2')}[c['cut']]
     for n in net.cut: net.encoder.get_submodule(n).requires_grad_(False)
     loss = getattr(losses, c['loss'])()

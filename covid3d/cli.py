@@ -354,13 +354,13 @@ def evaluate(
 ):
     "Score each case on its scan's own grid: a report with intervals, tables and pictures."
     from covid3d.cases import check_cases, read_cases, splits
-    from covid3d.evaluate import Extremes, check_same_cases, headline, read_scores, score_cases, write_report
+    from covid3d.evaluate import Extremes, check_same_cases, headline, own_files, read_scores, score_cases, write_report
     writable(out); check_overlap(overlap)
     if not 0<tolerance<100: raise CTError('tolerance', f'{tolerance} is no distance in mm', 'Give 3')
     if split not in splits: raise CTError('split', f'{split!r} is unknown', f'Give {", ".join(splits)}')
     others = {k:read_scores(p) for k,p in _labels([p for p in compare.split(',') if p]).items()}
     model,spec = _model(weights, device)
-    absent([Path(out)/o for o in ('index.html','scores.csv')], overwrite)
+    absent(own_files(out), overwrite)
     cases = read_cases(table, split, dict.fromkeys((*spec.classes,'lung')), spec.classes[:1])
     for o in others.values(): check_same_cases([c.name for c in cases], o.case)
     for f in (f for r in check_cases(cases, spec.classes[:1]) for f in r.findings if f.level=='warning'): print(f, file=sys.stderr)
@@ -493,7 +493,7 @@ def _write_masks(masks, vol, targets, path):
     for n in vol.notes: print(f'  note: {n}')
 
 # %% ../nbs/30_cli.ipynb #eebc8214
-demo_config = dict(spacing=(6.,2.8,2.8), patch=(16,64,64), width=16, epochs=18, patches=24, bs=2, lr=1e-2, score_every=9)
+demo_config = dict(spacing=(6.,2.8,2.8), patch=(16,64,64), width=16, epochs=21, patches=24, bs=2, lr=1e-2, score_every=11)
 
 demo_mark = '.covid3d-demo'
 

@@ -1,5 +1,5 @@
 "Scores equal independent oracles, intervals hold what they promise, tests err as often as they say, and a report is whole, safe and readable"
-import gc, json, math, os, warnings, weakref
+import errno, gc, json, math, os, warnings, weakref
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -85,6 +85,22 @@ def test_one_bad_case_never_stops_a_cohort(cases, tmp_path):
     class Stop(Band):
         def forward(self, x): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): score_cases(Stop(), spec, cases)
+
+@pytest.mark.parametrize('resolved', [True,False])
+def test_no_path_leaves_with_a_report(cases, tmp_path, monkeypatch, resolved):
+    "The folder of a DICOM series can be a patient's name; the case's name and the file's role stand in its place"
+    monkeypatch.chdir(tmp_path); home = tmp_path/'DOE^JANE 1950'; (home/'study').mkdir(parents=True); (home/'mask_DOE.nii.gz').write_bytes(b'\x1f\x8b no')
+    for i in range(2): (home/'study'/f'DOE_{i}.dcm').write_bytes(b'no DICOM')
+    if not resolved: home = home.relative_to(tmp_path)
+    class Fails(Band):
+        def forward(self, x): raise OSError(5, 'Input/output error', str(Path('DOE^JANE 1950').resolve()/'study'/'DOE_1.dcm'))
+    good = cases[0]; mask = home/'mask_DOE.nii.gz'
+    bad = [Case('c1', home/'study', good.masks),Case('c2', good.ct, dict(lesion=mask)),Case('c3', home/'gone.nii.gz', good.masks),Case('c4', home/'study'/'DOE_1.dcm', good.masks)]
+    df = pd.concat([score_cases(Band(), spec, bad), score_cases(Fails(), spec, [Case('c5', good.ct, good.masks)])], ignore_index=True)
+    assert (df.error!='').all() and df.error[0].startswith('c1 (scan): ') and df.error[1].startswith('c2 (lesion mask): ') and df.error[2]=='c3 (scan): no such file. Check the path.'
+    at = write_report(df, tmp_path/'r')
+    for f in ('index.html','scores.csv','report.json'):
+        text = (at.parent/f).read_text(); assert not any(o in text for o in ('DOE','JANE',str(tmp_path),str(good.ct.parent))), (f,df.error.tolist())
 
 def test_one_scan_in_memory(cases):
     "When a case is scored, nothing of the former ones is alive, pictures included"
@@ -204,7 +220,15 @@ def test_scans_of_a_patient_are_no_independent_witnesses(studies=300):
     patients,scans = hit/studies
     assert patients<=.05+3.3*math.sqrt(.05*.95/studies) and scans>.15, hit/studies
 
+@pytest.mark.parametrize('nonzero,zero', [(3,0),(3,4),(1,5),(0,4),(12,3),(5,20)])
+def test_a_difference_of_0_is_no_witness(nonzero, zero):
+    "The smallest p that is promised is reached by the clearest result there can be, and by none below it"
+    r = paired_tests(np.r_[np.zeros(zero),np.arange(1.,nonzero+1)], np.ones(nonzero+zero))
+    assert r['p']==pytest.approx(r['p_least'], rel=1e-9) and r['differing']==nonzero
+    assert ('no result can fall below 0.05' in ev.compare_text(dict(r, patients=nonzero+zero, left_out=[])))==(nonzero<6)
+
 def test_many_patients_use_random_flips():
+    assert paired_tests(np.ones(30), np.ones(30))['p']==pytest.approx(paired_tests(np.ones(30), np.ones(30))['p_least'])==pytest.approx(2/5000)
     d = np.random.default_rng(0).normal(.1, 1, 40)
     assert paired_tests(d, np.ones(40))['p']==pytest.approx(stats.ttest_1samp(d, 0).pvalue, abs=.03)
 
@@ -212,6 +236,7 @@ def test_compare_pairs_by_name():
     a,b = pair([.1,.2,-.05,.1,.3,.02])
     c = compare(a, b.sample(frac=1, random_state=0))
     assert c['difference']==pytest.approx(.67/6) and c==compare(a, b) and c['p']==pytest.approx(paired_tests(np.array([.1,.2,-.05,.1,.3,.02]), np.ones(6))['p']) and c['low']<c['difference']<c['high'] and c['n']==c['patients']==6
+    assert compare(*pair([.1], ['a']))['p']==1                   # one patient: no test, no error
     two = compare(*pair([.1,.2,-.05,.1,.3,.02], list('aabbcc'))); assert two['patients']==3 and two['p_least']==.25 and two['p']>=.25
 
 def test_compare_refuses_what_is_no_pair():
@@ -267,15 +292,50 @@ def test_report_says_what_the_table_says(tmp_path):
 def test_scores_survive_a_file(tmp_path):
     df = cohort(); df.loc[0,'tn'] = 2**40+1
     write_atomic(tmp_path/'s.csv', scores_csv(df)); back = read_scores(tmp_path/'s.csv')
-    pd.testing.assert_frame_equal(back, df, rtol=1e-5); assert back.tn[0]==2**40+1
+    pd.testing.assert_frame_equal(back, df, check_exact=True); assert back.tn[0]==2**40+1
     assert summarise(back).equals(summarise(read_scores(tmp_path/'s.csv')))
     for text,match in (('case,dice\na,1\n','the column tp, fp, fn, empty, error is missing'),('','not a table of scores'),('case,dice,tp,fp,fn,empty,error\na,x,1,1,1,,\n','not a table of scores|is no number')):
         (tmp_path/'bad.csv').write_text(text)
         with pytest.raises(CTError, match=match): read_scores(tmp_path/'bad.csv')
     (tmp_path/'bad.csv').write_bytes(b'\xff\xfe\0\0'); pytest.raises(CTError, read_scores, tmp_path/'bad.csv'); pytest.raises(CTError, read_scores, tmp_path/'none.csv')
 
+def test_a_table_equals_its_own_file(tmp_path):
+    d = np.random.default_rng(0).random(40); df = as_table(dict(case=[f'c{i}' for i in range(40)], dice=d, hd95=100*d, tp=5, fp=1, fn=1, tn=9, empty='', error=''))
+    write_atomic(tmp_path/'s.csv', scores_csv(df))
+    for k in ('dice','hd95'): c = compare(df, read_scores(tmp_path/'s.csv'), k); assert (c['difference'],c['low'],c['high'],c['p'],c['p_wilcoxon'])==(0,0,0,1,1)
+
+def test_one_score_without_comparison_costs_no_other(tmp_path):
+    a = table('near','good','pred'); b = a.assign(tolerance_mm=1.)
+    text = ' '.join(Page(write_report(a, tmp_path/'r', against=dict(other=b)).read_text()).said)
+    assert 'Surface Dice: compare: the surface Dice has two tolerances' in text and 'Paired by case' in text
+    assert [c.get('p') for c in json.loads((tmp_path/'r'/'report.json').read_text())['compare']['other']]==[1,None,1]
+
+def test_minus_infinity_keeps_its_sign(): assert ev.fmt(-math.inf,'volume_error_ml')=='−∞' and ev.fmt(math.inf,'hd95')=='∞' and ev.signed(-math.inf)=='−∞'
+
+def test_the_patients_of_the_headline_are_those_of_its_cases():
+    df = table('near','good','both'); assert counts(df)['patients']==2 and '2 cases of 2 patients' in headline(df)
+
+@pytest.mark.parametrize('name', ['index.html','scores.csv','summary.csv','report.json','volumes.png','best_1.png','worst_12.png'])
+def test_files_of_the_report_names_are_refused_and_others_kept(tmp_path, name):
+    out = tmp_path/'r'; out.mkdir(); others = ['best_practice.png','worst_case.png','best_.png','best_1.png.bak','my_scores.csv']
+    for o in (*others,name): (out/o).write_text('mine')
+    with pytest.raises(CTError, match=f'{name}: exists already'): write_report(table('near','good'), out, overwrite=False)
+    assert {o.name:o.read_text() for o in out.iterdir()}==dict.fromkeys((*others,name), 'mine') and ev.own_files(out)==[out/name]
+    write_report(table('near','good'), out); assert all((out/o).read_text()=='mine' for o in others) and not (out/'worst_12.png').exists()
+
+@pytest.mark.parametrize('there', [True,False])
+def test_a_folder_that_is_a_mount_point(tmp_path, monkeypatch, there):
+    "Nothing is moved over the border of a folder that exists, and nothing is made beside it"
+    out,real,beside = tmp_path/'r',os.replace,[]
+    if there: out.mkdir()
+    def replace(a, b):
+        if out not in Path(a).parents: raise OSError(errno.EXDEV, 'Invalid cross-device link')
+        beside.extend(o.name for o in tmp_path.iterdir() if o!=out); return real(a, b)
+    monkeypatch.setattr(os, 'replace', replace)
+    assert write_report(table('near','good'), out).exists() and not beside and not [o for o in out.iterdir() if o.name.startswith('.')]
+
 @pytest.mark.parametrize('fails_at', range(1,12))
-def test_a_report_is_whole_or_the_old_one(tmp_path, monkeypatch, fails_at):
+def test_a_move_that_fails_leaves_no_page_beside_other_figures(tmp_path, monkeypatch, fails_at):
     "Whatever step of the moving fails, a page that stands there is complete in itself and newer than no figure beside it"
     old,new = table('near','good'),table('near','pred')
     out = tmp_path/'r'; write_report(old, out); (out/'mine.txt').write_text('mine')
@@ -288,7 +348,7 @@ def test_a_report_is_whole_or_the_old_one(tmp_path, monkeypatch, fails_at):
         m.setattr(os, 'replace', replace)
         try: write_report(new, out); failed = False
         except CTError as e: failed = True; assert 'No space left' in str(e)
-    assert failed==(fails_at<=6) and (out/'mine.txt').read_text()=='mine' and [o.name for o in tmp_path.iterdir()]==['r']
+    assert failed==(fails_at<=6) and (out/'mine.txt').read_text()=='mine' and [o.name for o in tmp_path.iterdir()]==['r'] and not list(out.glob('.*'))
     assert (out/'index.html').exists()!=failed                   # the old page went first, the new one comes last
     write_report(new, out); assert counts(read_scores(out))['misses']==1
 

@@ -146,19 +146,30 @@ def test_what_was_expected(straight):
 moments = ('run.json$','ricord_masks/ricord_003','/cases.csv$','check/ricord','stages/check','prepared/ricord_002','training.csv$','model.safetensors$','history.csv$','checkpoint.safetensors$','stages/train','scores/.*npz$','scores/coronacases_003.json$',
     'ricord/scores.csv$','run/coronacases$','run/mosmed$','table.json$','run/index.html$')  # the page of RICORD is there by then, and is replaced
 
+def require_same_end(out, straight, data):
+    for f in final: assert (out/f).read_bytes()==(straight[0]/f).read_bytes(), f
+    for k in data: pd.testing.assert_frame_equal(read_scores(out/k), read_scores(straight[0]/k))
+    assert not [*out.rglob('.*.tmp')] and not [*out.glob('.*-*')]
+
 def test_killed_in_every_stage(start, straight, data, tmp_path):
-    "SIGKILL in each stage, one after the other, and at random moments: the run goes on each time, and ends with the same table and weights, bit for bit"
-    out,rng = tmp_path/'run',random.Random(0)
-    for i,at in enumerate(moments):
-        if i<5: status,text = start(out, data, after=rng.uniform(.02, .6)); assert status==-9, text
-        status,text = start(out, data, at=at); assert status==-9, (at,text)
+    "SIGKILL in each stage, one after the other: the run goes on each time, and ends with the same table and weights, bit for bit"
+    out = tmp_path/'run'
+    for at in moments: status,text = start(out, data, at=at); assert status==-9, (at,text)
     scored = {o.name:o.stat().st_mtime_ns for o in out.glob('scores/*.json')}
     status,text = start(out, data); assert status==0, text
     assert {o.name:o.stat().st_mtime_ns for o in out.glob('scores/*.json')}.items()>=scored.items()   # nothing that was scored is scored again
     assert text.count('tables: done')==text.count('train: done')==1 and 'goes on; done: tables' in text
-    for f in final: assert (out/f).read_bytes()==(straight[0]/f).read_bytes(), f
-    for k in data: pd.testing.assert_frame_equal(read_scores(out/k), read_scores(straight[0]/k))
-    assert not [*out.rglob('.*.tmp')] and not [*out.glob('.*-*')]
+    require_same_end(out, straight, data)
+
+def test_killed_at_random(start, straight, data, tmp_path):
+    "SIGKILL at random moments, early and late"
+    out,rng,kills = tmp_path/'run',random.Random(0),0
+    for longest in (.3,.6,1,2,4):
+        status,text = start(out, data, after=rng.uniform(.02, longest)); assert status in (-9,0), text
+        kills += status==-9
+    status,text = start(out, data); assert status==0, text
+    assert kills>=2
+    require_same_end(out, straight, data)
 
 def test_finished_again_and_refused(start, straight, data, tmp_path):
     "A finished run is read, not made again; other arguments, other data, a second process and a foreign folder are refused in one line"

@@ -80,7 +80,7 @@ def front(s, nm, cfg):
     "Title, summary and origin of the page made from notebook file name `nm`, given its front matter `s`"
     fm = {k:v.strip('\'" ') for k,v in re.findall(r'^(\w+): (.*(?:\n  .*)*)$', s, re.M)}
     src = '' if nm=='index.ipynb' else f'\n\n<p class="origin">Made from <a href="{cfg.git_url}/blob/{cfg.branch}/nbs/{nm}"><code>nbs/{nm}</code></a></p>'
-    return markdown_cell(f"# {fm['title']}\n\n*{re.sub(chr(10)+' +', ' ', fm.get('description', ''))}*{src}")
+    return markdown_cell(f"# {fm['title']}\n\n*{re.sub(chr(10)+' +', ' ', fm.get('description', '')).replace(chr(39)*2, chr(39))}*{src}")
 
 def stage(c, nm, cfg):
     "Cell `c` of notebook `nm` as Sphinx wants it, or None to leave it out"

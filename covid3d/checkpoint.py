@@ -39,6 +39,7 @@ def _flush(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/17_checkpoint.ipynb #747be126
 def write_checkpoint(
     path,         # `.safetensors`
     state:dict,   # What JSON can hold
@@ -119,6 +120,7 @@ def _recorder_state(r)->dict:
 
 def _holders(cbs)->list: return [c for c in cbs if hasattr(type(c), 'keeps_tensors')]
 
+# %% ../nbs/17_checkpoint.ipynb #967fa8b5
 def callback_state(
     cbs # Callbacks; one with a list `keeps` of attributes is kept
 )->dict: # Name → attributes
@@ -146,6 +148,7 @@ def _set_recorder(r, s):
     r.lrs,r.iters,r.losses,r.values = list(s['lrs']),list(s['iters']),[torch.tensor(o) for o in s['losses']],[list(v) for v in s['values']]
     r.smooth_loss.count,r.smooth_loss.val = s['count'],torch.tensor(s['smooth'])
 
+# %% ../nbs/17_checkpoint.ipynb #5d688bb6
 def set_callbacks(
     cbs,       # Callbacks
     state:dict,# From `callback_state`

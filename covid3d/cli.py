@@ -261,6 +261,7 @@ def train(
     if _rank(): return
     print(f'wrote {runs[0]/"model.safetensors"} · whole-scan Dice on valid {learn.kept.best:.3f}')
 
+# %% ../nbs/30_cli.ipynb #50716aa3
 def _runs(out, folds, fold)->list:
     "Folders of the trainings to come"
     if folds is None and fold is None: return [Path(out)]
@@ -275,6 +276,7 @@ def _absent_run(run, resume, overwrite):
     files = [run/o for o in ('checkpoint.safetensors','model.safetensors')]
     if not (resume and files[0].exists()): absent(files, overwrite, 'Add --resume to go on with a training that was interrupted, choose another --out, or add --overwrite')
 
+# %% ../nbs/30_cli.ipynb #627e173d
 def _train_folds(table, out, folds, fold, recipe):
     "Train, score, and say how it went"
     from covid3d.folds import missing_folds, train_folds
@@ -313,6 +315,7 @@ def pretrain(
     file = pretrain_encoder(out, encoder, width, steps, bs, spec, share, lr, seed, phantoms, device=device, norm=norm)
     print(f'wrote {file} · next: covid3d train cases.csv --weights {file} --out RUN')
 
+# %% ../nbs/30_cli.ipynb #0bc50b5d
 @command
 def transfer_study(
     table:Annotated[str, 'Case table (CSV), or a folder from covid3d prepare', {'opt':False}],
@@ -372,6 +375,7 @@ def evaluate(
     print(f'{headline(df)} · wrote {page}')
     return int((df.error!='').any())
 
+# %% ../nbs/30_cli.ipynb #b49a422d
 def _labels(paths)->dict:
     "Names for other models' scores: that of their folder, with the folder above it where two are the same"
     folders = [(Path(p) if Path(p).is_dir() else Path(p).parent).resolve() for p in paths]
@@ -386,6 +390,7 @@ def _difference(a, b)->str:
     except CTError as e: return str(e)
     return f'Dice {c["difference"]:+.3f} (95 % interval {span(c["low"],c["high"])}), p = {c["p"]:.3f}, {c["n"]} cases'
 
+# %% ../nbs/30_cli.ipynb #9b5aeb59
 def print_scores(
     df,       # From `score_cases`
     indent='' # Before each line
@@ -509,6 +514,7 @@ def clear_demo(
     out.mkdir(parents=True, exist_ok=True)
     (out/demo_mark).touch()
 
+# %% ../nbs/30_cli.ipynb #dd9ada83
 @command
 def demo(
     out:str='covid3d-demo',    # Folder to write

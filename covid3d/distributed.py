@@ -105,6 +105,7 @@ def split_map(
     parts = gather([f(o) for o in track(items[rank::n], what)])
     return [parts[i%n][i//n] for i in range(len(items))]
 
+# %% ../nbs/16_distributed.ipynb #022110a3
 def spread(
     tensors # Of the same shapes in every process, such as `model.state_dict().values()`
 ):
@@ -158,6 +159,7 @@ def pool(
         if names:
             for k,vs in zip(names, zip(*gather([float(getattr(m, o)) for o in names]))): setattr(m, k, sum(vs))
 
+# %% ../nbs/16_distributed.ipynb #c8364f27
 class SplitTrainer(DistributedTrainer):
     "fastai's training on several processes, where what is validated need not divide evenly"
     def before_fit(self):

@@ -26,6 +26,7 @@ def missing_folds(
     "Folds that are not trained and scored yet"
     return [i for i in range(k) if not (Path(out)/f'fold_{i}'/'scores.csv').exists()]
 
+# %% ../nbs/23_folds.ipynb #ac9cd508
 def same_study(
     out:Path,  # Folder of a cross-validation
     table,     # Case table, or prepared folder
@@ -38,6 +39,7 @@ def same_study(
     if f.exists(): require_same(f, json.loads(f.read_text()), now)
     else: out.mkdir(parents=True, exist_ok=True); write_atomic(f, json.dumps(now, indent=1).encode())
 
+# %% ../nbs/23_folds.ipynb #1dbbdf91
 def train_folds(
     table,            # Case table, or a folder that `covid3d prepare` wrote; cases of the split `test` stay apart
     out,              # Folder for the folds and the report

@@ -154,6 +154,7 @@ def _specs(text, path)->tuple:
         return CTSpec(**known(CTSpec)),NetSpec(**known(NetSpec))
     except (ValueError,KeyError,TypeError,AttributeError) as e: raise CTError(path, f'the specification cannot be read ({" ".join(str(e).split())[:120]})', 'Train again, or use another file') from None
 
+# %% ../nbs/14_inference.ipynb #cae82f05
 def load_model(
     path,          # `.safetensors` from `save_model`
     device='cpu'   # Where to put it

@@ -105,6 +105,7 @@ def unet_learner_3d(
     if pretrained: learn.freeze()
     return learn
 
+# %% ../nbs/18_learner.ipynb #18284b2a
 def _fit_memory(learn, memory):
     "Choose a setting that fits, say which, and use it"
     plan = plan_memory(learn.model, learn.spec.patch, memory, learn.dls.train.bs, torch.device(learn.dls.device).type)
@@ -152,6 +153,7 @@ class WhileTraining(Callback):
     def before_fit(self): self.trains = False
     def before_train(self): self.trains = not hasattr(self, 'lr_finder')
 
+# %% ../nbs/18_learner.ipynb #68edece4
 class KeepBest(WhileTraining):
     "Write the weights whenever the whole-scan Dice rises; end with the best ones"
     order,keeps = 61,('best','best_epoch')
@@ -180,6 +182,7 @@ class KeepBest(WhileTraining):
         best,_,_ = load_model(self.file)
         model.load_state_dict(best.state_dict())
 
+# %% ../nbs/18_learner.ipynb #9a61e254
 class History(WhileTraining):
     "Write the table of epochs, whole after each epoch, one table over several fits"
     order,keeps = 62,('rows',)
@@ -322,6 +325,7 @@ def train(
             ck.finish(cbs)
     return learn
 
+# %% ../nbs/18_learner.ipynb #42b4f076
 def _name(o): return o if o is None or isinstance(o, (bool,int,float,str,list,tuple)) else getattr(o, '__name__', type(o).__name__)
 
 def _about(learn, kwargs)->dict:

@@ -133,6 +133,7 @@ def begin(
     except (ValueError,AttributeError): raise CTError(f, 'cannot be read', 'Choose another --out') from None
     return True
 
+# %% ../nbs/24_reproduce.ipynb #e9db25b7
 @contextmanager
 def locked(
     out:Path # Folder of the run
@@ -157,6 +158,7 @@ def in_words(
         if s>=1.5*n: return f'{s/n:.{0 if s>=10*n else 1}f} {unit}'
     return f'{max(1,s):.0f} s'
 
+# %% ../nbs/24_reproduce.ipynb #d4b756f9
 def stage(
     out:Path, # Folder of the run
     name:str, # Of the stage
@@ -169,6 +171,7 @@ def stage(
         write_atomic(f, json.dumps(res).encode()); say(f'{name}: done in {in_words(time.time()-t)}')
     return json.loads(f.read_text())
 
+# %% ../nbs/24_reproduce.ipynb #79a071d1
 def each_case(
     cases,   # `Case`s
     folder,  # A file of each goes here
@@ -201,6 +204,7 @@ def table_of(
     use = df[df.split=='test']
     return df.assign(split=choose_splits(use, .2, 0., seed).reindex(df.index, fill_value=''))
 
+# %% ../nbs/24_reproduce.ipynb #a0a290f6
 def broken(
     note:str,    # Of a reader
     names        # Cases of its table
@@ -208,8 +212,9 @@ def broken(
     "A note of a scan that could not be read"
     m = re.fullmatch(r'(\S+) has no mask: (.*)', note, re.S)
     if m and m[1] in names: return dict(case=m[1], error=m[2])
-    return dict(case=m[1], error=m[2]) if (m := re.match(r'(/[^:]*): (.*\. \w.*\.)$', note, re.S)) else None
+    return dict(case=m[1], error=m[2]) if (m := re.match(r'((?:\w:)?[/\\][^:]*): (.*\. \w.*\.)$', note, re.S)) else None
 
+# %% ../nbs/24_reproduce.ipynb #13dee3de
 def make_tables(
     data:dict, # Name → folder
     out:Path,  # Folder of the run
@@ -234,6 +239,7 @@ def used_cases(
 
 def _report(d)->CaseReport: return CaseReport(**d|dict(findings=[Finding(**f) for f in d['findings']]))
 
+# %% ../nbs/24_reproduce.ipynb #c75181de
 def twins(
     reports # `CaseReport`s
 )->dict: # Case to leave out → the one with the same voxels that stays
@@ -243,6 +249,7 @@ def twins(
         if r.digest and r.split!=stays.setdefault(r.digest, r).split: out[r.case] = stays[r.digest].case
     return out
 
+# %% ../nbs/24_reproduce.ipynb #b2e8a4fd
 def check_all(
     out:Path,    # Folder of the run
     left_out=()  # From the stage before
@@ -295,6 +302,7 @@ def read_picture(
     "Read a slice; nothing in it can run code"
     with np.load(path, allow_pickle=False) as z: return Snapshot(path.stem, **{k:z[k].item() if z[k].ndim==0 else z[k] for k in z.files})
 
+# %% ../nbs/24_reproduce.ipynb #1f96e990
 def score_all(
     out:Path,        # Folder of the run
     cases,           # `Case`s of one data set
@@ -336,6 +344,7 @@ def measured(
     return dict(data=name, what='measured here', method=method, dice=t['mean'], sd=t.sd, low=t.low, high=t.high, n=int(t.n), left_out=n['failed']+left_out,
                 source=f'this run, covid3d {__version__}', differs='; '.join(note))
 
+# %% ../nbs/24_reproduce.ipynb #6b6b106b
 def result_table(
     lines:list # From `measured`
 )->pd.DataFrame: # Measured and published, by data set
@@ -345,6 +354,7 @@ def result_table(
     df = pd.DataFrame(rows, columns=['data','what','method','dice','sd','low','high','n','left_out','source','differs'])
     return df.astype(dict(n='Int64', left_out='Int64'))
 
+# %% ../nbs/24_reproduce.ipynb #e1dc75eb
 def printed(
     df:pd.DataFrame # From `result_table`
 )->list: # A line for each data set
@@ -458,6 +468,7 @@ def try_scan(
         score,_ = _seconds(lambda: (segment(model, spec, ct), scores(np.roll(box, 1, 2), box, ct.spacing)))
         return Trial(n, int(np.prod(ct.shape)), x.numel()*(1+len(spec.classes)), read, prep, score)
 
+# %% ../nbs/24_reproduce.ipynb #e0113e82
 def try_step(
     model,      # Untrained network on its device
     spec:CTSpec,# Of the recipe
@@ -517,6 +528,7 @@ def free_disk(
     "What the disk has left"
     return shutil.disk_usage(next(o for o in (Path(out).absolute(), *Path(out).absolute().parents) if o.exists())).free
 
+# %% ../nbs/24_reproduce.ipynb #3f94c5f4
 def describe(
     scans:dict, # Name → list from `expected_scans`
     line:str,   # From `roles`
@@ -532,6 +544,7 @@ def describe(
         f'time: about {in_words(sum(secs.values()))} on {device}: '+', '.join(f'{k} {in_words(v)}' for k,v in secs.items() if v),
         f'disk: about {show_bytes(plan["disk"])} of {show_bytes(free)} free · memory: about {show_bytes(plan["memory"])}'+(f', on the GPU {show_bytes(plan["gpu"])}' if plan.get('gpu') else '')])
 
+# %% ../nbs/24_reproduce.ipynb #3f776b50
 def net_of(
     recipe:Recipe, # How it is trained
     pretrained     # As `train` takes it
@@ -597,6 +610,7 @@ def short(
     for root in data.values(): text = text.replace(f'{root}{os.sep}', '')
     return text
 
+# %% ../nbs/24_reproduce.ipynb #f1922199
 def evaluate_all(
     out:Path,     # Folder of the run
     trained,      # Name of the data set that was trained on, or None
@@ -618,6 +632,7 @@ def evaluate_all(
         notes += [o for o in [report_of(out, name, df, few, method, {'these scans':doubt(name, trained) or 'test only'}|about, other(name))] if o]
     return result_table(lines),failed,notes
 
+# %% ../nbs/24_reproduce.ipynb #bb318aca
 def reproduce(
     out,                 # Folder for the run; the same one goes on with it
     ricord=None,         # Folder of RICORD-1a, as TCIA gives it, with the annotations of MD.ai
@@ -648,6 +663,7 @@ def reproduce(
         start_run(out, plan(), line, rec, device)
     with locked(out): return run_stages(out, about, data, rec, trained, weights, against, dict(pretrained=pretrained, seed=seed, device=device), dict(overlap=overlap, tolerance=tolerance))
 
+# %% ../nbs/24_reproduce.ipynb #4ca002c1
 def start_run(out, plan, line, rec, device):
     "Say what it takes; refuse what the disk cannot hold"
     free = free_disk(out)

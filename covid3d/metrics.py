@@ -8,14 +8,13 @@ Docs: https://covid3d.github.io/covid3d/metrics.html.md"""
 __all__ = ['score_names', 'as_pair', 'Overlap', 'overlap', 'dice', 'jaccard', 'precision', 'recall', 'specificity',
            'check_spacing', 'volume_error', 'cube_faces', 'inside', 'outlines', 'largest_fill', 'surfel_normals',
            'surfel_areas', 'joint_box', 'neighbour_codes', 'surface_points', 'nearest_mm', 'SurfaceDistances',
-           'surface_distances', 'hd95', 'assd', 'nsd', 'Detection', 'lesion_detection', 'scores', 'tally', 'PatchDice']
+           'surface_distances', 'hd95', 'assd', 'nsd', 'Detection', 'lesion_detection', 'scores', 'PatchDice']
 
 # %% ../nbs/13_metrics.ipynb #0341fcee
-import numpy as np, torch, cc3d, edt, pandas as pd
+import numpy as np, torch, cc3d, edt
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, asdict
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from pykdtree.kdtree import KDTree
 from fastai.learner import Metric
 from .volume import CTError
@@ -318,16 +317,6 @@ def scores(
     return dict(zip(score_names,values)) | dict(
         lesions=hit.reference, lesions_found=hit.found, lesions_predicted=hit.predicted, lesions_right=hit.right, tp=o.tp, fp=o.fp, fn=o.fn, tn=o.tn,
         empty={(0,0):'both', (0,1):'pred', (1,0):'mask'}.get((int(o.tp+o.fp>0),int(o.tp+o.fn>0)), ''))
-
-# %% ../nbs/13_metrics.ipynb #385c4dbc
-def tally(
-    rows:list # One dict of `scores` a case
-)->pd.DataFrame: # A line for each score
-    "Mean, spread and median of each score, with the number of cases and of empty masks"
-    df = pd.DataFrame(rows)
-    v = df.loc[df['empty']!='both',list(score_names)].astype(float)
-    with np.errstate(invalid='ignore'): sd = v.std().where(np.isfinite(v).all())
-    return pd.DataFrame(dict(n=v.notna().sum(), mean=v.mean(), sd=sd, median=v.median(), both_empty=(df['empty']=='both').sum(), one_empty=df['empty'].isin(['pred','mask']).sum()))
 
 # %% ../nbs/13_metrics.ipynb #a47aa40d
 class PatchDice(Metric):

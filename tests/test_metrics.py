@@ -4,7 +4,7 @@ import numpy as np, pandas as pd, pytest, SimpleITK as sitk, surface_distance, t
 from hypothesis import given, settings, strategies as st
 from scipy import ndimage
 from sklearn import metrics as skm
-from covid3d.metrics import (assd, dice, hd95, jaccard, lesion_detection, nearest_mm, nsd, precision, recall, score_names, scores, specificity, surface_distances, tally,
+from covid3d.metrics import (assd, dice, hd95, jaccard, lesion_detection, nearest_mm, nsd, precision, recall, score_names, scores, specificity, surface_distances,
     volume_error)
 from covid3d.volume import CTError
 
@@ -174,10 +174,3 @@ def test_masks_of_other_kinds():
     (lambda a: volume_error(a, a, (1,0,1)), 'in mm'), (lambda a: surface_distances(a[0], a[0], (1,1,1)), '2 axes instead of 3'), (lambda a: scores(a[0], a[0], (1,1,1)), 'axes')])
 def test_faults_are_named(call, words):
     with pytest.raises(CTError, match=words): call(pair(1)[0])
-
-def test_tally_counts_what_it_stands_on():
-    rng = np.random.default_rng(0); a,b,o = blob(rng,(9,9,9)),blob(rng,(9,9,9)),np.zeros((9,9,9),bool)
-    rows = [scores(*p,(1,1,1)) for p in ((a,b),(b,b),(o,b),(a,o),(o,o),(o,o))]; t = tally(rows)
-    assert t.loc['dice','n']==4 and (t['both_empty']==2).all() and (t['one_empty']==2).all()
-    close(t.loc['dice','mean'], (dice(a,b)+1)/4); assert t.loc['hd95','mean']==math.inf and list(t.index)==list(score_names)
-    assert tally(rows[4:]).n.eq(0).all() and tally(rows[4:])['mean'].isna().all()

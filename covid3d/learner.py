@@ -257,7 +257,8 @@ class Pictures(WhileTraining):
 # %% ../nbs/18_learner.ipynb #c77c6c63
 def trackers(
     log:str, # `tensorboard`, `wandb`, or None
-    out      # Folder of the run
+    out,     # Folder of the run
+    **config # What Weights & Biases shows as the configuration
 )->list: # Callbacks
     "fastai's callback for a tracker of experiments"
     if log not in (None,'tensorboard','wandb'): raise CTError('log', f'{log!r} is unknown', 'Give tensorboard or wandb')
@@ -269,8 +270,13 @@ def trackers(
         import wandb
         from fastai.callback.wandb import WandbCallback
     except ImportError as e: raise CTError('log', f'{log} is not installed ({e})', f'pip install {log}') from None
-    wandb.init(project='covid3d', dir=str(out))
-    return [WandbCallback(log_preds=False, log_model=False)]
+    class NumbersOnly(WandbCallback):
+        def before_fit(self):
+            self.learn.gather_args = dict
+            super().before_fit()
+            del self.learn.gather_args
+    wandb.init(project='covid3d', dir=str(out), config=config)
+    return [NumbersOnly(log_preds=False, log_model=False)]
 
 # %% ../nbs/18_learner.ipynb #8c03ba7d
 def train(
@@ -314,7 +320,7 @@ def train(
         once(lambda: out.mkdir(parents=True, exist_ok=True))
         learn.kept,history,frozen = KeepBest(out/'model.safetensors', last=keep=='last'),History(out/'history.csv'),bool(pretrained) and frozen_epochs>0
         if torch.device(dls.device).type=='cuda' and kwargs.get('memory') is None: learn.to_fp16()
-        cbs,ck = [learn.kept, history, StopOnNaN(), GradientClip(clip), *[WeightAverage(average)]*bool(average), Pictures(history, examples, plot), *trackers(log, out)],Checkpoint(out/'checkpoint.safetensors', args|once(lambda: _about(learn, kwargs)))
+        cbs,ck = [learn.kept, history, StopOnNaN(), GradientClip(clip), *[WeightAverage(average)]*bool(average), Pictures(history, examples, plot), *trackers(log, out, **args|dict(pretrained=Path(args['pretrained']).name))],Checkpoint(out/'checkpoint.safetensors', args|once(lambda: _about(learn, kwargs)))
         own_random(seed)
         if ck.begin(resume): ck.restore(learn, cbs); learn.kept.put_back(learn)
         else:

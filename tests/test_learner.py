@@ -1,5 +1,6 @@
 "Training: rates group by group, fastai's verbs, and what is kept"
-import math
+import math, sys
+from types import ModuleType, SimpleNamespace
 
 import pytest, torch
 from fastai.callback.core import Callback
@@ -150,3 +151,16 @@ def test_nan_loss_is_said(table, tmp_path, capfd):
     assert main(['train',str(table),'--out',str(tmp_path/'run'),'--weights','random','--width','4','--spacing','9,7,7','--patch','16,32,32','--patches','4','--epochs','2','--lr','1e30','--device','cpu'])==2
     err = capfd.readouterr().err
     assert err.count('\n')==1 and 'lower' in err and 'covid3d train' in err
+
+def test_weights_and_biases_gets_numbers_only(table, tmp_path, monkeypatch):
+    "A double of the package, which is not among what the tests install, writes down what it is given"
+    told,double = [],ModuleType('wandb')
+    double.init = lambda **kw: (told.append(kw), setattr(double, 'run', SimpleNamespace(step=0, summary={})))
+    double.log = lambda d, **kw: told.append(d)
+    double.config = SimpleNamespace(update=lambda d, **kw: told.append(d))
+    monkeypatch.setitem(sys.modules, 'wandb', double); monkeypatch.delitem(sys.modules, 'fastai.callback.wandb', raising=False)
+    learn = train(table, tmp_path/'run', spec, pretrained=False, width=4, epochs=2, patches=2, score_every=1, examples=0, log='wandb')
+    assert told[0]['config']['epochs']==2 and told[0]['config']['pretrained']=='False' and 'gather_args' not in vars(learn)
+    assert sum('train_loss' in o for o in told)==2*len(learn.dls.train) and sum('scan_dice' in o for o in told)==2
+    text = repr(told[0]['config'])+repr(told[1:])
+    assert 'phantom' not in text and str(tmp_path) not in text

@@ -60,7 +60,7 @@ def writable(
     if not p.is_dir() or not os.access(p, os.W_OK): raise CTError(p, 'is no folder that can be written to', 'Choose another --out')
 
 def check_overlap(
-    overlap # Of the sliding window
+    overlap # Of neighbouring windows, 0 to below 1
 ):
     "Refuse what is no share of a window"
     if not 0<=overlap<1: raise CTError('overlap', f'{overlap} is not in 0…1', 'Give 0.5, or less for speed')
@@ -221,11 +221,12 @@ def train(
     frozen_epochs:int=1,    # Of the decoder alone before, unless weights are random
     lr:float=2e-3,          # Highest learning rate
     frozen_lr:float=None,   # That of the frozen epochs; --lr if not given
+    lr_ratio:float=10.,     # From pretrained weights: the decoder's rate over the stem's, 1 or more
     bs:int=2,               # Patches in a batch
     patches:int=24,         # Patches of each scan an epoch
     p_lesion:float=.7,      # Share of these placed on a lesion, 0 to 1
     augment:str='light',    # none, light (mirror, contrast, brightness) or full, for trainings of many epochs
-    score_every:int=5,      # Score whole validation scans in each such epoch
+    score_every:int=5,      # Epochs from one score of whole validation scans to the next
     width:int=None,         # Channels of the encoder's first stage; those of the weights, 16 for random ones
     norm:str=None,          # Normalisation of the encoder: batch, frozen, group or instance; see the recipe in the documentation
     decoder:str=None,       # Channels of the decoder's levels, coarse to fine, e.g. 128,64,32
@@ -235,7 +236,7 @@ def train(
     fold:int=None,          # Only this one of the --folds, from 0, so that each can run on a machine of its own
     keep:str=None,          # Weights of the best epoch on valid, or of the last; best, with --folds last
     seed:int=0,             # Of weights, patches and augmentation
-    examples:int=5,         # Draw predictions into OUT/examples in each such epoch; 0 for none
+    examples:int=5,         # Epochs from one picture of predictions in OUT/examples to the next; 0 for none
     plot:store_true=False,  # Draw the curves into OUT/history.png after each epoch
     log:str=None,           # Hand the numbers on to tensorboard or wandb
     device:str=None,        # cpu or cuda; the best there is
@@ -245,7 +246,7 @@ def train(
     "Learn from the cases of a table; keeps the weights with the best whole-scan Dice on `valid`."
     writable(out)
     if resume and overwrite: raise CTError('resume', 'it contradicts --overwrite', 'Give one of the two')
-    at_least_one(epochs=epochs, bs=bs, patches=patches, score_every=score_every); check_lr(lr)
+    at_least_one(epochs=epochs, bs=bs, patches=patches, score_every=score_every, lr_ratio=lr_ratio); check_lr(lr)
     if frozen_lr is not None: check_lr(frozen_lr)
     if not 0<=p_lesion<=1: raise CTError('p_lesion', f'{p_lesion} is not in 0…1', 'Give 0.5')
     if augment not in ('none','light','full'): raise CTError('augment', f'{augment!r} is unknown', 'Give none, light or full')
@@ -253,7 +254,7 @@ def train(
     for run in runs: _absent_run(run, resume, overwrite)
     from covid3d.learner import CTSpec, train
     spec = None if Path(table).is_dir() else CTSpec(numbers(spacing, float, 'spacing'), numbers(window, float, 'window'), numbers(patch, int, 'patch'), tuple(classes.split(',')))  # a prepared folder brings its own
-    recipe = dict(spec=spec, arch=encoder, pretrained={'kinetics':True, 'random':False}.get(weights, weights), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every,
+    recipe = dict(spec=spec, arch=encoder, pretrained={'kinetics':True, 'random':False}.get(weights, weights), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, lr_ratio=lr_ratio, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every,
                   aug=augment if augment!='none' else False, average=average, keep=keep or ('last' if folds else 'best'), seed=seed, device=find_device(device), resume=resume, examples=examples, plot=plot, log=log,
                   width=width, norm=norm, decoder=numbers(decoder, int, 'decoder'), memory=memory)
     if folds: return _train_folds(table, out, folds, fold, recipe)

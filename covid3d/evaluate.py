@@ -53,7 +53,7 @@ def score_case(
     model,           # Network, or an ensemble that answers with logits like one
     spec:CTSpec,     # What it was trained with
     case,            # `Case` with a mask of the class
-    overlap:float=.5,# Of the sliding window
+    overlap:float=.5,# Of neighbouring windows, 0 to below 1
     tolerance:float=3., # Of the surface Dice, mm
     bar:bool=False,  # Show a progress bar
     each=None,       # Called with the row, the scan, prediction and reference
@@ -100,7 +100,7 @@ def score_cases(
     model,            # Network
     spec:CTSpec,      # What it was trained with
     cases,            # `Case`s
-    overlap:float=.5, # Of the sliding window
+    overlap:float=.5, # Of neighbouring windows, 0 to below 1
     tolerance:float=3.,  # Of the surface Dice, mm
     each=None,        # Called with each row, its scan, prediction and reference
     klass:str=None    # Class to score; the first of `spec` if None
@@ -623,7 +623,7 @@ def draw_all(
     if df.volume_error_ml.notna().any(): keep('volumes.png', plot_volumes(df),
         'Lesion volume: predicted against reference, and Bland–Altman with bias and limits of agreement (bias ± 1.96 sd; cases taken as independent).')
     for what,snaps in (('worst',extremes.worst),('best',extremes.best)) if extremes else ():
-        for i,s in enumerate(snaps): keep(f'{what}_{i+1}.png', plot_snapshot(s), f'{what.capitalize()} {i+1}: {s.case}, Dice {s.dice:.3f}, axial slice {s.index}, the one with most voxels in dispute.')
+        for i,s in enumerate(snaps): keep(f'{what}_{i+1}.png', plot_snapshot(s), f'{what.capitalize()} {i+1}: {s.case}, Dice {s.dice:.3f}, axial slice {s.index}, the one with most {"voxels in dispute" if (s.reference!=s.prediction).any() else "lesion"}.')
     return done
 
 def to_json(o):

@@ -45,7 +45,7 @@ def train_folds(
     out,              # Folder for the folds and the report
     k:int=5,          # Folds, by patient
     folds=None,       # Numbers of the folds to train now, from 0; all if None
-    overlap:float=.5, # Of the sliding window
+    overlap:float=.5, # Of neighbouring windows, 0 to below 1
     keep:str='last',  # Weights that are scored; `best` chooses them on the scans that are scored
     resume:bool=False,# Go on with what was interrupted
     **kwargs          # For `train`: `pretrained`, `epochs`, …

@@ -212,7 +212,7 @@ class MixedPatches:
         n:int,         # Patches
         share:float=.5,# Of shapes, 0 to 1
         p_lesion:float=.5, # Share of the phantoms' patches placed on a lesion
-        aug:Augment3d=None # Of the phantoms' patches
+        aug:Augment3d=None # Of the phantoms' patches; with it half of all patches go through a `grey_curve` too
     ):
         self.spec,self.scans,self.n,self.share,self.grey = spec,scans,n,share,aug is not None
         self.patch = RandomPatch(spec.patch,p_lesion,aug)
@@ -368,7 +368,10 @@ def pretrain_encoder(
     else: if_nan(len(log.rows)<epochs,len(log.rows)*every)
     return out/'encoder.safetensors'
 
-def if_nan(stopped:bool, step:int):
+def if_nan(
+    stopped:bool, # Whether the fit ended early
+    step:int      # The last one
+):
     "A loss that is not a number is an error, not an early end"
     if stopped: raise CTError('loss',f'not a number after step {step}','Use a lower learning rate (lr)')
 

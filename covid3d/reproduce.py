@@ -73,7 +73,7 @@ _names = {k for f in (train, unet_learner_3d, Learner) for k in signature(f).par
 recipes = dict(
     patches=Recipe('patches, this library’s own recipe, not the paper’s', CTSpec(), {}),
     resize=Recipe('whole scans resized to {patch}, after the authors’ later example for CoronaCases, not the paper’s', CTSpec(None, patch=(20,224,224)),
-        dict(bs=1, patches=1, epochs=50, frozen_epochs=3, lr=1e-3, frozen_lr=1e-2, wd=1e-4, loss_func=DiceCELoss())))
+        dict(bs=1, patches=1, epochs=50, frozen_epochs=3, lr=1e-3, frozen_lr=1e-2, lr_ratio=1., wd=1e-4, loss_func=DiceCELoss())))
 
 def find_recipe(
     name:str,        # Of `recipes`
@@ -307,7 +307,7 @@ def score_all(
     out:Path,        # Folder of the run
     cases,           # `Case`s of one data set
     model,           # Network, or a function that opens it when it is needed; with its `CTSpec`
-    overlap:float=.5,# Of the sliding window
+    overlap:float=.5,# Of neighbouring windows, 0 to below 1
     tolerance:float=3. # Of the surface Dice, mm
 )->tuple: # Table as of `score_cases`, and `Extremes` for its pictures
     "Scores of the cases of one data set"
@@ -361,7 +361,7 @@ def printed(
     "Measured and published, for a terminal"
     quoted = lambda k: ', '.join(f'{o.dice:.3f} ({o.method})' for o in df[(df.data==k)&(df.what=='published')].itertuples())
     mine = df[df.source.str.startswith('this run')]
-    return [f'{titles[o.data]}: measured here {o.dice:.3f} over {o.n} scan{"" if o.n==1 else "s"}, {o.left_out} left out; published {quoted(o.data)}' for o in mine.itertuples()]
+    return [f'{titles[o.data]}: measured here {o.dice:.3f} over {o.n} scan{"" if o.n==1 else "s"}, {o.left_out} left out; published, with differences that the page tells, {quoted(o.data)}' for o in mine.itertuples()]
 
 def table_rows(
     df:pd.DataFrame # From `result_table`
@@ -584,7 +584,7 @@ def sweep(
     out:Path # Folder of the run
 ):
     "Remove what a killed process was writing"
-    for p in [*out.rglob('.*.tmp'), *out.glob('.*-*')]: shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
+    for p in [*out.rglob('.*.tmp'), *out.glob('.*-*'), *(p for k in titles for p in (out/k).glob(f'.{k}-*'))]: shutil.rmtree(p, ignore_errors=True) if p.is_dir() else p.unlink(missing_ok=True)
 
 def _digest(path)->str:
     if not Path(path).is_file(): raise CTError(path, 'no such file', 'Give the model.safetensors of a training')
@@ -643,7 +643,7 @@ def reproduce(
     pretrained=True,     # Where the encoder starts: Kinetics-400 weights, random ones (False), or a file
     seed:int=0,          # Of the tuning set, weights and patches
     device=None,         # `cpu`, `cuda`; the best there is if None
-    overlap:float=.5,    # Of the sliding window
+    overlap:float=.5,    # Of neighbouring windows, 0 to below 1
     tolerance:float=3.,  # Of the surface Dice, mm
     against=None,        # Folder of another finished run, to compare with
     only_plan:bool=False,# Say what it takes and write nothing

@@ -164,3 +164,10 @@ def test_weights_and_biases_gets_numbers_only(table, tmp_path, monkeypatch):
     assert sum('train_loss' in o for o in told)==2*len(learn.dls.train) and sum('scan_dice' in o for o in told)==2
     text = repr(told[0]['config'])+repr(told[1:])
     assert 'phantom' not in text and str(tmp_path) not in text
+
+@pytest.mark.parametrize('ratio', [1.,5.])
+def test_rates_rise_from_stem_to_decoder(table, tmp_path, ratio):
+    save_encoder(encoder3d(r3d_18, False, 4), tmp_path/'e.safetensors', dict(encoder='r3d_18', width=4, norm='batch'))
+    learn = train(table, tmp_path/'run', spec, pretrained=tmp_path/'e.safetensors', epochs=1, frozen_epochs=0, patches=2, examples=0, lr_ratio=ratio)
+    rates = [h['lr'] for h in learn.opt.hypers]
+    assert rates==sorted(rates) and math.isclose(rates[-1]/rates[0], ratio, rel_tol=1e-6)

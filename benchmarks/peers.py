@@ -4,23 +4,27 @@
 
 Peers: MONAI's UNet, SegResNet and DynUNet, nnU-Net's default plain and residual networks, and the recipe that resizes whole volumes to 20×224×224 (the whole r3d_18, batch 1, rate 1e-3, weight decay 1e-4).
 All but the last get the same cases, grid (4×2.8×2.8 mm), patches (16×96×96), batch size, augmentation, optimiser, schedule and sliding window. The peers train with Dice + cross-entropy, the default of nnU-Net and the usual choice with
-MONAI; ours with its own default, Dice + focal loss, and from pretrained weights with rates that rise from the stem to the decoder. That is not what nnU-Net's own program would do: its
+MONAI; ours with its own default, Dice + focal loss, and from pretrained weights with the first stages frozen and rates that rise to the decoder, as `train` does. That is not what nnU-Net's own program would do: its
 planner would choose near 0.7 mm and patches of millions of voxels, of which these budgets pay for none.
 `cpu_seconds` is training alone, `step` one batch of it, `inference` one scan, `peak_mb` the process's resident memory in training, PyTorch and data included. Each run adds a row to benchmarks/peers.csv; a run that has its row
-is not repeated (another encoder does not count as another run: remove its rows first). `--table` prints the means, with the 95 % bootstrap interval over patients, and draws nbs/images/peers.png.
+is not repeated; `encoder` is the digest of the pretrained file. `--table` prints the means, with the 95 % bootstrap interval over patients, and draws nbs/images/peers.png.
 """
-import argparse, itertools, time
+import argparse, hashlib, itertools, time
+from concurrent.futures import ProcessPoolExecutor
+from inspect import signature
+from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd, torch
 from fastai.learner import Learner
 
 from budget import Budget, add_row, budget_name, done, here, peak_mb, reset_peak, seven_scans, versions
-from covid3d.evaluate import mean_interval, score_cases
+from covid3d.evaluate import as_table, compare, mean_interval, score_cases
 from covid3d.inference import segment
-from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, unet_learner_3d
+from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, train, unet_learner_3d
 from memory import nnunet
 
+recipe = {k:o.default for k,o in signature(train).parameters.items()}
 path,spec,whole = here/'peers.csv',CTSpec(),CTSpec(spacing=None, patch=(20,224,224))
 
 def monai_unet():
@@ -48,7 +52,7 @@ def learner(name, dls, encoder):
     else:
         pretrained = encoder if name.endswith('pretrained') else False
         learn = unet_learner_3d(dls, pretrained=pretrained, width=None if pretrained else 16, metrics=[])
-        learn.unfreeze()
+        learn.freeze_to(recipe['frozen_stages'] if pretrained else 0)
     learn.model.to(memory_format=torch.channels_last_3d)
     return learn
 
@@ -58,7 +62,7 @@ def run(table, name, fold, seed, budget, lr, encoder):
     resize = name=='whole-volume resize'
     s,bs = (whole,1) if resize else (spec,2)
     dls = CTDataLoaders.from_table(table, s, bs=bs, fold=(fold,3), patches=6, device='cpu', aug=light_aug_transforms())
-    learn,b = learner(name, dls, encoder),Budget(slice(lr/10, lr) if name.endswith('pretrained') else lr, **budget)
+    learn,b = learner(name, dls, encoder),Budget(slice(lr/recipe['lr_ratio'], lr) if name.endswith('pretrained') else lr, **budget)
     reset_peak()
     with learn.no_bar(), learn.no_logging(): learn.fit(10**6, cbs=b)
     peak,model = peak_mb(),learn.model.eval()
@@ -66,7 +70,9 @@ def run(table, name, fold, seed, budget, lr, encoder):
     df = score_cases(model, s, dls.valid_cases, .25)
     each = lambda k: ' '.join(f'{c[-3:]}:{v:.3f}' for c,v in zip(df.case, df[k]))
     return dict(network=name, budget=budget_name(budget), lr=lr, fold=fold, seed=seed, dice=f'{df.dice.mean():.3f}', nsd=f'{df.nsd.mean():.3f}', cases=each('dice'), nsd_cases=each('nsd'), patches=b.seen, cpu_seconds=f'{b.spent:.0f}',
-        step=f'{b.spent*bs/b.seen:.3f}', inference=f'{t:.1f}', peak_mb=f'{peak:.0f}', parameters=sum(p.numel() for p in model.parameters()), **versions())
+        step=f'{b.spent*bs/b.seen:.3f}', inference=f'{t:.1f}', peak_mb=f'{peak:.0f}', parameters=sum(p.numel() for p in model.parameters()), **versions(), encoder=digest(name, encoder))
+
+def digest(name, encoder)->str: return hashlib.blake2b(Path(encoder).read_bytes(), digest_size=4).hexdigest() if name.endswith('pretrained') else ''
 
 def default_lr(name)->float: return 1e-3 if name=='whole-volume resize' else 2e-3
 
@@ -85,6 +91,16 @@ def table()->pd.DataFrame:
     g = df.groupby(key, sort=False)
     res = res.join(g.agg(runs=('dice','size'), seeds=('seed','nunique'), patches=('patches','mean'), cpu_seconds=('cpu_seconds','mean'), step=('step','median'), inference=('inference','median'), peak_mb=('peak_mb','median'), parameters=('parameters','first')))
     return res.sort_values(['budget','dice'], ascending=[True,False])
+
+def paired(name='covid3d pretrained')->pd.DataFrame:
+    "Difference to each other network on the same scans (above 0: `name` is ahead), its 95 % interval over patients, and p of the sign-flip test, at least 2/128 with seven patients"
+    each,rows = by_case()[0],[]
+    for (budget,k),d in each.groupby(['budget','network'], sort=False):
+        mine = each[(each.budget==budget)&(each.network==name)&each.case.isin(d.case)]
+        if k!=name and len(mine):
+            c = compare(as_table(mine), as_table(d))
+            rows.append(dict(budget=budget, network=k, scans=c['n'], difference=c['difference'], low=c['low'], high=c['high'], p=c['p']))
+    return pd.DataFrame(rows)
 
 def plot():
     "A panel a budget: scans as dots, mean and interval"
@@ -109,10 +125,12 @@ if __name__=='__main__':
     p.add_argument('--folds', default='0,1,2'); p.add_argument('--seeds', default='0'); p.add_argument('--encoder'); p.add_argument('--lr', type=float)
     p.add_argument('--out', type=Path, default=here.parent/'_bench'); p.add_argument('--table', action='store_true')
     a = p.parse_args()
-    if a.table: print(table().round(3).to_string()); plot().savefig(here.parent/'nbs'/'images'/'peers.png', dpi=80); raise SystemExit
+    if a.table: print(table().round(3).to_string(), paired().round(3).to_string(), sep='\n\n'); plot().savefig(here.parent/'nbs'/'images'/'peers.png', dpi=80); raise SystemExit
     budget = dict(patches=a.patches) if a.patches else dict(seconds=a.seconds or 200)
     for seed,fold,name in itertools.product(map(int, a.seeds.split(',')), map(int, a.folds.split(',')), a.networks.split(',')):
         if name.endswith('pretrained') and not a.encoder: continue
         lr = a.lr or default_lr(name)
-        key = dict(network=name, budget=budget_name(budget), lr=lr, fold=fold, seed=seed)
-        if not done(path, **key): add_row(path, run(seven_scans(a.out), name, fold, seed, budget, lr, a.encoder))
+        key = dict(network=name, budget=budget_name(budget), lr=lr, fold=fold, seed=seed, encoder=digest(name, a.encoder))
+        if done(path, **key): continue
+        with ProcessPoolExecutor(1, get_context('spawn')) as pool:  # its own process, so that its memory is its own
+            add_row(path, pool.submit(run, seven_scans(a.out), name, fold, seed, budget, lr, a.encoder).result())

@@ -217,11 +217,12 @@ def train(
     patch:str='16,96,96',   # Slices, rows and columns of a training patch
     window:str='-1000,400', # HU that become black and white
     classes:str='lesion',   # Masks to learn, columns of the table, with commas between
-    epochs:int=25,          # Of the whole network
+    epochs:int=25,          # Of the network
     frozen_epochs:int=1,    # Of the decoder alone before, unless weights are random
     lr:float=2e-3,          # Highest learning rate
     frozen_lr:float=None,   # That of the frozen epochs; --lr if not given
-    lr_ratio:float=10.,     # From pretrained weights: the decoder's rate over the stem's, 1 or more
+    frozen_stages:int=2,    # Of the encoder's five (stem, layers 1 to 4) so many first ones stay as pretrained; 0 for none
+    lr_ratio:float=3.,      # From pretrained weights: the decoder's rate over the stem's, 1 or more
     bs:int=2,               # Patches in a batch
     patches:int=24,         # Patches of each scan an epoch
     p_lesion:float=.7,      # Share of these placed on a lesion, 0 to 1
@@ -254,7 +255,7 @@ def train(
     for run in runs: _absent_run(run, resume, overwrite)
     from covid3d.learner import CTSpec, train
     spec = None if Path(table).is_dir() else CTSpec(numbers(spacing, float, 'spacing'), numbers(window, float, 'window'), numbers(patch, int, 'patch'), tuple(classes.split(',')))  # a prepared folder brings its own
-    recipe = dict(spec=spec, arch=encoder, pretrained={'kinetics':True, 'random':False}.get(weights, weights), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, lr_ratio=lr_ratio, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every,
+    recipe = dict(spec=spec, arch=encoder, pretrained={'kinetics':True, 'random':False}.get(weights, weights), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, frozen_stages=frozen_stages, lr_ratio=lr_ratio, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every,
                   aug=augment if augment!='none' else False, average=average, keep=keep or ('last' if folds else 'best'), seed=seed, device=find_device(device), resume=resume, examples=examples, plot=plot, log=log,
                   width=width, norm=norm, decoder=numbers(decoder, int, 'decoder'), memory=memory)
     if folds: return _train_folds(table, out, folds, fold, recipe)

@@ -285,11 +285,12 @@ def train(
     spec:CTSpec=None,      # Spacing, window, patch, classes
     arch=r3d_18,           # Encoder
     pretrained=True,       # Kinetics-400 weights, none (False), or a file
-    epochs:int=25,         # Of the whole network
+    epochs:int=25,         # Of the network
     frozen_epochs:int=1,   # Of the decoder alone, before; only with pretrained weights
     lr:float=2e-3,         # Highest learning rate
     frozen_lr:float=None,  # That of the frozen epochs; `lr` if None
-    lr_ratio:float=10.,    # From pretrained weights: the decoder's rate over the stem's, 1 or more
+    frozen_stages:int=2,   # Of the encoder's five (stem, layers 1 to 4) so many first ones stay as pretrained; 0 for none
+    lr_ratio:float=3.,     # From pretrained weights: the decoder's rate over the stem's, 1 or more
     bs:int=2,              # Patches in a batch
     patches:int=24,        # Patches of each training scan an epoch
     p_lesion:float=.7,     # Share of these placed on a lesion, 0 to 1
@@ -309,9 +310,10 @@ def train(
     **kwargs               # For `unet_learner_3d`: `norm`, `decoder`, `memory`, …
 )->Learner: # Trained, with the weights that were kept; `kept.best` is their Dice
     "Train on a case table and keep the weights with the best whole-scan Dice"
-    out,args = Path(out),dict(pretrained=str(pretrained), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, lr_ratio=lr_ratio, clip=clip, average=average, fold=fold, keep=keep, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every, aug=_name(aug), seed=seed)
+    out,args = Path(out),dict(pretrained=str(pretrained), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, frozen_stages=frozen_stages, lr_ratio=lr_ratio, clip=clip, average=average, fold=fold, keep=keep, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every, aug=_name(aug), seed=seed)
     if keep not in ('best','last'): raise CTError('keep', f'{keep!r} is unknown', 'Give best or last')
-    if not lr_ratio>=1: raise CTError('lr_ratio', f'{lr_ratio} is below 1', 'Give 10, or 1 for one rate')
+    if frozen_stages not in range(6): raise CTError('frozen_stages', f'{frozen_stages} is not in 0…5', 'Give 2 for the stem and layer 1, 0 for none')
+    if not lr_ratio>=1: raise CTError('lr_ratio', f'{lr_ratio} is below 1', 'Give 3, or 1 for one rate')
     if not 0<=average<1: raise CTError('average', f'{average} is not in 0…1', 'Give 0.99, or 0 for none')
     with joined(device) as device:
         set_seed(seed, reproducible=True)
@@ -328,7 +330,7 @@ def train(
         else:
             with split_training(learn):
                 if frozen: learn.freeze(); ck.fit(learn, frozen_epochs, frozen_lr or lr, cbs=cbs)
-                learn.unfreeze()
+                learn.freeze_to(frozen_stages if pretrained else 0)
                 ck.fit(learn, epochs, slice(lr/lr_ratio, lr) if pretrained else lr, cbs=cbs)
             ck.finish(cbs)
     return learn

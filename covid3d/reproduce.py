@@ -73,7 +73,7 @@ _names = {k for f in (train, unet_learner_3d, Learner) for k in signature(f).par
 recipes = dict(
     patches=Recipe('patches, this library’s own recipe, not the paper’s', CTSpec(), {}),
     resize=Recipe('whole scans resized to {patch}, after the authors’ later example for CoronaCases, not the paper’s', CTSpec(None, patch=(20,224,224)),
-        dict(bs=1, patches=1, epochs=50, frozen_epochs=3, lr=1e-3, frozen_lr=1e-2, lr_ratio=1., wd=1e-4, loss_func=DiceCELoss())))
+        dict(bs=1, patches=1, epochs=50, frozen_epochs=3, lr=1e-3, frozen_lr=1e-2, frozen_stages=0, lr_ratio=1., wd=1e-4, loss_func=DiceCELoss())))
 
 def find_recipe(
     name:str,        # Of `recipes`

@@ -10,6 +10,7 @@ from fastai.optimizer import SGD
 from covid3d.learner import (CTDataLoaders, CTSpec, KeepBest, PatchDice, ScanDice, encoder3d, load_model, mc3_18, r2plus1d_18, r3d_18, save_model, set_seed, train,
     unet_learner_3d, write_phantoms)
 from covid3d.pretrain import save_encoder
+from covid3d.volume import CTError
 
 spec = CTSpec(spacing=(9,7,7), patch=(16,32,32))
 
@@ -165,9 +166,17 @@ def test_weights_and_biases_gets_numbers_only(table, tmp_path, monkeypatch):
     text = repr(told[0]['config'])+repr(told[1:])
     assert 'phantom' not in text and str(tmp_path) not in text
 
-@pytest.mark.parametrize('ratio', [1.,5.])
-def test_rates_rise_from_stem_to_decoder(table, tmp_path, ratio):
-    save_encoder(encoder3d(r3d_18, False, 4), tmp_path/'e.safetensors', dict(encoder='r3d_18', width=4, norm='batch'))
-    learn = train(table, tmp_path/'run', spec, pretrained=tmp_path/'e.safetensors', epochs=1, frozen_epochs=0, patches=2, examples=0, lr_ratio=ratio)
+@pytest.mark.parametrize('ratio,stages', [(1.,0),(5.,2),(3.,5)])
+def test_early_stages_stay_and_rates_rise(table, tmp_path, ratio, stages):
+    "Frozen stages keep weights and running statistics; the others and the decoder move, each group by its rate"
+    enc = encoder3d(r3d_18, False, 4)
+    save_encoder(enc, tmp_path/'e.safetensors', dict(encoder='r3d_18', width=4, norm='batch'))
+    learn = train(table, tmp_path/'run', spec, pretrained=tmp_path/'e.safetensors', epochs=1, frozen_epochs=0, patches=2, examples=0, lr_ratio=ratio, frozen_stages=stages)
     rates = [h['lr'] for h in learn.opt.hypers]
     assert rates==sorted(rates) and math.isclose(rates[-1]/rates[0], ratio, rel_tol=1e-6)
+    for i,(old,new) in enumerate(zip(enc.children(), learn.model.encoder.children())):
+        same = [torch.equal(a, b) for a,b in zip(old.state_dict().values(), new.state_dict().values()) if a.numel()>1]
+        assert all(same) if i<stages else not any(same[:1]) and not all(same)
+
+def test_stages_that_are_not_there(table, tmp_path):
+    with pytest.raises(CTError, match='frozen_stages: 6 is not in 0…5. Give 2 for the stem and layer 1, 0 for none'): train(table, tmp_path/'run', spec, frozen_stages=6)

@@ -1,6 +1,6 @@
-"""The commands as a user types them, on seven real scans: a table of cases, `covid3d train` with its defaults but random weights, scores and a picture of unseen scans
+"""The commands as a user types them, on seven real scans: a table of cases, `covid3d train` with its defaults but for the weights, scores and a picture of unseen scans
 
-    COVID3D_TEST_DATA=folder python benchmarks/coronacases.py [--seed 0] [--out _bench]
+    COVID3D_TEST_DATA=folder python benchmarks/coronacases.py [--weights random] [--seed 0] [--out _bench]
 
 `folder/coronacases_7` holds `ct/`, `lung_mask/` and `infection_mask/`. Trained on 001-004, weights chosen on 005, scored on 006 and 007, whole scans on their own grids.
 Each run adds a row to benchmarks/coronacases.csv. CPU-seconds are user + system time of all processes, reading, validation and choosing of weights included. (The MONAI row is of an earlier version of this script; benchmarks/peers.py compares now.)
@@ -36,16 +36,15 @@ def add_row(network, model, seed, spent, steps, scores):
 
 def steps_an_epoch(out): return len(CTDataLoaders.from_table(out/'cases.csv', patches=24).train)
 
-def ours(out, seed)->float:
-    "The commands as a user types them, with their defaults; the CPU-seconds of the training"
+def ours(out, weights, seed):
+    "The commands as a user types them, with their defaults"
     start = cpu(resource.RUSAGE_CHILDREN)
-    covid3d('train',out/'cases.csv','--out',out/'run','--weights','random','--seed',seed,'--device','cpu','--overwrite')
+    covid3d('train',out/'cases.csv','--out',out/'run','--weights',weights,'--seed',seed,'--device','cpu','--overwrite')
     spent = cpu(resource.RUSAGE_CHILDREN)-start
     model,spec,net = load_model(out/'run'/'model.safetensors')
     epochs = len((out/'run'/'history.csv').read_text().splitlines())-1
-    add_row(f'covid3d {net.encoder} of width {net.width}', model, seed, spent, epochs*steps_an_epoch(out), score_cases(model, spec, read_cases(out/'cases.csv', 'test')))
+    add_row(f'covid3d {net.encoder} of width {net.width}'+', pretrained'*(weights!='random'), model, seed, spent, epochs*steps_an_epoch(out), score_cases(model, spec, read_cases(out/'cases.csv', 'test')))
     if seed==0: picture(model, spec, read_cases(out/'cases.csv', 'test'))
-    return spent
 
 def picture(model, spec, cases):
     "CT, human mask and prediction of the test scans"
@@ -61,9 +60,9 @@ def picture(model, spec, cases):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--out', type=Path, default=Path('_bench')); p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--out', type=Path, default=Path('_bench')); p.add_argument('--seed', type=int, default=0); p.add_argument('--weights', default='random', help='random, or a file such as covid3d pretrain writes')
     a = p.parse_args()
     if 'COVID3D_TEST_DATA' not in os.environ: sys.exit('COVID3D_TEST_DATA: not set. Let it name the folder that holds coronacases_7')
     covid3d('cases','folder',Path(os.environ['COVID3D_TEST_DATA'])/'coronacases_7','--valid','coronacases_005','--test','coronacases_006,coronacases_007',
             '--already-windowed','-1000:20','-o',a.out/'cases.csv','--overwrite')
-    ours(a.out, a.seed)
+    ours(a.out, a.weights, a.seed)

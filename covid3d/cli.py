@@ -295,7 +295,7 @@ def pretrain(
     encoder:str='r3d_18',   # r3d_18, mc3_18 or r2plus1d_18
     width:int=16,           # Channels of its first stage; 64 is torchvision's own
     norm:str='batch',       # Normalisation: batch, group or instance
-    steps:int=4000,         # Batches to train on
+    steps:int=6000,         # Batches to train on
     bs:int=2,               # Patches in a batch
     share:float=.5,         # Of the patches that show shapes, 0 to 1; the others show phantoms
     phantoms:int=24,        # Made-up chests to train with

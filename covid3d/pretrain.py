@@ -339,7 +339,7 @@ def pretrain_encoder(
     out,                 # Folder for `encoder.safetensors` and `history.csv`
     arch='r3d_18',       # Encoder: `r3d_18`, `mc3_18`, `r2plus1d_18`
     width:int=64,        # Channels of its first stage
-    steps:int=4000,      # Batches; rounded up to whole epochs
+    steps:int=6000,      # Batches; rounded up to whole epochs
     bs:int=2,            # Patches in a batch
     spec:CTSpec=None,    # Spacing, window and patch; the default `CTSpec()` if None
     share:float=.5,      # Of patches with shapes, the others are of phantoms; 0 to 1

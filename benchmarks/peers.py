@@ -76,25 +76,26 @@ def digest(name, encoder)->str: return hashlib.blake2b(Path(encoder).read_bytes(
 
 def default_lr(name)->float: return 1e-3 if name=='whole-volume resize' else 2e-3
 
-def by_case()->tuple:
-    "Dice of each scan, the mean of its seeds; and the rows of the file"
+def by_case(collapsed=True)->tuple:
+    "Dice of each scan, the mean of its seeds; and the rows of the file, with or without runs that scored 0 on every scan"
     df = pd.read_csv(path)
+    if not collapsed: df = df[df.dice>0].copy()
     df['network'] = df.network+[f', rate {r.lr:g}'*(r.lr!=default_lr(r.network)) for r in df.itertuples()]
     rows = [dict(budget=r.budget, network=r.network, case=c, dice=float(d), nsd=float(n)) for r in df.itertuples() for (c,d),(_,n) in zip(*([o.split(':') for o in k.split()] for k in (r.cases,r.nsd_cases)))]
     return pd.DataFrame(rows).groupby(['budget','network','case'], sort=False).mean().reset_index(),df
 
-def table()->pd.DataFrame:
+def table(**kwargs)->pd.DataFrame:
     "Means over the scans, with the 95 % bootstrap-t interval over patients, best first in each budget"
-    each,df = by_case(); key = ['budget','network']
+    each,df = by_case(**kwargs); key = ['budget','network']
     def line(d): return pd.Series(dict(scans=len(d), dice=d.dice.mean(), **dict(zip(('low','high'), mean_interval(d.dice.to_numpy(), d.case, (0,1)))), nsd=d.nsd.mean()))
     res = each.groupby(key, sort=False)[['case','dice','nsd']].apply(line)
     g = df.groupby(key, sort=False)
     res = res.join(g.agg(runs=('dice','size'), seeds=('seed','nunique'), patches=('patches','mean'), cpu_seconds=('cpu_seconds','mean'), step=('step','median'), inference=('inference','median'), peak_mb=('peak_mb','median'), parameters=('parameters','first')))
     return res.sort_values(['budget','dice'], ascending=[True,False])
 
-def paired(name='covid3d pretrained')->pd.DataFrame:
+def paired(name='covid3d pretrained', **kwargs)->pd.DataFrame:
     "Difference to each other network on the same scans (above 0: `name` is ahead), its 95 % interval over patients, and p of the sign-flip test, at least 2/128 with seven patients"
-    each,rows = by_case()[0],[]
+    each,rows = by_case(**kwargs)[0],[]
     for (budget,k),d in each.groupby(['budget','network'], sort=False):
         mine = each[(each.budget==budget)&(each.network==name)&each.case.isin(d.case)]
         if k!=name and len(mine):

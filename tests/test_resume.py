@@ -78,8 +78,8 @@ def test_the_training_learns(data, scored):
     dice = [float(r['scan_dice']) for r in h]
     assert dice.index(max(dice))==2
     kept = [read_checkpoint(out/'kept'/f'{o}.safetensors')[1] for o in ('0-1','1-1','1-2','1-3')]
-    w,mean = ([o[f'{k}.encoder.layer1.0.conv1.0.weight'] for o in kept] for k in ('model','weight_average'))
-    start = load_file(data[1])['layer1.0.conv1.0.weight']
+    w,mean = ([o[f'{k}.encoder.layer2.0.conv1.0.weight'] for o in kept] for k in ('model','weight_average'))
+    start = load_file(data[1])['layer2.0.conv1.0.weight']
     assert torch.equal(w[0], start) and not torch.equal(w[1], start) and not torch.equal(w[2], w[1]) and not torch.equal(mean[2], w[2]) and torch.equal(w[3], mean[2])
 
 def test_killed_at_random(data, worker, scored, tmp_path):

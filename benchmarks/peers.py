@@ -116,7 +116,7 @@ def plot():
             d = each[(each.budget==b)&(each.network==name)].dice
             ax.plot(d, [i]*len(d), 'o', ms=4, color=own, alpha=.35, mew=0)
             ax.plot([r.low,r.high], [i,i], color=own, lw=2); ax.plot(r.dice, i, 'D', ms=6, color=own)
-        ax.set(yticks=range(len(rows)), yticklabels=[k+f' ({r.patches:,.0f} patches)'*('seconds' in b) for k,r in rows.iterrows()], ylim=(-.6,len(rows)-.4), xlim=(-.02,.85), xlabel='Dice of a whole scan', title=b.replace('seconds','CPU-seconds'))
+        ax.set(yticks=range(len(rows)), yticklabels=[k+f' ({r.patches:,.0f} patches)'*('seconds' in b) for k,r in rows.iterrows()], ylim=(-.6,len(rows)-.4), xlim=(-.02,1), xlabel='Dice of a whole scan', title=b.replace('seconds','CPU-seconds'))
         ax.grid(axis='x', alpha=.3); ax.spines[['top','right']].set_visible(False)
     return fig
 

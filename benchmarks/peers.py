@@ -11,7 +11,6 @@ is not repeated; `encoder` is the digest of the pretrained file. `--table` print
 """
 import argparse, hashlib, itertools, time
 from concurrent.futures import ProcessPoolExecutor
-from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,10 +20,9 @@ from fastai.learner import Learner
 from budget import Budget, add_row, budget_name, done, here, peak_mb, reset_peak, seven_scans, versions
 from covid3d.evaluate import as_table, compare, mean_interval, score_cases
 from covid3d.inference import segment
-from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, train, unet_learner_3d
+from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, thaw, unet_learner_3d
 from memory import nnunet
 
-recipe = {k:o.default for k,o in signature(train).parameters.items()}
 path,spec,whole = here/'peers.csv',CTSpec(),CTSpec(spacing=None, patch=(20,224,224))
 
 def monai_unet():
@@ -45,16 +43,16 @@ def plain(deep=False, **kwargs): return nnunet(spec.patch, deep=deep, **kwargs) 
 
 peers = {'MONAI UNet':monai_unet, 'MONAI SegResNet':segresnet, 'MONAI DynUNet':dynunet, 'nnU-Net plain':plain, 'nnU-Net residual':lambda: plain(residual=True)}
 
-def learner(name, dls, encoder):
-    "As `covid3d train` builds ours: r3d_18 of width 16 from random weights, or whatever the encoder file holds"
+def learner(name, dls, encoder, lr):
+    "The learner and its learning rates; ours as `covid3d train` builds it: r3d_18 of width 16 from random weights, or whatever the encoder file holds"
     if name in peers: learn = Learner(dls, peers[name](), loss_func=DiceCELoss(), metrics=[])
     elif name=='whole-volume resize': learn = unet_learner_3d(dls, pretrained=False, loss_func=DiceCELoss(), metrics=[], wd=1e-4)
     else:
         pretrained = encoder if name.endswith('pretrained') else False
         learn = unet_learner_3d(dls, pretrained=pretrained, width=None if pretrained else 16, metrics=[])
-        learn.freeze_to(recipe['frozen_stages'] if pretrained else 0)
+        lr = thaw(learn, pretrained, lr)
     learn.model.to(memory_format=torch.channels_last_3d)
-    return learn
+    return learn,lr
 
 def run(table, name, fold, seed, budget, lr, encoder):
     "Train and score one network"
@@ -62,7 +60,8 @@ def run(table, name, fold, seed, budget, lr, encoder):
     resize = name=='whole-volume resize'
     s,bs = (whole,1) if resize else (spec,2)
     dls = CTDataLoaders.from_table(table, s, bs=bs, fold=(fold,3), patches=6, device='cpu', aug=light_aug_transforms())
-    learn,b = learner(name, dls, encoder),Budget(slice(lr/recipe['lr_ratio'], lr) if name.endswith('pretrained') else lr, **budget)
+    learn,rates = learner(name, dls, encoder, lr)
+    b = Budget(rates, **budget)
     reset_peak()
     with learn.no_bar(), learn.no_logging(): learn.fit(10**6, cbs=b)
     peak,model = peak_mb(),learn.model.eval()

@@ -16,7 +16,7 @@ from torch import nn
 
 from budget import Budget, add_row, budget_name, done, here, seven_scans, versions
 from covid3d import losses
-from covid3d.augment import Augment3d, Blur3d, Brightness3d, Contrast3d, Flip3d, Gamma3d, Noise3d, Rotate3d, Sharpen3d, Zoom3d
+from covid3d.augment import Augment3d, Blur3d, Brightness3d, Contrast3d, Flip3d, Gamma3d, Noise3d, Sharpen3d
 from covid3d.encoder import encoder3d
 from covid3d.evaluate import score_cases
 from covid3d.learner import CTDataLoaders, CTSpec, light_aug_transforms, r3d_18, set_seed
@@ -47,56 +47,19 @@ choices = {'base':{}, 'encoder norm: group':dict(norm='group'), 'encoder norm: i
 
 # The second round starts from what the first one chose: Dice + focal loss, first weights of the head n^-1/2, patches at lesions 0.7; from pretrained weights also rates 1:10
 now = dict(loss='DiceFocalLoss', head=None, p_lesion=.7)
-second = {'':{}, 'stem to layer2 frozen, 1:3':dict(cut='layer2', ratio=3.), 'stem and layer1 frozen, 1:3, grey':dict(cut='layer1', ratio=3., aug='grey'), 'stem and layer1 frozen, 1:1':dict(cut='layer1', ratio=1.), 'augmentation: grey':dict(aug='grey'), 'augmentation: turn':dict(aug='turn'), 'grey, 1:3':dict(aug='grey', ratio=3.), 'grey, 1:3, encoder frozen':dict(aug='grey', frozen=2.), 'encoder frozen':dict(frozen=2.), 'stem and layer1 frozen, 1:3':dict(cut='layer1', ratio=3.), 'frozen start, 10 %, 1:3':dict(frozen=.1, ratio=3.), 'patch 16×64×64':dict(patch=(16,64,64)), 'patch 16×64×64, rate 4e-3':dict(patch=(16,64,64), lr=4e-3), 'rates 1:3, patch 16×64×64':dict(ratio=3., patch=(16,64,64)), 'encoder norm: group':dict(norm='group'), 'encoder norm: instance':dict(norm='instance'), 'moving average':dict(ema=.99), 'augmentation: none':dict(aug='none'), 'augmentation: full':dict(aug='full'),
-    'spacing 6×4×4, patch 16×64×64':dict(spacing=(6,4,4), patch=(16,64,64)), 'learning rate 1e-3':dict(lr=1e-3), 'learning rate 4e-3':dict(lr=4e-3), 'batch 4':dict(bs=4), 'decay 0.1':dict(wd=.1), 'decoder 64,32,16':dict(decoder=(64,32,16)),
-    'attention':dict(attention=True), 'deep supervision':dict(deep=True), 'input skip':dict(input_skip=True), 'up: pixel shuffle':dict(up='shuffle'), 'up: transposed':dict(up='transposed'),
-    'encoder norm: frozen':dict(norm='frozen'), 'one rate':dict(ratio=1.), 'rates 1:3':dict(ratio=3.), 'stem and layer1 frozen':dict(cut='layer1'), 'frozen start, 10 %':dict(frozen=.1),
-    'loss: Tversky + focal':dict(loss='TverskyFocal'), 'loss: Tversky 0.4 0.6 + focal':dict(loss='TverskyFocal46'), 'loss: Dice + focal 0.75':dict(loss='DiceFocal75'), 'loss: Dice + focal 0.9':dict(loss='DiceFocal90'),
-    'frozen, full':dict(norm='frozen', aug='full'), 'frozen, moving average':dict(norm='frozen', ema=.99), 'frozen, layer1 frozen':dict(norm='frozen', cut='layer1')}
-choices |= {('now, '+k).rstrip(', '):now|v for k,v in second.items()} | {('* now, '+k).rstrip(', '):now|dict(ratio=10.)|v for k,v in second.items()}
+second = {'now':{}, 'now, loss: Tversky + focal':dict(loss='TverskyFocal'), 'now, augmentation: full':dict(aug='full'), 'now, patch 16×64×64':dict(patch=(16,64,64)),
+    'now, spacing 6×4×4, patch 16×64×64':dict(spacing=(6,4,4), patch=(16,64,64)), 'now, encoder norm: group':dict(norm='group'), 'now, encoder norm: instance':dict(norm='instance'), 'now, input skip':dict(input_skip=True),
+    'now, up: pixel shuffle':dict(up='shuffle'), 'now, up: transposed':dict(up='transposed'), 'now, decoder 64,32,16':dict(decoder=(64,32,16)), 'now, attention':dict(attention=True), 'now, deep supervision':dict(deep=True),
+    '* now':dict(ratio=10.), '* now, rates 1:3':dict(ratio=3.), '* now, encoder norm: frozen':dict(ratio=10., norm='frozen'),
+    '* now, stem and layer1 frozen, 1:3':dict(ratio=3., cut='layer1'), '* now, stem and layer1 frozen, 1:3, grey':dict(ratio=3., cut='layer1', aug='grey'), '* now, stem to layer2 frozen, 1:3':dict(ratio=3., cut='layer2')}
+choices |= {k:now|v for k,v in second.items()}
 
-class EMA(Callback):
-    "The moving average of the weights, used when the fit ends"
-    def __init__(self, decay): self.decay = decay
-    def before_fit(self): self.mean,self.n = deepcopy(self.learn.model),0
-    def after_batch(self):
-        if not self.training: return
-        self.n += 1; d = min(self.decay, (1+self.n)/(10+self.n))
-        with torch.no_grad():
-            for m,p in zip(self.mean.state_dict().values(), self.learn.model.state_dict().values()): m.lerp_(p, 1-d) if m.is_floating_point() else m.copy_(p)
-    def after_fit(self): self.learn.model.load_state_dict(self.mean.state_dict())
+augmentations = dict(light=light_aug_transforms(), full=None, none=False, grey=Augment3d([Flip3d(), Contrast3d(.3, p=1), Brightness3d(.1, p=1), Gamma3d(.6, 1.6), Noise3d(.05), Blur3d(1.), Sharpen3d(.8)]))
 
-class BFloat16(Callback):
-    "The forward pass in bfloat16, weights in float32"
-    order = 100
-    def before_batch(self): self.cast = torch.autocast('cpu', torch.bfloat16); self.cast.__enter__()
-    def after_loss(self): self.cast.__exit__(None, None, None)
-
-class DeepUnet(DynamicUnet3d):
-    "Logits of each decoder level while training: deep supervision"
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.aux = nn.ModuleList(logit_conv(l.join[0].out_channels, len(self.classes)) for l in [*self.decoder.values()][:-1])
-    def forward(self, x):
-        found,outs,volume = {},[],x
-        for name,stage in self.encoder.named_children(): found[name] = x = stage(x)
-        for names,level in zip(self.skips, self.decoder.values()): x = level(x, [found.pop(n) for n in names]); outs.append(x)
-        logits = self.head(x, volume)
-        return [logits, *(resize(a(o), volume.shape[2:]) for a,o in zip(self.aux[::-1], outs[-2::-1]))] if self.training else logits
-
-augmentations = dict(light=light_aug_transforms(), full=None, none=False,
-    grey=Augment3d([Flip3d(), Contrast3d(.3, p=1), Brightness3d(.1, p=1), Gamma3d(.6, 1.6), Noise3d(.05), Blur3d(1.), Sharpen3d(.8)]),
-    turn=Augment3d([Flip3d(), Rotate3d(15, p=.5), Zoom3d(.85, 1.2, p=.5), Contrast3d(.1, p=1), Brightness3d(.05, p=1)], CTSpec().spacing))
-
-class Sum(nn.Module):
-    "Two losses"
-    def __init__(self, *parts): super().__init__(); self.parts = nn.ModuleList(parts)
-    def forward(self, logits, y): return sum(o(logits, y) for o in self.parts)
-
-def find_loss(name):
-    focal = losses.DiceFocalLoss(dice=0.)
-    made = dict(TverskyFocal=lambda: Sum(losses.TverskyLoss(), focal), TverskyFocal46=lambda: Sum(losses.TverskyLoss(.4,.6), focal), DiceFocal75=lambda: losses.DiceFocalLoss(focal=2., alpha=.75), DiceFocal90=lambda: losses.DiceFocalLoss(focal=2., alpha=.9))
-    return (made.get(name) or getattr(losses, name))()
+class TverskyFocal(nn.Module):
+    "Tversky and focal loss"
+    def __init__(self): super().__init__(); self.tversky,self.focal = losses.TverskyLoss(),losses.DiceFocalLoss(dice=0.)
+    def forward(self, logits, y): return self.tversky(logits, y)+self.focal(logits, y)
 
 class DeepLoss(nn.Module):
     "A loss of several logits, each coarser one with half the weight"
@@ -121,7 +84,7 @@ def learner(dls, c, pretrained):
     nn.init.normal_(net.head.logits.weight, std=c['head'] or net.head.logits.in_channels**-.5)
     net.cut = {'':(), 'stem':('stem',), 'layer1':('stem','layer1'), 'layer2':('stem','layer1','layer2')}[c['cut']]
     for n in net.cut: net.encoder.get_submodule(n).requires_grad_(False)
-    loss = find_loss(c['loss'])
+    loss = TverskyFocal() if c['loss']=='TverskyFocal' else getattr(losses, c['loss'])()
     return Learner(dls, net.to(memory_format=torch.channels_last_3d), loss_func=DeepLoss(loss) if c['deep'] else loss, metrics=[], splitter=param_groups, train_bn=False, wd=c['wd'])
 
 def run(table, name, fold, seed, budget, encoder):

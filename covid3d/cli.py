@@ -247,7 +247,7 @@ def train(
     "Learn from the cases of a table; keeps the weights with the best whole-scan Dice on `valid`."
     writable(out)
     if resume and overwrite: raise CTError('resume', 'it contradicts --overwrite', 'Give one of the two')
-    at_least_one(epochs=epochs, bs=bs, patches=patches, score_every=score_every, lr_ratio=lr_ratio); check_lr(lr)
+    at_least_one(epochs=epochs, bs=bs, patches=patches, score_every=score_every); check_lr(lr)
     if frozen_lr is not None: check_lr(frozen_lr)
     if not 0<=p_lesion<=1: raise CTError('p_lesion', f'{p_lesion} is not in 0…1', 'Give 0.5')
     if augment not in ('none','light','full'): raise CTError('augment', f'{augment!r} is unknown', 'Give none, light or full')

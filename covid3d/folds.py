@@ -15,7 +15,7 @@ import pandas as pd
 
 from .checkpoint import require_same
 from .evaluate import read_scores, score_cases, scores_csv, write_report
-from .learner import CTSpec, train
+from .learner import CTSpec, check_recipe, train
 from .volume import CTError, write_atomic
 
 # %% ../nbs/23_folds.ipynb #6c8b0fb2
@@ -52,6 +52,7 @@ def train_folds(
 )->pd.DataFrame: # Scores of the folds that are done, a row a case
     "Train `k` networks, each scored on the cases that it did not see"
     out = Path(out)
+    check_recipe(keep=keep, **kwargs)
     if odd := [i for i in folds or [] if not 0<=i<k]: raise CTError(f'fold {odd[0]}', f'there is no such fold of {k}', f'Give 0 to {k-1}')
     if folds is None and not resume and (out/'folds.json').exists():  # all anew
         for o in [*out.glob('fold_[0-9]*'), out/'report']: shutil.rmtree(o, ignore_errors=True)

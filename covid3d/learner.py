@@ -6,13 +6,13 @@ Docs: https://covid3d.github.io/covid3d/learner.html.md"""
 
 # %% auto #0
 __all__ = ['plain_log', 'unet_learner_3d', 'ScanDice', 'WhileTraining', 'KeepBest', 'History', 'WeightAverage', 'Pictures',
-           'trackers', 'train', 'r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_scan',
-           'open_mask', 'save_mask', 'save_seg', 'save_volume', 'show_slices', 'save_figure', 'phantom',
-           'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms',
-           'light_aug_transforms', 'apply_window', 'resample_image', 'resample_mask', 'Case', 'CaseReader', 'CTBlock',
-           'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases', 'encoder3d', 'DynamicUnet3d',
-           'param_groups', 'DiceCELoss', 'DiceFocalLoss', 'soft_dice', 'dice', 'PatchDice', 'NetSpec', 'save_model',
-           'load_model', 'segment', 'sliding_window', 'set_seed']
+           'trackers', 'check_recipe', 'thaw', 'train', 'r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError',
+           'open_ct', 'open_scan', 'open_mask', 'save_mask', 'save_seg', 'save_volume', 'show_slices', 'save_figure',
+           'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'Augment3d',
+           'ct_aug_transforms', 'light_aug_transforms', 'apply_window', 'resample_image', 'resample_mask', 'Case',
+           'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases',
+           'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'DiceFocalLoss', 'soft_dice', 'dice',
+           'PatchDice', 'NetSpec', 'save_model', 'load_model', 'segment', 'sliding_window', 'set_seed']
 
 # %% ../nbs/18_learner.ipynb #fe9f8fe1
 import csv, io, math, time
@@ -278,6 +278,31 @@ def trackers(
     wandb.init(project='covid3d', dir=str(out), config=config)
     return [NumbersOnly(log_preds=False, log_model=False)]
 
+# %% ../nbs/18_learner.ipynb #14b6ff92
+def check_recipe(
+    keep:str='best',      # See `train`
+    average:float=0.,     # See `train`
+    frozen_stages:int=2,  # See `train`
+    lr_ratio:float=3.,    # See `train`
+    **kwargs              # Others are not looked at
+):
+    "Refuse what no training can use"
+    if keep not in ('best','last'): raise CTError('keep', f'{keep!r} is unknown', 'Give best or last')
+    if frozen_stages not in range(6): raise CTError('frozen_stages', f'{frozen_stages} is not in 0…5', 'Give 2 for the stem and layer 1, 0 for none')
+    if not lr_ratio>=1: raise CTError('lr_ratio', f'{lr_ratio} is below 1', 'Give 3, or 1 for one rate')
+    if not 0<=average<1: raise CTError('average', f'{average} is not in 0…1', 'Give 0.99, or 0 for none')
+
+def thaw(
+    learn,               # From `unet_learner_3d`
+    pretrained,          # As it was given
+    lr:float,            # Highest learning rate
+    frozen_stages:int=2, # See `train`
+    lr_ratio:float=3.    # See `train`
+): # Learning rate, or a slice of rates from stem to decoder
+    "Free all but the first stages of a pretrained encoder, or all of a new one; the rates to train with"
+    learn.freeze_to(frozen_stages if pretrained else 0)
+    return slice(lr/lr_ratio, lr) if pretrained else lr
+
 # %% ../nbs/18_learner.ipynb #8c03ba7d
 def train(
     table,                 # Case table with `train` and `valid` cases, or a folder that `covid3d prepare` wrote
@@ -311,10 +336,7 @@ def train(
 )->Learner: # Trained, with the weights that were kept; `kept.best` is their Dice
     "Train on a case table and keep the weights with the best whole-scan Dice"
     out,args = Path(out),dict(pretrained=str(pretrained), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, frozen_stages=frozen_stages, lr_ratio=lr_ratio, clip=clip, average=average, fold=fold, keep=keep, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every, aug=_name(aug), seed=seed)
-    if keep not in ('best','last'): raise CTError('keep', f'{keep!r} is unknown', 'Give best or last')
-    if frozen_stages not in range(6): raise CTError('frozen_stages', f'{frozen_stages} is not in 0…5', 'Give 2 for the stem and layer 1, 0 for none')
-    if not lr_ratio>=1: raise CTError('lr_ratio', f'{lr_ratio} is below 1', 'Give 3, or 1 for one rate')
-    if not 0<=average<1: raise CTError('average', f'{average} is not in 0…1', 'Give 0.99, or 0 for none')
+    check_recipe(**args)
     with joined(device) as device:
         set_seed(seed, reproducible=True)
         dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, p_lesion=p_lesion, fold=fold, aug={'light':light_aug_transforms(), 'full':None}.get(aug, aug), path=out, device=device)
@@ -330,8 +352,7 @@ def train(
         else:
             with split_training(learn):
                 if frozen: learn.freeze(); ck.fit(learn, frozen_epochs, frozen_lr or lr, cbs=cbs)
-                learn.freeze_to(frozen_stages if pretrained else 0)
-                ck.fit(learn, epochs, slice(lr/lr_ratio, lr) if pretrained else lr, cbs=cbs)
+                ck.fit(learn, epochs, thaw(learn, pretrained, lr, frozen_stages, lr_ratio), cbs=cbs)
             ck.finish(cbs)
     return learn
 

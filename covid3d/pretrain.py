@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from .augment import Augment3d, ct_aug_transforms, light_aug_transforms, spline_weights
 from .data import CTDataLoaders
 from .encoder import encoder3d, encoder_info, encoder_state, read_weights, weights_width
-from .learner import ScanDice, unet_learner_3d
+from .learner import ScanDice, thaw, unet_learner_3d
 from .losses import soft_dice
 from .phantom import centred_mm, phantom, ring
 from .prepare import Prepared
@@ -402,22 +402,19 @@ def transfer_run(
     bs:int=2,        # Patches in a batch
     spec:CTSpec=None,# Spacing, window, patch, classes
     lr:float=2e-3,   # Highest learning rate
-    frozen_stages:int=2,# From `weights`: so many of the encoder's stages stay as they are, as in `train`
-    lr_ratio:float=3.,# From `weights`: the decoder's rate over the stem's, as in `train`
     device=None,     # The best there is if None
     **kwargs         # For `unet_learner_3d`: `arch`, `width`, `decoder`, …
 )->list: # A dict for each moment: `moment`, `patches`, `seconds` of training, `dice`
-    "Train from `weights`, by one cycle, and score the fold's scans on the way"
+    "Train from `weights`, as `train` does after its frozen epochs, and score the fold's scans on the way"
     loaders = lambda n: CTDataLoaders.from_table(table,spec,bs=bs,patches=n,aug=light_aug_transforms(),fold=fold,device=device)
     scans = len(loaders(bs).train_ds)//bs
     set_seed(seed,reproducible=True)
     dls = loaders(max(bs,round(patches/moments/scans)))
     learn = quiet(unet_learner_3d(dls,pretrained=weights or False,metrics=[ScanDice()],**kwargs))
-    learn.freeze_to(frozen_stages if weights else 0)
     cpu = torch.device(dls.device).type=='cpu'
     if cpu: learn.model.to(memory_format=torch.channels_last_3d)
     curve = Curve(cpu_seconds if cpu else time.monotonic)
-    learn.fit_one_cycle(moments,slice(lr/lr_ratio,lr) if weights else lr,cbs=[curve,TerminateOnNaNCallback()])
+    learn.fit_one_cycle(moments,thaw(learn,weights,lr),cbs=[curve,TerminateOnNaNCallback()])
     if_nan(len(curve.rows)<moments,curve.patches//bs)
     return curve.rows
 

@@ -7,7 +7,7 @@ Docs: https://covid3d.github.io/covid3d/metrics.html.md"""
 # %% auto #0
 __all__ = ['score_names', 'as_pair', 'Overlap', 'overlap', 'dice', 'jaccard', 'precision', 'recall', 'specificity',
            'check_spacing', 'volume_error', 'cube_faces', 'inside', 'outlines', 'largest_fill', 'surfel_normals',
-           'surfel_areas', 'joint_box', 'neighbour_codes', 'surface_points', 'nearest_mm', 'SurfaceDistances',
+           'surfel_areas', 'joint_box', 'packed', 'surface_points', 'nearest_mm', 'SurfaceDistances',
            'surface_distances', 'hd95', 'assd', 'nsd', 'Detection', 'lesion_detection', 'scores', 'PatchDice']
 
 # %% ../nbs/13_metrics.ipynb #0341fcee
@@ -56,9 +56,11 @@ def overlap(
     "Count voxels once for all overlap scores"
     return _overlap(*as_pair(pred,mask))
 
-def _overlap(a, b):
-    tp,p,m = (int(np.count_nonzero(o)) for o in (a&b,a,b))
-    return Overlap(tp, p-tp, m-tp, a.size-p-m+tp)
+def _overlap(a, b, step=1<<17):
+    tp = p = m = 0
+    for x,y in zip(*(np.split(o.ravel(), range(step,o.size,step)) for o in (a,b))):  # pieces that stay in the cache
+        tp += np.count_nonzero(x&y); p += np.count_nonzero(x); m += np.count_nonzero(y)
+    return Overlap(*map(int, (tp, p-tp, m-tp, a.size-p-m+tp)))
 
 # %% ../nbs/13_metrics.ipynb #cf172cb6
 def dice(pred, mask)->float: # 0…1
@@ -165,23 +167,30 @@ def joint_box(
     flat = a[slice(*z)].any(0)|b[slice(*z)].any(0)
     return tuple(slice(int(lo),int(hi)) for lo,hi in (z,ends(flat.any(1)),ends(flat.any(0))))
 
-def neighbour_codes(
+# %% ../nbs/13_metrics.ipynb #0e7ab263
+def packed(
     m # Boolean mask (slice, row, column)
-)->np.ndarray: # uint8, one longer on each axis
-    "At each corner point, which of the eight voxels around it are inside"
-    p = np.zeros([n+2 for n in m.shape], np.uint8); p[1:-1,1:-1,1:-1] = m
-    for axis,bits in ((2,1),(1,2),(0,4)):
-        lo,hi = ([slice(None)]*axis+[s] for s in (slice(-1),slice(1,None)))
-        q = p[tuple(lo)]<<bits; q |= p[tuple(hi)]; p = q
-    return p
+)->tuple: # Two arrays of uint8 (slice+2, row+2, column//8+1), one bit a voxel, in an empty rim
+    "The voxels before and after each corner point along a row"
+    after = np.zeros((m.shape[0]+2,m.shape[1]+2,m.shape[2]//8+1), np.uint8)
+    after[1:-1,1:-1,:-(-m.shape[2]//8)] = np.packbits(m, axis=2)
+    before = after>>1; before[:,:,1:] |= after[:,:,:-1]<<7
+    return before,after
 
+# %% ../nbs/13_metrics.ipynb #fffbd356
 def surface_points(
     m # Boolean mask (slice, row, column)
-)->tuple: # Flat indices into the grid of corner points, ascending; the code of each
-    "Corner points with voxels inside and outside around them"
-    c = neighbour_codes(m).ravel()
-    i = np.flatnonzero(c+np.uint8(1)>1)  # neither 0, all outside, nor 255, all inside: 255+1 is 0
-    return i,c[i]
+)->tuple: # Flat indices into the grid of corner points, one longer than `m` on each axis, ascending; the code of each
+    "Corner points with voxels inside and outside around them, and which of the eight are inside"
+    before,after = packed(m)
+    some,every = before|after,before&after
+    for lo,hi in ((np.s_[:-1],np.s_[1:]),(np.s_[:,:-1],np.s_[:,1:])): some,every = some[lo]|some[hi],every[lo]&every[hi]
+    z,r,w = np.unravel_index(np.flatnonzero(some!=every), some.shape)
+    line,(_,rows,n) = (z*after.shape[1]+r)*after.shape[2]+w,after.shape
+    lines = np.stack([o.ravel()[line+d] for d in (0,n,rows*n,rows*n+n) for o in (before,after)], 1)
+    codes = np.packbits(np.unpackbits(lines, axis=1).reshape(-1,8,8).swapaxes(1,2).reshape(-1)).reshape(-1,8)
+    k,x = np.nonzero(codes+np.uint8(1)>1)  # neither 0, all outside, nor 255, all inside: 255+1 is 0
+    return ((z*(m.shape[1]+1)+r)*(m.shape[2]+1)+8*w)[k]+x, codes[k,x]
 
 # %% ../nbs/13_metrics.ipynb #2b4f3890
 def nearest_mm(
@@ -189,7 +198,8 @@ def nearest_mm(
     to,       # The same for the other surface
     shape,    # Of the grid (slice, row, column)
     spacing,  # (slice, row, column), mm
-    dense=None # True for the distance transform, False for the tree; by default the quicker
+    dense=None, # True for the distance transform, False for the tree; by default the quicker
+    within=np.inf # mm; what lies farther may come out as infinite, which is quicker
 )->np.ndarray: # One for each of `frm`, infinite where `to` is empty
     "Distance from each point of one surface to the nearest of the other"
     far = ~np.isin(frm, to, assume_unique=True)
@@ -201,7 +211,7 @@ def nearest_mm(
         d[far] = edt.edt(grid, anisotropy=tuple(spacing), parallel=0).ravel()[frm]
     else:
         p,q = (np.stack(np.unravel_index(o, shape), 1)*spacing for o in (frm,to))
-        d[far] = KDTree(q).query(p)[0]
+        d[far] = KDTree(q).query(p, distance_upper_bound=within)[0]
     return d
 
 # %% ../nbs/13_metrics.ipynb #b9c8269e
@@ -217,13 +227,14 @@ class SurfaceDistances:
 def surface_distances(
     pred,   # Binary mask (slice, row, column)
     mask,   # Reference, the same shape
-    spacing # (slice, row, column), mm
+    spacing, # (slice, row, column), mm
+    within=np.inf # See `nearest_mm`
 )->SurfaceDistances:
     "Distances between the surfaces of two masks, each with the area it stands for"
     (a,b),s = as_pair(pred,mask),check_spacing(spacing)
     box,area = joint_box(a,b),surfel_areas(s)
     with ThreadPoolExecutor(2) as pool: (i,ca),(j,cb) = pool.map(surface_points, (a[box],b[box]))
-    near = lambda *o: nearest_mm(*o, [n+1 for n in a[box].shape], s)
+    near = lambda *o: nearest_mm(*o, [n+1 for n in a[box].shape], s, within=within)
     return SurfaceDistances(near(i,j), area[ca], near(j,i), area[cb])
 
 # %% ../nbs/13_metrics.ipynb #3bb5c85e
@@ -266,7 +277,7 @@ def nsd(
     tolerance:float=3. # mm
 )->float: # 0…1; NaN where both are empty, 0 where one is
     "Normalised surface Dice: share of both surfaces within the tolerance of the other"
-    return _nsd(surface_distances(pred,mask,spacing), tolerance)
+    return _nsd(surface_distances(pred,mask,spacing,within=1.001*tolerance+1e-6), tolerance)
 
 # %% ../nbs/13_metrics.ipynb #7e5fa177
 @dataclass

@@ -5,12 +5,13 @@
 Each run adds a row to benchmarks/recipe.csv; a run that has its row is not repeated. CPU-seconds are user + system time of the process, patches and augmentation included; nothing is chosen on the scans that are scored, so
 there is no validation. `base` is the state of the recipe before this table: Dice + cross-entropy, first weights of the head of 0.1. Choices marked * start from `--encoder`, as `covid3d pretrain` writes it; the others from random weights. `--phantoms` takes seven made-up chests in place of the scans.
 """
-import argparse, itertools, json, re
+import argparse, hashlib, itertools, json, re
 from copy import deepcopy
 from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from torch import nn
 
@@ -25,7 +26,7 @@ from covid3d.unet import DynamicUnet3d, logit_conv, param_groups, resize
 
 path = here/'recipe.csv'
 base = dict(width=16, norm='batch', decoder=None, lr=2e-3, bs=2, spacing=(4,2.8,2.8), patch=(16,96,96), p_lesion=.5, aug='light', loss='DiceCELoss', up='trilinear', stem_skip=True, input_skip=False, attention=False,
-            decoder_norm='group', deep=False, head=.1, prior=.05, ema=0, frozen=0., cut='', ratio=1., wd=.01, bf16=False)
+            decoder_norm='group', deep=False, head=.1, prior=.05, ema=0, frozen=0., cut='', ratio=1., wd=.01, bf16=False, clip=0.)
 
 # name → what differs from `base`; a leading * means pretrained
 choices = {'base':{}, 'learning rate 5e-3':dict(lr=5e-3), 'loss: Dice + focal':dict(loss='DiceFocalLoss'), 'loss: Tversky':dict(loss='TverskyLoss'), 'moving average':dict(ema=.99),
@@ -40,9 +41,9 @@ second = {'now':{}, 'loss: Dice + cross-entropy':dict(loss='DiceCELoss'), 'loss:
     'decoder 64,32,16':dict(decoder=(64,32,16)), 'decoder 16,8,4':dict(decoder=(16,8,4)), 'decoder norm: instance':dict(decoder_norm='instance'), 'decoder norm: batch':dict(decoder_norm='batch'),
     'encoder norm: group':dict(norm='group'), 'encoder norm: instance':dict(norm='instance'), 'batch 1':dict(bs=1), 'batch 1, encoder norm: group':dict(bs=1, norm='group'), 'batch 1, encoder norm: instance':dict(bs=1, norm='instance'),
     'no stem skip':dict(stem_skip=False), 'input skip':dict(input_skip=True), 'attention':dict(attention=True), 'deep supervision':dict(deep=True), 'moving average':dict(ema=.99), 'bfloat16':dict(bf16=True), 'width 8':dict(width=8), 'width 32':dict(width=32),
-    'patch 16×64×64':dict(patch=(16,64,64)), 'patch 16×128×128':dict(patch=(16,128,128)), 'spacing 6×4×4, patch 16×64×64':dict(spacing=(6,4,4), patch=(16,64,64)), 'augmentation: full':dict(aug='full'), 'augmentation: none':dict(aug='none'),
+    'patch 16×64×64':dict(patch=(16,64,64)), 'patch 16×128×128':dict(patch=(16,128,128)), 'spacing 6×4×4, patch 16×64×64':dict(spacing=(6,4,4), patch=(16,64,64)), 'augmentation: full':dict(aug='full'), 'augmentation: none':dict(aug='none'), 'patches at lesions: 0.5':dict(p_lesion=.5), 'gradients clipped at 12':dict(clip=12.),
     '* now':dict(ratio=10.), '* now, rates 1:3':dict(ratio=3.), '* now, one rate':{}, '* now, frozen start, 10 %':dict(ratio=3., frozen=.1), '* now, encoder frozen':dict(frozen=2.),
-    '* now, encoder norm: frozen':kept|dict(norm='frozen'), '* now, stem and layer1 frozen, 1:3':kept, '* now, stem and layer1 frozen, 1:3, grey':kept|dict(aug='grey'), '* now, stem to layer2 frozen, 1:3':kept|dict(cut='layer2')}
+    '* now, encoder norm: frozen':kept|dict(norm='frozen'), '* now, stem and layer1 frozen, 1:3':kept, '* now, stem and layer1 frozen, 1:3, grey':kept|dict(aug='grey'), '* now, stem to layer2 frozen, 1:3':kept|dict(cut='layer2'), '* now, stem and layer1 frozen, 1:3, patches at lesions: 0.5':kept|dict(p_lesion=.5), '* now, batch 1, encoder norm: frozen':kept|dict(bs=1, norm='frozen')}
 choices |= {k if 'now' in k else 'now, '+k:now|v for k,v in second.items()}
 
 class EMA(Callback):
@@ -107,6 +108,8 @@ def learner(dls, c, pretrained):
     loss = TverskyFocal() if c['loss']=='TverskyFocal' else getattr(losses, c['loss'])()
     return Learner(dls, net.to(memory_format=torch.channels_last_3d), loss_func=DeepLoss(loss) if c['deep'] else loss, metrics=[], splitter=param_groups, train_bn=False, wd=c['wd'])
 
+def digest(name, encoder)->str: return hashlib.blake2b(Path(encoder).read_bytes(), digest_size=4).hexdigest() if name[0]=='*' else ''
+
 def seven_phantoms(out)->Path:
     "The case table of seven made-up chests"
     if not (out/'phantoms'/'cases.csv').exists(): write_phantoms(out/'phantoms', 7, seed=1000)
@@ -120,11 +123,11 @@ def run(data, table, name, fold, seed, budget, encoder):
     dls = CTDataLoaders.from_table(table, spec, bs=c['bs'], fold=(fold,3), patches=6, p_lesion=c['p_lesion'], device='cpu', aug=augmentations[c['aug']])
     learn = learner(dls, c, encoder if name[0]=='*' else None)
     b = Budget(slice(c['lr']/c['ratio'], c['lr']) if c['ratio']!=1 else c['lr'], **budget)
-    cbs = [b]+[EMA(c['ema'])]*bool(c['ema'])+[Thaw(c['frozen'], b)]*bool(c['frozen'])+[BFloat16()]*c['bf16']
+    cbs = [b]+[EMA(c['ema'])]*bool(c['ema'])+[Thaw(c['frozen'], b)]*bool(c['frozen'])+[BFloat16()]*c['bf16']+[GradientClip(c['clip'])]*bool(c['clip'])
     with learn.no_bar(), learn.no_logging(): learn.fit(10**6, cbs=cbs)
     df = score_cases(learn.model.eval(), spec, dls.valid_cases, .25)
     return dict(data=data, choice=name, budget=budget_name(budget), fold=fold, seed=seed, dice=f'{df.dice.mean():.3f}', cases=' '.join(f'{k[-3:]}:{v:.3f}' for k,v in zip(df.case, df.dice)), patches=b.seen, cpu_seconds=f'{b.spent:.0f}',
-        settings=json.dumps(choices[name]), **versions())
+        settings=json.dumps(choices[name]), **versions(), encoder=digest(name, encoder))
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,4 +138,4 @@ if __name__=='__main__':
     data,table = ('phantoms',seven_phantoms(a.out)) if a.phantoms else ('CT',seven_scans(a.out))
     for seed,fold,name in itertools.product(map(int, a.seeds.split(',')), map(int, a.folds.split(',')), choices):
         if not re.fullmatch(a.only, name) or name[0]=='*' and not a.encoder: continue
-        if not done(path, data=data, choice=name, budget=budget_name(budget), fold=fold, seed=seed): add_row(path, run(data, table, name, fold, seed, budget, a.encoder))
+        if not done(path, data=data, choice=name, budget=budget_name(budget), fold=fold, seed=seed, encoder=digest(name, a.encoder)): add_row(path, run(data, table, name, fold, seed, budget, a.encoder))

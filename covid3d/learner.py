@@ -15,7 +15,7 @@ __all__ = ['plain_log', 'unet_learner_3d', 'ScanDice', 'WhileTraining', 'KeepBes
            'PatchDice', 'NetSpec', 'save_model', 'load_model', 'segment', 'sliding_window', 'set_seed']
 
 # %% ../nbs/18_learner.ipynb #fe9f8fe1
-import csv, io, math, time
+import csv, io, math, shutil, time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from fastai.learner import Learner, Metric
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
 from fastai.vision.data import get_grid
+from fastcore.basics import patch
 from fastprogress.core import format_time
 from plum import dispatch
 from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18
@@ -202,8 +203,8 @@ class WeightAverage(WhileTraining):
         decay:float=.99 # d, in (0, 1)
     ): self.decay,self.n,self.mean,self.own = decay,0,{},None
     def _state(self): return bare_model(self.learn.model).state_dict()
-    def after_batch(self):
-        if not (self.training and self.trains): return
+    def after_step(self):  # of the optimiser; with accumulated gradients not after every batch
+        if not self.trains: return
         if not self.mean: self.mean = {k:v.clone() for k,v in self._state().items()}
         self.n += 1; d = min(self.decay, (1+self.n)/(10+self.n))
         for k,v in self._state().items():
@@ -232,27 +233,36 @@ class Pictures(WhileTraining):
         if not self.training and self.iter==0: self.patches = [o[:self.n].detach().float().cpu() for o in (self.x,self.y,self.pred)]
     def after_epoch(self):
         if not self.trains: return
-        if self.plot: once(self.curves)
-        if self.every and ((self.epoch+1)%self.every==0 or self.epoch+1==self.n_epoch): once(self.examples)
-    def curves(self):
-        "Losses and Dice against epochs"
-        fig,axs = plt.subplots(1, 2, figsize=(8,2.8), layout='constrained')
-        for i,name in enumerate(self.recorder.metric_names):
-            if name in ('epoch','time'): continue
-            seen = [(r[0],r[i]) for r in self.history.rows if not math.isnan(r[i])]
-            if seen: axs[int('loss' not in name)].plot(*zip(*seen), '.-', label=name.replace('_',' '))
-        for ax,label in zip(axs, ('loss','Dice')):
-            ax.set(xlabel='epoch', ylabel=label); ax.legend(frameon=False); ax.xaxis.get_major_locator().set_params(integer=True)
-        axs[1].set_ylim(0, 1)
-        save_figure(fig, self.history.file.with_suffix('.png'))
-    def examples(self):
-        "Reference in blue, prediction in orange"
-        x,y,logits = self.patches
-        axs = get_grid(len(x), nrows=1, figsize=(max(6,3*len(x)),3.2), title=f'epoch {len(self.history.rows)-1} · blue: reference, orange: prediction')
-        for ax,ct,mask,logit in zip(axs, x, y, logits): show_patch(TensorCT(ct), [mask, (logit>0).float()], ax)
-        folder = self.history.file.parent/'examples'
-        folder.mkdir(exist_ok=True)
-        save_figure(axs[0].figure, folder/f'epoch_{len(self.history.rows)-1:03d}.png')
+        if self.plot: once(lambda: self.draw(self.curves))
+        if self.every and ((self.epoch+1)%self.every==0 or self.epoch+1==self.n_epoch): once(lambda: self.draw(self.examples))
+    def draw(self, picture):
+        try: picture()
+        except (CTError,OSError) as e: print(f'no picture of this epoch: {e}', flush=True)
+
+# %% ../nbs/18_learner.ipynb #563ba000
+@patch
+def curves(self:Pictures):
+    "Losses and Dice against epochs"
+    fig,axs = plt.subplots(1, 2, figsize=(8,2.8), layout='constrained')
+    for i,name in enumerate(self.recorder.metric_names):
+        if name in ('epoch','time'): continue
+        seen = [(r[0],r[i]) for r in self.history.rows if not math.isnan(r[i])]
+        if seen: axs[int('loss' not in name)].plot(*zip(*seen), '.-', label=name.replace('_',' '))
+    for ax,label in zip(axs, ('loss','Dice')):
+        ax.set(xlabel='epoch', ylabel=label); ax.legend(frameon=False); ax.xaxis.get_major_locator().set_params(integer=True)
+    axs[1].set_ylim(0, 1)
+    save_figure(fig, self.history.file.with_suffix('.png'))
+
+# %% ../nbs/18_learner.ipynb #37faa5a4
+@patch
+def examples(self:Pictures):
+    "Reference in blue, prediction in orange"
+    x,y,logits = self.patches
+    axs = get_grid(len(x), nrows=1, figsize=(max(6,3*len(x)),3.2), title=f'epoch {len(self.history.rows)-1} · blue: reference, orange: prediction')
+    for ax,ct,mask,logit in zip(axs, x, y, logits): show_patch(TensorCT(ct), [mask, (logit>0).float()], ax)
+    folder = self.history.file.parent/'examples'
+    folder.mkdir(exist_ok=True)
+    save_figure(axs[0].figure, folder/f'epoch_{len(self.history.rows)-1:03d}.png')
 
 # %% ../nbs/18_learner.ipynb #c77c6c63
 def trackers(
@@ -266,7 +276,14 @@ def trackers(
     try:
         if log=='tensorboard':
             from fastai.callback.tensorboard import TensorBoardCallback
-            return [TensorBoardCallback(log_dir=Path(out)/log, trace_model=False, log_preds=False)]
+            class Steps(TensorBoardCallback):
+                keeps,steps = ('steps',),0
+                def after_step(self): self.steps += 1
+                def _setup_writer(self):
+                    super()._setup_writer()
+                    add = self.writer.add_scalar
+                    self.writer.add_scalar = lambda name, value, _: add(name, value, self.steps)
+            return [Steps(log_dir=Path(out)/log, trace_model=False, log_preds=False)]
         import wandb
         from fastai.callback.wandb import WandbCallback
     except ImportError as e: raise CTError('log', f'{log} is not installed ({e})', f'pip install {log}') from None
@@ -284,14 +301,21 @@ def check_recipe(
     average:float=0.,     # See `train`
     frozen_stages:int=2,  # See `train`
     lr_ratio:float=3.,    # See `train`
+    frozen_epochs:int=1,  # See `train`
+    examples:int=5,       # See `train`
+    clip:float=12.,       # See `train`
     **kwargs              # Others are not looked at
 ):
     "Refuse what no training can use"
+    for k,v in dict(frozen_epochs=frozen_epochs, examples=examples).items():
+        if v<0: raise CTError(k, f'{v} is below 0', 'Give 0 for none, or more')
+    if not clip>0: raise CTError('clip', f'{clip} is not above 0', 'Give 12, or inf for none')
     if keep not in ('best','last'): raise CTError('keep', f'{keep!r} is unknown', 'Give best or last')
     if frozen_stages not in range(6): raise CTError('frozen_stages', f'{frozen_stages} is not in 0…5', 'Give 2 for the stem and layer 1, 0 for none')
-    if not lr_ratio>=1: raise CTError('lr_ratio', f'{lr_ratio} is below 1', 'Give 3, or 1 for one rate')
+    if not 1<=lr_ratio<math.inf: raise CTError('lr_ratio', f'{lr_ratio} is not 1 or more', 'Give 3, or 1 for one rate')
     if not 0<=average<1: raise CTError('average', f'{average} is not in 0…1', 'Give 0.99, or 0 for none')
 
+# %% ../nbs/18_learner.ipynb #43720420
 def thaw(
     learn,               # From `unet_learner_3d`
     pretrained,          # As it was given
@@ -302,6 +326,41 @@ def thaw(
     "Free all but the first stages of a pretrained encoder, or all of a new one; the rates to train with"
     learn.freeze_to(frozen_stages if pretrained else 0)
     return slice(lr/lr_ratio, lr) if pretrained else lr
+
+# %% ../nbs/18_learner.ipynb #ff72e2f8
+def _name(o):
+    if isinstance(o, (list,tuple)): return [_name(v) for v in o]
+    return o if o is None or isinstance(o, (bool,int,float,str)) else getattr(o, '__name__', type(o).__name__)
+
+def _about(learn, kwargs)->dict:
+    "What must be the same when a training is resumed, besides the numbers of the recipe"
+    train,more = [*dict.fromkeys(learn.dls.train_ds.items)],{k:_name(v) for k,v in kwargs.items()}
+    return dict(spec=asdict(learn.spec), net=asdict(learn.net)|more, device=torch.device(learn.dls.device).type, processes=place()[1],
+                train=case_digests(learn.dls.reader, train), valid=case_digests(learn.dls.reader, learn.dls.valid_cases))
+
+# %% ../nbs/18_learner.ipynb #dc0b7a47
+def _check(dls, table, choose=True):
+    "A bad scan stops the run here, before anything is written; what was checked and prepared before, and has not changed, is not read again"
+    cases = [*dict.fromkeys(dls.train_ds.items),*dls.valid_cases]
+    if not all(map(dls.reader.ready, cases)):
+        reports = check_cases(cases, dls.spec.classes)
+        require_ok(reports, table)
+        for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f)
+        dls.reader.prepare(cases)
+    if choose and not any(dls.reader(c).masks[0].any() for c in dls.valid_cases):
+        raise CTError(table, f'no valid case has a {dls.spec.classes[0]}, so no weights could be chosen', 'Put a case with one into the split valid')
+
+def _clear(out):
+    "An empty folder for a training, without what a former one wrote"
+    out.mkdir(parents=True, exist_ok=True)
+    for o in ('model.safetensors','history.csv','history.png'): (out/o).unlink(missing_ok=True)
+    shutil.rmtree(out/'examples', ignore_errors=True)
+
+# %% ../nbs/18_learner.ipynb #acebd432
+def _callbacks(learn, out, clip, average, examples, plot, log, args)->list:
+    history = History(out/'history.csv')
+    return [learn.kept, history, StopOnNaN(), GradientClip(clip), *[WeightAverage(average)]*bool(average), Pictures(history, examples, plot),
+            *trackers(log, out, **args|dict(pretrained=Path(args['pretrained']).name))]
 
 # %% ../nbs/18_learner.ipynb #8c03ba7d
 def train(
@@ -332,46 +391,28 @@ def train(
     examples:int=5,        # Epochs from one picture of predictions to the next; 0 for none
     plot:bool=False,       # Draw `history.png` after each epoch
     log:str=None,          # Hand the numbers on to `tensorboard` or `wandb`
-    **kwargs               # For `unet_learner_3d`: `norm`, `decoder`, `memory`, …
+    workers:int=None,      # Processes that draw patches; none on a CPU, up to 8 on a GPU, if None
+    **kwargs               # For `unet_learner_3d`: `loss_func`, `norm`, `decoder`, `up`, `memory`, …
 )->Learner: # Trained, with the weights that were kept; `kept.best` is their Dice
     "Train on a case table and keep the weights with the best whole-scan Dice"
-    out,args = Path(out),dict(pretrained=str(pretrained), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, frozen_stages=frozen_stages, lr_ratio=lr_ratio, clip=clip, average=average, fold=fold, keep=keep, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every, aug=_name(aug), seed=seed)
-    check_recipe(**args)
+    out,args = Path(out),dict(pretrained=str(pretrained), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, frozen_stages=frozen_stages, lr_ratio=lr_ratio,
+        clip=clip, average=average, fold=fold, keep=keep, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every, aug=_name(aug), seed=seed)
+    check_recipe(examples=examples, **args)
     with joined(device) as device:
         set_seed(seed, reproducible=True)
-        dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, p_lesion=p_lesion, fold=fold, aug={'light':light_aug_transforms(), 'full':None}.get(aug, aug), path=out, device=device)
+        aug,more = {'light':light_aug_transforms(), 'full':None}.get(aug, aug),{} if workers is None else dict(num_workers=workers)
+        dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, p_lesion=p_lesion, fold=fold, aug=aug, path=out, device=device, **more)
         learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], width=16 if width is None and not pretrained else width, **kwargs)
         once(lambda: _check(dls, table, choose=keep=='best'))
         if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # quicker at width 16, a little slower at 64 (`benchmarks/step.csv`)
-        once(lambda: out.mkdir(parents=True, exist_ok=True))
-        learn.kept,history,frozen = KeepBest(out/'model.safetensors', last=keep=='last'),History(out/'history.csv'),bool(pretrained) and frozen_epochs>0
         if torch.device(dls.device).type=='cuda' and kwargs.get('memory') is None: learn.to_fp16()
-        cbs,ck = [learn.kept, history, StopOnNaN(), GradientClip(clip), *[WeightAverage(average)]*bool(average), Pictures(history, examples, plot), *trackers(log, out, **args|dict(pretrained=Path(args['pretrained']).name))],Checkpoint(out/'checkpoint.safetensors', args|once(lambda: _about(learn, kwargs)))
+        once(lambda: out.mkdir(parents=True, exist_ok=True) if resume else _clear(out))
+        learn.kept,frozen = KeepBest(out/'model.safetensors', last=keep=='last'),bool(pretrained) and frozen_epochs>0
+        cbs,ck = _callbacks(learn, out, clip, average, examples, plot, log, args),Checkpoint(out/'checkpoint.safetensors', args|once(lambda: _about(learn, kwargs)))
         own_random(seed)
-        if ck.begin(resume): ck.restore(learn, cbs); learn.kept.put_back(learn)
-        else:
-            with split_training(learn):
-                if frozen: learn.freeze(); ck.fit(learn, frozen_epochs, frozen_lr or lr, cbs=cbs)
-                ck.fit(learn, epochs, thaw(learn, pretrained, lr, frozen_stages, lr_ratio), cbs=cbs)
-            ck.finish(cbs)
+        if ck.begin(resume): ck.restore(learn, cbs); learn.kept.put_back(learn); return learn
+        with split_training(learn):
+            if frozen: learn.freeze(); ck.fit(learn, frozen_epochs, frozen_lr or lr, cbs=cbs)
+            ck.fit(learn, epochs, thaw(learn, pretrained, lr, frozen_stages, lr_ratio), cbs=cbs)
+        ck.finish(cbs)
     return learn
-
-# %% ../nbs/18_learner.ipynb #42b4f076
-def _name(o): return o if o is None or isinstance(o, (bool,int,float,str,list,tuple)) else getattr(o, '__name__', type(o).__name__)
-
-def _about(learn, kwargs)->dict:
-    "What must be the same when a training is resumed, besides the numbers of the recipe"
-    train,more = [*dict.fromkeys(learn.dls.train_ds.items)],{k:_name(v) for k,v in kwargs.items()}
-    return dict(spec=asdict(learn.spec), net=asdict(learn.net)|more, device=torch.device(learn.dls.device).type, processes=place()[1],
-                train=case_digests(learn.dls.reader, train), valid=case_digests(learn.dls.reader, learn.dls.valid_cases))
-
-def _check(dls, table, choose=True):
-    "A bad scan stops the run here, before anything is written; what was checked and prepared before, and has not changed, is not read again"
-    cases = [*dict.fromkeys(dls.train_ds.items),*dls.valid_cases]
-    if not all(map(dls.reader.ready, cases)):
-        reports = check_cases(cases, dls.spec.classes)
-        require_ok(reports, table)
-        for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f)
-        dls.reader.prepare(cases)
-    if choose and not any(dls.reader(c).masks[0].any() for c in dls.valid_cases):
-        raise CTError(table, f'no valid case has a {dls.spec.classes[0]}, so no weights could be chosen', 'Put a case with one into the split valid')

@@ -180,3 +180,36 @@ def test_early_stages_stay_and_rates_rise(table, tmp_path, ratio, stages):
 
 def test_stages_that_are_not_there(table, tmp_path):
     with pytest.raises(CTError, match='frozen_stages: 6 is not in 0…5. Give 2 for the stem and layer 1, 0 for none'): train(table, tmp_path/'run', spec, frozen_stages=6)
+
+def test_average_follows_steps_not_batches(dls):
+    "Gradients of two batches added up to one step: the average moves once a step"
+    from fastai.callback.training import GradientAccumulation
+    from covid3d.learner import WeightAverage
+    def seen(*cbs):
+        ema,learn = WeightAverage(.9),learner(dls)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[ema, *cbs])
+        return ema.n
+    n = len(dls.train)
+    assert n>1 and (seen(),seen(GradientAccumulation(2*dls.train.bs)))==(n,n//2)
+
+def test_tensorboard_counts_steps_through(dls, tmp_path):
+    "Two fits of one training are one curve"
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from covid3d.learner import trackers
+    cbs,learn = trackers('tensorboard', tmp_path),learner(dls)
+    with learn.no_bar(), learn.no_logging():
+        for epochs in (1,2): learn.fit(epochs, 1e-3, cbs=cbs)
+    events = EventAccumulator(str(tmp_path/'tensorboard')); events.Reload()
+    n = len(dls.train)
+    assert [o.step for o in events.Scalars('valid_loss')]==[n,2*n,3*n]
+    assert [*dict.fromkeys(o.step for o in events.Scalars('train_loss'))]==[*range(1,3*n+1)]
+
+def test_a_new_training_leaves_nothing_of_the_former(table, tmp_path):
+    "Weights and pictures of another network would pass for those of this one"
+    out = tmp_path/'run'; (out/'examples').mkdir(parents=True)
+    for o in ('model.safetensors','history.csv','history.png','examples/epoch_999.png'): (out/o).write_text('former')
+    class Cut(Callback):
+        def after_step(self): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): train(table, out, spec, pretrained=False, width=4, epochs=1, patches=2, cbs=[Cut()])
+    assert [o.name for o in out.iterdir()]==['checkpoint.safetensors']

@@ -132,6 +132,7 @@ def ribs(
     r = ring((wall-6)/4,along/6.5)
     return np.where((r<1)&(np.abs(x)>np.where(y<0,30,15)),np.where(r>.42,np.float32(750),np.float32(300)),absent)
 
+# %% ../nbs/03_phantom.ipynb #8aa02d63
 def spine(
     plan, # A `chest_plan`
     z:float, # Height of the slice, mm
@@ -145,6 +146,7 @@ def spine(
     hu = np.where(arch<1,f(600),absent) if level>6 else absent
     return np.where(canal<1,f(25),np.where(body<1,cortex if level>6 else f(90),hu))
 
+# %% ../nbs/03_phantom.ipynb #46903375
 def sternum(
     plan, # A `chest_plan`
     z:float, # Height of the slice, mm
@@ -280,6 +282,7 @@ def beads(
     t = (np.arange(len(i))-np.repeat(np.cumsum(n)-n,n))/np.maximum(n[i]-1,1)
     return (start[i]+way[i]*t[:,None]).astype(np.float32),tubes[i,6]
 
+# %% ../nbs/03_phantom.ipynb #52ce6a3c
 def stamp(
     alpha,  # Painted in place: share of each voxel that is filled
     centre, # (n,3) in mm
@@ -326,6 +329,7 @@ def lesion_order(
     sides = [rng.choice(len(points),40,replace=False,p=o/o.sum()) for o in (w*(points[:,2]<0),w*(points[:,2]>0))]
     return np.stack(sides,1).ravel()
 
+# %% ../nbs/03_phantom.ipynb #a7411844
 def lesion(
     centre, # (z, y, x) in mm
     load,   # The patient's share of ill lung
@@ -428,6 +432,7 @@ def blend_lung(
         o[:] = b+(hu-b)*np.clip(.5-e,0,1)
     return out
 
+# %% ../nbs/03_phantom.ipynb #e835a4fe
 def hide_lesions(
     blend,  # From the lesions' share of tissue to HU
     share,  # The lesions' share of tissue
@@ -460,6 +465,7 @@ class Phantom(NamedTuple):
     lung:Volume   # 0, 1 the patient's right lung, 2 the left, uint8; vessels and lesions included, airways not
     lesion:Volume # 0 or 1, uint8, inside the lung
 
+# %% ../nbs/03_phantom.ipynb #71272374
 def check_field(
     shape,  # (slice, row, column)
     spacing # mm
@@ -469,6 +475,7 @@ def check_field(
     if len(shape)!=3 or len(spacing)!=3 or not (250<=size[0]<=450 and all(320<=o<=450 for o in size[1:])):
         raise CTError('shape, spacing', f'the field of view is {"×".join(f"{o:.0f}" for o in size)} mm', 'Choose about 290×360×360 mm')
 
+# %% ../nbs/03_phantom.ipynb #85d55426
 def phantom(
     seed:int, # Same seed, same patient
     shape=(96,256,256), # (slice, row, column)

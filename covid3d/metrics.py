@@ -6,8 +6,8 @@ Docs: https://covid3d.github.io/covid3d/metrics.html.md"""
 
 # %% auto #0
 __all__ = ['score_names', 'as_pair', 'Overlap', 'overlap', 'dice', 'jaccard', 'precision', 'recall', 'specificity',
-           'check_spacing', 'volume_error', 'cube_faces', 'inside', 'outlines', 'largest_fill', 'surfel_normals',
-           'surfel_areas', 'joint_box', 'packed', 'surface_points', 'nearest_mm', 'SurfaceDistances',
+           'check_spacing', 'check_number', 'volume_error', 'cube_faces', 'inside', 'outlines', 'largest_fill',
+           'surfel_normals', 'surfel_areas', 'joint_box', 'packed', 'surface_points', 'nearest_mm', 'SurfaceDistances',
            'surface_distances', 'hd95', 'assd', 'nsd', 'Detection', 'lesion_detection', 'scores', 'PatchDice']
 
 # %% ../nbs/13_metrics.ipynb #0341fcee
@@ -49,6 +49,7 @@ class Overlap:
     @property
     def specificity(self): return self.share(self.tn, self.tn+self.fp) if self.tn+self.fp else np.nan
 
+# %% ../nbs/13_metrics.ipynb #4ddfceb3
 def overlap(
     pred, # Binary mask, array or tensor of any shape
     mask  # Reference, the same shape
@@ -85,6 +86,10 @@ def check_spacing(spacing)->np.ndarray: # (slice, row, column), mm
     s = np.asarray(spacing, float)
     if s.shape!=(3,) or not (np.isfinite(s)&(s>0)).all(): raise CTError('spacing', f'{spacing} is not three sizes above 0', 'Give (slice, row, column) in mm')
     return s
+
+def check_number(name, x, low, high, cure):
+    "A number between two others"
+    if not low<=x<=high: raise CTError(name, f'{x} is not in {low}…{high}', cure)
 
 def volume_error(
     pred,   # Binary mask (slice, row, column)
@@ -252,6 +257,7 @@ def hd95(
     percent:float=95 # Of the surface's area
 )->float: # mm; NaN where both are empty, infinite where one is
     "Robust Hausdorff distance, weighted by surface area"
+    check_number('percent', percent, 0, 100, 'Give 95')
     return _hd(surface_distances(pred,mask,spacing), percent)
 
 # %% ../nbs/13_metrics.ipynb #4be54910
@@ -277,6 +283,7 @@ def nsd(
     tolerance:float=3. # mm
 )->float: # 0…1; NaN where both are empty, 0 where one is
     "Normalised surface Dice: share of both surfaces within the tolerance of the other"
+    check_number('tolerance', tolerance, 0, np.inf, 'Give mm, for example 3')
     return _nsd(surface_distances(pred,mask,spacing,within=1.001*tolerance+1e-6), tolerance)
 
 # %% ../nbs/13_metrics.ipynb #7e5fa177
@@ -292,6 +299,7 @@ class Detection:
     @property
     def f1(self): p,r = self.precision,self.recall; return 2*p*r/(p+r) if p+r else p+r
 
+# %% ../nbs/13_metrics.ipynb #6b8f11af
 def _hits(m, other, connectivity, overlap):
     labels,n = cc3d.connected_components(np.ascontiguousarray(m), connectivity=connectivity, return_N=True)
     size,hit = (np.bincount(labels[o], minlength=n+1)[1:] for o in (m, m&other))
@@ -304,6 +312,8 @@ def lesion_detection(
     overlap:float=0. # Share of a lesion that the other mask must cover, 0…1; one voxel at least
 )->Detection:
     "Count the lesions of each mask that the other one hits"
+    if connectivity not in (6,18,26): raise CTError('connectivity', f'{connectivity} is no neighbourhood of a voxel', 'Give 6, 18 or 26')
+    check_number('overlap', overlap, 0, 1, 'Give a share of the lesion, 0 for one voxel')
     a,b = as_pair(pred,mask); box = joint_box(a,b); a,b = a[box],b[box]
     if not a.size: return Detection(0,0,0,0)
     (nb,found),(na,right) = _hits(b,a,connectivity,overlap),_hits(a,b,connectivity,overlap)
@@ -321,6 +331,7 @@ def scores(
     overlap:float=0.     # Share of a lesion that must be covered, see `lesion_detection`
 )->dict: # Name → number; `empty` names the empty side: '', both, mask or pred
     "Every score of one prediction"
+    check_number('tolerance', tolerance, 0, np.inf, 'Give mm, for example 3')
     a,b = as_pair(pred,mask); box = joint_box(a,b); size,(a,b) = a.size,map(np.ascontiguousarray, (a[box],b[box]))
     o = _overlap(a,b); o.tn += size-a.size
     sd,hit,(ml,pct) = surface_distances(a,b,spacing),lesion_detection(a,b,connectivity,overlap),_volume_error(o, check_spacing(spacing))

@@ -665,6 +665,9 @@ def write_folder(
         made = Path(tempfile.mkdtemp(dir=out if out.exists() else out.parent, prefix=f'.{out.name}-'))
         os.chmod(made, 0o777 & ~_umask())
         fill(made); move_in(made, out)
+    except CTError as e:
+        if made is None or made not in Path(e.what).parents: raise
+        raise CTError(out, e.fault, e.cure) from None  # the name of the draft would say nothing
     except OSError as e: raise CTError(out, f'cannot be written ({e.strerror or e})', 'Check the folder, its permissions and the free space') from None
     finally:
         if made and made.exists(): shutil.rmtree(made, ignore_errors=True)

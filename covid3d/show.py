@@ -9,14 +9,14 @@ __all__ = ['lung_window', 'outline_colors', 'planes', 'pick_slices', 'plane_of',
            'watched', 'track']
 
 # %% ../nbs/02_show.ipynb #0fcf9856
-import sys
+import io, sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
 
-from .volume import Volume
+from .volume import Volume, write_atomic
 
 # %% ../nbs/02_show.ipynb #4fb2760b
 lung_window = (-1350, 150)                        # HU
@@ -107,9 +107,10 @@ def save_figure(
     dpi:int=110   # Pixels an inch
 ):
     "Write `fig` to `path` and close it"
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=dpi, facecolor='white')
-    plt.close(fig)
+    buf = io.BytesIO()
+    try: fig.savefig(buf, format=Path(path).suffix[1:] or 'png', dpi=dpi, facecolor='white')
+    finally: plt.close(fig)
+    write_atomic(path, buf.getvalue())
 
 # %% ../nbs/02_show.ipynb #3bbe2ba2
 def watched()->bool:

@@ -1,9 +1,9 @@
 """A process that imports covid3d once and forks a child for each command, to be killed by the dozen: not a test, started by those of resuming.
 
-A line of JSON in: argv of `covid3d`; `after` seconds, or `writing` (the n-th checkpoint is half written), when it is killed; `limit`, the largest file once a first checkpoint
-is there; `keep`, a folder for a link to each checkpoint; `score`, whether a made-up score of the weights, best in the second epoch, stands for the Dice of
-whole scans, which is 0 in so small a training. A line of JSON out: status (negative: killed), seconds, stdout, stderr."""
-import json, os, resource, signal, sys, tempfile, time
+A line of JSON in: argv of `covid3d`; `after` seconds, or `writing` (the n-th checkpoint is half written), when it is killed; `limit`, the largest file once `room` checkpoints with
+tensors are there, 1 if not given; `keep`, a folder for a link to each checkpoint; `score`, whether a made-up score of the weights, best in the second epoch, stands for the Dice of
+whole scans, which is 0 in so small a training; `nan`, whether a patch in step 3 of the second epoch is no number. A line of JSON out: status (negative: killed), seconds, stdout, stderr."""
+import json, math, os, resource, signal, sys, tempfile, time
 from pathlib import Path
 
 import torch
@@ -25,12 +25,18 @@ def made_up(self, case)->float:
     total = sum(v.double().sum() for v in self.learn.model.state_dict().values())
     return self.learn.epoch%2/2+float(total*1000%1)/4
 
+class Spoiled(covid3d.checkpoint.StopOnNaN):
+    "With a patch that is no number"
+    def before_batch(self):
+        if self.training and (self.n_epoch,self.epoch,self.iter)==(3,1,2): self.learn.xb = (self.x*math.nan,)
+
 def child(o, out, err):
     "The command, in a process of its own"
     for fd,f in ((1,out),(2,err)): os.dup2(f.fileno(), fd)
     torch.set_num_threads(1)
     if 'keep' in o: covid3d.checkpoint.write_checkpoint = kept(o['keep'])
     if o.get('score'): covid3d.learner.ScanDice.score = made_up
+    if o.get('nan'): covid3d.learner.StopOnNaN = Spoiled
     status = main(o['argv'])
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(status)
@@ -44,7 +50,7 @@ def watch(pid, o):
         now = (run/'.writing'/'checkpoint.safetensors').exists()
         seen,was = seen+(now and not was),now
         if 'after' in o and time.monotonic()-start>o['after'] or now and seen==o.get('writing'): os.kill(pid, signal.SIGKILL)
-        if 'limit' in o and seen>1 and not now: resource.prlimit(pid, resource.RLIMIT_FSIZE, (o.pop('limit'),)*2)
+        if 'limit' in o and seen>o.get('room', 1) and not now: resource.prlimit(pid, resource.RLIMIT_FSIZE, (o.pop('limit'),)*2)
         time.sleep(.0002)
 
 if __name__=='__main__':

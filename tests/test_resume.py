@@ -113,6 +113,12 @@ def test_real_command(data, straight, tmp_path):
     assert (tmp_path/'run'/'model.safetensors').read_bytes()==(straight[0]/'run'/'model.safetensors').read_bytes()
     assert history(tmp_path/'run')==history(straight[0]/'run')
 
+def test_full_disk_elsewhere(data, worker, scored, tmp_path):
+    "No room for the weights, which are written before the checkpoint: the message says how to go on too"
+    res = worker(words(data, tmp_path/'run', '--patches', '4'), score=True, room=2, limit=int(.5*(scored[0]/'run'/'model.safetensors').stat().st_size))
+    assert res['status']==2 and res['err'].count('\n')==1 and 'model.safetensors: cannot be written' in res['err'] and '--resume' in res['err'], res
+    assert [read_checkpoint(tmp_path/'run'/'checkpoint.safetensors')[0][k] for k in ('phase','epoch')]==[1,1] and not list((tmp_path/'run').glob('.*'))
+
 def test_full_disk(data, worker, straight, tmp_path):
     "The last checkpoint stays, one line says so, and the training goes on when there is room"
     out = tmp_path
@@ -169,3 +175,18 @@ def test_nan(data, worker, tmp_path):
     assert res['status']==2 and res['err'].count('\n')==1 and 'at step' in res['err'] and 'phantom_00' in res['err'] and 'lower lr' in res['err'], res
     _,t = read_checkpoint(tmp_path/'run'/'checkpoint.safetensors')
     assert all(torch.isfinite(v).all() for v in t.values())
+
+def test_nan_resumed(data, worker, tmp_path):
+    "Step and epoch are those of the whole training, straight and resumed"
+    straight,resumed = (worker(words(data, tmp_path/'run', '--patches', '4', *more), nan=True) for more in ([], ['--resume']))
+    assert straight['status']==resumed['status']==2 and 'phase 2, 1 of its epochs are done' in resumed['out']
+    assert straight['err']==resumed['err'] and 'at step 15, batch 3 of epoch 2 ' in straight['err'] and '--overwrite' in straight['err'], straight
+    assert len(history(tmp_path/'run'))==2
+
+def test_worker_processes(data, worker, tmp_path):
+    "Patches drawn by two processes, other ones than without, are the same after a kill"
+    def run(name, n, *more, **how): return worker(words(data, tmp_path/name, '--patches', '4', '--frozen-epochs', '0', '--epochs', '2', '--score-every', '2', '--workers', n, *more), **how)['status']
+    assert run('straight', 2)==0 and run('killed', 2, writing=3)==run('none', 0, writing=2)==-signal.SIGKILL and run('killed', 2, '--resume')==0
+    straight,killed,none = (history(tmp_path/o) for o in ('straight','killed','none'))
+    assert len(straight)==2 and killed==straight and none[0]!=straight[0]
+    assert (tmp_path/'killed'/'model.safetensors').read_bytes()==(tmp_path/'straight'/'model.safetensors').read_bytes()

@@ -1,14 +1,16 @@
 "Made-up volumes on any grid; a pretraining and a study that are cut off anywhere"
-import os, random, signal, subprocess, sys, time
+import json, os, random, shutil, signal, subprocess, sys, time
 
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
 import covid3d.pretrain as module
 from covid3d.encoder import encoder3d
-from covid3d.pretrain import (KnownLoss, MixedPatches, branches, classes, encoder_info, grey_curve, inner_grid, kinds, phantom_scan, pretrain_encoder,
-    pretrain_learner, pretrain_loaders, random_frame, read_study, save_encoder, segment_mask, set_seed, shapes, transfer_study, unknown)
+from covid3d.phantom import write_phantoms
+from covid3d.pretrain import (KnownLoss, MixedPatches, branches, classes, encoder_info, grey_curve, inner_grid, kinds, phantom_scan, pretrain_encoder, pretrain_learner,
+    pretrain_loaders, random_frame, read_study, save_encoder, segment_mask, set_seed, shapes, transfer_run, transfer_study, unfinished, unknown, weight_labels)
 from covid3d.transforms import CTSpec
 from covid3d.volume import CTError
 
@@ -126,7 +128,9 @@ def test_ctrl_c_keeps_the_last_epoch(tmp_path, monkeypatch, capsys):
         return plain(*args)
     monkeypatch.setattr(module, 'shapes', interrupted)
     file = pretrain_encoder(tmp_path, steps=6, every=2, **tiny)
-    assert 'stopped after 2 steps' in capsys.readouterr().out and encoder_info(file)['step']==2 and len(pd.read_csv(tmp_path/'history.csv'))==1
+    info = encoder_info(file)
+    assert 'stopped after 2 of 6 steps' in capsys.readouterr().out and (info['step'],info['steps'])==(2,6) and len(pd.read_csv(tmp_path/'history.csv'))==1
+    assert 'left at step 2 of 6' in unfinished(file)
 
 def test_ctrl_c_before_the_first_epoch(tmp_path, monkeypatch):
     "Nothing is there, and nothing says that it is"
@@ -136,28 +140,107 @@ def test_ctrl_c_before_the_first_epoch(tmp_path, monkeypatch):
     assert not (tmp_path/'encoder.safetensors').exists()
 
 def test_nan_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.KnownLoss, 'forward', lambda self, logits, mask: logits.sum()*float('nan'))
-    with pytest.raises(CTError, match='not a number after step 0. Use a lower learning rate'): pretrain_encoder(tmp_path, steps=4, every=2, **tiny)
+    "The message names the step, counted from the first one after a resumption too; what was saved is finite"
+    plain,bad,n = module.KnownLoss.forward,3,0
+    def spoiled(self, logits, mask):
+        nonlocal n; n += torch.is_grad_enabled()
+        return plain(self, logits, mask)*(float('nan') if n==bad and torch.is_grad_enabled() else 1)
+    monkeypatch.setattr(module.KnownLoss, 'forward', spoiled)
+    run = lambda **kw: pretrain_encoder(tmp_path, steps=6, every=2, **tiny, **kw)
+    with pytest.raises(CTError, match='loss: the loss became NaN or infinite at step 3. Start anew with a lower learning rate'): run()
+    assert all(torch.isfinite(v).all() for v in load_file(tmp_path/'encoder.safetensors').values()) and encoder_info(tmp_path/'encoder.safetensors')['step']==2
+    bad,n = 2,0
+    with pytest.raises(CTError, match='infinite at step 4. '): run(resume=True)
 
-script = '''
-import sys
+def test_weights_without_a_number_are_not_saved(tmp_path, monkeypatch):
+    "The loss was one, the last step of an epoch spoils the weights"
+    step = module.Learner._step
+    def spoiled(self):
+        step(self)
+        if self.epoch==1 and self.iter==1:
+            with torch.no_grad(): next(self.model.parameters()).fill_(float('nan'))
+    monkeypatch.setattr(module.Learner, '_step', spoiled)
+    with pytest.raises(CTError, match='a weight became NaN or infinite at step 4. '): pretrain_encoder(tmp_path, steps=6, every=2, **tiny)
+    assert encoder_info(tmp_path/'encoder.safetensors')['step']==2
+
+def test_passed_epochs_write_nothing(tmp_path, monkeypatch):
+    "While a resumed run passes over what is done, the encoder on disk stays: cut off there it was once that of untrained weights"
+    stop = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    with monkeypatch.context() as m:
+        plain = module.PretrainLog.save
+        m.setattr(module.PretrainLog, 'save', lambda self, **kw: stop() if kw['step']==6 else plain(self, **kw))
+        pretrain_encoder(tmp_path, steps=6, every=2, **tiny)
+    before = [(tmp_path/o).read_bytes() for o in ('encoder.safetensors','history.csv')]
+    assert encoder_info(tmp_path/'encoder.safetensors')['step']==4
+    monkeypatch.setattr(module.PretrainLog, 'before_train', stop)
+    pretrain_encoder(tmp_path, steps=6, every=2, resume=True, **tiny)
+    assert before==[(tmp_path/o).read_bytes() for o in ('encoder.safetensors','history.csv')]
+
+def test_one_process_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(CTError, match='pretraining: is work for one process, and 2 were started'): pretrain_encoder(tmp_path/'a', steps=2, **tiny)
+    with pytest.raises(CTError, match='transfer study: is work for one process'): transfer_study('t.csv', 'e.safetensors', tmp_path/'a')
+    assert not (tmp_path/'a').exists()
+
+worker = """
+import os, signal, sys, time
+import torch, covid3d.pretrain
+from functools import partial
+from pathlib import Path
 from covid3d.pretrain import pretrain_encoder
 from covid3d.transforms import CTSpec
-pretrain_encoder(sys.argv[1], width=4, steps=100000, every=1, spec=CTSpec(spacing=(9,7,7), patch=(16,32,32)), phantoms=1,
-    grid=dict(shape=(32,96,96), spacing=(9,3.7,3.7)), device='cpu')
-'''
+covid3d.pretrain.pretrain_loaders = partial(covid3d.pretrain.pretrain_loaders, score=4)
+print('ready', flush=True)
+for line in sys.stdin:
+    out,how,at = line.split(); start,writing,seen,was = time.monotonic(),Path(out)/'.writing'/'checkpoint.safetensors',0,False
+    pid = os.fork()
+    if not pid:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1); torch.set_num_threads(1)
+        pretrain_encoder(out, width=4, steps=12, every=2, spec=CTSpec(spacing=(9,7,7), patch=(16,32,32)), phantoms=1, lr=1e-2,
+            grid=dict(shape=(32,96,96), spacing=(9,3.7,3.7)), device='cpu', resume=True)
+        os._exit(0)
+    while True:
+        done,status = os.waitpid(pid, os.WNOHANG)
+        if done: break
+        now = writing.exists(); seen,was = seen+(now and not was),now
+        if how=='after' and time.monotonic()-start>float(at) or how=='writing' and now and seen==int(at): os.kill(pid, signal.SIGKILL)
+        time.sleep(.0005)
+    print(os.waitstatus_to_exitcode(status), time.monotonic()-start, flush=True)
+"""
 
-def test_killed_anywhere_the_file_opens(tmp_path):
-    "SIGKILL at a random moment after the first epoch: weights and history are those of some epoch"
-    p = subprocess.Popen([sys.executable,'-W','ignore','-c',script,str(tmp_path)], stdout=subprocess.DEVNULL, env=os.environ|dict(OMP_NUM_THREADS='1'))
-    try:
-        limit = time.monotonic()+240
-        while not (tmp_path/'encoder.safetensors').exists() and time.monotonic()<limit and p.poll() is None: time.sleep(.1)
-        time.sleep(random.Random(0).uniform(1,3))
-    finally: p.send_signal(signal.SIGKILL); p.wait()
-    rows = pd.read_csv(tmp_path/'history.csv')
-    assert encoder_info(tmp_path/'encoder.safetensors')['step'] in (len(rows)-1,len(rows)) and len(rows)>0
-    encoder3d('r3d_18', tmp_path/'encoder.safetensors')
+def test_killed_anywhere_it_ends_with_the_same_weights(tmp_path):
+    "SIGKILL at random moments and while a checkpoint is written: after each one encoder and history are those of some epoch, and resumed the pretraining ends as one without a break"
+    rng,kills,moved,n = random.Random(int(os.environ.get('COVID3D_SEED', 0))),0,0,0
+    with subprocess.Popen([sys.executable,'-W','ignore','-c',worker], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ|dict(OMP_NUM_THREADS='1')) as p:
+        assert p.stdout.readline()=='ready\n'
+        def run(out, how='after', at=1e9):
+            p.stdin.write(f'{out} {how} {at}\n'); p.stdin.flush()
+            return [float(o) for o in p.stdout.readline().split()]
+        status,secs = run(tmp_path/'whole'); assert status==0
+        while kills<6:
+            out = tmp_path/str(n); n += 1
+            while True:
+                how = ('writing',rng.randint(1,3)) if kills%3==1 else ('after',rng.uniform(.1,.7)*secs)
+                status,_ = run(out, *how) if kills<6 else run(out)
+                if status==0: break
+                assert status==-signal.SIGKILL; kills += 1
+                if (out/'encoder.safetensors').exists():
+                    rows,info = pd.read_csv(out/'history.csv'),encoder_info(out/'encoder.safetensors')
+                    assert info['step']//2 in (len(rows)-1,len(rows)) and len(rows)>0 and info['steps']==12
+                    encoder3d('r3d_18', out/'encoder.safetensors'); moved += info['step']<12
+            same_run(tmp_path/'whole', out)
+        p.stdin.close()
+    print(f'{kills} kills in {n} runs, {moved} with an unfinished encoder')
+    assert moved>0
+
+def same_run(a, b):
+    "Tensors bit by bit, and all that is told but the time"
+    x,y = (load_file(o/'encoder.safetensors') for o in (a,b))
+    assert x.keys()==y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    told = [{k:v for k,v in encoder_info(o/'encoder.safetensors').items() if k!='minutes'} for o in (a,b)]
+    rows = [pd.read_csv(o/'history.csv').drop(columns='minutes') for o in (a,b)]
+    assert told[0]==told[1] and told[0]['step']==told[0]['steps']==12 and rows[0].equals(rows[1]) and len(rows[0])==6
+    assert rows[0].valid_loss.is_unique and not list(b.glob('.*'))
 
 # The study, with a stand-in for its runs
 
@@ -169,48 +252,124 @@ class StandIn:
         self.done.append((weights is not None, fold, seed, patches, kwargs))
         return [dict(moment=m, patches=patches*m//2, seconds=10.*m, dice=.1*m+.01*fold[0]+.2*(weights is not None)) for m in (1,2)]
 
+@pytest.fixture(scope='module')
+def table(tmp_path_factory): return write_phantoms(tmp_path_factory.mktemp('scans'), n=2, seed=1, **grid)
+
 @pytest.fixture
 def runs(monkeypatch):
     o = StandIn(); monkeypatch.setattr(module, 'transfer_run', o)
     return o
 
-def test_a_study_goes_on_where_it_was_cut_off(tmp_path, runs):
+def test_a_study_goes_on_where_it_was_cut_off(tmp_path, table, runs):
     file = encoder_file(tmp_path/'e.safetensors')
     runs.stop = 3
-    with pytest.raises(KeyboardInterrupt): transfer_study('t.csv', file, tmp_path/'s', folds=2, seeds=(0,1), patches=100)
+    with pytest.raises(KeyboardInterrupt): transfer_study(table, file, tmp_path/'s', folds=2, seeds=(0,1), patches=100, spec=spec)
     assert len(read_study(tmp_path/'s/transfer.csv'))==6
     runs.stop = None
-    df = transfer_study('t.csv', file, tmp_path/'s', folds=2, seeds=(0,1), patches=100)
+    df = transfer_study(table, file, tmp_path/'s', folds=2, seeds=(0,1), patches=100, spec=spec)
     keys = [o[:4] for o in runs.done]
     assert len(keys)==len(set(keys))==8 and len(df)==16 and not df.duplicated(['weights','fold','seed','moment']).any()
-    assert {str(o[4]) for o in runs.done}=={str(dict(arch='r3d_18', width=4))}
-    n = len(runs.done); transfer_study('t.csv', file, tmp_path/'s', folds=2, seeds=(0,1), patches=100)
+    assert all(o[4]==dict(arch='r3d_18', width=4, spec=spec) for o in runs.done)
+    n = len(runs.done); transfer_study(table, file, tmp_path/'s', folds=2, seeds=(0,1), patches=100, spec=spec)
     assert len(runs.done)==n
 
-def test_more_seeds_and_another_budget_are_added(tmp_path, runs):
+def test_more_seeds_and_another_budget_are_added(tmp_path, table, runs):
     file = encoder_file(tmp_path/'e.safetensors')
-    study = lambda **kw: transfer_study('t.csv', file, tmp_path/'s', folds=2, **kw)
+    study = lambda **kw: transfer_study(table, file, tmp_path/'s', folds=2, spec=spec, **kw)
     assert len(study(patches=100))==8
     assert len(study(patches=100, seeds=(0,1)))==16 and len(runs.done)==8
     assert len(study(patches=200))==8 and len(runs.done)==12 and set(read_study(tmp_path/'s/transfer.csv').budget)=={100,200}
 
-def test_several_files(tmp_path, runs):
+def test_several_files(tmp_path, table, runs):
     files = {k:encoder_file(tmp_path/f'{k}.safetensors', norm='group') for k in 'ab'}
-    df = transfer_study('t.csv', files, tmp_path/'s', folds=1, patches=10)
+    df = transfer_study(table, files, tmp_path/'s', folds=2, patches=10, spec=spec)
     assert list(df.weights.unique())==['random','a','b'] and all(o[4]['norm']=='group' for o in runs.done)
-    with pytest.raises(CTError, match='different build'): transfer_study('t.csv', files|dict(c=encoder_file(tmp_path/'c.safetensors')), tmp_path/'s')
+    with pytest.raises(CTError, match='different build'): transfer_study(table, files|dict(c=encoder_file(tmp_path/'c.safetensors')), tmp_path/'s')
 
-def test_weights_are_looked_at_before_any_run(tmp_path, runs):
+def test_files_of_one_name(tmp_path, table, runs):
+    "`pretrain` always writes encoder.safetensors: each file has its own rows and is trained from"
+    files = [encoder_file(tmp_path/o/'encoder.safetensors') for o in 'ab']
+    df = transfer_study(table, files, tmp_path/'s', folds=2, patches=10, spec=spec)
+    assert list(df.weights.unique())==['random','a','b'] and len(df)==12 and len(runs.done)==6
+
+@given(st.lists(st.tuples(*[st.sampled_from(['a','b','random','kinetics'])]*3, st.sampled_from(['.pth','.safetensors'])), min_size=2, max_size=6, unique=True), st.booleans())
+@settings(max_examples=100)
+def test_no_label_is_given_twice(parts, both):
+    files = [f'{a}/{b}/{c}{d}' for a,b,c,d in parts]+['random','kinetics']*both
+    labels = weight_labels(files)
+    assert sorted(labels.values())==sorted(files) and all((k in ('random','kinetics'))==(k==v) for k,v in labels.items())
+
+@pytest.mark.parametrize('change,said', [(dict(lr=1e-2), 'lr 0.002 then, 0.01 now'), (dict(bs=4), 'bs 2 then, 4 now'), (dict(moments=3), 'moments 6 then, 3 now'), (dict(frozen_stages=0), 'frozen_stages 2 then, 0 now'),
+    (dict(lr_ratio=1), 'lr_ratio 3.0 then, 1 now'), (dict(spec=CTSpec(spacing=(9,7,7), patch=(16,32,48))), 'spec patch'), (dict(decoder=(8,8,8)), 'decoder absent then')])
+def test_another_setting_is_another_study(tmp_path, table, monkeypatch, change, said):
+    "It once gave the rows of the former setting, as if they were its own"
+    file,n = encoder_file(tmp_path/'e.safetensors'),[]
+    def run(table, weights, fold, seed=0, patches=1800, moments=6, bs=2, spec=None, lr=2e-3, frozen_stages=2, lr_ratio=3., device=None, **kwargs):
+        n.append(1); return [dict(moment=1, patches=patches, seconds=1., dice=.5)]
+    monkeypatch.setattr(module, 'transfer_run', run)
+    study = lambda **kw: transfer_study(table, file, tmp_path/'s', folds=2, **(dict(spec=spec)|kw))
+    study(); before = (tmp_path/'s'/'transfer.csv').read_bytes()
+    with pytest.raises(CTError, match=said): study(**change)
+    assert len(n)==4 and (tmp_path/'s'/'transfer.csv').read_bytes()==before and len(study(seeds=(0,1)))==8
+
+def test_other_weights_or_scans_are_another_study(tmp_path, table, runs):
+    "Under the same names"
+    file = encoder_file(tmp_path/'e.safetensors')
+    study = lambda table=table: transfer_study(table, file, tmp_path/'s', folds=2, patches=10, spec=spec)
+    study(); torch.manual_seed(5); encoder_file(file)
+    with pytest.raises(CTError, match='weights pretrained .* then, .* now.*another folder'): study()
+    (tmp_path/'s'/'study.json').write_text('{'); encoder_file(file)
+    with pytest.raises(CTError, match='no study.json beside it'): study()
+    shutil.rmtree(tmp_path/'s'); study()
+    other = write_phantoms(tmp_path/'other', n=2, seed=1, **grid|dict(spacing=(9,3.7,3.8)))
+    assert other.read_text()==table.read_text()
+    with pytest.raises(CTError, match='scans phantom_00. .* then'): study(other)
+    assert len(runs.done)==8
+
+def test_kinetics(tmp_path, table, runs, monkeypatch):
+    "Under its own name; downloaded before the first run, not after hours of it"
+    monkeypatch.setattr(module, 'download', lambda _: encoder3d('r3d_18', False, 64).state_dict())
+    transfer_study(table, 'kinetics', tmp_path/'s', folds=2, patches=10, spec=spec)
+    assert set(read_study(tmp_path/'s'/'transfer.csv').weights)=={'random','kinetics'} and runs.done[0][4]['width']==64
+    def gone(_): raise CTError('r3d_18', 'not read', 'Name a local file')
+    monkeypatch.setattr(module, 'download', gone)
+    with pytest.raises(CTError, match='not read'): transfer_study(table, 'kinetics', tmp_path/'t', folds=2, patches=10, spec=spec)
+    assert not (tmp_path/'t').exists()
+
+def test_an_unfinished_encoder_is_told(tmp_path, table, runs, capsys):
+    save_encoder(encoder3d('r3d_18', False, 4), tmp_path/'e.safetensors', dict(encoder='r3d_18', width=4, norm='batch', step=400, steps=6000))
+    transfer_study(table, tmp_path/'e.safetensors', tmp_path/'s', folds=2, patches=10, spec=spec)
+    assert capsys.readouterr().out.count('left at step 400 of 6000')==1
+
+def test_numbers_of_the_recipe_are_looked_at(tmp_path, table, runs):
+    file = encoder_file(tmp_path/'e.safetensors')
+    for kw,said in ((dict(frozen_stages=9), 'frozen_stages: 9'), (dict(lr_ratio=.5), 'lr_ratio: 0.5')):
+        with pytest.raises(CTError, match=said): transfer_study(table, file, tmp_path/'s', folds=2, spec=spec, **kw)
+    assert runs.done==[] and not (tmp_path/'s').exists()
+
+def test_only_the_encoders_differ(tmp_path, table, monkeypatch):
+    "From the very weights with which the random arm starts, trained alike, the other arm scores the same: decoder, patches, their order and augmentation are the same. By the recipe it does not"
+    plain,file = module.unet_learner_3d,tmp_path/'e.safetensors'
+    def keep(*args, **kwargs):
+        learn = plain(*args, **kwargs)
+        if not kwargs['pretrained']: save_encoder(learn.model.encoder, file, dict(encoder='r3d_18', width=8, norm='batch'))
+        return learn
+    monkeypatch.setattr(module, 'unet_learner_3d', keep)
+    how = dict(patches=60, moments=2, lr=.02, spec=CTSpec(spec.spacing, patch=spec.patch, classes=('lung',)), width=8, device='cpu')
+    run = lambda weights, **kw: [r['dice'] for r in transfer_run(table, weights, (0,2), **how, **kw)]
+    random_weights = run(None)
+    assert random_weights[-1]>.1 and run(file, frozen_stages=0, lr_ratio=1)==random_weights and run(file)!=random_weights
+
+def test_weights_are_looked_at_before_any_run(tmp_path, table, runs):
     "Not after the hours of the first random run"
     for file,fault in (('none.safetensors','no such file'),('bad.safetensors','damaged')):
         if fault=='damaged': (tmp_path/file).write_bytes(b'\x08\0\0\0\0\0\0\0{}')
-        with pytest.raises(CTError, match=fault): transfer_study('t.csv', tmp_path/file, tmp_path/'s')
+        with pytest.raises(CTError, match=fault): transfer_study(table, tmp_path/file, tmp_path/'s')
     assert runs.done==[] and not (tmp_path/'s').exists()
 
 def test_from_made_up_shapes_to_a_study(tmp_path, capsys):
     "The commands, one after the other: pretrain, train from it, and the study"
     from covid3d.cli import main
-    from covid3d.phantom import write_phantoms
     table,file = write_phantoms(tmp_path/'data', n=4, seed=1, shape=(32,96,96), spacing=(9,3.7,3.7)),tmp_path/'enc'/'encoder.safetensors'
     grid = ['--spacing','9,7,7','--patch','16,32,32']
     assert main(['pretrain','--out',str(tmp_path/'enc'),'--width','8','--steps','2','--phantoms','1','--device','cpu',*grid])==0

@@ -416,6 +416,8 @@ def pretrain_encoder(
     info = dict(encoder=getattr(arch,'__name__',arch),width=width,norm='batch')|kwargs|dict(seed=seed,bs=bs,lr=lr,share=share,phantoms=phantoms,
         spacing=spec.spacing,window=spec.window,patch=spec.patch,steps=epochs*every)
     ck = Checkpoint(out/'checkpoint.safetensors',info|dict(every=every,grid=grid,device=device.type))
+    if not (resume and ck.file.exists()):
+        for o in ('encoder.safetensors','history.csv'): (out/o).unlink(missing_ok=True)  # of a former one
     if not ck.begin(resume):
         set_seed(seed,reproducible=True)
         n = phantoms+max(1,phantoms//6)

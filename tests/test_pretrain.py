@@ -136,8 +136,9 @@ def test_ctrl_c_before_the_first_epoch(tmp_path, monkeypatch):
     "Nothing is there, and nothing says that it is"
     def interrupted(*_): raise KeyboardInterrupt
     monkeypatch.setattr(module.PretrainLog, 'before_fit', interrupted)
+    encoder_file(tmp_path/'encoder.safetensors'); (tmp_path/'history.csv').write_text('of a former one')
     with pytest.raises(KeyboardInterrupt): pretrain_encoder(tmp_path, steps=2, **tiny)
-    assert not (tmp_path/'encoder.safetensors').exists()
+    assert [o.name for o in tmp_path.iterdir()]==['checkpoint.safetensors']
 
 def test_nan_is_an_error(tmp_path, monkeypatch):
     "The message names the step, counted from the first one after a resumption too; what was saved is finite"

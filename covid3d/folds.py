@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .checkpoint import require_same
+from .checkpoint import described, require_same, weights_digest
 from .evaluate import read_scores, score_cases, scores_csv, write_report
 from .learner import CTSpec, check_recipe, train
 from .volume import CTError, write_atomic
@@ -33,9 +33,8 @@ def same_study(
     **kwargs   # What decides about the result
 ):
     "Note what all folds share; refuse a fold of another study"
-    text = lambda v: repr(v) if v is None or isinstance(v, (bool,int,float,str,tuple,list,CTSpec,Path)) else getattr(v, '__name__', type(v).__name__)
-    table = Path(table)/'cases.csv' if Path(table).is_dir() else Path(table)
-    now,f = dict(cases=table.read_text() if table.is_file() else '', k=kwargs.pop('k')) | {k:text(v) for k,v in kwargs.items()},out/'folds.json'
+    table,f = Path(table)/'cases.csv' if Path(table).is_dir() else Path(table),out/'folds.json'
+    now = dict(cases=table.read_text() if table.is_file() else '') | {k:weights_digest(v) if k=='pretrained' else described(v) for k,v in kwargs.items()}
     if f.exists(): require_same(f, json.loads(f.read_text()), now)
     else: out.mkdir(parents=True, exist_ok=True); write_atomic(f, json.dumps(now, indent=1).encode())
 
@@ -57,7 +56,7 @@ def train_folds(
     if folds is None and not resume and (out/'folds.json').exists():  # all anew
         for o in [*out.glob('fold_[0-9]*'), out/'report']: shutil.rmtree(o, ignore_errors=True)
         (out/'folds.json').unlink(missing_ok=True)
-    same_study(out, table, k=k, keep=keep, overlap=overlap, **{a:v for a,v in kwargs.items() if a not in ('device','examples','plot','log')})
+    same_study(out, table, k=k, keep=keep, overlap=overlap, **{a:v for a,v in kwargs.items() if a not in ('device','examples','plot','log','workers')})
     for i in range(k) if folds is None else folds:
         at = out/f'fold_{i}'
         if resume and (at/'scores.csv').exists(): continue

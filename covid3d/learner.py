@@ -36,7 +36,7 @@ from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18
 
 from .augment import Augment3d, ct_aug_transforms, light_aug_transforms
 from .cases import Case, check_cases, check_table, read_cases, require_ok, write_cases
-from .checkpoint import Checkpoint, StopOnNaN, case_digests, bare_model
+from .checkpoint import Checkpoint, StopOnNaN, bare_model, case_digests, described, weights_digest
 from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock
 from .dicom import open_scan, save_seg
 from .distributed import joined, once, own_random, place, split_map, split_training, spread
@@ -261,7 +261,6 @@ def examples(self:Pictures):
     axs = get_grid(len(x), nrows=1, figsize=(max(6,3*len(x)),3.2), title=f'epoch {len(self.history.rows)-1} · blue: reference, orange: prediction')
     for ax,ct,mask,logit in zip(axs, x, y, logits): show_patch(TensorCT(ct), [mask, (logit>0).float()], ax)
     folder = self.history.file.parent/'examples'
-    folder.mkdir(exist_ok=True)
     save_figure(axs[0].figure, folder/f'epoch_{len(self.history.rows)-1:03d}.png')
 
 # %% ../nbs/18_learner.ipynb #c77c6c63
@@ -328,14 +327,11 @@ def thaw(
     return slice(lr/lr_ratio, lr) if pretrained else lr
 
 # %% ../nbs/18_learner.ipynb #ff72e2f8
-def _name(o):
-    if isinstance(o, (list,tuple)): return [_name(v) for v in o]
-    return o if o is None or isinstance(o, (bool,int,float,str)) else getattr(o, '__name__', type(o).__name__)
-
-def _about(learn, kwargs)->dict:
+def _about(learn, pretrained, aug, kwargs)->dict:
     "What must be the same when a training is resumed, besides the numbers of the recipe"
-    train,more = [*dict.fromkeys(learn.dls.train_ds.items)],{k:_name(v) for k,v in kwargs.items()}
-    return dict(spec=asdict(learn.spec), net=asdict(learn.net)|more, device=torch.device(learn.dls.device).type, processes=place()[1],
+    train = [*dict.fromkeys(learn.dls.train_ds.items)]
+    return dict(pretrained=weights_digest(pretrained), aug=described(aug), spec=asdict(learn.spec), net=asdict(learn.net)|described(kwargs),
+                device=torch.device(learn.dls.device).type, processes=place()[1], workers=learn.dls.train.fake_l.num_workers,
                 train=case_digests(learn.dls.reader, train), valid=case_digests(learn.dls.reader, learn.dls.valid_cases))
 
 # %% ../nbs/18_learner.ipynb #dc0b7a47
@@ -353,8 +349,8 @@ def _check(dls, table, choose=True):
 def _clear(out):
     "An empty folder for a training, without what a former one wrote"
     out.mkdir(parents=True, exist_ok=True)
-    for o in ('model.safetensors','history.csv','history.png'): (out/o).unlink(missing_ok=True)
-    shutil.rmtree(out/'examples', ignore_errors=True)
+    for o in ('checkpoint.safetensors','model.safetensors','history.csv','history.png'): (out/o).unlink(missing_ok=True)
+    for o in ('examples','tensorboard'): shutil.rmtree(out/o, ignore_errors=True)
 
 # %% ../nbs/18_learner.ipynb #acebd432
 def _callbacks(learn, out, clip, average, examples, plot, log, args)->list:
@@ -396,19 +392,19 @@ def train(
 )->Learner: # Trained, with the weights that were kept; `kept.best` is their Dice
     "Train on a case table and keep the weights with the best whole-scan Dice"
     out,args = Path(out),dict(pretrained=str(pretrained), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, frozen_stages=frozen_stages, lr_ratio=lr_ratio,
-        clip=clip, average=average, fold=fold, keep=keep, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every, aug=_name(aug), seed=seed)
+        clip=clip, average=average, fold=fold, keep=keep, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every, aug=aug if isinstance(aug, (bool,str,type(None))) else type(aug).__name__, seed=seed)
     check_recipe(examples=examples, **args)
     with joined(device) as device:
         set_seed(seed, reproducible=True)
-        aug,more = {'light':light_aug_transforms(), 'full':None}.get(aug, aug),{} if workers is None else dict(num_workers=workers)
-        dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, p_lesion=p_lesion, fold=fold, aug=aug, path=out, device=device, **more)
+        augment,more = {'light':light_aug_transforms(), 'full':None}.get(aug, aug),{} if workers is None else dict(num_workers=workers)
+        dls = CTDataLoaders.from_table(table, spec, bs=bs, patches=patches, p_lesion=p_lesion, fold=fold, aug=augment, path=out, device=device, **more)
         learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], width=16 if width is None and not pretrained else width, **kwargs)
         once(lambda: _check(dls, table, choose=keep=='best'))
         if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # quicker at width 16, a little slower at 64 (`benchmarks/step.csv`)
         if torch.device(dls.device).type=='cuda' and kwargs.get('memory') is None: learn.to_fp16()
         once(lambda: out.mkdir(parents=True, exist_ok=True) if resume else _clear(out))
         learn.kept,frozen = KeepBest(out/'model.safetensors', last=keep=='last'),bool(pretrained) and frozen_epochs>0
-        cbs,ck = _callbacks(learn, out, clip, average, examples, plot, log, args),Checkpoint(out/'checkpoint.safetensors', args|once(lambda: _about(learn, kwargs)))
+        cbs,ck = _callbacks(learn, out, clip, average, examples, plot, log, args),Checkpoint(out/'checkpoint.safetensors', args|once(lambda: _about(learn, pretrained, aug, kwargs)))
         own_random(seed)
         if ck.begin(resume): ck.restore(learn, cbs); learn.kept.put_back(learn); return learn
         with split_training(learn):

@@ -190,3 +190,15 @@ def test_worker_processes(data, worker, tmp_path):
     straight,killed,none = (history(tmp_path/o) for o in ('straight','killed','none'))
     assert len(straight)==2 and killed==straight and none[0]!=straight[0]
     assert (tmp_path/'killed'/'model.safetensors').read_bytes()==(tmp_path/'straight'/'model.safetensors').read_bytes()
+
+def test_weights_by_content(data, worker, broken, tmp_path):
+    "The file of weights may lie elsewhere or be named by another path; another file of its name is refused"
+    shutil.copytree(broken, tmp_path/'run'); shutil.copy(data[1], tmp_path/'moved.safetensors')
+    def resume(weights): return ['train',data[0],'--weights',weights,'--out',tmp_path/'run',*small,'--resume']
+    assert 'of its epochs are done' in worker(resume(os.path.relpath(tmp_path/'moved.safetensors')), writing=2)['out']
+    save_file({k:v+1e-3 for k,v in load_file(data[1]).items()}, tmp_path/'moved.safetensors')
+    refused(worker, resume(tmp_path/'moved.safetensors'), 'of another training', 'pretrained file ')
+
+def test_workers_are_named(data, worker, broken):
+    "The number of processes that draw decides what is drawn"
+    refused(worker, words(data, broken, '--resume', '--workers', '2'), 'of another training', 'workers 0 then, 2 now')

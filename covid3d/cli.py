@@ -193,7 +193,7 @@ def spec_of(
 ): # A `CTSpec`, or None for that of the folder
     "What the network sees"
     from covid3d.transforms import CTSpec
-    if Path(table).is_dir():
+    if table and Path(table).is_dir():
         for k,v in options.items():
             if v!=seen[k]: raise CTError(k, f'{table} is prepared and has its own', f'Leave --{k} out, or give the case table')
         return
@@ -268,7 +268,6 @@ def train(
 ):
     "Learn from the cases of a table; keeps the weights with the best whole-scan Dice on `valid`."
     writable(out)
-    if resume and overwrite: raise CTError('resume', 'it contradicts --overwrite', 'Give one of the two')
     at_least_one(epochs=epochs, bs=bs, patches=patches, score_every=score_every); check_lr(lr)
     if frozen_lr is not None: check_lr(frozen_lr)
     if workers is not None and workers<0: raise CTError('workers', f'{workers} processes cannot draw', 'Give 0 or more')
@@ -298,10 +297,11 @@ def _runs(out, folds, fold)->list:
     if fold is None and int(os.environ.get('WORLD_SIZE', 1))>1: raise CTError('folds', 'several processes train one fold at a time', 'Add --fold 0, then 1, …')
     return [Path(out)/f'fold_{i}' for i in (range(folds) if fold is None else [fold])]
 
-def _absent_run(run, resume, overwrite):
+def _absent_run(run, resume, overwrite, file='model.safetensors', what='training'):
     "Refuse to replace a training"
-    files = [run/o for o in ('checkpoint.safetensors','model.safetensors')]
-    if not (resume and files[0].exists()): absent(files, overwrite, 'Add --resume to go on with a training that was interrupted, choose another --out, or add --overwrite')
+    if resume and overwrite: raise CTError('resume', 'it contradicts --overwrite', 'Give one of the two')
+    files = [run/o for o in ('checkpoint.safetensors',file)]
+    if not (resume and files[0].exists()): absent(files, overwrite, f'Add --resume to go on with a {what} that was interrupted, choose another --out, or add --overwrite')
 
 # %% ../nbs/30_cli.ipynb #627e173d
 def _train_folds(table, out, folds, fold, recipe):
@@ -329,40 +329,42 @@ def pretrain(
     lr:float=2e-3,          # Highest learning rate
     seed:int=0,             # Of weights, phantoms and patches
     device:str=None,        # cpu or cuda; the best there is
+    resume:store_true=False,   # Go on with a pretraining that was interrupted, with the same arguments
     overwrite:store_true=False # Replace an encoder that is there
 ):
     "Train an encoder on made-up shapes and chests; start a training from it with train --weights."
-    writable(out); absent([Path(out)/'encoder.safetensors'], overwrite)
+    writable(out); _absent_run(Path(out), resume, overwrite, 'encoder.safetensors', 'pretraining')
     at_least_one(width=width, steps=steps, bs=bs, phantoms=phantoms); check_lr(lr)
     if not 0<=share<=1: raise CTError('share', f'{share} is not in 0…1', 'Give 0.5')
     device = find_device(device)
     from covid3d.pretrain import pretrain_encoder
-    from covid3d.transforms import CTSpec
-    spec = CTSpec(numbers(spacing, float, 'spacing'), patch=numbers(patch, int, 'patch'))
-    file = pretrain_encoder(out, encoder, width, steps, bs, spec, share, lr, seed, phantoms, device=device, norm=norm)
+    spec = spec_of('', spacing=spacing, patch=patch)
+    file = pretrain_encoder(out, encoder, width, steps, bs, spec, share, lr, seed, phantoms, device=device, resume=resume, norm=norm)
     print(f'wrote {file} · next: covid3d train cases.csv --weights {file} --out RUN')
 
 # %% ../nbs/30_cli.ipynb #0bc50b5d
 @command
 def transfer_study(
     table:Annotated[str, 'Case table (CSV), or a folder from covid3d prepare', {'opt':False}],
-    weights:str=None,       # File of encoder weights, or several with commas between
-    out:str=None,           # Folder for transfer.csv and transfer.png
+    weights:str=None,       # File of encoder weights or kinetics, or several with commas between
+    out:str=None,           # Folder for transfer.csv, study.json and transfer.png
     folds:int=3,            # Of the cross-validation, by patient
     seeds:str='0',          # A run for each, with commas between
     patches:int=1800,       # Patches that a run sees in all
     moments:int=6,          # Scores on the way
     lr:float=2e-3,          # Highest learning rate
+    frozen_stages:int=2,    # Of a pretrained encoder's five, so many first ones stay as they are; 0 for none
+    lr_ratio:float=3.,      # From pretrained weights: the decoder's rate over the stem's; with 1, and --frozen-stages 0, only the encoders differ
     device:str=None         # cpu or cuda; the best there is
 ):
     "Learning curves from pretrained and from random weights at the same budget; a run that was finished is not repeated."
     writable(out)
     if not weights: raise CTError('weights', 'no file of encoder weights', 'Add --weights FILE, from covid3d pretrain or torchvision')
     at_least_one(patches=patches, moments=moments); check_lr(lr)
+    if folds<2: raise CTError('folds', f'{folds} is no number of folds', 'Give 2 or more')
     device = find_device(device)
     from covid3d.pretrain import transfer_study
-    files = {Path(f).stem if ',' in weights else 'pretrained':f for f in weights.split(',')}
-    df = transfer_study(table, files, out, folds, numbers(seeds, int, 'seeds'), patches, moments=moments, lr=lr, device=device)
+    df = transfer_study(table, weights.split(','), out, folds, numbers(seeds, int, 'seeds'), patches, moments=moments, lr=lr, frozen_stages=frozen_stages, lr_ratio=lr_ratio, device=device)
     last = df[df.moment==df.moment.max()].groupby('weights', sort=False).dice.agg(['mean','min','max'])
     for k,r in last.iterrows(): print(f"{k}: whole-scan Dice {r['mean']:.3f} ({r['min']:.3f} to {r['max']:.3f})")
     print(f'wrote {Path(out)/"transfer.csv"} and {Path(out)/"transfer.png"}')

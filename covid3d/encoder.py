@@ -8,7 +8,7 @@ Docs: https://covid3d.github.io/covid3d/encoder.html.md"""
 __all__ = ['norms', 'kinds', 'grey_weights', 'LastUsed', 'GreyConv3d', 'kinetics', 'trunk', 'find_arch', 'thin', 'SlimResNet',
            'video_net', 'grey_trunk', 'group_norm', 'FrozenNorm', 'InstanceNorm', 'norm_layer', 'change_norm',
            'download', 'one_line', 'read_weights', 'load_weights', 'encoder_state', 'weights_width', 'encoder_info',
-           'encoder3d', 'build_of', 'conv_macs', 'cost']
+           'unfinished', 'encoder3d', 'build_of', 'conv_macs', 'cost']
 
 # %% ../nbs/10_encoder.ipynb #4d24ca98
 import json, math, pickle, sys, torch, torch.nn.functional as F
@@ -259,6 +259,14 @@ def encoder_info(
         with safe_open(path, 'pt') as f: about = f.metadata() or {}
         return dict(json.loads(about['covid3d_encoder']) if 'covid3d_encoder' in about else json.loads(about.get('covid3d', '{}')).get('net', {}))
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as e: raise CTError(path, f'damaged ({one_line(e)})', 'Copy the file again') from None
+
+# %% ../nbs/10_encoder.ipynb #6d102400
+def unfinished(
+    path: str | Path, # of encoder weights
+) -> str: # empty for an encoder that is finished, or of another origin
+    "Say of an encoder that its pretraining has not ended."
+    step, steps = (encoder_info(path).get(k, 0) for k in ('step', 'steps'))
+    return f'{path}: its pretraining was left at step {step} of {steps}; go on with covid3d pretrain --resume' if step < steps else ''
 
 # %% ../nbs/10_encoder.ipynb #e2a67255
 def encoder3d(

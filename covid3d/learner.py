@@ -40,7 +40,7 @@ from .checkpoint import Checkpoint, StopOnNaN, bare_model, case_digests, describ
 from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock
 from .dicom import open_scan, save_seg
 from .distributed import joined, once, own_random, place, split_map, split_training, spread
-from .encoder import build_of, encoder3d
+from .encoder import build_of, encoder3d, unfinished
 from .inference import NetSpec, load_model, save_model, segment, sliding_window
 from .losses import DiceCELoss, DiceFocalLoss, soft_dice
 from .memory import apply_plan, plan_memory
@@ -97,6 +97,7 @@ def unet_learner_3d(
     if spec is None: raise CTError('spec', 'these DataLoaders do not say how their scans were prepared', 'Give spec=CTSpec(…)')
     if norm=='frozen' and not pretrained: raise CTError('norm=frozen', 'random weights have no statistics to freeze', 'Use norm=batch, or pretrained weights')
     net = NetSpec(getattr(arch, '__name__', arch), width, decoder, stem_skip, input_skip, norm, up, decoder_norm, attention)
+    if isinstance(pretrained, (str,Path)) and (note := unfinished(pretrained)): once(lambda: print(note, flush=True))
     model = net.build(spec.classes, pretrained)
     learn = Learner(dls, model, loss_func=loss_func or DiceFocalLoss(), opt_func=opt_func, lr=lr, splitter=param_groups, train_bn=False,
                     metrics=PatchDice() if metrics is None else metrics, **kwargs)

@@ -8,10 +8,9 @@ Docs: https://covid3d.github.io/covid3d/pretrain.html.md"""
 __all__ = ['solids', 'kinds', 'unknown', 'classes', 'study_colors', 'no_files', 'study_key', 'random_frame', 'inner_grid', 'ball',
            'box', 'shell', 'sheet', 'branches', 'segment_mask', 'soft_field', 'draw_objects', 'rescan', 'shapes',
            'phantom_scan', 'grey_curve', 'remap', 'MixedPatches', 'KnownLoss', 'KnownDice', 'save_encoder',
-           'unfinished', 'PretrainLog', 'pretrain_loaders', 'pretrain_learner', 'quiet', 'StopAtStep', 'fit_or_stop',
-           'one_process', 'pretrain_encoder', 'cpu_seconds', 'Curve', 'transfer_run', 'draw_study', 'label_choices',
-           'weight_labels', 'file_build', 'read_study', 'study_files', 'one_build', 'study_about', 'same_setting',
-           'transfer_study']
+           'PretrainLog', 'pretrain_loaders', 'pretrain_learner', 'quiet', 'StopAtStep', 'fit_or_stop', 'one_process',
+           'pretrain_encoder', 'cpu_seconds', 'Curve', 'transfer_run', 'draw_study', 'label_choices', 'weight_labels',
+           'file_build', 'read_study', 'study_files', 'one_build', 'study_about', 'same_setting', 'transfer_study']
 
 # %% ../nbs/19_pretrain.ipynb #be6a8d59
 import json, math, os, random, time
@@ -38,7 +37,7 @@ from torch.nn import functional as F
 from .augment import Augment3d, ct_aug_transforms, light_aug_transforms, spline_weights
 from .checkpoint import Checkpoint, StopOnNaN, case_digests, described, require_same, weights_digest
 from .data import CTDataLoaders
-from .encoder import download, encoder3d, encoder_info, encoder_state, find_arch, kinetics, read_weights, weights_width
+from .encoder import download, encoder3d, encoder_info, encoder_state, find_arch, kinetics, read_weights, weights_width, unfinished
 from .learner import ScanDice, WhileTraining, check_recipe, thaw, unet_learner_3d
 from .losses import soft_dice
 from .phantom import centred_mm, phantom, ring
@@ -288,14 +287,6 @@ def save_encoder(
     if Path(path).suffix!='.safetensors': raise CTError(path,'the name does not end in .safetensors','Choose such a name')
     state = {k:v.detach().cpu().contiguous() for k,v in encoder.state_dict().items()}
     write_atomic(path,save(state,{'covid3d_encoder':json.dumps(info)}))
-
-# %% ../nbs/19_pretrain.ipynb #a9fed733
-def unfinished(
-    path # File of encoder weights
-)->str: # Empty for an encoder that is finished, or of another origin
-    "Say of an encoder that its pretraining has not ended"
-    step,steps = (encoder_info(path).get(k,0) for k in ('step','steps'))
-    return f'{path}: its pretraining was left at step {step} of {steps}; go on with covid3d pretrain --resume' if step<steps else ''
 
 # %% ../nbs/19_pretrain.ipynb #db92edb3
 class PretrainLog(WhileTraining):

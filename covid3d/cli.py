@@ -250,7 +250,7 @@ def train(
     width:int=None,         # Channels of the encoder's first stage; those of the weights, 16 for random ones
     norm:str=None,          # Normalisation of the encoder: batch, frozen, group or instance; see the recipe in the documentation
     decoder:str=None,       # Channels of the decoder's levels, coarse to fine, e.g. 128,64,32
-    up:str='trilinear',     # The decoder's way to a finer grid: trilinear, transposed or shuffle
+    up:str='transposed',    # The decoder's way to a finer grid: trilinear, transposed or shuffle
     memory:str=None,        # What a step may take, e.g. 6GB: batch, precision and recomputation are chosen to fit
     clip:float=12.,         # Greatest L2 norm of all gradients together
     average:float=0.,       # Decay of a moving average of the weights, e.g. 0.99, which is scored and kept; 0 for none

@@ -107,7 +107,7 @@ class NetSpec:
     stem_skip:bool=True      # A skip from the stem besides stages 1 to 3
     input_skip:bool=False    # A last level at full resolution that sees the input itself
     norm:str=None            # Normalisation of the encoder: `batch`, `frozen`, `group` or `instance`; that of the weights, or `batch`, if None
-    up:str='trilinear'       # The decoder's way to the finer grid: `trilinear`, `transposed` or `shuffle`
+    up:str='transposed'      # The decoder's way to the finer grid: `trilinear`, `transposed` or `shuffle`
     decoder_norm:str='group' # Normalisation of the decoder
     attention:bool=False     # Self-attention at the coarsest grid
 

@@ -84,7 +84,7 @@ def unet_learner_3d(
     stem_skip:bool=True,  # A skip from the stem besides stages 1 to 3
     input_skip:bool=False,# A last level at full resolution
     norm:str=None,        # Normalisation of the encoder: `batch`, `frozen` (the pretrained statistics), `group` or `instance`; that of the weights if None
-    up:str='trilinear',   # The decoder's way to a finer grid: `trilinear`, `transposed` or `shuffle`
+    up:str='transposed',  # The decoder's way to a finer grid: `trilinear`, `transposed` or `shuffle`
     decoder_norm:str='group', # Normalisation of the decoder
     attention:bool=False, # Self-attention at the coarsest grid
     memory=None,          # What a step may take, such as '6GB'; batch, precision and recomputation are chosen to fit (`covid3d.memory`)
@@ -108,9 +108,9 @@ def unet_learner_3d(
     return learn
 
 # %% ../nbs/18_learner.ipynb #18284b2a
-def _fit_memory(learn, memory):
+def _fit_memory(learn, memory, frozen_stages=0, average=False):
     "Choose a setting that fits, say which, and use it"
-    plan = plan_memory(learn.model, learn.spec.patch, memory, learn.dls.train.bs, torch.device(learn.dls.device).type)
+    plan = plan_memory(learn.model, learn.spec.patch, memory, learn.dls.train.bs, torch.device(learn.dls.device).type, frozen_stages, average)
     once(lambda: print(plan, flush=True))
     apply_plan(learn, plan)
 
@@ -389,7 +389,8 @@ def train(
     plot:bool=False,       # Draw `history.png` after each epoch
     log:str=None,          # Hand the numbers on to `tensorboard` or `wandb`
     workers:int=None,      # Processes that draw patches; none on a CPU, up to 8 on a GPU, if None
-    **kwargs               # For `unet_learner_3d`: `loss_func`, `norm`, `decoder`, `up`, `memory`, …
+    memory=None,           # What a step may take, such as '6GB'; batch, precision and recomputation are chosen to fit
+    **kwargs               # For `unet_learner_3d`: `loss_func`, `norm`, `decoder`, `up`, …
 )->Learner: # Trained, with the weights that were kept; `kept.best` is their Dice
     "Train on a case table and keep the weights with the best whole-scan Dice"
     out,args = Path(out),dict(pretrained=str(pretrained), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, frozen_stages=frozen_stages, lr_ratio=lr_ratio,
@@ -402,10 +403,11 @@ def train(
         learn = unet_learner_3d(dls, arch, pretrained, metrics=[PatchDice(), ScanDice(score_every)], width=16 if width is None and not pretrained else width, **kwargs)
         once(lambda: _check(dls, table, choose=keep=='best'))
         if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # quicker at width 16, a little slower at 64 (`benchmarks/step.csv`)
-        if torch.device(dls.device).type=='cuda' and kwargs.get('memory') is None: learn.to_fp16()
+        if memory is not None: _fit_memory(learn, memory, frozen_stages if pretrained else 0, bool(average))
+        elif torch.device(dls.device).type=='cuda': learn.to_fp16()
         once(lambda: out.mkdir(parents=True, exist_ok=True) if resume else _clear(out))
         learn.kept,frozen = KeepBest(out/'model.safetensors', last=keep=='last'),bool(pretrained) and frozen_epochs>0
-        cbs,ck = _callbacks(learn, out, clip, average, examples, plot, log, args),Checkpoint(out/'checkpoint.safetensors', args|once(lambda: _about(learn, pretrained, aug, kwargs)))
+        cbs,ck = _callbacks(learn, out, clip, average, examples, plot, log, args),Checkpoint(out/'checkpoint.safetensors', args|once(lambda: _about(learn, pretrained, aug, kwargs|dict(memory=memory))))
         own_random(seed)
         if ck.begin(resume): ck.restore(learn, cbs); learn.kept.put_back(learn); return learn
         with split_training(learn):

@@ -92,7 +92,7 @@ class ToGrid(nn.Module):
         ni: int, # channels in
         nf: int, # channels out
         factor: tuple = (1, 1, 1), # how much finer along (slice, row, column)
-        up: str = 'trilinear', # `trilinear`, `transposed` or `shuffle`
+        up: str = 'transposed', # `trilinear`, `transposed` or `shuffle`
     ):
         super().__init__()
         if up not in ('trilinear', 'transposed', 'shuffle'): raise CTError(f'up={up}', 'unknown', 'Give trilinear, transposed or shuffle')
@@ -118,7 +118,7 @@ class UpLevel(nn.Module):
         skips: list, # channels of each skip
         width: int, # channels of this level
         factor: tuple = (1, 1, 1), # how much finer than the coarser level, along (slice, row, column)
-        up: str = 'trilinear', # see `ToGrid`
+        up: str = 'transposed', # see `ToGrid`
         norm: str = 'group', # see `norm_layer`
     ):
         super().__init__()
@@ -180,7 +180,7 @@ class Head(nn.Module):
     ):
         super().__init__()
         few = min(16, max(4, width // 4))
-        self.level = UpLevel(width, [1], few) if input_skip else None
+        self.level = UpLevel(width, [1], few, up='trilinear') if input_skip else None
         self.logits = logit_conv(few if input_skip else width, n, prior)
 
     def forward(
@@ -239,7 +239,7 @@ class DynamicUnet3d(nn.Module):
         decoder: int | tuple | None = None, # channels of each level, coarse → fine; see `level_widths`
         stem_skip: bool = True, # the stem is a skip, besides stage 1
         input_skip: bool = False, # so is the input, at full resolution
-        up: str = 'trilinear', # way to the finer grid: `trilinear`, `transposed` or `shuffle`
+        up: str = 'transposed', # way to the finer grid: `trilinear`, `transposed` or `shuffle`
         decoder_norm: str = 'group', # normalisation of the decoder: `group`, `instance` or `batch`
         attention: bool = False, # self-attention at the coarsest grid
         prior: float = .05, # expected probability at the start, in (0, 1)

@@ -195,6 +195,7 @@ def weights_digest(
 ):
     "What tells pretrained weights from others"
     if isinstance(pretrained, bool): return pretrained
+    if not Path(pretrained).is_file(): raise CTError(pretrained, 'no such file', 'Give the path of weights, or --weights kinetics or random')
     crc = 0
     with open(pretrained, 'rb') as f:
         while block := f.read(2**20): crc = zlib.crc32(block, crc)

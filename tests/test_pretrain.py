@@ -356,7 +356,7 @@ def test_only_the_encoders_differ(tmp_path, table, monkeypatch):
         if not kwargs['pretrained']: save_encoder(learn.model.encoder, file, dict(encoder='r3d_18', width=8, norm='batch'))
         return learn
     monkeypatch.setattr(module, 'unet_learner_3d', keep)
-    how = dict(patches=60, moments=2, lr=.02, spec=CTSpec(spec.spacing, patch=spec.patch, classes=('lung',)), width=8, device='cpu')
+    how = dict(patches=160, moments=2, lr=.02, spec=CTSpec(spec.spacing, patch=spec.patch, classes=('lung',)), width=8, device='cpu')
     run = lambda weights, **kw: [r['dice'] for r in transfer_run(table, weights, (0,2), **how, **kw)]
     random_weights = run(None)
     assert random_weights[-1]>.1 and run(file, frozen_stages=0, lr_ratio=1)==random_weights and run(file)!=random_weights

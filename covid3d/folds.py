@@ -15,7 +15,7 @@ import pandas as pd
 
 from .checkpoint import described, require_same, weights_digest
 from .evaluate import read_scores, score_cases, scores_csv, write_report
-from .learner import CTSpec, check_recipe, train
+from .learner import check_recipe, train
 from .volume import CTError, write_atomic
 
 # %% ../nbs/23_folds.ipynb #6c8b0fb2

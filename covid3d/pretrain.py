@@ -356,9 +356,7 @@ class StopAtStep(StopOnNaN):
     ):
         super().__init__()
         self.cure = cure
-    def _stop(self, what, where):
-        step = self.epoch*len(self.dls.train)+self.iter+1
-        raise CTError('loss',f'{what} became NaN or infinite at step {step}',self.cure)
+    def _stop(self, what, where): raise CTError('loss',f'{what} became NaN or infinite at step {self.steps}',self.cure)
 
 # %% ../nbs/19_pretrain.ipynb #fd002bf2
 def fit_or_stop(

@@ -61,6 +61,7 @@ def _share_device(device):
     torch.cuda.set_device(device)
     return device
 
+# %% ../nbs/16_distributed.ipynb #e17a5b8e
 @contextmanager
 def joined(
     device=None,      # `cpu` or `cuda`; the best there is if None

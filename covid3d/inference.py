@@ -46,6 +46,7 @@ def blend_weights(
     axes = [torch.exp(-.5*((torch.arange(n)-(n-1)/2)/(n/8))**2).clamp(min=1e-3) for n in size]
     return axes[0][:,None,None]*axes[1][:,None]*axes[2]
 
+# %% ../nbs/14_inference.ipynb #5d7b9e31
 def sliding_window(
     model,              # (batch, 1, slice, row, column) → logits (batch, class, slice, row, column)
     x:torch.Tensor,     # Prepared scan, (1, slice, row, column)

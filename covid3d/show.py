@@ -91,6 +91,7 @@ def show_slices(
     if title: fig.suptitle(title, fontsize=9)
     return fig
 
+# %% ../nbs/02_show.ipynb #8715fcf0
 def _figsize(ct, plane, n, size):
     "Inches for `n` slices, legend included"
     h,w = (e*s for a,(e,s) in enumerate(zip(ct.shape, ct.spacing)) if a!=planes[plane])

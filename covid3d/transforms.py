@@ -136,6 +136,7 @@ def _finite_numbers(name, values, n)->tuple:
     if len(res)!=n or not all(map(math.isfinite, res)): raise CTError(name, f'{values} is not {n} numbers', f'Give {n}')
     return res
 
+# %% ../nbs/06_transforms.ipynb #5e054c3d
 @dataclass(frozen=True)
 class CTSpec:
     "How scans are prepared for a network, and what it tells apart"

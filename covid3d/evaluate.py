@@ -30,7 +30,7 @@ from .inference import segment
 from .metrics import score_names, scores
 from .show import lung_window, outline_colors, save_figure, show_slice, track
 from .transforms import CTSpec
-from .volume import CTError, _umask
+from .volume import CTError, temp_beside
 
 # %% ../nbs/20_evaluate.ipynb #c220663c
 counts_of = ('lesions','lesions_found','lesions_predicted','lesions_right','tp','fp','fn','tn')
@@ -662,8 +662,7 @@ def write_folder(
     out,made = Path(out),None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=out if out.exists() else out.parent, prefix=f'.{out.name}-'))
-        os.chmod(made, 0o777 & ~_umask())
+        made = temp_beside(out/'page' if out.exists() else out); made.mkdir()
         fill(made); move_in(made, out)
     except CTError as e:
         if made is None or made not in Path(e.what).parents: raise

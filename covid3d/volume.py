@@ -6,8 +6,8 @@ Docs: https://covid3d.github.io/covid3d/volume.html.md"""
 
 # %% auto #0
 __all__ = ['canonical_axes', 'max_bytes', 'air', 'host_name', 'temps_here', 'plain', 'CTError', 'canonical_affine', 'Source',
-           'Volume', 'to_canonical', 'from_canonical', 'case_name', 'to_hu', 'open_ct', 'check_same_grid', 'open_mask',
-           'temp_beside', 'write_atomic', 'save_volume', 'save_mask']
+           'Volume', 'scan_digest', 'to_canonical', 'from_canonical', 'case_name', 'to_hu', 'open_ct',
+           'check_same_grid', 'open_mask', 'temp_beside', 'write_atomic', 'save_volume', 'save_mask']
 
 # %% ../nbs/00_volume.ipynb #a587902e
 import hashlib, os, platform, re, secrets, struct
@@ -76,6 +76,13 @@ class Volume:
     def __repr__(self):
         mm = '×'.join(f'{o:.3g}' for o in self.spacing)
         return f'Volume {"×".join(map(str,self.shape))} {self.data.dtype}, {mm} mm'
+
+# %% ../nbs/00_volume.ipynb #b2447885
+def scan_digest(
+    ct: Volume # HU, canonical axes
+) -> str: # 32 hexadecimal digits
+    "The same for two scans with the same voxels, whatever files they come from"
+    return hashlib.blake2b(np.ascontiguousarray(ct.data), digest_size=16).hexdigest()
 
 # %% ../nbs/00_volume.ipynb #fd990a1e
 def to_canonical(

@@ -19,7 +19,8 @@ from .datasets import dicom_series
 from .dicom import is_nifti, open_scan, pseudonym, read_slices, save_seg
 from .files import Outputs, locked, read_bytes
 from .inference import load_models, out_of_memory, segment
-from .volume import CTError, case_name, max_bytes, plain, save_mask, scan_digest, write_atomic
+from .volume import (CTError, case_name, max_bytes, plain, save_mask, scan_digest,
+                            write_atomic)
 
 # %% ../nbs/21_predict.ipynb #74d680b9
 def _series_name(files) -> str:
@@ -30,25 +31,30 @@ def _series_name(files) -> str:
         except CTError: pass
     return pseudonym(seen.most_common(1)[0][0] if seen else os.path.realpath(files[0]))
 
+def _named(folder, series) -> str:
+    "The pseudonym of a folder's series; `series` is None where it does not open"
+    if series: return pseudonym(series.uid)
+    return _series_name(sorted(o for o in folder.iterdir() if o.is_file()) or [folder])
+
 def _below(p, notes) -> list:
-    "Cases of the DICOM series in the folders below `p`; of a folder with several series, the largest"
-    largest = {}
+    "Cases of the DICOM series below `p`; of a folder with several series, the largest"
+    largest,found = {},{}
     for at,s in dicom_series(p, []): largest.setdefault(s.folder if s else Path(at), s)
-    if not largest: raise CTError(p, 'there is no .nii or .nii.gz and no CT series in it', 'Check the folder')
-    best = {}
+    if not largest:
+        raise CTError(p, 'there is no .nii or .nii.gz and no CT series in it', 'Check the folder')
     for folder,s in largest.items():
-        name = pseudonym(s.uid) if s else _series_name(sorted(o for o in folder.iterdir() if o.is_file()) or [folder])
-        best.setdefault(name, []).append((-len(s.slices) if s else 0, folder))
-    for name,found in best.items():
-        if len(found)>1: notes.append(f'{name}: its series lies in {len(found)} folders; the one with the most slices is taken')
-    return [Case(name, min(found)[1]) for name,found in best.items()]
+        found.setdefault(_named(folder, s), []).append((-len(s.slices) if s else 0, folder))
+    for name,o in found.items():
+        if len(o)<2: continue
+        notes.append(f'{name}: its series lies in {len(o)} folders; the one with the most slices is taken')
+    return [Case(name, min(o)[1]) for name,o in found.items()]
 
 # %% ../nbs/21_predict.ipynb #d55030f9
 def _in_folder(p, notes) -> list:
     "Cases of a folder"
     try: masks = Outputs(p, '*.nii.gz').listed
     except CTError: masks = []
-    files = sorted(o for o in p.iterdir() if is_nifti(o) and not o.name.startswith('.') and o.name not in masks)
+    files = sorted(o for o in p.iterdir() if is_nifti(o) and o.name[0]!='.' and o.name not in masks)
     return [Case(case_name(f), f) for f in files] or _below(p, notes)
 
 def _meant_by(path, notes) -> list:
@@ -57,12 +63,14 @@ def _meant_by(path, notes) -> list:
     try:
         if p.is_dir(): return _in_folder(p, notes)
         if not p.exists(): raise CTError(p, 'no such file or folder', 'Check the path')
-        if not p.is_file(): raise CTError(p, 'is neither a file nor a folder', 'Give a scan, a folder or a case table')
+        if not p.is_file():
+            raise CTError(p, 'is neither a file nor a folder', 'Give a scan, a folder or a case table')
         if p.suffix.lower()=='.csv': return read_cases(p)
         return [Case(case_name(p) if is_nifti(p) else _series_name([p]), p)]
     except CTError: raise
     except (OSError,ValueError) as e:
-        raise CTError(p, f'cannot be read ({getattr(e, "strerror", None) or e})', 'Check the path and its permissions') from None
+        why = getattr(e, 'strerror', None) or e
+        raise CTError(p, f'cannot be read ({why})', 'Check the path and its permissions') from None
 
 # %% ../nbs/21_predict.ipynb #ea932234
 record = 'scans.csv'  # which mask belongs to which scan, in the folder of the masks
@@ -77,7 +85,8 @@ def find_scans(
         old = found.setdefault(c.name, c)
         if old is c or os.path.realpath(old.ct)==os.path.realpath(c.ct): continue
         if is_nifti(c.ct) or is_nifti(old.ct):
-            raise CTError(c.name, 'two of the scans have this name, and so would their masks', 'Rename one, or use two runs')
+            fault = 'two of the scans have this name, and so would their masks'
+            raise CTError(c.name, fault, 'Rename one, or use two runs')
         notes.append(f'{c.name}: the series is given more than once; the first is taken')
     return list(found.values())
 
@@ -97,31 +106,39 @@ def _check_names(cases, classes, format):
     for c in cases:
         for k in mask_files(c.name, classes, format):
             key = unicodedata.normalize('NFC', plain(k)).casefold()
-            if key in seen: raise CTError(k, f'the masks of {seen[key]!r} and {c.name!r} would be one file', 'Rename one scan, or use two runs')
-            if len(os.fsencode(k))>255: raise CTError(f'{k[:60]}…', 'the name of this mask is longer than 255 bytes', 'Rename the scan')
+            if key in seen:
+                fault = f'the masks of {seen[key]!r} and {c.name!r} would be one file'
+                raise CTError(k, fault, 'Rename one scan, or use two runs')
+            if len(os.fsencode(k))>255:
+                raise CTError(f'{k[:60]}…', 'the name of this mask is longer than 255 bytes', 'Rename the scan')
             seen[key] = c.name
 
 def _check_inputs(cases, names, out):
     "No file that is read would be overwritten"
     inputs = {os.path.realpath(p) for c in cases for p in (c.ct, *c.masks.values())}
     hit = next((k for k in names if os.path.realpath(out/k) in inputs), None)
-    if hit: raise CTError(out/hit, 'is one of the inputs, and its mask would replace it', 'Choose another --out')
+    if not hit: return
+    raise CTError(out/hit, 'is one of the inputs, and a mask would replace it', 'Choose another --out')
 
 # %% ../nbs/21_predict.ipynb #0f1f7ace
 def _check_format(cases, format):
     "The format exists and fits every scan"
-    if format not in ('nifti','seg'): raise CTError('format', f'{format!r} is unknown', 'Give nifti or seg')
     if format=='nifti': return
+    if format!='seg': raise CTError('format', f'{format!r} is unknown', 'Give nifti or seg')
     odd = next((c.name for c in cases if is_nifti(c.ct)), None)
-    if odd is not None: raise CTError(odd, 'was not read from DICOM, so there is no series to refer to', 'Use --format nifti')
+    if odd is not None:
+        fault = 'was not read from DICOM, so there is no series to refer to'
+        raise CTError(odd, fault, 'Use --format nifti')
     try: import highdicom
     except ImportError:
-        raise CTError('format', 'writing DICOM Segmentation needs highdicom', "Install it with pip install 'covid3d[dicom]'") from None
+        remedy = "Install it with pip install 'covid3d[dicom]'"
+        raise CTError('format', 'writing DICOM Segmentation needs highdicom', remedy) from None
 
 # %% ../nbs/21_predict.ipynb #656c1448
 def _grid_digest(ct) -> str:
     "A digest of the geometry of a scan and of the orientation of its file"
-    text = repr((ct.shape, (np.round(ct.affine, 4)+0.).tolist(), np.asarray(ct.source.back).astype(int).tolist()))
+    back = np.asarray(ct.source.back).astype(int)
+    text = repr((ct.shape, (np.round(ct.affine, 4)+0.).tolist(), back.tolist()))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 def weights_digest(
@@ -131,26 +148,30 @@ def weights_digest(
     "The same for the same weights and preprocessing, whatever their files are called"
     h = hashlib.blake2b(repr(spec).encode(), digest_size=16)
     for k,v in model.state_dict().items():
-        h.update(k.encode()); h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        h.update(k.encode())
+        h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
 # %% ../nbs/21_predict.ipynb #921d0712
-_first,_last = ('scan','source','digest','grid','weights','settings'),('masks','written','notes','error')
+_first = ('scan','source','digest','grid','weights','settings')
+_last = ('masks','written','notes','error')
 _private = 'sources may name patients: keep this table with the scans'
 
-def _bare(s) -> str: return s[1:] if re.match("'[=+@\t\r-]", s or '') else s or ''  # what `safe_cell` put before it
+def _bare(s) -> str:
+    "A cell without what `safe_cell` put before it"
+    return s[1:] if re.match("'[=+@\t\r-]", s or '') else s or ''
 
 def _read_rows(path) -> dict:
     "Scan → its last row in a table of scans, {} if there is none"
     if not os.path.lexists(path): return {}
-    text = read_bytes(path, remedy='Choose another --out, or move it away').decode('utf8', 'replace')
+    remedy = 'Choose another --out, or move it away'
+    text = read_bytes(path, remedy=remedy).decode('utf8', 'replace')
     try:
         rows = csv.DictReader(io.StringIO(text[:text.rfind('\n')+1], newline=''))
         if not {*_first,*_last}<={*(rows.fieldnames or ())}: raise csv.Error
-        return {_bare(r['scan']):{k:_bare(v) for k,v in r.items() if k not in (None,_private)} for r in rows}
-    except csv.Error:
-        fault = 'is not a table of scans that covid3d wrote'
-        raise CTError(path, fault, 'Choose another --out, or move it away') from None
+        skip = (None,_private)
+        return {_bare(r['scan']):{k:_bare(v) for k,v in r.items() if k not in skip} for r in rows}
+    except csv.Error: raise CTError(path, 'is not a table of scans that covid3d wrote', remedy) from None
 
 # %% ../nbs/21_predict.ipynb #38c3539e
 class _Record:
@@ -158,8 +179,8 @@ class _Record:
     def __init__(self, folder, classes):
         self.path = Path(folder)/record
         self.rows = _read_rows(self.path)
-        ml = dict.fromkeys([k for r in self.rows.values() for k in r if k.endswith('_ml')]+[f'{k}_ml' for k in classes])
-        self.columns = (*_first,*ml,*_last,_private)
+        ml = [k for r in self.rows.values() for k in r if k.endswith('_ml')]
+        self.columns = (*_first,*dict.fromkeys([*ml,*(f'{k}_ml' for k in classes)]),*_last,_private)
         self.rewrite()
 
     def _text(self, rows, header=False) -> bytes:
@@ -177,45 +198,48 @@ class _Record:
     def add(self, row):
         "Append a row, all of it or nothing, and know it from now on"
         self.rows[row['scan']] = row
-        fd = os.open(self.path, os.O_WRONLY|os.O_APPEND|getattr(os, 'O_NOFOLLOW', 0)|getattr(os, 'O_BINARY', 0))
-        with open(fd, 'ab', buffering=0) as f:
-            size = os.fstat(fd).st_size
-            try: f.write(self._text([row])); os.fsync(fd)
-            except OSError: os.ftruncate(fd, size); raise
+        with open(self.path, 'ab', buffering=0) as f:
+            size = os.fstat(f.fileno()).st_size
+            try: f.write(self._text([row])); os.fsync(f.fileno())
+            except OSError: os.ftruncate(f.fileno(), size); raise
 
 # %% ../nbs/21_predict.ipynb #9000e4ae
-def _mask_digest(path) -> str: return hashlib.blake2b(read_bytes(path, max_bytes), digest_size=8).hexdigest()
+_other,_away = 'Choose another --out, or add --overwrite','Choose another --out, or move it away'
+
+def _mask_digest(path) -> str:
+    "16 hexadecimal digits that stand for the content of a file"
+    return hashlib.blake2b(read_bytes(path, max_bytes), digest_size=8).hexdigest()
 
 def _is_done(old, row, names, out, overwrite) -> bool:
     "Whether the masks of a scan are there; `CTError` if others are, and must stay"
     if not old or not old['masks']: return False
     wrote = dict(zip(old['masks'].split(' / '), old['written'].split(' / ')))
     same = lambda *keys: all(old[k]==row[k] for k in keys)
-    there = [k for k in dict.fromkeys((*names,*wrote)) if os.path.lexists(out/k)]
+    there = [k for k in (*names,*{*wrote}-{*map(plain, names)}) if os.path.lexists(out/k)]
     if there and not same('digest','grid'):
         raise CTError(out/there[0], 'is the mask of another scan of this name', 'Choose another --out')
     if not old['written'] or not same('weights','settings'): return False
-    changed = next((k for k in names if k in there and _mask_digest(out/k)!=wrote.get(k)), None)
-    if changed and not overwrite:
-        raise CTError(out/changed, 'was changed since it was written', 'Choose another --out, or add --overwrite')
+    changed = next((k for k in names if k in there and _mask_digest(out/k)!=wrote.get(plain(k))), None)
+    if changed and not overwrite: raise CTError(out/changed, 'was changed since it was written', _other)
     return not changed and all(k in there for k in names)
 
 # %% ../nbs/21_predict.ipynb #36e0e871
 def _claim(out, names, made, overwrite):
-    "List the files that are going to be written; `CTError` if one stands in the way. `made` is the weights and settings"
+    "List the files to come, which `made` (weights and settings) make; `CTError` if one is in the way"
     own = Outputs(out, record, '*.nii.gz', '*.dcm')
-    listed,rows = {*own.listed},_read_rows(out/record) if record in own.listed else {}
-    there = [(scan,k) for scan,ks in names.items() for k in ks if os.path.lexists(out/k)]
-    odd = next((k for k in (record,*(k for _,k in there)) if k not in listed and os.path.lexists(out/k)), None)
+    listed = {*own.listed}
+    there = {k:plain(scan) for scan,ks in names.items() for k in ks if os.path.lexists(out/k)}
+    odd = next((k for k in (record,*there) if k not in listed and os.path.lexists(out/k)), None)
     if odd:
         fault = 'is there already and was not written by covid3d, which replaces only its own files'
-        raise CTError(out/odd, fault, 'Choose another --out, or move it away')
-    for scan,k in there:
-        old = rows.get(plain(scan), {})
-        if not old.get('masks'): raise CTError(out/k, f'{record} does not say whose mask it is', 'Choose another --out, or move it away')
+        raise CTError(out/odd, fault, _away)
+    rows = _read_rows(out/record)
+    for k,scan in there.items():
+        old = rows.get(scan, {})
+        if not old.get('masks'): raise CTError(out/k, f'{record} does not say whose mask it is', _away)
         if old['written'] and any(old[o]!=v for o,v in made.items()) and not overwrite:
             fault = 'exists already, made with other weights or settings'
-            raise CTError(out/k, fault, 'Choose another --out, or add --overwrite')
+            raise CTError(out/k, fault, _other)
     own.add(record, *(k for ks in names.values() for k in ks))
 
 # %% ../nbs/21_predict.ipynb #204da7a9
@@ -224,10 +248,12 @@ def _do(case, row, names, job) -> str:
     ct = open_scan(case.ct, job['window'] or case.already_windowed)
     row |= dict(digest=scan_digest(ct), grid=_grid_digest(ct), notes=' · '.join(ct.notes))
     old = job['record'].rows.get(row['scan'])
-    if _is_done(old, row, names, job['out'], job['overwrite']): row |= old|dict(error=''); return 'kept'
+    if _is_done(old, row, names, job['out'], job['overwrite']):
+        row |= old|dict(error='')
+        return 'kept'
     masks = segment(job['model'], job['spec'], ct, job['overlap'], job['threshold'], job['bar'])
     row |= {f'{k}_ml':f'{m.sum()*ct.ml_per_voxel:.4f}' for k,m in masks.items()}
-    row |= dict(masks=' / '.join(names), written='', error='')
+    row |= dict(masks=' / '.join(map(plain, names)), written='', error='')
     job['record'].add(dict(row))
     if job['format']=='seg': save_seg(masks, ct, job['out']/names[0])
     else:
@@ -240,10 +266,12 @@ def _as_error(e, case) -> CTError:
     "What stopped a scan"
     if isinstance(e, CTError): return e
     if out_of_memory(e):
-        return CTError(case.ct, 'it needs more memory than there is', 'Use --device cpu, close other programs, or use weights of a coarser spacing')
+        remedy = 'Use --device cpu, close other programs, or use weights of a coarser spacing'
+        return CTError(case.ct, 'it needs more memory than there is', remedy)
     if isinstance(e, OSError):
-        more = 'Raise the limit with ulimit -n' if e.errno==errno.EMFILE else 'Check its permissions and the free space'
-        return CTError(e.filename or case.ct, f'the operating system refuses ({e.strerror or e})', more)
+        many = 'Raise the limit with ulimit -n' if e.errno==errno.EMFILE else ''
+        remedy = many or 'Check its permissions and the free space'
+        return CTError(e.filename or case.ct, f'the operating system refuses ({e.strerror or e})', remedy)
     return CTError(case.ct, f'{type(e).__name__} ({str(e)[:200]})', 'Try --device cpu')
 
 def _line(e, case) -> str:
@@ -256,7 +284,8 @@ def _line(e, case) -> str:
 # %% ../nbs/21_predict.ipynb #7da8c4e9
 def _scan(case, names, job) -> dict:
     "The row of a scan that was tried, with its `state` and, if it failed, the `line` to print"
-    row,records = dict(scan=plain(case.name), source=plain(os.path.abspath(case.ct)), **job['made'], masks=''),job['record']
+    row = dict(scan=plain(case.name), source=plain(os.path.abspath(case.ct)), **job['made'], masks='')
+    records = job['record']
     try:
         state,line = _do(case, row, names, job),''
         if records.rows.get(row['scan'])!=row: records.add(dict(row))
@@ -269,6 +298,31 @@ def _scan(case, names, job) -> dict:
     return row|dict(state=state, line=line)
 
 # %% ../nbs/21_predict.ipynb #1024cbbb
+def _check_settings(overlap, threshold):
+    "Both are fractions; NaN is none"
+    for k,v,ok in (('overlap',overlap,0<=overlap<1), ('threshold',threshold,0<threshold<1)):
+        if not ok: raise CTError(k, f'{v} is not between 0 and 1', 'Give 0.5')
+
+def _names(cases, classes, format, out) -> dict:
+    "Name of a case → its files, after all checks that need no scan"
+    _check_names(cases, classes, format)
+    res = {c.name:mask_files(c.name, classes, format) for c in cases}
+    _check_inputs(cases, [k for o in res.values() for k in o], out)
+    return res
+
+def _run(cases, names, job, each) -> list:
+    "The rows of all scans, one after another, in a folder that is locked"
+    rows = []
+    with locked(job['out']):
+        _claim(job['out'], names, job['made'], job['overwrite'])
+        job |= dict(record=_Record(job['out'], job['spec'].classes))
+        for c in cases:
+            rows.append(_scan(c, names[c.name], job))
+            if each: each(rows[-1])
+        job['record'].rewrite()
+    return rows
+
+# %% ../nbs/21_predict.ipynb #51601471
 def predict_scans(
     cases: list,   # Of `Case`, from `find_scans` or `read_cases`
     weights,       # `model.safetensors`, a list of them, or a folder of folds
@@ -277,28 +331,18 @@ def predict_scans(
     overlap: float = .5,     # Of neighbouring windows, 0 to below 1
     threshold: float = .5,   # Probability from which a voxel is set
     device = 'cpu',          # Where the network runs
-    already_windowed: tuple = None, # (low, high) in HU of scans of grey levels; that of each case if None
+    already_windowed: tuple = None, # (low, high) in HU of grey levels; that of each case if None
     overwrite: bool = False, # Replace masks that other weights or settings made
     each = None,   # Called with the row of each scan as it is finished
     bar: bool = False        # Show a progress bar
 ) -> pd.DataFrame: # A row a scan: that of `scans.csv`, `state` (written, kept or failed) and `line`
     "Write the masks of scans; what is done is kept, and a scan that fails costs only itself"
-    out,classes_of = Path(out),lambda spec: {c.name:mask_files(c.name, spec.classes, format) for c in cases}
-    _check_format(cases, format)
-    for k,v,ok in (('overlap',overlap,0<=overlap<1), ('threshold',threshold,0<threshold<1)):
-        if not ok: raise CTError(k, f'{v} is not between 0 and 1', 'Give 0.5')
+    out = Path(out)
+    _check_settings(overlap, threshold); _check_format(cases, format)
     model,spec = load_models(weights, device)
-    names = classes_of(spec)
-    _check_names(cases, spec.classes, format)
-    _check_inputs(cases, [k for o in names.values() for k in o], out)
-    made = dict(weights=weights_digest(model, spec), settings=f'overlap={overlap:g} threshold={threshold:g} format={format}')
-    with locked(out):
-        _claim(out, names, made, overwrite)
-        job = dict(model=model, spec=spec, out=out, format=format, overlap=overlap, threshold=threshold, window=already_windowed,
-                   overwrite=overwrite, bar=bar, made=made, record=_Record(out, spec.classes))
-        rows = []
-        for c in cases:
-            rows.append(_scan(c, names[c.name], job))
-            if each: each(rows[-1])
-        job['record'].rewrite()
-    return pd.DataFrame(rows)
+    names = _names(cases, spec.classes, format, out)
+    settings = f'overlap={overlap:g} threshold={threshold:g} format={format}'
+    made = dict(weights=weights_digest(model, spec), settings=settings)
+    job = dict(model=model, spec=spec, out=out, format=format, overlap=overlap, threshold=threshold,
+               bar=bar, window=already_windowed, overwrite=overwrite, made=made)
+    return pd.DataFrame(_run(cases, names, job, each))

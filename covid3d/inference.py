@@ -155,9 +155,9 @@ class Seen:
 # %% ../nbs/14_inference.ipynb #cae82f05
 weights_format = 1
 
-def _digest(text, state)->str:
+def _digest(about, state)->str:
     "Digest of the specification, and of the tensors with names, types and shapes"
-    h = hashlib.blake2b(text.encode(), digest_size=16)
+    h = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
     for k in sorted(state):
         v = state[k].contiguous()
         h.update(f'{k} {v.dtype} {tuple(v.shape)} '.encode())
@@ -175,8 +175,7 @@ def save_model(
     if Path(path).suffix!='.safetensors': raise CTError(path, 'the name does not end in .safetensors', 'Choose such a name')
     state = {k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
     about = dict(format=weights_format, ct=asdict(ct), net=asdict(net), seen=asdict(seen) if seen else None)
-    text = json.dumps(about)
-    write_atomic(path, save(state, dict(covid3d=text, digest=_digest(text, state))))
+    write_atomic(path, save(state, dict(covid3d=json.dumps(about|dict(digest=_digest(about, state))))))
 
 # %% ../nbs/14_inference.ipynb #5794c9c4
 _again,_give = 'Copy it again, or train again','Give the model.safetensors that `covid3d train` wrote'
@@ -221,7 +220,7 @@ def _specs(text, path)->tuple:
         if (n := d.get('format'))!=weights_format:
             what = 'a newer format than this covid3d reads' if type(n) is int and n>weights_format else 'no known format'
             raise CTError(path, f'the weights have {what}', 'Use a newer covid3d, or train again')
-        if odd := sorted({*d}-{'format','ct','net','seen'}): raise CTError(path, f'the specification has an unknown field {odd[0]!r}', 'Use a newer covid3d')
+        if odd := sorted({*d}-{'format','ct','net','seen','digest'}): raise CTError(path, f'the specification has an unknown field {odd[0]!r}', 'Use a newer covid3d')
         ct,net = _named(CTSpec, d.get('ct'), path),_named(NetSpec, d.get('net'), path)
         if math.prod(ct.patch)>2**28 or len(ct.classes)>64: raise ValueError(f'patch {ct.patch}, {len(ct.classes)} classes: too large')
         return ct,net,_named(Seen, d['seen'], path) if d.get('seen') else None
@@ -253,7 +252,8 @@ def load_model(
     ct,net,_ = _specs(meta.get('covid3d'), path)
     _require_fit(path, ct, net, have)
     state = _read(path, lambda o: {k:o.get_tensor(k) for k in o.keys()})
-    if _digest(meta['covid3d'], state)!=meta.get('digest'): raise CTError(path, 'damaged: its digest does not fit its content', _again)
+    about = json.loads(meta['covid3d'])
+    if about.pop('digest', None)!=_digest(about, state): raise CTError(path, 'damaged: its digest does not fit its content', _again)
     bad = next((k for k,v in state.items() if not torch.isfinite(v).all()), None)
     if bad: raise CTError(path, f'{bad} holds NaN or infinite weights', 'Train again, or use other weights')
     model = net.build(ct.classes)

@@ -373,9 +373,11 @@ def _sampled(x)->tuple:
 
 def _no_padding(v)->np.ndarray:
     "The values without those that repeat far too often to be measured"
-    key = np.rint(np.where(v<-1100, np.rint(v/16)*16, v))  # lossy compression blurs −2000 a little
-    value,n = np.unique(key[v<=-600], return_counts=True)
-    return v[~np.isin(key, value[n>.2*n.sum()])]
+    key,keep = np.rint(np.where(v<-1100, np.rint(v/16)*16, v)),np.ones(len(v), bool)  # lossy compression blurs −2000 a little
+    for part in (key<-1100, (key>=-1100) & (key<=-600)):
+        value,n = np.unique(key[part], return_counts=True)
+        keep &= ~np.isin(key, value[n>.2*n.sum()])
+    return v[keep]
 
 # %% ../nbs/00_volume.ipynb #0d90f4be
 class HUProfile(NamedTuple):
@@ -389,6 +391,7 @@ class HUProfile(NamedTuple):
     low: float     # Median of what lies below −600
     middle: float  # Median of what lies in −250…350
     smooth: float  # Correlation of neighbouring voxels, 0 in noise
+    padded: bool   # Whether a padding below −1100 was left out
 
 def hu_profile(
     x: np.ndarray # Voxels, three axes
@@ -401,29 +404,30 @@ def hu_profile(
 def _alike(a, b)->float:
     "Correlation of neighbours, with metal and padding cut off; 0 for constants"
     c,d = (np.clip(o, -1100, 400) for o in (a,b))
-    return float(np.corrcoef(c, d)[0,1]) if c.std()>0 and d.std()>0 else 0.
+    with np.errstate(all='ignore'): return float(np.nan_to_num(np.corrcoef(c, d)[0,1]))
 
 def _profile(a, smooth)->HUProfile:
     "`HUProfile` of sampled values"
     v = _no_padding(a)
+    padded = (v<-1100).sum()<(a<-1100).sum()
     def part(lo, hi): return float(((v>lo) & (v<hi)).sum()/max(v.size, 1))
     low,soft = v[v<-600],v[(v>-250) & (v<350)]
     low,soft = (o if o.size else np.zeros(1) for o in (low,soft))
     return HUProfile(part(-1100,-600), part(-550,-250), part(-200,150), part(600,np.inf), part(-np.inf,-1300),
-                     float(np.quantile(low, .05)), float(np.median(low)), float(np.median(soft)), smooth)
+                     float(np.quantile(low, .05)), float(np.median(low)), float(np.median(soft)), smooth, bool(padded))
 
 # %% ../nbs/00_volume.ipynb #0d47489a
 def _not_hu(q:HUProfile)->str:
     "What shows that values cannot be the HU of a chest; empty where nothing does"
     if not q.smooth>.4: return f'neighbouring voxels have nothing in common (correlation {q.smooth:.2f}): noise'
-    if q.below>.05: return f'{q.below:.0%} of the voxels lie below −1300, lower than air'
+    if q.below>(.05 if q.padded else .01): return f'{q.below:.1%} of the voxels lie below −1300, lower than air'
     if q.air<.002: return 'no air: hardly a value between −1100 and −600'
     if q.bone>min(.25, 1.5*q.air): return f'{q.bone:.0%} of the voxels lie above 600 and {q.air:.0%} are as low as air'
     if q.low<-1080: return f'the lungs and the air lie at {q.low:.0f}, lower than air'
     if q.lowest>-760: return f'the lowest values lie at {q.lowest:.0f}, where air is −1000'
     if q.soft<.03: return 'no soft tissue: hardly a value between −200 and 150'
     if not -150<q.middle<170: return f'the soft tissue lies at {q.middle:.0f}, where fat is −100 and muscle 60'
-    if q.between>q.soft and abs(q.middle)>100: return 'the values between lung and soft tissue predominate'
+    if q.between>1.5*q.soft: return 'the values between lung and soft tissue predominate'
     return ''
 
 def _hu_doubts(q:HUProfile)->list:
@@ -432,6 +436,7 @@ def _hu_doubts(q:HUProfile)->list:
     if q.air<.02: notes.append(f'hardly any air ({q.air:.1%} of the voxels): are these HU of a chest?')
     if q.soft<.1: notes.append(f'hardly any soft tissue ({q.soft:.0%} of the voxels): was the scan masked?')
     if q.between>q.soft: notes.append('the values between lung and soft tissue predominate: are these HU?')
+    if q.low>-690: notes.append(f'the air and the lungs lie at {q.low:.0f} HU, where most lie below −750')
     if abs(q.middle)>120: notes.append(f'the soft tissue lies at {q.middle:.0f} HU, where fat is −100 and muscle 60')
     return notes
 
@@ -504,8 +509,7 @@ def _from_grey(x, lo, hi, p, already_windowed)->np.ndarray:
 def _window_doubts(x)->list:
     "A note where the window that was given makes no chest of the grey levels"
     if x.size<2**15: return []
-    why = _not_hu(hu_profile(x))
-    return [f'with this window the grey levels are not the HU of a chest: {why}'] if why else []
+    return ['with this window the grey levels hold no air: is it the right one?'] if hu_profile(x).air<.002 else []
 
 # %% ../nbs/00_volume.ipynb #dff30cc4
 def open_ct(

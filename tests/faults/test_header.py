@@ -159,7 +159,7 @@ def test_H16_unscaled(base, slope, inter):
 @each('inter', [float('nan'), float('inf'), -float('inf')])
 def test_H17_intercept(base, inter): refused(base.write(scl_slope=1, scl_inter=inter), 'rescale intercept')
 
-@each('slope,inter', [(1e6,0), (1e30,0), (1,3e9), (-1e20,1)])
+@each('slope,inter', [(1e6,0), (1e30,0), (1,3e9)])
 def test_H17_scaling_overflow(base, slope, inter):
     "A scaling that whole numbers cannot hold is done in floats: no wrap-around, no OverflowError"
     path = base.write(scl_slope=slope, scl_inter=inter)

@@ -4,7 +4,7 @@ D12 (no lung in the field of view, or lungs cut at the border: the report says n
 import gzip, subprocess, sys, time, tracemalloc
 import nibabel as nib, numpy as np, pytest
 from covid3d.volume import air, max_bytes, open_ct, open_mask, save_mask
-from nifti_bytes import Base, hu, nifti, noted, quiet, refused
+from nifti_bytes import Base, chest, hu, nifti, noted, quiet, refused
 
 each = pytest.mark.parametrize
 
@@ -186,7 +186,7 @@ print(tracemalloc.get_traced_memory()[1]/vol.data.nbytes, vol.data.dtype)'''
 @each('scaling', [(1,0), (1,-1024)], ids=['plain','intercept'])
 def test_D14_memory(tmp_path, name, scaling):
     "Opening 40 MB of int16 takes little more than its own size (twice where axes must be reordered); the real 735×512×512 scales alike"
-    x = np.tile(hu((64,64,8)), (4,4,40))+np.int16(-scaling[1])
+    x = chest((256,256,320))+np.int16(-scaling[1])
     path = Base(tmp_path, data=x, scaling=scaling).write() if name=='scan.nii' else tmp_path/name
     if name!='scan.nii': path.write_bytes(gzip.compress(nifti(x, scaling=scaling), 1))
     times,dtype = subprocess.run([sys.executable, '-c', measure, path], capture_output=True, text=True, check=True).stdout.split()

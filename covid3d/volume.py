@@ -425,9 +425,9 @@ def _not_hu(q:HUProfile)->str:
     if q.bone>min(.25, 1.5*q.air): return f'{q.bone:.0%} of the voxels lie above 600 and {q.air:.0%} are as low as air'
     if q.low<-1080: return f'the lungs and the air lie at {q.low:.0f}, lower than air'
     if q.lowest>-760: return f'the lowest values lie at {q.lowest:.0f}, where air is −1000'
-    if q.soft<.03: return 'no soft tissue: hardly a value between −200 and 150'
-    if not -150<q.middle<170: return f'the soft tissue lies at {q.middle:.0f}, where fat is −100 and muscle 60'
-    if q.between>1.5*q.soft: return 'the values between lung and soft tissue predominate'
+    if q.soft<.03 and q.low<-950: return 'no soft tissue: hardly a value between −200 and 150'
+    if q.soft>=.03 and not -150<q.middle<170: return f'the soft tissue lies at {q.middle:.0f}, where fat is −100 and muscle 60'
+    if q.between>max(.25, 1.5*q.soft): return 'the values between lung and soft tissue predominate'
     return ''
 
 def _hu_doubts(q:HUProfile)->list:
@@ -437,7 +437,7 @@ def _hu_doubts(q:HUProfile)->list:
     if q.soft<.1: notes.append(f'hardly any soft tissue ({q.soft:.0%} of the voxels): was the scan masked?')
     if q.between>q.soft: notes.append('the values between lung and soft tissue predominate: are these HU?')
     if q.low>-690: notes.append(f'the air and the lungs lie at {q.low:.0f} HU, where most lie below −750')
-    if abs(q.middle)>120: notes.append(f'the soft tissue lies at {q.middle:.0f} HU, where fat is −100 and muscle 60')
+    if abs(q.middle)>120 and q.soft>=.03: notes.append(f'the soft tissue lies at {q.middle:.0f} HU, where fat is −100 and muscle 60')
     return notes
 
 # %% ../nbs/00_volume.ipynb #67d835bb

@@ -211,13 +211,14 @@ def _resolve(df, table) -> pd.DataFrame:
     root,p = Path(table).parent,sources_path(table)
     open_ = [r for r in df.to_dict('records') if r['ct'] and _refers(r) and not (root/r['ct']).exists()]
     if not open_: return df
-    lost = lambda c, fault: CTError(p, fault, f'Copy it beside {Path(table).name} again, or write the table anew with `covid3d cases`')
-    if not os.path.lexists(p): raise lost('', f'is missing: it says where {len(open_)} scan{"s"[:len(open_)>1]} of {Path(table).name} lie')
+    remedy = f'Copy it beside {Path(table).name} again, or write the table anew with `covid3d cases`'
+    if not os.path.lexists(p):
+        raise CTError(p, f'is missing: it says where {len(open_)} scan{"s"[:len(open_)>1]} of {Path(table).name} lie', remedy)
     found = _read_csv(p).reindex(columns=source_columns, fill_value='')
     scan,source,out = source_columns
     at = {r[scan]:r[source] for r in found.to_dict('records') if not r[out] and r[source]}
     for r in open_:
-        if r['case'] not in at: raise lost('', f'has no line for {r["case"]}')
+        if r['case'] not in at: raise CTError(p, f'has no line for {r["case"]}', remedy)
     known = {r['case']:at[r['case']] for r in open_}
     return df.assign(ct=[known.get(r['case'], r['ct']) if _refers(r) else r['ct'] for r in df.to_dict('records')])
 

@@ -6,8 +6,9 @@ Docs: https://covid3d.github.io/covid3d/cases.html.md"""
 
 # %% auto #0
 __all__ = ['splits', 'columns', 'source_columns', 'levels', 'inside_line', 'parse_window', 'parse_flip', 'flipped', 'Case',
-           'without_paths', 'told', 'sources_path', 'read_cases', 'safe_cell', 'write_cases', 'Finding', 'CaseReport',
-           'spine_in_front', 'check_case', 'check_cases', 'check_table', 'require_ok', 'report_table', 'report_json']
+           'without_paths', 'told', 'sources_path', 'read_cases', 'safe_cell', 'write_cases', 'require_table',
+           'Finding', 'CaseReport', 'spine_in_front', 'check_case', 'check_cases', 'check_table', 'require_ok',
+           'report_table', 'report_json']
 
 # %% ../nbs/04_cases.ipynb #412059ba
 import io, math, os, re, warnings
@@ -295,8 +296,23 @@ def write_cases(
         if len(sources):
             write_atomic(sources_path(path), keys)
             if os.name!='nt': os.chmod(sources_path(path), 0o600)
-        else: sources_path(path).unlink(missing_ok=True)
+        elif os.path.lexists(sources_path(path)): require_table(path, True); sources_path(path).unlink()
         write_atomic(path, table)
+
+# %% ../nbs/04_cases.ipynb #289ddacc
+def require_table(
+    path: str|Path, # A case table that is going to be written
+    overwrite: bool # Whether a table that is there may be replaced
+):
+    "`CTError` unless the path, and that of its sources, is free or holds such a table"
+    p = Path(path)
+    if p.suffix.lower()!='.csv': raise CTError(p, 'the name of a case table ends in .csv', 'Choose such a name')
+    for o,need in ((p,{'case','ct'}), (sources_path(p),{*source_columns[:2]})):
+        if not os.path.lexists(o): continue
+        if not overwrite and o==p: raise CTError(o, 'exists already', 'Choose another --out, or add --overwrite')
+        try: ours = not o.is_symlink() and need<={*_read_csv(o)}
+        except CTError: ours = False
+        if not ours: raise CTError(o, 'is there already and was not written by covid3d', 'Choose another --out, or move it away')
 
 # %% ../nbs/04_cases.ipynb #ff474985
 levels = ('error','warning','note')

@@ -148,17 +148,19 @@ def cases(
 ):
     "Write the case table of a data set: which scan has which mask, and what it is used for."
     from covid3d import datasets
-    from covid3d.cases import write_cases
+    from covid3d.cases import require_table, write_cases
+    from covid3d.files import locked
     out = Path(out)
-    writable(out.parent); absent([out], overwrite)
+    writable(out.parent); require_table(out, overwrite)
     options = dict(valid=names_or_share(valid), test=names_or_share(test), seed=seed)
     if kind in ('folder','coronacases'): options |= dict(already_windowed=already_windowed, layout=layout)
     elif already_windowed or layout: raise CTError('already_windowed' if already_windowed else 'layout', f'{kind} has no such option', 'Leave it out')
     if kind=='ricord':
         if agree<1: raise CTError('agree', f'{agree} readers cannot agree', 'Give 1 or more')
         options |= dict(masks=out.parent/f'{out.stem}_masks', annotations=annotations or None, agree=agree, **(dict(labels=labels.split(',')) if labels else {}))
-    df = getattr(datasets, kind)(root, **options)
-    write_cases(df, out)
+    with locked(out):
+        df = getattr(datasets, kind)(root, **options)
+        write_cases(df, out)
     for n in df.attrs['notes']: print('note:', n)
     print('wrote', out, '·', ', '.join(f'{n} {k or "without a split"}' for k,n in df.split.value_counts().items()))
     if (df.split=='').all(): print('no case has a split: covid3d predict takes the table, training needs lesion masks')
@@ -169,9 +171,9 @@ def check(
     table:Annotated[str, 'Case table (CSV)', {'opt':False}],
     split:str='',         # Only this split
     json:store_true=False,# Print JSON, for machines
-    workers:int=None      # Threads; as many as there are processors
+    workers:int=None      # Threads, each of which holds one scan in memory; two if not given
 ):
-    "Open everything a case table names and say what must be mended; exit status 1 if something must."
+    "Open everything a case table names and say what must be fixed; exit status 1 if something must."
     import json as js
     from covid3d.cases import check_table, levels, report_json, report_table, splits
     if split and split not in splits: raise CTError('split', f'{split!r} is unknown', f'Give {", ".join(splits)}')

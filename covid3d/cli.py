@@ -11,17 +11,15 @@ __all__ = ['commands', 'input_defaults', 'weight_words', 'demo_config', 'overvie
            'reproduce', 'find_scans', 'predict', 'clear_demo', 'demo', 'tie', 'one_line', 'main']
 
 # %% ../nbs/30_cli.ipynb #9daa8dd1
-import math, os, re, shutil, sys, time, warnings
-from collections import Counter
+import codecs, errno, inspect, math, os, re, shutil, sys, time, warnings
 from pathlib import Path
 from typing import Annotated
 
 from fastcore.script import anno_parser, store_true
 
 from . import __version__
-from .dicom import is_nifti, open_scan, save_seg
 from .files import Outputs, locked
-from .volume import CTError, case_name, save_mask, temp_beside, temps_here
+from .volume import CTError, plain, temp_beside, temps_here
 
 # %% ../nbs/30_cli.ipynb #41df06f2
 commands = {}
@@ -57,7 +55,10 @@ def writable(
 ):
     "Refuse a place that cannot be written to, before any work is done"
     if out is None: raise CTError('out', 'no folder to write to', 'Add --out FOLDER')
-    p = next(o for o in (Path(out).absolute(), *Path(out).absolute().parents) if o.exists())
+    try: p = next(o for o in (Path(out).absolute(), *Path(out).absolute().parents) if o.exists())
+    except (OSError,ValueError) as e:
+        fault = f'cannot be written to ({getattr(e, "strerror", None) or e})'
+        raise CTError(out, fault, 'Choose another --out') from None
     if not p.is_dir() or not os.access(p, os.W_OK): raise CTError(p, 'is no folder that can be written to', 'Choose another --out')
 
 # %% ../nbs/30_cli.ipynb #179a6f77
@@ -85,8 +86,11 @@ def find_device(
     "A device that this machine has"
     import torch
     if name is None: return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    try: return torch.zeros(1, device=name).device
-    except (RuntimeError,AssertionError,NotImplementedError): raise CTError('device', f'{name!r} is not to be had on this machine', 'Use --device cpu, or leave it out') from None
+    try:
+        x = torch.ones(1, device=name)
+        if (x+x).item()==2: return x.device  # `meta` has no values, and fails here
+    except Exception: pass  # each kind of device that is missing has its own error
+    raise CTError('device', f'{name!r} is not available on this machine', 'Use --device cpu, or leave it out')
 
 # %% ../nbs/30_cli.ipynb #e709050c
 @command
@@ -450,8 +454,12 @@ def print_scores(
 def _model(weights, device):
     "The network, or several as one, and its spec, on a device"
     from covid3d.inference import load_models
+    return load_models(_weight_files(weights), find_device(device))
+
+def _weight_files(weights):
+    "What `--weights` names: a file or folder, or a list of files"
     if weights is None: raise CTError('weights', 'no weights given', 'Add --weights RUN/model.safetensors')
-    return load_models(weights.split(',') if ',' in weights and not Path(weights).exists() else weights, find_device(device))
+    return weights.split(',') if ',' in weights and not Path(weights).exists() else weights
 
 # %% ../nbs/30_cli.ipynb #a1af9ddf
 @command
@@ -481,70 +489,45 @@ def reproduce(
     return int(df is not None and bool(df.attrs['left_out']))
 
 # %% ../nbs/30_cli.ipynb #3b42b9bc
-def find_scans(
-    paths # Files and folders of NIfTI or DICOM, and case tables
-)->list: # Of `Case`
-    "The scans that are meant; DICOM gets made-up names, which name no patient"
-    from covid3d.cases import Case, read_cases
-    found,made = [],0
-    for p in map(Path, paths):
-        if not p.exists(): raise CTError(p, 'no such file or folder', 'Check the path')
-        if p.suffix.lower()=='.csv': found += read_cases(p); continue
-        files = [p] if p.is_file() else sorted(o for o in p.iterdir() if is_nifti(o) and not o.name.startswith('.'))
-        for f in files or _dicom_folders(p):
-            made += not is_nifti(f)
-            found.append(Case(case_name(f) if is_nifti(f) else f'scan_{made:03d}', f))
-    names = Counter(c.name for c in found)
-    twice = next((n for n,k in names.items() if k>1), None)
-    if twice: raise CTError(twice, 'two of the scans have this name, and so would their masks', 'Rename one, or use two runs')
-    return found
+def find_scans(paths, notes=None)->list:
+    "The scans that are meant, as `covid3d.predict` finds them"
+    from covid3d.predict import find_scans
+    return find_scans(paths, notes)
 
-# %% ../nbs/30_cli.ipynb #1fa74b0c
-def _dicom_folders(p)->list:
-    "Folders below `p` with a CT series; one that cannot be read is among them, to be told"
-    from covid3d.datasets import dicom_series
-    found = list(dict.fromkeys(s.folder if s else Path(at) for at,s in dicom_series(p, [])))
-    if not found: raise CTError(p, 'there is no .nii or .nii.gz and no CT series in it', 'Check the folder')
-    return found
+def _tell_scan(row):
+    "A line for each mask of a scan, its notes, or its error"
+    if row['state']=='failed': print(row['line'], file=sys.stderr, flush=True); return
+    ml = {k[:-3]:v for k,v in row.items() if k.endswith('_ml') and v}
+    files = row['masks'].split(' / ')
+    for (k,v),f in zip(ml.items(), files*len(ml)):
+        print(plain(f'{row["scan"]} → {f} · {k} {float(v):.1f} ml')+' · already done'*(row['state']=='kept'), flush=True)
+    if row['notes']: print(plain(f'  note: {row["notes"]}'), flush=True)
 
-# %% ../nbs/30_cli.ipynb #91b58c14
+# %% ../nbs/30_cli.ipynb #3d6186a7
 @command
 def predict(
     ct:Annotated[str, 'Scans: .nii, .nii.gz, DICOM folders, folders of them, or a case table', {'opt':False, 'nargs':'+'}],
     weights:str=None,         # model.safetensors of a run, several with commas between, or a folder of folds: their mean
-    out:str=None,             # Folder for the masks
+    out:str=None,             # Folder for the masks and scans.csv, which says which mask belongs to which scan
     format:str='nifti',       # nifti, or seg: DICOM Segmentation, which carries the patient's data as archives need it
-    already_windowed:str='',  # low:high in HU, for scans of grey values
+    already_windowed:str='',  # low:high in HU, for scans of grey levels
     overlap:float=.5,         # Of the sliding window, 0 to below 1
     device:str=None,          # cpu or cuda; the best there is
-    overwrite:store_true=False# Replace masks that are there
+    overwrite:store_true=False# Replace masks that other weights or settings made; never those of another scan
 ):
-    "Write a mask for each scan, on the scan's own grid: OUT/<scan>_lesion.nii.gz, or OUT/<scan>_seg.dcm."
+    "Write a mask for each scan, on the scan's own grid; resumes where it was interrupted."
     from covid3d.cases import parse_window
-    from covid3d.inference import segment
-    cases,window = find_scans(ct),parse_window(already_windowed)
-    if format not in ('nifti','seg'): raise CTError('format', f'{format!r} is unknown', 'Give nifti or seg')
     writable(out); check_overlap(overlap)
-    model,spec = _model(weights, device)
-    targets = {c.name:[Path(out)/f'{c.name}_seg.dcm'] if format=='seg' else [Path(out)/f'{c.name}_{k}.nii.gz' for k in spec.classes] for c in cases}
-    absent([p for o in targets.values() for p in o], overwrite)
-    failed = 0
-    for c in cases:
-        try:
-            vol = c.open_ct() if window is None else open_scan(c.ct, window)
-            _write_masks(segment(model, spec, vol, overlap, bar=True), vol, targets[c.name], c.ct)
-        except CTError as e: failed += 1; print(e, file=sys.stderr)
-    if failed: print(f'{failed} of {len(cases)} scans failed', file=sys.stderr)
-    return int(failed>0)
-
-# %% ../nbs/30_cli.ipynb #fdf3652b
-def _write_masks(masks, vol, targets, path):
-    "Masks of a scan as NIfTI or as one DICOM Segmentation, and a line on each"
-    if targets[0].suffix=='.dcm': save_seg(masks, vol, targets[0]); targets = targets*len(masks)
-    else:
-        for m,t in zip(masks.values(), targets): save_mask(m, vol, t)
-    for (k,m),t in zip(masks.items(), targets): print(f'{path} → {t} · {k} {m.sum()*vol.ml_per_voxel:.1f} ml')
-    for n in vol.notes: print(f'  note: {n}')
+    if format not in ('nifti','seg'): raise CTError('format', f'{format!r} is unknown', 'Give nifti or seg')
+    window,files,notes = parse_window(already_windowed),_weight_files(weights),[]
+    from covid3d.predict import predict_scans
+    found = find_scans(ct, notes)
+    for n in notes: print('note:', n, file=sys.stderr)
+    df = predict_scans(found, files, out, format, overlap, .5, find_device(device), window, overwrite, _tell_scan, bar=True)
+    n = df.state.value_counts().to_dict()
+    print(', '.join(f'{n[k]} {k}' for k in ('written','kept','failed') if k in n), f'· {Path(out)/"scans.csv"} says which scan is which; keep it with the scans')
+    if k := n.get('failed'): print(f'{k} of {len(df)} scans failed', file=sys.stderr)
+    return int('failed' in n)
 
 # %% ../nbs/30_cli.ipynb #eebc8214
 demo_config = dict(spacing=(6.,2.8,2.8), patch=(16,64,64), width=16, epochs=21, patches=24, bs=2, lr=1e-2, score_every=11)
@@ -642,28 +625,80 @@ def tie(
 # %% ../nbs/30_cli.ipynb #fff216f0
 def _in_words(m): return f'{m[0]} (--weights {"kinetics" if m[1]=="True" else "random"})'
 
+_scarce = 'out of memory','allocate',"can't start new thread",'failed to map segment'
+
+def _is_scarce(e)->bool:
+    "Whether memory ran out: as an object, a thread or a library that found no room"
+    return isinstance(e, MemoryError) or isinstance(e, (RuntimeError,ImportError,OSError)) and any(o in str(e) for o in _scarce)
+
 def one_line(
-    e:BaseException # What went wrong
+    e:BaseException, # What went wrong
+    f=None           # The command, for advice that names its options
 )->str:
     "An error as one line"
-    if isinstance(e, CTError): return re.sub(r'pretrained=(True|False)', _in_words, f'{e.what}: {e.fault}. {e.cure}.')
-    from covid3d.inference import out_of_memory
-    if out_of_memory(e): return 'out of memory. Use a smaller --patch or --bs'
-    return f'unexpected {type(e).__name__}: {" ".join(str(e).split())[:300]}. --debug shows where'
+    if isinstance(e, CTError): return re.sub(r'pretrained=(True|False)', _in_words, f'{plain(e.what)}: {e.fault}. {e.cure}.')
+    if _is_scarce(e):
+        smaller = [f'--{k}' for k in ('patch','bs') if f and k in inspect.signature(f).parameters]
+        return 'out of memory. '+(f'Use a smaller {" or ".join(smaller)}' if smaller else 'Close other programs, or raise the limit')+'.'
+    if isinstance(e, OSError) and e.errno==errno.EMFILE: return 'too many files are open at once. Raise the limit with ulimit -n.'
+    if isinstance(e, OSError) and e.strerror: return plain(f'{e.filename or "output"}: {e.strerror}. Check the path, its permissions and the free space.')
+    return plain(f'unexpected {type(e).__name__}: {" ".join(str(e).split())[:300]}. --debug shows where')
 
 # %% ../nbs/30_cli.ipynb #ce4f6e45
-def _rank()->int: return int(os.environ.get('RANK', 0))  # of the processes that torchrun started
+_spelt = {'→':'->', '·':'-', '…':'...', '×':'x', '–':'-', '−':'-', '’':"'"}
+
+def _spell(e): return ''.join(_spelt.get(o, '?') for o in e.object[e.start:e.end]),e.end
+codecs.register_error('covid3d', _spell)
+
+def _ready_streams():
+    "Standard streams that can be written to"
+    for fd in range(3):
+        try: os.fstat(fd)
+        except OSError: os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    for k in ('stdout','stderr'):
+        f = getattr(sys, k)
+        if f is None: setattr(sys, k, open(os.devnull, 'w', encoding='utf8'))
+        elif hasattr(f, 'reconfigure') and f.errors!='covid3d': f.reconfigure(errors='covid3d')
+
+def _lead_nowhere():
+    "What is still to be printed goes nowhere"
+    for fd in (1,2): os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+# %% ../nbs/30_cli.ipynb #8ba37917
+def _rank()->int:
+    "The number of this process among those that torchrun started; 0 if it is alone"
+    try: return int(os.environ['RANK']) if int(os.environ['WORLD_SIZE'])>1 else 0
+    except (KeyError,ValueError): return 0
+
+def _say(line):
+    "A line on stderr, if that can still be written to"
+    try: print(plain(line), file=sys.stderr, flush=True)
+    except OSError: pass
 
 def main(
     argv=None # Words of the command line; those of the process if None
 )->int: # Exit status
     "The `covid3d` command"
-    argv = tie(sys.argv[1:] if argv is None else argv)
-    debug = '--debug' in argv
-    argv = [o for o in argv if o!='--debug']
-    if not debug: warnings.simplefilter('ignore')  # other libraries' notes to their developers
-    try: return _command(argv, debug)
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 141  # whoever read the output, `head` for one, has had enough
+    try:
+        _ready_streams()
+        argv = tie(sys.argv[1:] if argv is None else argv)
+        debug = '--debug' in argv
+        if not debug: warnings.simplefilter('ignore')  # other libraries' notes to their developers
+        status = _command([o for o in argv if o!='--debug'], debug)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt: _say('stopped'); return 130
+    except BrokenPipeError: _lead_nowhere(); return 141  # whoever read the output, `head` for one, has had enough
+    except OSError as e:
+        if '--debug' in argv: raise
+        _say(f'covid3d: {one_line(e)}'); _lead_nowhere(); return 2
+
+# %% ../nbs/30_cli.ipynb #b818dcc5
+def _check_args(args):
+    "What no command can use"
+    odd = next((o for v in args.values() for o in (v if isinstance(v, list) else [v]) if isinstance(o, str) and '\0' in o), None)
+    if odd is not None: raise CTError(ascii(odd), 'no path has a zero byte in it', 'Check the argument')
+    if not 0<=args.get('seed', 0)<2**32: raise CTError('seed', f'{args["seed"]} is not a seed', 'Give 0 to 4294967295')
 
 def _command(argv, debug)->int:
     "Run one command, tell what goes wrong"
@@ -672,19 +707,19 @@ def _command(argv, debug)->int:
         return 0 if argv else 2
     if argv[0]=='--version': print(__version__); return 0
     name,f = argv[0],commands.get(argv[0])
-    if f is None: print(f'covid3d: no command {name!r}. The commands are {", ".join(commands)}', file=sys.stderr); return 2
+    if f is None: _say(f'covid3d: no command {name!r}. The commands are {", ".join(commands)}'); return 2
     parser = anno_parser(f, prog=f'covid3d {name}')
-    parser.error = lambda s: parser.exit(2, f'covid3d {name}: {s}. See covid3d {name} --help\n')
+    parser.error = lambda s: parser.exit(2, plain(f'covid3d {name}: {s}. See covid3d {name} --help')+'\n')
     try: args = vars(parser.parse_args(argv[1:]))
     except SystemExit as e: return e.code or 0
-    try: return f(**{k:v for k,v in args.items() if k not in ('pdb','xtra')}) or 0
-    except KeyboardInterrupt: print('\nstopped', file=sys.stderr); return 130
+    args = {k:v for k,v in args.items() if k not in ('pdb','xtra')}
+    try: _check_args(args); return f(**args) or 0
     except BrokenPipeError: raise
     except Exception as e:
         if debug: raise
-        if _rank() and isinstance(e, CTError) and not hasattr(e, 'joined'): return 2  # process 0 tells it
-        print(f'covid3d {name}: {one_line(e)}', file=sys.stderr)
-        return 2 if isinstance(e, CTError) else 3
+        if name=='train' and _rank() and isinstance(e, CTError) and not hasattr(e, 'joined'): return 2  # process 0 tells it
+        _say(f'covid3d {name}: {one_line(e, f)}')
+        return 2 if isinstance(e, (CTError,OSError)) or _is_scarce(e) else 3
 
 # %% ../nbs/30_cli.ipynb #5389f833
 if __name__=='__main__': sys.exit(main())

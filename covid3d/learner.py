@@ -7,13 +7,13 @@ Docs: https://covid3d.github.io/covid3d/learner.html.md"""
 # %% auto #0
 __all__ = ['argmax_metrics', 'run_files', 'plain_log', 'CTLearner', 'unet_learner_3d', 'ScanDice', 'WhileTraining', 'KeepBest',
            'History', 'WeightAverage', 'run_outputs', 'Pictures', 'trackers', 'check_recipe', 'find_aug', 'thaw',
-           'Awaited', 'why_stopped', 'train', 'r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct',
-           'open_scan', 'open_mask', 'save_mask', 'save_seg', 'save_volume', 'show_slices', 'save_figure', 'phantom',
-           'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms',
-           'light_aug_transforms', 'apply_window', 'resample_image', 'resample_mask', 'Case', 'CaseReader', 'CTBlock',
-           'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases', 'encoder3d', 'DynamicUnet3d',
-           'param_groups', 'DiceCELoss', 'DiceFocalLoss', 'soft_dice', 'dice', 'PatchDice', 'NetSpec', 'save_model',
-           'load_model', 'segment', 'sliding_window', 'set_seed']
+           'seen_by', 'Awaited', 'why_stopped', 'train', 'r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError',
+           'open_ct', 'open_scan', 'open_mask', 'save_mask', 'save_seg', 'save_volume', 'show_slices', 'save_figure',
+           'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'Augment3d',
+           'ct_aug_transforms', 'light_aug_transforms', 'apply_window', 'resample_image', 'resample_mask', 'Case',
+           'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases',
+           'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'DiceFocalLoss', 'soft_dice', 'dice',
+           'PatchDice', 'NetSpec', 'save_model', 'load_model', 'segment', 'sliding_window', 'set_seed']
 
 # %% ../nbs/18_learner.ipynb #fe9f8fe1
 import csv, io, math, os, re, time
@@ -45,7 +45,7 @@ from .dicom import open_scan, save_seg
 from .distributed import joined, once, own_random, place, split_map, split_training, spread
 from .encoder import build_of, encoder3d, unfinished
 from .files import Outputs, locked, sweep
-from .inference import NetSpec, load_model, out_of_memory, save_model, segment, sliding_window
+from .inference import NetSpec, Seen, load_model, out_of_memory, read_seen, save_model, segment, sliding_window
 from .losses import DiceCELoss, DiceFocalLoss, soft_dice
 from .memory import apply_plan, plan_memory
 from .metrics import PatchDice, dice
@@ -192,8 +192,9 @@ class KeepBest(WhileTraining):
     def __init__(self,
         path,              # `.safetensors`
         monitor='scan_dice',# Column of the metrics
-        last:bool=False    # Keep the weights of the last epoch instead, for a cross-validation: nothing is chosen then
-    ): self.file,self.monitor,self.last,self.best,self.best_epoch = Path(path),monitor,last,-math.inf,None
+        last:bool=False,   # Keep the weights of the last epoch instead, for a cross-validation: nothing is chosen then
+        seen:Seen=None     # What the training holds; kept with the weights
+    ): self.file,self.monitor,self.last,self.seen,self.best,self.best_epoch = Path(path),monitor,last,seen,-math.inf,None
     def before_train(self):
         super().before_train()
         if self.monitor not in self.recorder.metric_names: raise CTError('metrics', f'{self.monitor} is not among them', 'Add ScanDice() to the metrics')
@@ -202,7 +203,7 @@ class KeepBest(WhileTraining):
         score = self.recorder.values[-1][list(self.recorder.metric_names[1:]).index(self.monitor)]
         if not (self.last or score>self.best): return  # NaN too
         self.best,self.best_epoch = score,self.epoch
-        once(lambda: save_model(self.learn.model, self.file, self.learn.spec, self.learn.net))
+        once(lambda: save_model(self.learn.model, self.file, self.learn.spec, self.learn.net, self.seen))
     def after_fit(self):
         if self.trains: self.put_back(self.learn)
     def put_back(self, learn):
@@ -418,6 +419,17 @@ def _check(dls, table, choose=True):
     if choose and not any(dls.reader(c).masks[0].any() for c in dls.valid_cases):
         raise CTError(table, f'no valid case has a {dls.spec.classes[0]}, so no weights could be chosen', 'Put a case with one into the split valid')
 
+# %% ../nbs/18_learner.ipynb #3fef58d5
+def seen_by(
+    reader, # `CaseReader`
+    cases   # `Case`s that are trained on
+) -> Seen:
+    "What a training holds"
+    infos = [reader(c).info for c in cases]
+    of_body = [i['lesion_ml']/i['body_ml'] for i in infos if i.get('body_ml')]
+    digests = {i['digest'] for i in infos if i.get('digest')}
+    return Seen(len(infos), max([i['lesion_ml'] for i in infos], default=0.), min(1., max(of_body, default=0.)), tuple(sorted(digests)))
+
 # %% ../nbs/18_learner.ipynb #e47aa657
 def _take(out, held, resume, overwrite):
     "Lock the folder of a training, and refuse to replace what is not to be replaced"
@@ -527,7 +539,8 @@ def train(
         if torch.device(dls.device).type=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # quicker at width 16, a little slower at 64 (`benchmarks/step.csv`)
         if memory is not None: _fit_memory(learn, memory, frozen_stages if pretrained else 0, bool(average))
         elif torch.device(dls.device).type=='cuda': learn.to_fp16()
-        learn.kept,frozen = KeepBest(out/'model.safetensors', last=keep=='last'),bool(pretrained) and frozen_epochs>0
+        seen = seen_by(dls.reader, [*dict.fromkeys(dls.train_ds.items)])
+        learn.kept,frozen = KeepBest(out/'model.safetensors', last=keep=='last', seen=seen),bool(pretrained) and frozen_epochs>0
         cbs,ck = _callbacks(learn, out, clip, average, examples, plot, log, args),Checkpoint(out/'checkpoint.safetensors', args|once(lambda: _about(learn, pretrained, aug, kwargs|dict(memory=memory))))
         once(lambda: _begin(out, resume, plot))
         own_random(seed)

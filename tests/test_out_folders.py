@@ -1,10 +1,11 @@
 "Folders that commands write to: what covid3d did not write is never touched, one process works at a time, and a refusal comes before the work"
-import os, resource, subprocess, sys
+import os, resource, signal, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
 from fastai.callback.core import Callback
 
+import covid3d.learner
 from covid3d.cli import main
 from covid3d.files import Outputs, manifest
 from covid3d.learner import CTSpec, train, write_phantoms
@@ -155,6 +156,26 @@ def test_train_holds_its_lock_to_the_end(table, tmp_path):
         def after_fit(self): said.append(ask().stderr)
     train(table, out, spec, cbs=[Ask()], **tiny)
     assert 'another process is writing there' in said[0] and ask().returncode==0 and not list(out.rglob('.*'))
+
+@pytest.mark.fault('X13')
+@pytest.mark.promise('lost')
+def test_X13_sigterm_ends_with_a_checkpoint_and_a_free_folder(table, tmp_path, capfd, monkeypatch):
+    "SIGTERM, a cluster's way to end a job: status 143, nothing half-written, no lock left; --resume ends with the weights of a training that was not stopped"
+    class Told(covid3d.learner.Awaited):
+        n = 0
+        def after_batch(self):
+            super().after_batch(); Told.n += self.training
+            if Told.n==9: signal.raise_signal(signal.SIGTERM)
+    argv = ['train',table,'--weights','random','--width','4','--epochs','3','--patches','4','--score-every','1',*small]
+    assert call([*argv,'--out',tmp_path/'whole'])==0
+    with monkeypatch.context() as m:
+        m.setattr(covid3d.learner, 'Awaited', Told)
+        try: status = call([*argv,'--out',tmp_path/'run'])
+        except SystemExit as e: status = e.code
+    assert status==143 and Told.n<12 and not list((tmp_path/'run').rglob('.*'))
+    told(capfd, [*argv,'--out',tmp_path/'run'], 'exists already', '--resume')
+    assert call([*argv,'--out',tmp_path/'run','--resume'])==0
+    assert (tmp_path/'run'/'model.safetensors').read_bytes()==(tmp_path/'whole'/'model.safetensors').read_bytes()
 
 @pytest.mark.skipif(not Path('/proc/self').is_dir(), reason='needs a file system that nobody can write to')
 @pytest.mark.fault('X7')

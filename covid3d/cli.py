@@ -106,9 +106,11 @@ def download(
     print(f'wrote {download(out)} · next: covid3d cases coronacases {out} -o cases.csv')
 
 # %% ../nbs/30_cli.ipynb #34c40e57
-_trees = dict(coronacases=[f'{d}/*.nii.gz' for d in ('COVID-19-CT-Seg_20cases','Infection_Mask','Lung_Mask')], covid1920=['COVID-19-20_v2/*/volume-covid19-A-*.nii.gz'],
+_trees = dict(coronacases=[f'{d}/*.nii.gz' for d in ('COVID-19-CT-Seg_20cases','Infection_Mask','Lung_Mask')],
+              covid1920=['COVID-19-20_v2/*/volume-covid19-A-*.nii.gz'],
               mosmed=['studies/CT-[0-4]/study_*.nii.gz','masks/study_*_mask.nii.gz'],
-              ricord=['MIDRC-RICORD-1A/MIDRC-RICORD-1A-419639-*/*/*/1-*.dcm','MIDRC-RICORD-1a_annotations_labelgroup_all_2020-Dec-8.json'])
+              ricord=['MIDRC-RICORD-1A/MIDRC-RICORD-1A-419639-*/*/*/1-*.dcm',
+                      'MIDRC-RICORD-1a_annotations_labelgroup_all_2020-Dec-8.json'])
 
 def _write_layout(layout, out, n, seed, overwrite):
     "Phantoms as another data set has them; only what we wrote is replaced"
@@ -122,7 +124,8 @@ def _write_layout(layout, out, n, seed, overwrite):
             names = sorted(p.relative_to(draft).as_posix() for p in draft.rglob('*') if p.is_file())
             mine.clear(); mine.add(*names)
             for k in names: (out/k).parent.mkdir(parents=True, exist_ok=True); os.replace(draft/k, out/k)
-        except OSError as e: raise CTError(out, f'cannot be written ({e.strerror or e})', 'Check the folder, its permissions and the free space') from None
+        except OSError as e:
+            raise CTError(out, f'cannot be written ({e.strerror or e})', 'Check its permissions and the free space') from None
         finally: shutil.rmtree(draft, ignore_errors=True); temps_here.discard(draft.name)
 
 # %% ../nbs/30_cli.ipynb #8dddd6f8
@@ -291,7 +294,6 @@ def train(
     "Learn from the cases of a table; keeps the weights with the best whole-scan Dice on `valid`."
     writable(out)
     at_least_one(epochs=epochs, bs=bs, patches=patches, score_every=score_every); check_lr(lr)
-    if frozen_lr is not None: check_lr(frozen_lr)
     if workers is not None and workers<0: raise CTError('workers', f'{workers} processes cannot draw', 'Give 0 or more')
     if not 0<=p_lesion<=1: raise CTError('p_lesion', f'{p_lesion} is not in 0…1', 'Give 0.5')
     if augment not in ('none','light','full'): raise CTError('augment', f'{augment!r} is unknown', 'Give none, light or full')
@@ -323,7 +325,8 @@ def _absent_run(run, resume, overwrite, file='model.safetensors', what='training
     "Refuse to replace a training"
     if resume and overwrite: raise CTError('resume', 'it contradicts --overwrite', 'Give one of the two')
     may = overwrite or resume and (run/'checkpoint.safetensors').exists()
-    Outputs(run, 'checkpoint.safetensors', file).require(may, f'Add --resume to go on with a {what} that was interrupted, choose another --out, or add --overwrite')
+    remedy = f'Add --resume to go on with a {what} that was interrupted, choose another --out, or add --overwrite'
+    Outputs(run, 'checkpoint.safetensors', file).require(may, remedy)
 
 # %% ../nbs/30_cli.ipynb #627e173d
 def _train_folds(table, out, folds, fold, recipe):

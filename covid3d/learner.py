@@ -321,7 +321,8 @@ def _tensorboard(out, config):
     return Steps(log_dir=out/'tensorboard', trace_model=False, log_preds=False)
 
 # %% ../nbs/18_learner.ipynb #c197b1b1
-_quiet_wandb = dict(WANDB_CONSOLE='off', **dict.fromkeys(('WANDB_DISABLE_CODE','WANDB_DISABLE_GIT','WANDB_X_DISABLE_META','WANDB__DISABLE_META'), 'true'))
+_quiet_wandb = dict(WANDB_CONSOLE='off', WANDB_DISABLE_CODE='true', WANDB_DISABLE_GIT='true',
+                    WANDB_X_DISABLE_META='true', WANDB__DISABLE_META='true')
 
 def _wandb(out, config):
     for k,v in _quiet_wandb.items(): os.environ.setdefault(k, v)
@@ -349,10 +350,12 @@ def trackers(
     except ImportError as e: raise CTError('log', f'{log} is not installed ({e})', f'pip install {log}') from None
 
 # %% ../nbs/18_learner.ipynb #14b6ff92
+_bounds = dict(epochs=(1,10**6), bs=(1,10**4), patches=(1,10**6), score_every=(1,10**6), width=(1,1024),
+               frozen_epochs=(0,10**6), examples=(0,10**6), workers=(0,128))
+
 def _check_counts(**kwargs):
     "Refuse numbers that are too small or absurd; None is passed over"
-    for k,(low,high) in dict(epochs=(1,10**6), bs=(1,10**4), patches=(1,10**6), score_every=(1,10**6), width=(1,1024), frozen_epochs=(0,10**6),
-                             examples=(0,10**6), workers=(0,128)).items():
+    for k,(low,high) in _bounds.items():
         if (v := kwargs.get(k)) is not None and not low<=v<=high: raise CTError(k, f'{v} is not in {low}…{high}', 'Give such a number')
     for k in ('lr','frozen_lr'):
         if (v := kwargs.get(k)) is not None and not 0<v<math.inf: raise CTError(k, f'{v} is no learning rate', 'Give, for example, 2e-3')
@@ -428,14 +431,16 @@ def seen_by(
     infos = [reader(c).info for c in cases]
     of_body = [i['lesion_ml']/i['body_ml'] for i in infos if i.get('body_ml')]
     digests = {i['digest'] for i in infos if i.get('digest')}
-    return Seen(len(infos), max([i['lesion_ml'] for i in infos], default=0.), min(1., max(of_body, default=0.)), tuple(sorted(digests)))
+    largest = max((i['lesion_ml'] for i in infos), default=0.)
+    return Seen(len(infos), largest, min(1., max(of_body, default=0.)), tuple(sorted(digests)))
 
 # %% ../nbs/18_learner.ipynb #e47aa657
 def _take(out, held, resume, overwrite):
     "Lock the folder of a training, and refuse to replace what is not to be replaced"
     held.enter_context(locked(out, folder=True))
     may = overwrite or resume and (out/'checkpoint.safetensors').exists()
-    Outputs(out, *run_files).require(may, 'Add --resume to go on with a training that was interrupted, choose another --out, or add --overwrite')
+    remedy = 'Add --resume to go on with a training that was interrupted, choose another --out, or add --overwrite'
+    Outputs(out, *run_files).require(may, remedy)
 
 def _begin(out, resume, plot):
     "Remove a former training, unless it is resumed, and list what this one writes"
@@ -458,25 +463,28 @@ def _awaited(learn)->str:
     except (AttributeError, IndexError, TypeError): return ''
 
 # %% ../nbs/18_learner.ipynb #aeebf049
-_starts = ' --workers 0 (with --overwrite, as other patches are drawn then)'
+_no_workers = 'or use --workers 0 (with --overwrite, as other patches are drawn then)'
 
 def why_stopped(
     e: Exception,   # Raised by a training
     names: str = '' # Cases whose patches were awaited
 ) -> CTError: # None if it is nothing that we know
     "What to do where memory, or a process that draws patches, has failed"
-    text,where = str(e),f', while patches of {names} were awaited' if names else ''
-    last = text.strip().rpartition('\n')[2]
+    def of_workers(fault, remedy): return CTError('workers', fault+f', while patches of {names} were awaited'*bool(names), f'{remedy}, {_no_workers}')
+    text = str(e).strip()
+    last = text.rpartition('\n')[2]
     if 'CTError: ' in last:  # of a scan, raised in such a process
         what,_,rest = last.partition('CTError: ')[2].partition(': ')
         return CTError(what, rest.rstrip('.'), 'Then go on with --resume')
     if re.search(r'shared memory|Bus error|/torch_\d', text):
-        return CTError('workers', f'the shared memory (/dev/shm) is too small for processes that draw patches{where}', 'Enlarge it and go on with --resume, or use'+_starts)
+        return of_workers('the shared memory (/dev/shm) is too small for processes that draw patches', 'Enlarge it and go on with --resume')
     if 'Too many open files' in text or 'ancdata' in text:
-        return CTError('workers', f'too many files are open{where}', 'Raise the limit (ulimit -n) and go on with --resume, or use'+_starts)
+        return of_workers('too many files are open', 'Raise the limit (ulimit -n) and go on with --resume')
     if 'DataLoader worker' in text and ('killed' in text or 'exited' in text):
-        return CTError('workers', f'a process that draws patches was killed{where}', 'Was memory short? Go on with --resume when there is more, or use'+_starts)
-    if out_of_memory(e): return CTError('memory', 'a training step needs more than there is', 'Start anew with less: --memory, such as 6GB, or a smaller --bs or --patch')
+        return of_workers('a process that draws patches was killed', 'Free memory and go on with --resume')
+    if out_of_memory(e):
+        remedy = 'Start anew with less: --memory, such as 6GB, or a smaller --bs or --patch'
+        return CTError('memory', 'a training step needs more than there is', remedy)
 
 @contextmanager
 def _explained(learn):

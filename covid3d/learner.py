@@ -216,7 +216,8 @@ class WeightAverage(WhileTraining):
         spread(self.mean.values())  # of several processes, the first one's
         self.own = {k:v.clone() for k,v in self._state().items()}
         bare_model(self.learn.model).load_state_dict(self.mean)
-    def after_epoch(self):
+    def after_epoch(self): self.swap_back()
+    def swap_back(self):
         if self.own is None: return
         bare_model(self.learn.model).load_state_dict(self.own); self.own = None
 

@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from scipy.stats import bootstrap, permutation_test, wilcoxon
 
 from . import __version__
-from .cases import safe_cell
+from .cases import safe_cell, told, without_paths
 from .files import Outputs, locked, read_bytes
 from .inference import segment
 from .metrics import score_names, scores
@@ -86,20 +86,12 @@ def as_table(
 
 # %% ../nbs/20_evaluate.ipynb #a7d407f3
 def why_failed(
-    e:Exception, # What was raised
-    case         # `Case` it is about
-)->str:
+    e: Exception, # What was raised
+    case          # `Case` it is about
+) -> str:
     "An exception in one line, with the case's name in place of its files' paths"
-    files = {k:Path(p) for k,p in {**{f'{k} mask':p for k,p in case.masks.items()}, 'scan':case.ct}.items() if isinstance(p, (str,Path)) and Path(p).name}
-    def role(p): return f'{case.name} ({next((k for k,f in files.items() if f==p), "scan")})'
-    told = {t:p for p in files.values() for t in (p.name,str(p))}
-    names = '|'.join(re.escape(t) for t in sorted(told, key=len, reverse=True))
-    def clean(s):
-        if names: s = re.sub(rf'(?<!\w)({names})(?!\w)(?:[/\\](?:[^\'"]*(?=[\'"])|[^\s:\'"]*))?', lambda m: role(told[m[1]]), s)
-        s = re.sub(r'([\'"])(?:[A-Za-z]:\\|/)[^\'"]*\1', '…', s)  # any other path, in quotes or not
-        return re.sub(r'(?<![\w/])(?:[A-Za-z]:\\|/)[^\s:,;\'"]*[/\\][^\s:,;\'"]*', '…', s)
-    if isinstance(e, CTError): return f'{role(e.what) if isinstance(e.what, Path) else clean(str(e.what))}: {clean(e.fault)}. {clean(e.cure)}.'
-    return clean(f'{type(e).__name__}: {" ".join(str(e).split())}')[:240]
+    if isinstance(e, CTError): return str(told(e, case))
+    return without_paths(f'{type(e).__name__}: {" ".join(str(e).split())}', case)[:240]
 
 # %% ../nbs/20_evaluate.ipynb #de02de3d
 class Unkept(CTError): "A row cannot be written to the journal"

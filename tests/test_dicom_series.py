@@ -254,7 +254,10 @@ def test_segmentation_of_every_shape(tmp_path):
 def test_segmentation_after_a_repeat_was_left_out(tmp_path):
     sets = sets_of(); twice = meta(sets[2], native['little']); twice.SOPInstanceUID = '1.2.3.4'
     vol = open_series(save_all([*sets,twice], tmp_path/'in'))
-    masks = dict(lesion=mask_of(vol)); save_seg(masks, vol, tmp_path/'seg.dcm'); same_voxels(vol, masks, tmp_path/'seg.dcm')
+    masks = dict(lesion=mask_of(vol)); save_seg(masks, vol, tmp_path/'seg.dcm'); plain = same_voxels(vol, masks, tmp_path/'seg.dcm')
+    refs = {o.ReferencedSOPInstanceUID for o in plain.ReferencedSeriesSequence[0].ReferencedInstanceSequence}
+    assert refs=={o.SOPInstanceUID for o in sets}  # the instances that stayed
+    assert [s.uids for s in vol.source.slices if s.repeats]==[(sets[2].SOPInstanceUID,'1.2.3.4')]
 
 def fails(pattern, masks, vol, path):
     with pytest.raises(CTError, match=pattern) as e: save_seg(masks, vol, path)

@@ -559,3 +559,52 @@ def test_the_picture_shows_the_dispute():
     p,m = (o.copy() for o in masks('good')); p[6,:4,:4] = True; m[4,3:5,3:8] = False
     s = ev.snapshot(dict(case='a',dice=.5), grid, p, m)
     assert s.index==6 and (s.prediction==p[6]).all() and (s.reference==m[6]).all()
+
+# The command
+
+@pytest.fixture(scope='module')
+def study(cases, tmp_path_factory):
+    "Weights of two classes that were trained on the first scan, and a table of all"
+    from covid3d.inference import NetSpec, Seen, save_model
+    from covid3d.volume import scan_digest
+    root = tmp_path_factory.mktemp('study'); two = CTSpec(spacing=spec.spacing, patch=spec.patch, classes=('lesion','lung')); net = NetSpec(width=4)
+    torch.manual_seed(0); save_model(net.build(two.classes), root/'m.safetensors', two, net, seen=Seen(cases=1, scans=(scan_digest(cases[0].open_ct()),)))
+    rows = [dict(case=c.name, ct=str(c.ct), **{k:str(p) for k,p in c.masks.items()}, split='test') for c in cases[:2]]
+    pd.DataFrame(rows).to_csv(root/'cases.csv', index=False)
+    return root
+
+def covid3d_evaluate(study, out, *more):
+    from covid3d.cli import main
+    return main(['evaluate', str(study/'cases.csv'), '--weights', str(study/'m.safetensors'), '--out', str(out), '--device', 'cpu', *map(str, more)])
+
+@pytest.mark.promise('silent')
+def test_what_a_reader_must_know_is_said(study, tmp_path, capfd):
+    "A case that the weights were trained on, and the class that was not scored, are told on the terminal and on the page"
+    assert covid3d_evaluate(study, tmp_path/'r')==0; out,err = capfd.readouterr(); page = (tmp_path/'r'/'index.html').read_text()
+    assert 'warning: 1 of 2 cases trained these weights or chose them (phantom_000)' in err and '1 of 2 cases trained these weights' in page
+    for text in (out,page): assert 'about the class lesion. The weights also find lung, which was not scored here.' in text
+    assert covid3d_evaluate(study, tmp_path/'lung', '--score-class', 'lung', '--compare', tmp_path/'r')==0; out,_ = capfd.readouterr()
+    assert 'about the class lung' in out and 'scored against another reference' in out
+    assert covid3d_evaluate(study, tmp_path/'x', '--score-class', 'liver')==2 and "do not find 'liver'. Give lesion or lung" in capfd.readouterr().err and not (tmp_path/'x').exists()
+
+@pytest.mark.promise('lost')
+def test_the_command_resumes_and_replaces_no_input(study, tmp_path, capfd):
+    "The same command keeps what is finished; other settings need --overwrite; a case table, a mask or a compared folder in OUT is never replaced"
+    import shutil
+    out = tmp_path/'r'; assert covid3d_evaluate(study, out)==0; before = (out/'scores.csv').read_bytes(); capfd.readouterr()
+    assert covid3d_evaluate(study, out)==0 and '2 of 2 cases were scored before and are kept' in capfd.readouterr().out and (out/'scores.csv').read_bytes()==before
+    assert covid3d_evaluate(study, out, '--overlap', '.25')==2 and 'holds other scores: overlap 0.5 then, 0.25 now. Choose another --out, or add --overwrite' in capfd.readouterr().err and (out/'scores.csv').read_bytes()==before
+    assert covid3d_evaluate(study, out, '--compare', out, '--overwrite')==2 and 'is read here, and the report would replace it' in capfd.readouterr().err
+    mine = tmp_path/'mine'; shutil.copytree(study, mine); (mine/'thesis.txt').touch(); held = {o.name:o.read_bytes() for o in mine.iterdir()}
+    assert covid3d_evaluate(mine, mine, '--overwrite')==0 and {o.name:o.read_bytes() for o in mine.iterdir()}.items()>=held.items(); capfd.readouterr()
+    shutil.copy(study/'cases.csv', mine/'summary.csv')
+    from covid3d.cli import main
+    assert main(['evaluate', str(mine/'summary.csv'), '--weights', str(mine/'m.safetensors'), '--out', str(mine), '--overwrite', '--device', 'cpu'])==2 and 'summary.csv: is read here' in capfd.readouterr().err
+    assert (mine/'summary.csv').read_bytes()==(study/'cases.csv').read_bytes()
+
+@pytest.mark.promise('lost')
+def test_a_compared_folder_with_an_odd_name(study, tmp_path, capfd):
+    "Folders named as formulas or with escape codes cost no picture, and the codes do not reach the terminal"
+    for name in ('$\\foo$','a\x1b[31m\nb'): assert covid3d_evaluate(study, tmp_path/name, '--pictures', 0)==0
+    assert covid3d_evaluate(study, tmp_path/'r', '--compare', f'{tmp_path}/$\\foo$,{tmp_path}/a\x1b[31m\nb')==0; out,err = capfd.readouterr()
+    line = [o for o in out.splitlines() if o.startswith('against a')]; assert '\x1b' not in ''.join(line) and 'left out' not in err and 'by Holm for 6 comparisons' in out and (tmp_path/'r'/'scores.png').exists()

@@ -25,7 +25,7 @@ import numpy as np, pandas as pd, torch
 from fastai.learner import Learner
 
 from . import __version__
-from .cases import CaseReport, Finding, check_case, read_cases, report_table, write_cases
+from .cases import CaseReport, Finding, check_case, read_cases, report_table, without_paths, write_cases
 from .checkpoint import require_same
 from .data import prepare_table
 from .datasets import choose_splits, coronacases, mosmed, ricord
@@ -264,14 +264,8 @@ def _report(d)->CaseReport: return CaseReport(**d|dict(findings=[Finding(**f) fo
 def _checked(case)->dict:
     "A report of the check as JSON; the files of the case go by their part in it"
     rep = asdict(check_case(case))
-    files = {str(p):k for k,p in {**{f'{k} mask':p for k,p in case.masks.items()}, 'scan':case.ct}.items()}
-    def part(o): return next((k for p,k in files.items() if o==p or o.startswith(p+os.sep)), 'file') if os.path.isabs(o) or o in files else o
-    for f in rep['findings']: f |= dict(what=part(f['what']), fault=_nameless(f['fault'], case), cure=_nameless(f['cure'], case))
+    for f in rep['findings']: f |= {k:without_paths(f[k], case) for k in ('what','fault','cure')}
     return rep
-
-def _nameless(text, case)->str:
-    "A text without paths"
-    return why_failed(CTError('', text, ''), case)[2:].removesuffix('. .')
 
 # %% ../nbs/24_reproduce.ipynb #c75181de
 def twins(

@@ -9,11 +9,11 @@ READY := .venv/.installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test site address notebooks export bench clean
+.PHONY: help demo test fuzz kill test-processors test-oldest site address notebooks export bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## */\1\t/p' Makefile | while IFS='	' read -r t d; do printf '  make %-10s %s\n' "$$t" "$$d"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' Makefile | while IFS='	' read -r t d; do printf '  make %-16s %s\n' "$$t" "$$d"; done
 
 demo: $(READY) ## made-up chest CTs, training, scores on unseen ones, a picture: some minutes; OUT=folder says where
 	$(BIN)/covid3d demo --overwrite $(if $(OUT),--out "$(OUT)")
@@ -21,6 +21,25 @@ demo: $(READY) ## made-up chest CTs, training, scores on unseen ones, a picture:
 test: $(READY) ## run every notebook, then pytest
 	$(ONE_THREAD) $(BIN)/nbdev-test --n-workers 2 --do-print --timing
 	$(BIN)/python -m pytest -q tests
+
+fuzz: $(READY) ## the long form of the fuzz tests: 10,000 damaged NIfTI and 2,000 DICOM; some ten minutes
+	COVID3D_FUZZ=10000 $(BIN)/python -m pytest -q tests/test_fuzz.py
+	COVID3D_FUZZ=2000 $(BIN)/python -m pytest -q tests/test_fuzz_dicom.py
+
+KILLS ?= 10
+kill: $(READY) ## the long form of the kill tests: every command killed KILLS times (10) at random moments
+	COVID3D_KILLS=$(KILLS) $(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_kills.py tests/test_resume.py
+
+test-processors: $(READY) ## notebooks and tests under other instruction sets and numbers of threads; hours
+	@for isa in 'SSE41 default' 'AVX2 avx2' 'AVX512_CORE avx2'; do for n in 1 2; do set -- $$isa; \
+	  echo "== oneDNN $$1, ATen $$2, $$n threads"; export ONEDNN_MAX_CPU_ISA=$$1 ATEN_CPU_CAPABILITY=$$2 OMP_NUM_THREADS=$$n MKL_NUM_THREADS=$$n; \
+	  $(BIN)/nbdev-test --n-workers 2 --do-print || exit 1; $(BIN)/python -m pytest -q tests || exit 1; done; done
+
+test-oldest: ## notebooks and tests with the oldest packages that still install together, in .venv-oldest
+	$(or $(PYTHON),python3.11) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -c tests/oldest.txt -e '.[dev,dicom]'
+	$(ONE_THREAD) PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" .venv-oldest/bin/nbdev-test --n-workers 2 --do-print
+	$(ONE_THREAD) .venv-oldest/bin/python -m pytest -q tests
 
 site: $(READY) ## build the documentation site into _docs/, and README.md
 	$(BIN)/python nbs/_site/build.py

@@ -10,6 +10,7 @@ __all__ = ['prepared_folder', 'CaseReader', 'ReadCT', 'CTBlock', 'ReadMasks', 'L
 
 # %% ../nbs/09_data.ipynb #44b055c7
 import json, os, random, tempfile
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 
@@ -132,8 +133,8 @@ def _prepared_table(table, spec)->tuple:
 # %% ../nbs/09_data.ipynb #86023905
 def _cut_and_aug(spec, p_lesion, aug, on_batch)->tuple:
     "`RandomPatch`, and what augments batches, if anything does"
-    aug = ct_aug_transforms(spec.mm) if aug is None else aug or None
-    if aug: aug.size = spec.patch
+    aug = copy(ct_aug_transforms() if aug is None else aug or None)
+    if aug: aug.size,aug.spacing = spec.patch,aug.spacing or spec.mm
     if aug and on_batch: return RandomPatch(aug.room(spec.patch), p_lesion, None, spec.patch),aug
     return RandomPatch(spec.patch, p_lesion, aug, spec.patch),None
 

@@ -245,6 +245,10 @@ class Slice:
     syntax:str           # Transfer syntax: how the file is encoded
     lossy:bool=False     # Compressed with loss at any time
     step:float=0         # SpacingBetweenSlices, mm; 0 where the file does not say
+    repeats:tuple=()     # SOPInstanceUIDs of the same slice stored again, which were left out
+
+    @property
+    def uids(self)->tuple: return self.uid,*self.repeats
 
 # %% ../nbs/01_dicom.ipynb #c98268db
 def _normal(orientation)->tuple:
@@ -667,7 +671,7 @@ def _stack(slices, p)->tuple:
         if kept and s.height-kept[-1].height<.01:  # C2
             if not np.array_equal(out[len(kept)], out[len(kept)-1]):
                 raise CTError(s.path, f'it lies where {kept[-1].path.name} lies, with other pixels: two acquisitions in one series?', 'Separate the two')
-            repeats += 1
+            kept[-1],repeats = replace(kept[-1], repeats=(*kept[-1].repeats, s.uid)),repeats+1
         else: kept.append(s)
     return kept,out[:len(kept)],[f'{repeats} slice{"s"[:repeats>1]} that came twice left out'] if repeats else []
 

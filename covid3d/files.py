@@ -125,23 +125,33 @@ def _give(at):
         os.close(fd)
 
 # %% ../nbs/02_files.ipynb #0abdc0e8
+def _remove_empty(folders):
+    "Remove folders, innermost first, up to one that holds something"
+    for p in folders:
+        try: p.rmdir()
+        except OSError: return
+
 @contextmanager
 def locked(
-    path: str|Path # Folder to write to, made if it is missing; or a file to write, which has a lock of its own
+    path: str|Path, # Folder to write to, made if it is missing; or a file to write, which has a lock of its own
+    folder: bool = False # It is a folder, whatever its name: `run_0.5` looks like a file
 ):
     "Keep other processes out of a folder (or a file) while the block runs; `CTError` if one is at work there"
     path = Path(path)
-    folder = path.parent if path.suffix and not path.is_dir() else path
-    at = Path(os.path.realpath(folder))/('.covid3d.lock' if folder==path else f'.{path.name}.covid3d.lock')
+    home = path.parent if path.suffix and not folder and not path.is_dir() else path
+    at = Path(os.path.realpath(home))/('.covid3d.lock' if home==path else f'.{path.name}.covid3d.lock')
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        new = [o for o in (home, *home.parents) if not o.exists()]
+        home.mkdir(parents=True, exist_ok=True)
         depth = _take(at)
-    except OSError as e: raise CTError(folder, f'cannot be written to ({e.strerror})', 'Choose another --out') from None
+    except OSError as e: raise CTError(home, f'cannot be written to ({e.strerror})', 'Choose another --out') from None
     if not depth: raise CTError(path, 'another process is writing there', 'Wait for it to end, or choose another --out')
     try:
-        if depth==1: sweep(folder)
+        if depth==1: sweep(home)
         yield
-    finally: _give(at)
+    finally:
+        _give(at)
+        _remove_empty(new)
 
 # %% ../nbs/02_files.ipynb #e9930763
 manifest = 'covid3d.json'

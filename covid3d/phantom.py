@@ -9,8 +9,8 @@ __all__ = ['absent', 'centred_mm', 'chest_plan', 'ring', 'bump', 'oval', 'taper'
            'mediastinum', 'soft_tissue', 'ribs', 'spine', 'sternum', 'couch', 'parenchyma', 'draw_chest',
            'smooth_noise', 'lung_points', 'vessel_tree', 'vessels', 'airways', 'beads', 'stamp', 'draw_tubes',
            'lesion_order', 'lesion', 'lesion_plan', 'draw_lesions', 'best_band', 'best_band_dice', 'scanner_noise',
-           'blend_lung', 'hide_lesions', 'open_airways', 'Phantom', 'check_field', 'phantom', 'splits',
-           'write_phantoms']
+           'blend_lung', 'hide_lesions', 'open_airways', 'Phantom', 'check_field', 'phantom', 'splits', 'check_seed',
+           'phantom_outputs', 'write_phantoms']
 
 # %% ../nbs/03_phantom.ipynb #04b9b5e1
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from scipy.ndimage import gaussian_filter
 
+from .files import Outputs, locked, sweep
 from .show import track
 from .volume import CTError, Volume, canonical_affine, save_volume, write_atomic
 
@@ -506,25 +507,41 @@ def splits(
     return ['train']*(n-valid-test)+['valid']*valid+['test']*test
 
 # %% ../nbs/03_phantom.ipynb #d5534e7f
+def check_seed(
+    seed: int # Of random numbers
+):
+    "Refuse what no random generator takes"
+    if not 0<=seed<2**32: raise CTError('seed', f'{seed} is not a whole number in 0…{2**32-1}', 'Give such a number, for example 0')
+
+# %% ../nbs/03_phantom.ipynb #a318b016
+_homes = dict(ct='ct', lung='lung_mask', lesion='infection_mask')
+_row = 'case','patient','ct','lesion','lung','dataset','split','already_windowed'
+
+def phantom_outputs(out) -> Outputs:
+    "What `write_phantoms` writes"
+    return Outputs(out, 'cases.csv', *(f'{d}/phantom_*.nii.gz' for d in _homes.values()))
+
+# %% ../nbs/03_phantom.ipynb #2cb87dc8
 def write_phantoms(
     out,      # Folder
-    n:int=12, # How many
-    seed:int=0, # Seed of the first; the others count up
+    n: int = 12, # How many, 1 to 10,000
+    seed: int = 0, # Of the first; the others count up
     shape=(96,256,256), # (slice, row, column)
     spacing=(3.,1.4,1.4), # mm
-    overwrite:bool=False # Write over a complete folder?
-)->Path: # `cases.csv`
+    overwrite: bool = False # Replace phantoms that are there
+) -> Path: # `cases.csv`
     "Write phantoms as `ct/`, `lung_mask/` and `infection_mask/`, and their table of cases"
-    table = Path(out)/'cases.csv'
-    if n<1: raise CTError('n', f'{n} phantoms were asked for', 'Ask for one or more')
-    if table.exists() and not overwrite: raise CTError(table, 'the phantoms exist already', 'Choose another folder, or pass overwrite=True (--overwrite)')
-    check_field(shape,spacing); table.unlink(missing_ok=True)
-    rows,folders = [],dict(ct='ct',lung='lung_mask',lesion='infection_mask')
-    for i,split in enumerate(track(splits(n),'phantoms')):
-        ph,case = phantom(seed+i,shape,spacing),f'phantom_{i:03d}'
-        paths = {k:f'{d}/{case}.nii.gz' for k,d in folders.items()}
-        for k,p in paths.items(): save_volume(getattr(ph,k),table.parent/p)
-        rows.append(dict(case=case,patient=case,**paths,dataset='phantom',split=split,already_windowed=''))
-    df = pd.DataFrame(rows)[['case','patient','ct','lesion','lung','dataset','split','already_windowed']]
-    write_atomic(table,df.to_csv(index=False,lineterminator='\n').encode())
+    out,table,files = Path(out),Path(out)/'cases.csv',phantom_outputs(out)
+    if not 1<=n<=10_000: raise CTError('n', f'{n} phantoms cannot be made', 'Ask for 1 to 10,000')
+    check_seed(seed); check_field(shape, spacing)
+    rows = [dict(case=c, patient=c, **{k:f'{d}/{c}.nii.gz' for k,d in _homes.items()}, dataset='phantom', split=s, already_windowed='')
+            for c,s in ((f'phantom_{i:03d}',s) for i,s in enumerate(splits(n)))]
+    with locked(out, folder=True):
+        files.require(overwrite or not table.exists(), 'Choose another folder, or pass overwrite=True (--overwrite)')
+        for d in _homes.values(): sweep(out/d)
+        files.clear(); files.add('cases.csv', *(r[k] for r in rows for k in _homes))
+        for i,r in enumerate(track(rows, 'phantoms')):
+            ph = phantom(seed+i, shape, spacing)
+            for k in _homes: save_volume(getattr(ph, k), out/r[k])
+        write_atomic(table, pd.DataFrame(rows)[[*_row]].to_csv(index=False, lineterminator='\n').encode())
     return table

@@ -38,6 +38,7 @@ from .augment import Augment3d, ct_aug_transforms, light_aug_transforms, spline_
 from .checkpoint import Checkpoint, StopOnNaN, case_digests, described, require_same, weights_digest
 from .data import CTDataLoaders
 from .encoder import download, encoder3d, encoder_info, encoder_state, find_arch, kinetics, read_weights, weights_width, unfinished
+from .files import Outputs, locked, read_json
 from .learner import ScanDice, WhileTraining, check_recipe, thaw, unet_learner_3d
 from .losses import soft_dice
 from .phantom import centred_mm, phantom, ring
@@ -381,6 +382,15 @@ def one_process(
     if num_distrib()>1: raise CTError(what,f'is work for one process, and {num_distrib()} were started','Start it without torchrun')
 
 # %% ../nbs/19_pretrain.ipynb #9b2cc539
+def _begin(out,resume,overwrite):
+    "Remove a former pretraining, unless it is resumed; refuse to replace what is not to be replaced"
+    mine = Outputs(out,'checkpoint.safetensors','encoder.safetensors','history.csv')
+    resumed = resume and (out/'checkpoint.safetensors').exists()
+    mine.require(overwrite or resumed,'Add --resume to go on with a pretraining that was interrupted, choose another --out, or add --overwrite')
+    if not resumed: mine.clear()
+    mine.add(*mine.patterns)
+
+# %% ../nbs/19_pretrain.ipynb #0e976cda
 def pretrain_encoder(
     out,                 # Folder for `encoder.safetensors` and `history.csv`
     arch='r3d_18',       # Encoder: `r3d_18`, `mc3_18`, `r2plus1d_18`
@@ -396,23 +406,24 @@ def pretrain_encoder(
     grid:dict=None,      # `shape` and `spacing` of the phantoms; its own defaults if None
     device=None,         # `cpu`, `cuda`; the best there is if None
     resume:bool=False,   # Go on from the checkpoint in `out`, if there is one, with the same arguments
+    overwrite:bool=True, # Replace a former pretraining in `out`; files that covid3d did not write are never replaced
     **kwargs             # For `encoder3d`: `norm`
 )->Path: # `encoder.safetensors`
     "Train an encoder to find lesions and lungs in phantoms, and to tell shapes apart"
-    one_process('pretraining')
+    one_process('pretraining'); check_recipe(seed=seed,lr=lr,bs=bs,width=width,epochs=steps)
     spec,every,out,device = spec or CTSpec(),min(every,steps),Path(out),torch.device(device or default_device())
     epochs = math.ceil(steps/every)
     info = dict(encoder=getattr(arch,'__name__',arch),width=width,norm='batch')|kwargs|dict(seed=seed,bs=bs,lr=lr,share=share,phantoms=phantoms,
         spacing=spec.spacing,window=spec.window,patch=spec.patch,steps=epochs*every)
     ck = Checkpoint(out/'checkpoint.safetensors',info|dict(every=every,grid=grid,device=device.type))
-    if not (resume and ck.file.exists()):
-        for o in ('encoder.safetensors','history.csv'): (out/o).unlink(missing_ok=True)  # of a former one
-    if not ck.begin(resume):
-        set_seed(seed,reproducible=True)
-        n = phantoms+max(1,phantoms//6)
-        scans = [phantom_scan(10_000*(seed+1)+i,spec,**(grid or {})) for i in track(range(n),'phantoms')]
-        dls = pretrain_loaders(spec,scans[:phantoms],scans[phantoms:],every,bs,share,device=device)
-        fit_or_stop(pretrain_learner(dls,arch,width,**kwargs),ck,epochs,lr,PretrainLog(out,every,info))
+    with locked(out,folder=True):
+        _begin(out,resume,overwrite)
+        if not ck.begin(resume):
+            set_seed(seed,reproducible=True)
+            n = phantoms+max(1,phantoms//6)
+            scans = [phantom_scan(10_000*(seed+1)+i,spec,**(grid or {})) for i in track(range(n),'phantoms')]
+            dls = pretrain_loaders(spec,scans[:phantoms],scans[phantoms:],every,bs,share,device=device)
+            fit_or_stop(pretrain_learner(dls,arch,width,**kwargs),ck,epochs,lr,PretrainLog(out,every,info))
     return out/'encoder.safetensors'
 
 # %% ../nbs/19_pretrain.ipynb #420b1c71
@@ -511,13 +522,18 @@ def file_build(
 # %% ../nbs/19_pretrain.ipynb #4e5da1cb
 study_key = ['weights','fold','seed','budget']
 
+_study_row = [*study_key,'moment','patches','seconds','dice']
+
 def read_study(
     path # CSV of `transfer_study`; need not exist
 )->pd.DataFrame:
     "The rows of a study so far"
-    return pd.read_csv(path) if Path(path).is_file() else pd.DataFrame(columns=[*study_key,'moment','patches','seconds','dice'])
-
-
+    if not Path(path).is_file(): return pd.DataFrame(columns=_study_row)
+    try: df = pd.read_csv(path)
+    except (OSError,ValueError) as e: raise CTError(path,f'is no table of a study ({type(e).__name__})','Choose another folder (--out)') from None
+    lacks = [k for k in _study_row if k not in df]
+    if lacks: raise CTError(path,f'is no table of a study: it has no column {lacks[0]}','Choose another folder (--out)')
+    return df
 
 # %% ../nbs/19_pretrain.ipynb #61551ea0
 def study_files(
@@ -565,9 +581,10 @@ def same_setting(
     "Note what decides about the rows of a study; refuse to add to those of another"
     file,rows = out/'study.json',out/'transfer.csv'
     if len(read_study(rows)):
-        try: then = json.loads(file.read_text()); old = then['weights']
-        except (OSError,ValueError,TypeError,KeyError):
-            raise CTError(rows,'no study.json beside it says how its rows were made','Choose another folder (--out)') from None
+        try: then = read_json(file,remedy='Choose another folder (--out)')
+        except CTError: then = {}
+        if not isinstance(old := then.get('weights'),dict):
+            raise CTError(rows,'no study.json beside it says how its rows were made','Choose another folder (--out)')
         about = about|dict(weights=old|about['weights'])
         try: require_same(file,then|dict(weights=about['weights']|old),about)
         except CTError as e:
@@ -576,6 +593,16 @@ def same_setting(
     write_atomic(file,json.dumps(about,indent=1).encode())
 
 # %% ../nbs/19_pretrain.ipynb #7a73e3cb
+def _add_run(path,table,label,file,fold,seed,patches,kwargs):
+    "Train and score, unless the table has the rows"
+    df,key = read_study(path),dict(zip(study_key,(label,f'{fold[0]}/{fold[1]}',seed,patches)))
+    if len(df) and (df[study_key]==list(key.values())).all(axis=1).any(): return
+    rows = [key|row for row in transfer_run(table,_start(file),fold,seed,patches,**kwargs)]
+    df = pd.DataFrame([*df.to_dict('records'),*rows])
+    write_atomic(path,df.to_csv(index=False,lineterminator='\n').encode())
+    print(*(f'{k} {v}' for k,v in key.items()),f'dice {rows[-1]["dice"]:.3f}',f'{rows[-1]["seconds"]:.0f} s',sep='  ',flush=True)
+
+# %% ../nbs/19_pretrain.ipynb #cf11d5c9
 def transfer_study(
     table,           # Case table, or a folder that `covid3d prepare` wrote
     weights,         # File of encoder weights or `kinetics`, or several: a list, or label → file
@@ -587,17 +614,17 @@ def transfer_study(
 )->pd.DataFrame: # A row for each moment of each run
     "Pretrained against random encoders at the same budget; a run that has its rows is not repeated"
     one_process('transfer study'); check_recipe(**kwargs)
-    files,path = study_files(weights),Path(out)/'transfer.csv'
-    kwargs = one_build(files)|kwargs
-    same_setting(Path(out),study_about(table,files,folds,kwargs))
-    for note in filter(None,(unfinished(f) for f in files.values() if f!='kinetics')): print(note,flush=True)
-    for seed,i,(label,file) in product(seeds,range(folds),{'random':None,**files}.items()):
-        df,key = read_study(path),dict(zip(study_key,(label,f'{i}/{folds}',seed,patches)))
-        if len(df) and (df[study_key]==list(key.values())).all(axis=1).any(): continue
-        rows = [key|row for row in transfer_run(table,_start(file),(i,folds),seed,patches,**kwargs)]
-        df = pd.DataFrame([*df.to_dict('records'),*rows])
-        write_atomic(path,df.to_csv(index=False,lineterminator='\n').encode())
-        print(*(f'{k} {v}' for k,v in key.items()),f'dice {rows[-1]["dice"]:.3f}',f'{rows[-1]["seconds"]:.0f} s',sep='  ',flush=True)
-    df = read_study(path); df = df[df.budget==patches]
-    save_figure(draw_study(df),Path(out)/'transfer.png')
+    for o in seeds: check_recipe(seed=o)
+    with locked(out,folder=True):
+        files,mine = study_files(weights),Outputs(out,'transfer.csv','study.json','transfer.png')
+        mine.require(True)
+        kwargs = one_build(files)|kwargs
+        about = study_about(table,files,folds,kwargs)
+        mine.add(*mine.patterns)
+        same_setting(Path(out),about)
+        for note in filter(None,(unfinished(f) for f in files.values() if f!='kinetics')): print(note,flush=True)
+        runs = product(seeds,range(folds),{'random':None,**files}.items())
+        for seed,i,(label,file) in runs: _add_run(Path(out)/'transfer.csv',table,label,file,(i,folds),seed,patches,kwargs)
+        df = read_study(Path(out)/'transfer.csv'); df = df[df.budget==patches]
+        save_figure(draw_study(df),Path(out)/'transfer.png')
     return df

@@ -15,8 +15,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
+from matplotlib.text import Text
 
-from .volume import Volume, write_atomic
+from .volume import Volume, plain, write_atomic
 
 # %% ../nbs/02_show.ipynb #4fb2760b
 lung_window = (-1350, 150)                        # HU
@@ -64,7 +65,7 @@ def show_slice(
     ax.imshow(img, cmap='gray', vmin=window[0], vmax=window[1], aspect=aspect, interpolation='nearest')
     for m,c in zip(masks, outline_colors):
         if np.any(m): ax.contour(np.asarray(m, dtype=float), levels=[.5], colors=[c], linewidths=1)
-    if title: ax.set_title(title, fontsize=8)
+    if title: ax.set_title(plain(title), fontsize=8, parse_math=False)
     ax.axis('off')
     return ax
 
@@ -88,7 +89,7 @@ def show_slices(
         show_slice(plane_of(ct.data,i,plane), [plane_of(m,i,plane) for m in masks.values()], ax, window, _aspect(ct.spacing, plane), f'{plane} {i}')
     if plane!='sagittal': axs[0][0].text(.03, .97, 'R', color='white', fontsize=8, transform=axs[0][0].transAxes, va='top')
     _legend(fig, masks)
-    if title: fig.suptitle(title, fontsize=9)
+    if title: fig.suptitle(plain(title), fontsize=9, parse_math=False)
     return fig
 
 # %% ../nbs/02_show.ipynb #8715fcf0
@@ -99,7 +100,11 @@ def _figsize(ct, plane, n, size):
 
 def _legend(fig, masks):
     "Name the outlines below the figure"
-    if masks: fig.legend([plt.Line2D([],[],color=c) for _,c in zip(masks, outline_colors)], list(masks), loc='outside lower center', ncols=3, fontsize=8, frameon=False)
+    if not masks: return
+    lines = [plt.Line2D([],[],color=c) for _,c in zip(masks, outline_colors)]
+    names = [plain(k) for k in masks]
+    legend = fig.legend(lines, names, loc='outside lower center', ncols=3, fontsize=8, frameon=False)
+    for t in legend.texts: t.set_parse_math(False)
 
 # %% ../nbs/02_show.ipynb #40384994
 def save_figure(
@@ -109,7 +114,10 @@ def save_figure(
 ):
     "Write `fig` to `path` and close it"
     buf = io.BytesIO()
-    try: fig.savefig(buf, format=Path(path).suffix[1:] or 'png', dpi=dpi, facecolor='white')
+    for t in fig.findobj(Text): t.set_usetex(False)
+    try:
+        with plt.rc_context({'text.usetex':False}):
+            fig.savefig(buf, format=Path(path).suffix[1:] or 'png', dpi=dpi, facecolor='white')
     finally: plt.close(fig)
     write_atomic(path, buf.getvalue())
 

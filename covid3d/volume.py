@@ -6,13 +6,15 @@ Docs: https://covid3d.github.io/covid3d/volume.html.md"""
 
 # %% auto #0
 __all__ = ['canonical_axes', 'max_bytes', 'air', 'host_name', 'temps_here', 'plain', 'CTError', 'canonical_affine', 'Source',
-           'Volume', 'scan_digest', 'to_canonical', 'from_canonical', 'case_name', 'to_hu', 'open_ct',
-           'check_same_grid', 'open_mask', 'temp_beside', 'write_atomic', 'save_volume', 'save_mask']
+           'Volume', 'scan_digest', 'to_canonical', 'from_canonical', 'case_name', 'HUProfile', 'hu_profile', 'to_hu',
+           'open_ct', 'check_same_grid', 'open_mask', 'temp_beside', 'write_atomic', 'save_volume', 'save_mask']
 
 # %% ../nbs/00_volume.ipynb #a587902e
 import hashlib, os, platform, re, secrets, struct
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib, numpy as np
 from isal import igzip, isal_zlib
@@ -114,13 +116,17 @@ def _find(path)->Path:
     "`path` as a NIfTI file that exists and is not one of two twins"
     p = Path(path)
     try: return _find_file(p)
-    except OSError as e: raise CTError(p, f'cannot be read ({e.strerror or e})', 'Check the path and its permissions') from None
+    except (OSError,ValueError) as e:  # ValueError: a name with a NUL in it
+        if isinstance(e, CTError): raise
+        raise CTError(p, f'cannot be read ({getattr(e, "strerror", None) or e})', 'Check the path and its permissions') from None
 
 def _find_file(p)->Path:
     "`_find`, where the operating system may refuse to look"
     if p.is_dir(): raise CTError(p, 'this is a folder, not a NIfTI file', 'Give a .nii or .nii.gz file')
     if not p.name.lower().endswith(('.nii','.nii.gz')): raise CTError(p, 'the name does not end in .nii or .nii.gz', 'Convert the scan to NIfTI first')
-    if not p.is_file(): raise CTError(p, 'no such file', 'Check the path')
+    if not p.is_file():
+        if p.exists(): raise CTError(p, 'this is a pipe or a device, not a file', 'Give a .nii or .nii.gz file')
+        raise CTError(p, 'no such file', 'Check the path')
     twin = p.with_name(p.name[:-3] if p.name.lower().endswith('.gz') else p.name+'.gz')
     if twin.is_file(): raise CTError(p, f'{twin.name} lies beside it, so it is unclear which of the two is meant', 'Remove or rename one')
     return p
@@ -145,13 +151,13 @@ class _File:
     def capacity(self)->int: return self.size*(1032 if self.packed else 1)  # deflate cannot pack more tightly than 1032:1
 
     def fill(self, out, skip=0)->tuple:
-        "Fill `out` with the bytes after the first `skip`; how many there were, and how many followed (1 MiB at most)"
+        "Fill `out` with the bytes after the first `skip`; how many there were, and what followed (1 MiB at most)"
         view,n = memoryview(out).cast('B'),0
         try:
             with (igzip.open if self.packed else open)(self.path, 'rb') as f:
-                f.read(skip)
+                while skip and (k:=len(f.read(min(skip, 2**22)))): skip -= k
                 while n<len(view) and (k:=f.readinto(view[n:n+2**22])): n += k
-                return n,len(f.read(2**20)) if n==len(view) else 0  # reading on to the end is what compares the checksum
+                return n,f.read(2**20) if n==len(view) else b''  # reading on to the end is what compares the checksum
         except (OSError,EOFError,isal_zlib.error) as e:
             fault = f'the gzip stream is damaged or cut short ({e})' if self.packed else f'cannot be read ({e})'
             raise CTError(self.path, fault, 'Copy or download it again') from None
@@ -160,6 +166,12 @@ class _File:
         "The first `n` bytes, fewer where the file is shorter"
         out = bytearray(n)
         return bytes(out[:self.fill(out)[0]])
+
+@contextmanager
+def _memory(path):
+    "A scan that does not fit in memory is an error of that scan"
+    try: yield
+    except MemoryError: raise CTError(path, 'there is not enough memory to open it', 'Use a machine with more memory, or crop the scan') from None
 
 # %% ../nbs/00_volume.ipynb #b552a8de
 _kinds = {348:(nib.Nifti1Header, b'n+1', 352), 540:(nib.Nifti2Header, b'n+2', 544)}
@@ -182,7 +194,9 @@ def _parse_header(f:_File):
     return hdr,first
 
 # %% ../nbs/00_volume.ipynb #78a93d49
-def _check_layout(hdr, first, f:_File)->list:
+_ct_packing,_mask_packing = (2**29,50),(2**30,300)  # bytes in memory above which no file is packed more tightly than so many to 1
+
+def _check_layout(hdr, first, f:_File, packing)->list:
     "Type, shape and offset of the voxels; notes on what was repaired"
     notes,p = [],f.path
     code = int(hdr['datatype'])
@@ -193,10 +207,16 @@ def _check_layout(hdr, first, f:_File)->list:
     if not np.isfinite(offset) or offset<first: raise CTError(p, f'the voxels start at byte {offset:g}, inside the header', 'Export the scan again')  # H4
     if offset%16: notes.append(f'voxel offset {offset:g} is not a multiple of 16')
     _check_shape(hdr, p)
-    need = int(offset)+int(np.prod(_shape(hdr), dtype=object))*bits//8
-    if need>max_bytes or need>f.capacity+2**16 and f.packed:
-        raise CTError(p, f'the header declares {need/2**20:,.0f} MiB, more than the file can hold', 'Copy or export it again')  # H18
+    _check_size(hdr, f, int(offset)+int(np.prod(_shape(hdr), dtype=object))*bits//8, packing)
     return notes
+
+def _check_size(hdr, f:_File, need:int, packing):
+    "No memory is taken for what the file can hardly hold"
+    says = f'the header declares {need/2**20:,.0f} MiB, '
+    if need>max_bytes or need>f.capacity+2**16 and f.packed: raise CTError(f.path, says+'more than the file can hold', 'Copy or export it again')  # H18
+    most,ratio = packing
+    if f.packed and max(need, 4*int(np.prod(_shape(hdr), dtype=object)))>most and need>ratio*f.size:
+        raise CTError(f.path, says+f'more than {ratio} times its packed size', 'Do not trust this file; if it is your own, unpack it first')  # D4
 
 def _shape(hdr)->tuple:
     "Shape in the file, trailing axes of length 1 included"
@@ -232,10 +252,14 @@ def _best_affine(hdr, unit, p)->np.ndarray:
     "The sform, else the qform, else what the spacing alone gives, in mm"
     affine = np.array(hdr.get_best_affine(), dtype=float)
     affine[:3] *= unit
-    size,det = np.linalg.norm(affine[:3,:3], axis=0),np.linalg.det(affine[:3,:3])
+    _check_affine(affine, p)
+    return affine
+
+def _check_affine(affine, p):
+    "An affine that can be inverted, of voxels that a CT can have"
+    with np.errstate(all='ignore'): size,det = np.linalg.norm(affine[:3,:3], axis=0),np.linalg.det(affine[:3,:3])
     if not np.isfinite(affine).all() or not abs(det)>1e-6*size.prod(): raise CTError(p, 'the affine is singular or not a number', 'Export the scan again')  # H14
     if size.min()<1e-3 or size.max()>1e3: raise CTError(p, f'voxels of {"×".join(f"{o:.3g}" for o in size)} mm are no CT', 'Mend the affine in the header')
-    return affine
 
 # %% ../nbs/00_volume.ipynb #c66b27c4
 def _check_quaternion(hdr, p):
@@ -259,6 +283,10 @@ def _affine(hdr, p)->tuple:
         apart = abs((affine-np.diag([unit]*3+[1])@hdr.get_qform())@_corners(_shape(hdr)))[:3].max()
         if not apart<=.5*np.linalg.norm(affine[:3,:3], axis=0).min():
             raise CTError(p, f'sform and qform disagree by {apart:.3g} mm', 'Find out which is right and delete the other')  # H12
+    pix,size = abs(hdr['pixdim'][1:4])*unit,np.linalg.norm(affine[:3,:3], axis=0)
+    if not (abs(pix-size)<=.01*size).all():
+        told = ('×'.join(f'{v:.3g}' for v in o) for o in (pix,size))
+        notes.append('the header gives the spacing as {} mm, its affine as {} mm: the affine was taken'.format(*told))
     return affine,notes
 
 # %% ../nbs/00_volume.ipynb #b23e500d
@@ -267,19 +295,27 @@ def _scaling(hdr, p)->tuple:
     slope,inter = (float(hdr[k]) for k in ('scl_slope','scl_inter'))
     if slope==0 or not np.isfinite(slope): return 1.,0.  # H16
     if not np.isfinite(inter): raise CTError(p, f'the rescale intercept is {inter}', 'Export the scan again')  # H17
+    if slope<0: raise CTError(p, f'the rescale slope is negative ({slope:g}), so dense tissue would be stored as low', 'Export the scan again')
     return slope,inter
 
-def _stored(hdr, f:_File)->np.ndarray:
-    "The voxels in file order as they are stored"
+def _stored(hdr, f:_File)->tuple:
+    "The voxels in file order as they are stored, and notes"
     shape,dtype,offset = _shape(hdr)[:3],np.dtype(_types[int(hdr['datatype'])]).newbyteorder(hdr.endianness),int(hdr['vox_offset'])
     need = offset+int(np.prod(shape))*dtype.itemsize
     short = f'the file ends too early ({{:,}} of {need:,} bytes)'
     if f.capacity<need: raise CTError(f.path, short.format(f.size), 'Copy or download it again')  # D1
     x = np.empty(int(np.prod(shape)), dtype)
-    n,more = f.fill(x.view(np.uint8), offset)
+    n,rest = f.fill(x.view(np.uint8), offset)
     if n<x.nbytes: raise CTError(f.path, short.format(offset+n), 'Copy or download it again')  # D1
-    if f.packed and more==2**20: raise CTError(f.path, 'the gzip stream unpacks to far more than the header declares', 'Do not trust this file')  # D4
-    return x.reshape(shape, order='F')
+    return x.reshape(shape, order='F'),_check_rest(rest, f)
+
+def _check_rest(rest:bytes, f:_File)->list:
+    "Nothing may follow the voxels but a little padding"
+    if not rest: return []
+    if len(rest)<=512 and not any(rest): return [f'{len(rest)} zero bytes follow the voxels']
+    if f.packed and len(rest)==2**20: raise CTError(f.path, 'the gzip stream unpacks to far more than the header declares', 'Do not trust this file')  # D4
+    n = '1 MiB or more' if len(rest)==2**20 else f'{len(rest):,} bytes'
+    raise CTError(f.path, f'{n} follow the voxels that the header declares: it names too few slices, or the file was changed', 'Copy or export it again')
 
 # %% ../nbs/00_volume.ipynb #7b6f7e12
 def _scaled(x, slope, inter)->np.ndarray:
@@ -293,11 +329,12 @@ def _scaled(x, slope, inter)->np.ndarray:
     with np.errstate(over='ignore', invalid='ignore'): x *= x.dtype.type(slope); x += x.dtype.type(inter)
     return x
 
-def _voxels(hdr, f:_File)->np.ndarray:
-    "The voxels in file order, scaled; integers where the scaling keeps them so"
-    x = _stored(hdr, f)
+def _voxels(hdr, f:_File)->tuple:
+    "The voxels in file order, scaled; integers where the scaling keeps them so; and notes"
+    scaling = _scaling(hdr, f.path)
+    x,notes = _stored(hdr, f)
     if not x.dtype.isnative: x = x.byteswap(inplace=True).view(x.dtype.newbyteorder('='))
-    return _scaled(x, *_scaling(hdr, f.path))
+    return _scaled(x, *scaling),notes
 
 # %% ../nbs/00_volume.ipynb #f5b25ad1
 def _shear(affine)->float:
@@ -314,20 +351,112 @@ def _in_order(x)->np.ndarray:
         for i in range(len(v)//2): v[[i,-1-i]] = v[[-1-i,i]]
     return y
 
-def _read(path)->Volume:
+def _read(path, packing)->Volume:
     "Any NIfTI volume on canonical axes, its values as the file means them"
     f = _File(path)
     hdr,first = _parse_header(f)
-    notes = _check_layout(hdr, first, f) + _repair_grid(hdr, f.path)
+    notes = _check_layout(hdr, first, f, packing) + _repair_grid(hdr, f.path)
     affine,more = _affine(hdr, f.path)
-    data,affine,back = to_canonical(_voxels(hdr, f), affine)
-    vol = Volume(_in_order(data), affine, Source(f.path, hdr, back), tuple(notes+more))
+    data,rest = _voxels(hdr, f)
+    data,affine,back = to_canonical(data, affine)
+    more += rest
+    vol = Volume(_in_order(data), affine, Source(f.path, hdr, back))
     if _shear(affine)>1e-3: more.append('sheared axes: voxel volumes are right, distances along the axes are not')  # H13
     if max(vol.spacing)>=10: more.append(f'very thick slices: {max(vol.spacing):.3g} mm')  # H22
     return replace(vol, notes=tuple(notes+more))
 
-# %% ../nbs/00_volume.ipynb #234aa9bd
+# %% ../nbs/00_volume.ipynb #3f3b13be
+def _sampled(x)->tuple:
+    "Up to 131,072 voxels spread over the scan, and the neighbour of each along its row"
+    s = int(np.ceil((x.size/2**17)**(1/3)))
+    return tuple(x[::s,::s,at:][...,:x.shape[2]-1:s].astype(np.float32).ravel() for at in (0,1))
+
+def _no_padding(v)->np.ndarray:
+    "The values without those that repeat far too often to be measured"
+    key,keep = np.rint(np.where(v<-1100, np.rint(v/16)*16, v)),np.ones(len(v), bool)  # lossy compression blurs −2000 a little
+    for part in (key<-1100, (key>=-1100) & (key<=-600)):
+        value,n = np.unique(key[part], return_counts=True)
+        keep &= ~np.isin(key, value[n>.2*n.sum()])
+    return v[keep]
+
+# %% ../nbs/00_volume.ipynb #0d90f4be
+class HUProfile(NamedTuple):
+    "How the values of a scan are distributed, padding left out"
+    air: float     # Fraction in −1100…−600: air and lung
+    between: float # Fraction in −550…−250: edges of the lung, and diseased lung
+    soft: float    # Fraction in −200…150: fat, muscle, blood
+    bone: float    # Fraction above 600
+    below: float   # Fraction below −1300, lower than air can be
+    lowest: float  # 5 % of what lies below −600 lies below this
+    low: float     # Median of what lies below −600
+    middle: float  # Median of what lies in −250…350
+    smooth: float  # Correlation of neighbouring voxels, 0 in noise
+    padded: bool   # Whether a padding below −1100 was left out
+
+def hu_profile(
+    x: np.ndarray # Voxels, three axes
+) -> HUProfile:
+    "Describe the distribution of a scan's values from a sample of them"
+    a,b = _sampled(x)
+    return _profile(a, _alike(a, b))
+
+# %% ../nbs/00_volume.ipynb #a298b1a6
+def _alike(a, b)->float:
+    "Correlation of neighbours, with metal and padding cut off; 0 for constants"
+    c,d = (np.clip(o, -1100, 400) for o in (a,b))
+    with np.errstate(all='ignore'): return float(np.nan_to_num(np.corrcoef(c, d)[0,1]))
+
+def _profile(a, smooth)->HUProfile:
+    "`HUProfile` of sampled values"
+    v = _no_padding(a)
+    padded = (v<-1100).sum()<(a<-1100).sum()
+    def part(lo, hi): return float(((v>lo) & (v<hi)).sum()/max(v.size, 1))
+    low,soft = v[v<-600],v[(v>-250) & (v<350)]
+    low,soft = (o if o.size else np.zeros(1) for o in (low,soft))
+    return HUProfile(part(-1100,-600), part(-550,-250), part(-200,150), part(600,np.inf), part(-np.inf,-1300),
+                     float(np.quantile(low, .05)), float(np.median(low)), float(np.median(soft)), smooth, bool(padded))
+
+# %% ../nbs/00_volume.ipynb #0d47489a
+def _not_hu(q:HUProfile)->str:
+    "What shows that values cannot be the HU of a chest; empty where nothing does"
+    if not q.smooth>.4: return f'neighbouring voxels have nothing in common (correlation {q.smooth:.2f}): noise'
+    if q.below>(.05 if q.padded else .01): return f'{q.below:.1%} of the voxels lie below −1300, lower than air'
+    if q.air<.002: return 'no air: hardly a value between −1100 and −600'
+    if q.bone>min(.25, 1.5*q.air): return f'{q.bone:.0%} of the voxels lie above 600 and {q.air:.0%} are as low as air'
+    if q.low<-1080: return f'the lungs and the air lie at {q.low:.0f}, lower than air'
+    if q.lowest>-760: return f'the lowest values lie at {q.lowest:.0f}, where air is −1000'
+    if q.soft<.03 and q.low<-950: return 'no soft tissue: hardly a value between −200 and 150'
+    if q.soft>=.03 and not -150<q.middle<170: return f'the soft tissue lies at {q.middle:.0f}, where fat is −100 and muscle 60'
+    if q.between>max(.25, 1.5*q.soft): return 'the values between lung and soft tissue predominate'
+    return ''
+
+def _hu_doubts(q:HUProfile)->list:
+    "Notes on a chest that is not like most"
+    notes = []
+    if q.air<.02: notes.append(f'hardly any air ({q.air:.1%} of the voxels): are these HU of a chest?')
+    if q.soft<.1: notes.append(f'hardly any soft tissue ({q.soft:.0%} of the voxels): was the scan masked?')
+    if q.between>q.soft: notes.append('the values between lung and soft tissue predominate: are these HU?')
+    if q.low>-690: notes.append(f'the air and the lungs lie at {q.low:.0f} HU, where most lie below −750')
+    if abs(q.middle)>120 and q.soft>=.03: notes.append(f'the soft tissue lies at {q.middle:.0f} HU, where fat is −100 and muscle 60')
+    return notes
+
+# %% ../nbs/00_volume.ipynb #67d835bb
+_ways_back = {'without the rescale intercept of −1024': lambda v: v-1024, 'with the rescale applied twice': lambda v: v+1024, 'at half their size': lambda v: v*2,
+              'at twice their size': lambda v: v/2, 'at a tenth of their size': lambda v: v*10, 'at ten times their size': lambda v: v/10, 'inverted': lambda v: -v}
+
+def _guess(x)->str:
+    "What was done to the HU, if one of the usual mistakes explains the values"
+    a,b = _sampled(x)
+    a = _no_padding(a) if a.min()<0 else a
+    for name,f in _ways_back.items():
+        if not _not_hu(_profile(f(a), 1)): return f' (HU {name}, it seems)'
+    return ''
+
+# %% ../nbs/00_volume.ipynb #0c9929a1
 air = -1024  # HU: the lowest value a CT number is kept at; scanners pad with −2000, −3024 or −8192
+
+_tell = ('Give a scan in HU (stored value × slope + intercept), or say what its grey levels are: '
+         'already_windowed=(low, high), on the command line --already-windowed low:high')
 
 def _finite(x, p)->tuple:
     "Voxels that are not numbers become air, if they are few"
@@ -337,52 +466,74 @@ def _finite(x, p)->tuple:
     if bad.mean()>.01: raise CTError(p, f'{bad.mean():.0%} of the voxels are NaN or infinite', 'Export the scan again')  # D5
     return np.where(bad, x.dtype.type(min(0, x[~bad].min())), x),[f'{bad.sum()} voxels that were NaN or infinite became air']
 
+def _judge(vol, x, lo, hi)->list:
+    "Notes on values that may be HU; an error for those that are not"
+    p = vol.source.path
+    if lo>=0 and hi<=255: raise CTError(p, f'the values {lo:g}…{hi:g} are grey levels, not HU', _tell)  # D7
+    enough = x.size>=2**15
+    if lo>=-200:
+        why = f'no value is below −200 (found {lo:g}…{hi:g}; a CT without its rescale, or no CT)'
+        raise CTError(p, f'not HU: {why}{_guess(x) if enough else ""}', _tell)  # D6, D9
+    if not enough: return []
+    q = hu_profile(x)
+    if why:=_not_hu(q): raise CTError(p, f'not the HU of a chest: {why} (found {lo:g}…{hi:g}){_guess(x)}', _tell)  # D6, D9
+    return _hu_doubts(q)
+
 def to_hu(
     vol:Volume,           # Values as its file means them
-    already_windowed=None # (low, high) in HU that the grey values 0…255 stand for; None for a scan in HU
+    already_windowed=None # (low, high) in HU that the grey levels 0…255 stand for; None for a scan in HU
 )->Volume: # HU, as int16 where they are whole numbers
     "Say so if the values of `vol` are not HU"
     p = vol.source.path
     x,notes = _finite(vol.data, p)
     lo,hi = x.min(),x.max()
     if lo==hi: raise CTError(p, f'every voxel is {lo}', 'Export the scan again')  # D13
-    if already_windowed is not None: return replace(vol, data=_from_grey(x, lo, hi, p, already_windowed), notes=(*vol.notes,*notes))
-    tell = 'Give a scan in HU, or say what its grey values are: already_windowed=(low, high), on the command line --already-windowed low:high'
-    if lo>=0 and hi<=255: raise CTError(p, f'the values {lo:g}…{hi:g} are grey levels, not HU', tell)  # D7
-    if lo>=-200: raise CTError(p, f'not HU: no value is below −200 (found {lo:g}…{hi:g}; a CT without its rescale, or no CT)', tell)  # D6, D9
+    if already_windowed is not None:
+        x = _from_grey(x, lo, hi, p, already_windowed)
+        return replace(vol, data=x, notes=(*vol.notes,*notes,*_window_doubts(x)))
+    notes += _judge(vol, x, lo, hi)
     if lo<air: notes.append(f'values below {air} (down to {lo:g}) set to {air}')  # D8
     if x.dtype==np.int16: hu = np.maximum(x, np.int16(air), out=x) if lo<air else x
     else: hu = np.clip(x, air, 32767, out=np.empty(x.shape, np.float32 if x.dtype.kind=='f' else np.int16), casting='unsafe')
     return replace(vol, data=hu, notes=(*vol.notes,*notes))
 
-# %% ../nbs/00_volume.ipynb #3f3b13be
+# %% ../nbs/00_volume.ipynb #714345d1
 def _from_grey(x, lo, hi, p, already_windowed)->np.ndarray:
-    "Map grey values 0…255 to the HU range they stand for"
+    "Map grey levels 0…255 to the HU range they stand for"
     try: low,high = (float(o) for o in already_windowed)
     except (TypeError,ValueError): low,high = 0,0
     if not low<high: raise CTError('already_windowed', f'{already_windowed!r} is not (low, high) in HU', 'Give two numbers, the lower first')
     if lo<0 or hi>255: raise CTError(p, f'the values {lo:g}…{hi:g} are not grey levels 0…255, so already_windowed does not fit', 'Leave it out if the scan is in HU')
     return np.ascontiguousarray(x, dtype=np.float32)*np.float32((high-low)/255)+np.float32(low)
 
-# %% ../nbs/00_volume.ipynb #6a758991
+def _window_doubts(x)->list:
+    "A note where the window that was given makes no chest of the grey levels"
+    if x.size<2**15: return []
+    return ['with this window the grey levels hold no air: is it the right one?'] if hu_profile(x).air<.002 else []
+
+# %% ../nbs/00_volume.ipynb #dff30cc4
 def open_ct(
     path,                  # `.nii` or `.nii.gz`
-    already_windowed=None  # (low, high) in HU that the grey values 0…255 of a scan stand for; None for a scan in HU
+    already_windowed=None  # (low, high) in HU that the grey levels 0…255 of a scan stand for; None for a scan in HU
 )->Volume: # HU, int16 or float32, canonical axes
     "Open a CT and say so if it is not one"
-    return to_hu(_read(path), already_windowed)
+    with _memory(path): return to_hu(_read(path, _ct_packing), already_windowed)
 
 # %% ../nbs/00_volume.ipynb #394faf4d
+def _round(x, p)->list:
+    "Take float noise off labels, in place and slice by slice; a note if there was any"
+    off = 0
+    for part in x:
+        if not np.isfinite(part).all(): raise CTError(p, 'the mask holds NaN or infinite values', 'Export the mask as integers')
+        whole = np.rint(part)
+        off = max(off, abs(part-whole).max())
+        if off>1e-3: raise CTError(p, 'the mask holds fractions, not labels', 'Threshold it, or export it as integers')  # P8
+        part[:] = whole
+    return ['labels rounded to whole numbers'] if off else []  # D10
+
 def _labels(x, p, allowed)->tuple:
     "Whole labels as uint8, and notes"
-    noted = []
-    if x.dtype.kind=='f':
-        if not np.isfinite(x).all(): raise CTError(p, 'the mask holds NaN or infinite values', 'Export the mask as integers')
-        r = np.rint(x)
-        off = abs(x-r).max()
-        if off>1e-3: raise CTError(p, 'the mask holds fractions, not labels', 'Threshold it, or export it as integers')  # P8
-        if off: noted = ['labels rounded to whole numbers']  # D10
-        x = r
+    noted = _round(x, p) if x.dtype.kind=='f' else []
     lo,hi = x.min().item(),x.max().item()
     found = np.unique(x) if hi-lo>1 else np.array(sorted({lo,hi}))
     if lo<0: raise CTError(p, f'the mask holds negative values (down to {found.min():g}): is it a CT?', 'Give the mask file')  # P7
@@ -400,8 +551,12 @@ def check_same_grid(
     "Raise `CTError` unless `mask` lies on the grid of `ct`"
     p,name = mask.source.path,ct.source.path.name if ct.source else 'the scan'
     if mask.shape!=ct.shape: raise CTError(p, f'its shape {mask.shape} is not that of {name}, {ct.shape} (slice, row, column)', 'Give the mask of this scan')  # P1
-    apart = abs(mask.affine-ct.affine).max()
-    if apart>1e-3: raise CTError(p, f'its affine differs from that of {name} by {apart:.3g} mm', 'Give the mask of this scan, or resample it to the scan\'s grid')  # P2, P3
+    corners = _corners(ct.shape)
+    apart = abs(np.linalg.solve(ct.affine, mask.affine@corners)-corners).max()
+    if not apart<=.1:
+        cure = 'Give the mask of this scan, or resample it to the scan\'s grid'
+        raise CTError(p, f'its affine differs from that of {name} by {apart:.3g} voxels at a corner', cure)  # P2, P3
+    if apart>1e-3: return [f'affine differed from the scan\'s by {apart:.2g} of a voxel']
     return ['affine differed from the scan\'s by float noise'] if apart>1e-6 else []
 
 def open_mask(
@@ -410,12 +565,13 @@ def open_mask(
     labels=(0,1)  # The labels it may hold
 )->Volume: # uint8 labels, canonical axes
     "Open a mask, on the grid of `like` if that is given"
-    vol = _read(path)
-    noted = []
-    if like is not None:
-        noted = check_same_grid(vol, like)
-        vol = replace(vol, affine=like.affine)
-    x,more = _labels(vol.data, vol.source.path, labels)
+    with _memory(path):
+        vol = _read(path, _mask_packing)
+        noted = []
+        if like is not None:
+            noted = check_same_grid(vol, like)
+            vol = replace(vol, affine=like.affine)
+        x,more = _labels(vol.data, vol.source.path, labels)
     return replace(vol, data=x, notes=vol.notes+tuple(noted+more))
 
 # %% ../nbs/00_volume.ipynb #a4078428
@@ -467,6 +623,7 @@ def save_volume(
     if x.dtype not in (np.uint8,np.int16,np.int32,np.float32,np.float64):
         raise CTError(path, f'voxels of type {x.dtype} cannot be written', 'Give int16 HU or uint8 labels')
     affine = vol.affine[:,[2,1,0,3]]
+    _check_affine(affine, path)
     img = nib.Nifti1Image(x.transpose(2,1,0), affine)
     img.set_sform(affine, 1); img.set_qform(affine, 1); img.header.set_xyzt_units('mm')
     if _shear(affine)>1e-5: img.set_qform(None, 0)  # only the sform can hold shear

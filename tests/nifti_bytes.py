@@ -19,6 +19,14 @@ def hu(shape=(9,8,7), seed=0):
     "Whole HU between air and bone"
     return np.random.default_rng(seed).integers(-1000, 500, shape).astype(np.int16)
 
+def chest(shape=(64,48,40), noise=20, seed=0):
+    "int16 HU that pass for a chest, file axes L-A-S: a body with two lungs and a spine"
+    x,y,z = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing='ij')
+    hu = np.full(shape, -1000.)
+    for value,cy,cx,ry,rx in [(-100,0,0,.85,.9), (45,0,0,.75,.82), (-850,.05,.42,.55,.32), (-850,0,-.42,.5,.3), (500,-.55,0,.16,.12)]:
+        hu[((y-cy)/ry)**2+((x-cx)/rx)**2<1] = value
+    return np.rint(hu+np.random.default_rng(seed).normal(0, noise, shape)).astype(np.int16)
+
 def nifti(data, affine=upright, version=1, order='<', scaling=(1,0), qform=True)->bytes:
     "A valid file; `scaling` is (slope, intercept) as stored, the voxels are not touched"
     img_cls,hdr_cls = [(nib.Nifti1Image,nib.Nifti1Header), (nib.Nifti2Image,nib.Nifti2Header)][version-1]

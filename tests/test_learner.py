@@ -1,13 +1,15 @@
 "Training: rates group by group, fastai's verbs, and what is kept"
-import math, sys
+import math, os, signal, sys
 from types import ModuleType, SimpleNamespace
 
-import pytest, torch
+import fastai.metrics, numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
 from fastai.optimizer import SGD
 
-from covid3d.learner import (CTDataLoaders, CTSpec, KeepBest, PatchDice, ScanDice, encoder3d, load_model, mc3_18, r2plus1d_18, r3d_18, save_model, set_seed, train,
+import covid3d.learner
+from covid3d.data import CaseReader
+from covid3d.learner import (CTDataLoaders, CTSpec, KeepBest, PatchDice, ScanDice, encoder3d, load_model, mc3_18, r2plus1d_18, r3d_18, save_model, segment, set_seed, train,
     unet_learner_3d, write_phantoms)
 from covid3d.pretrain import save_encoder
 from covid3d.volume import CTError
@@ -153,18 +155,22 @@ def test_nan_loss_is_said(table, tmp_path, capfd):
     err = capfd.readouterr().err
     assert err.count('\n')==1 and 'lower' in err and 'covid3d train' in err
 
+@pytest.mark.promise('named')
 def test_weights_and_biases_gets_numbers_only(table, tmp_path, monkeypatch):
-    "A double of the package, which is not among what the tests install, writes down what it is given"
+    "Weights & Biases gets numbers and the recipe, no path and no name"
+    # a double of the package, which is not among what the tests install, writes down what it is given
     told,double = [],ModuleType('wandb')
     double.init = lambda **kw: (told.append(kw), setattr(double, 'run', SimpleNamespace(step=0, summary={})))
     double.log = lambda d, **kw: told.append(d)
     double.config = SimpleNamespace(update=lambda d, **kw: told.append(d))
+    for k in ('WANDB_CONSOLE','WANDB_DISABLE_CODE','WANDB_X_DISABLE_META'): monkeypatch.setenv(k, ''); monkeypatch.delenv(k)  # put back after the test
     monkeypatch.setitem(sys.modules, 'wandb', double); monkeypatch.delitem(sys.modules, 'fastai.callback.wandb', raising=False)
     learn = train(table, tmp_path/'run', spec, pretrained=False, width=4, epochs=2, patches=2, score_every=1, examples=0, log='wandb')
     assert told[0]['config']['epochs']==2 and told[0]['config']['pretrained']=='False' and 'gather_args' not in vars(learn)
     assert sum('train_loss' in o for o in told)==2*len(learn.dls.train) and sum('scan_dice' in o for o in told)==2
     text = repr(told[0]['config'])+repr(told[1:])
     assert 'phantom' not in text and str(tmp_path) not in text
+    assert os.environ['WANDB_CONSOLE']=='off' and os.environ['WANDB_DISABLE_CODE']==os.environ['WANDB_X_DISABLE_META']=='true'  # else it sends the command line and what the terminal shows
 
 @pytest.mark.parametrize('ratio,stages', [(1.,0),(5.,2),(3.,5)])
 def test_early_stages_stay_and_rates_rise(table, tmp_path, ratio, stages):
@@ -205,11 +211,79 @@ def test_tensorboard_counts_steps_through(dls, tmp_path):
     assert [o.step for o in events.Scalars('valid_loss')]==[n,2*n,3*n]
     assert [*dict.fromkeys(o.step for o in events.Scalars('train_loss'))]==[*range(1,3*n+1)]
 
-def test_a_new_training_leaves_nothing_of_the_former(table, tmp_path):
-    "Weights and pictures of another network would pass for those of this one"
-    out = tmp_path/'run'; (out/'examples').mkdir(parents=True)
-    for o in ('model.safetensors','history.csv','history.png','examples/epoch_999.png'): (out/o).write_text('former')
-    class Cut(Callback):
-        def after_step(self): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): train(table, out, spec, pretrained=False, width=4, epochs=1, patches=2, cbs=[Cut()])
-    assert [o.name for o in out.iterdir()]==['checkpoint.safetensors']
+@pytest.mark.promise('silent')
+def test_predict_segments_the_whole_scan(table, dls, tmp_path):
+    "learn.predict of a case, a volume or a path gives the masks of the whole scan on its own grid, those of covid3d predict; fastai's would be those of a patch from its middle"
+    learn,case = learner(dls),dls.valid_cases[0]
+    ct = case.open_ct()
+    want = segment(learn.model, spec, ct)
+    for scan in (case, ct, case.ct, str(case.ct)):
+        got = learn.predict(scan)
+        assert got.keys()==want.keys()=={'lesion'} and got['lesion'].dtype==np.uint8 and (got['lesion']==want['lesion']).all() and got['lesion'].shape==ct.shape
+    with pytest.raises(CTError, match='no such file'): learn.predict(tmp_path/'none.nii.gz')
+
+@pytest.mark.promise('silent')
+@pytest.mark.parametrize('name', ['Dice','DiceMulti','JaccardCoeff','JaccardCoeffMulti','foreground_acc','accuracy'])
+def test_metrics_that_would_always_be_zero_are_refused(dls, name):
+    "A metric of fastai's that compares channels gives 0 for masks of one channel: it is refused, at once and when it is set later"
+    f = getattr(fastai.metrics, name)
+    for m in (f, *([f()] if isinstance(f, type) else [])):
+        with pytest.raises(CTError, match=f'metrics: {name} of fastai .*Use PatchDice'): learner(dls, metrics=[PatchDice(), m])
+    learn = learner(dls, metrics=[fastai.metrics.accuracy_multi, fastai.metrics.rmse])
+    with pytest.raises(CTError, match='Use PatchDice'): learn.metrics = f
+
+@pytest.mark.promise('silent')
+def test_no_augmentation_is_not_guessed(table, tmp_path):
+    "aug=None is refused: it once meant the full augmentation, where readers expect the default or none"
+    with pytest.raises(CTError, match='aug: None is no augmentation. Give light, full, an Augment3d, or False for none'): train(table, tmp_path/'run', spec, pretrained=False, aug=None)
+    assert not (tmp_path/'run').exists()
+
+tiny = dict(pretrained=False, width=4, epochs=1, patches=2, examples=0, device='cpu')
+
+def in_worker(monkeypatch, do):
+    "`do` is called where a process draws its first patch"
+    plain = CaseReader.__call__
+    def call(self, case):
+        if torch.utils.data.get_worker_info() is not None: do()
+        return plain(self, case)
+    monkeypatch.setattr(CaseReader, '__call__', call)
+
+@pytest.mark.fault('X8')
+def test_X8_a_killed_worker_names_the_case(table, tmp_path, monkeypatch):
+    "A process that draws patches is killed, as the system does when memory runs out: the cases, and the way out"
+    in_worker(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(CTError, match='workers: a process that draws patches was killed, while patches of phantom_00.* were awaited.*--workers 0'): train(table, tmp_path/'run', spec, workers=1, **tiny)
+    assert not list((tmp_path/'run').rglob('.*'))
+
+@pytest.mark.fault('X9')
+def test_X9_little_shared_memory(table, tmp_path, monkeypatch):
+    "What PyTorch says of a small /dev/shm, in one line with the way out"
+    def full(): raise RuntimeError('unable to write to file </torch_71_1>: No space left on device (28)')
+    in_worker(monkeypatch, full)
+    with pytest.raises(CTError, match=r'workers: the shared memory \(/dev/shm\) is too small .* phantom_00.*--workers 0'): train(table, tmp_path/'run', spec, workers=1, **tiny)
+
+def test_a_bad_case_in_a_worker_is_one_line(table, tmp_path, monkeypatch):
+    def damaged(): raise CTError('case_1/ct.npy', 'is damaged', 'Prepare it again')
+    in_worker(monkeypatch, damaged)
+    with pytest.raises(CTError, match='^case_1/ct.npy: is damaged. Prepare it again. Then go on with --resume.$'): train(table, tmp_path/'run', spec, workers=1, **tiny)
+
+@pytest.mark.fault('X10')
+@pytest.mark.parametrize('text', ['CUDA out of memory. Tried to allocate 2.00 GiB', "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate"])
+def test_X10_memory_that_does_not_suffice(table, tmp_path, text):
+    "The setting that fits is one option away; a setting that is known to fit is what memory=… chooses (test_memory.py)"
+    class Full(Callback):
+        def after_pred(self): raise RuntimeError(text)
+    with pytest.raises(CTError, match='memory: a training step needs more than there is. Start anew with less: --memory, such as 6GB, or a smaller --bs or --patch'): train(table, tmp_path/'run', spec, cbs=[Full()], **tiny)
+
+def test_other_errors_stay_themselves(table, tmp_path):
+    class Odd(Callback):
+        def after_pred(self): raise RuntimeError('of another kind')
+    with pytest.raises(RuntimeError, match='of another kind'): train(table, tmp_path/'run', spec, cbs=[Odd()], **tiny)
+
+@pytest.mark.promise('lost')
+def test_a_picture_that_cannot_be_drawn_ends_nothing(table, tmp_path, monkeypatch, capsys):
+    "Whatever goes wrong while a picture is drawn, the training goes on"
+    def odd(*_): raise RuntimeError('latex could\nnot be found')
+    monkeypatch.setattr(covid3d.learner, 'save_figure', odd)
+    train(table, tmp_path/'run', spec, plot=True, **tiny|dict(examples=1))
+    assert 'no picture of this epoch: latex could not be found' in capsys.readouterr().out and (tmp_path/'run'/'model.safetensors').exists()

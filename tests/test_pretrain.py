@@ -8,6 +8,7 @@ from scipy.spatial.transform import Rotation
 
 import covid3d.pretrain as module
 from covid3d.encoder import encoder3d
+from covid3d.files import Outputs
 from covid3d.phantom import write_phantoms
 from covid3d.pretrain import (KnownLoss, MixedPatches, branches, classes, encoder_info, grey_curve, inner_grid, kinds, phantom_scan, pretrain_encoder, pretrain_learner,
     pretrain_loaders, random_frame, read_study, save_encoder, segment_mask, set_seed, shapes, transfer_run, transfer_study, unfinished, unknown, weight_labels)
@@ -137,8 +138,9 @@ def test_ctrl_c_before_the_first_epoch(tmp_path, monkeypatch):
     def interrupted(*_): raise KeyboardInterrupt
     monkeypatch.setattr(module.PretrainLog, 'before_fit', interrupted)
     encoder_file(tmp_path/'encoder.safetensors'); (tmp_path/'history.csv').write_text('of a former one')
+    Outputs(tmp_path, '*').add('encoder.safetensors', 'history.csv')
     with pytest.raises(KeyboardInterrupt): pretrain_encoder(tmp_path, steps=2, **tiny)
-    assert [o.name for o in tmp_path.iterdir()]==['checkpoint.safetensors']
+    assert sorted(o.name for o in tmp_path.iterdir())==['checkpoint.safetensors','covid3d.json']
 
 def test_nan_is_an_error(tmp_path, monkeypatch):
     "The message names the step, counted from the first one after a resumption too; what was saved is finite"
@@ -341,6 +343,22 @@ def test_an_unfinished_encoder_is_told(tmp_path, table, runs, capsys):
     save_encoder(encoder3d('r3d_18', False, 4), tmp_path/'e.safetensors', dict(encoder='r3d_18', width=4, norm='batch', step=400, steps=6000))
     transfer_study(table, tmp_path/'e.safetensors', tmp_path/'s', folds=2, patches=10, spec=spec)
     assert capsys.readouterr().out.count('left at step 400 of 6000')==1
+
+@pytest.mark.parametrize('harm,said', [(b'case,dice\na,1\n', 'it has no column weights'), (b'\xff\xfe\0', 'is no table of a study'), (b'', 'is no table of a study')])
+def test_a_table_that_is_none(tmp_path, table, runs, harm, said):
+    file = encoder_file(tmp_path/'e.safetensors')
+    study = lambda: transfer_study(table, file, tmp_path/'s', folds=2, patches=10, spec=spec)
+    study(); (tmp_path/'s'/'transfer.csv').write_bytes(harm)
+    with pytest.raises(CTError, match=said): study()
+    assert (tmp_path/'s'/'transfer.csv').read_bytes()==harm
+
+@pytest.mark.promise('executed')
+def test_a_pipe_in_the_place_of_the_settings_does_not_hang(tmp_path, table, runs):
+    "A named pipe as study.json is refused at once"
+    file = encoder_file(tmp_path/'e.safetensors')
+    study = lambda: transfer_study(table, file, tmp_path/'s', folds=2, patches=10, spec=spec)
+    study(); (tmp_path/'s'/'study.json').unlink(); os.mkfifo(tmp_path/'s'/'study.json')
+    with pytest.raises(CTError, match='no study.json beside it'): study()
 
 def test_numbers_of_the_recipe_are_looked_at(tmp_path, table, runs):
     file = encoder_file(tmp_path/'e.safetensors')

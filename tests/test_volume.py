@@ -74,7 +74,7 @@ def test_there_are_48_orientations(): assert len(set(all_axes))==48
 def test_round_trip_of_any_spacing(tmp_path_factory, axes, spacing, degrees, seed, fmt, gz, scaling):
     check_round_trip(tmp_path_factory.mktemp('trip'), axes, spacing, degrees, *fmt, gz, scaling, np.random.default_rng(seed))
 
-@each('scaling,dtype', [((1,0),np.int16), ((1,-1024),np.int16), ((2,-100),np.int16), ((-1,0),np.int16), ((.5,-600),np.float32)])
+@each('scaling,dtype', [((1,0),np.int16), ((1,-1024),np.int16), ((2,-100),np.int16), ((.5,-600),np.float32)])
 def test_whole_numbers_stay_whole(tmp_path, scaling, dtype):
     base = Base(tmp_path, scaling=scaling)
     vol = open_ct(base.write())
@@ -125,7 +125,7 @@ def stop(*args, **kwargs): raise KeyboardInterrupt
 
 def only(folder, name, content): return [o.name for o in folder.iterdir()]==[name] and (folder/name).read_bytes()==content
 
-@each('broken', ['replace','fsync','fdopen','chmod'])
+@each('broken', ['replace','fsync','open'])
 @each('how', [fail, stop])
 def test_write_fails_half_way(tmp_path, monkeypatch, broken, how):
     (tmp_path/'mask.nii').write_bytes(b'old')
@@ -139,7 +139,7 @@ def test_write_to_read_only_folder(tmp_path, monkeypatch):
     "Simulated, as the tests may run as root, who may write everywhere"
     (tmp_path/'mask.nii').write_bytes(b'old')
     def denied(*args, **kwargs): raise PermissionError(13, 'Permission denied')
-    monkeypatch.setattr('tempfile.mkstemp', denied)
+    monkeypatch.setattr(os, 'open', denied)
     refused(tmp_path/'mask.nii', 'Permission denied', lambda p: write_atomic(p, b'new'))
     assert only(tmp_path, 'mask.nii', b'old')
 

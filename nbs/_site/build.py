@@ -6,7 +6,7 @@ from nbdev.serve import proc_nbs
 
 site = Path(__file__).resolve().parent
 # notebooks are grouped in the sidebar by the tens of their number
-groups = {'0':'Scans and data', '1':'Network and training', '2':'Scores and reports', '3':'Command line', '5':'Tutorials'}
+groups = {'0':'Scans and data', '1':'Network and training', '2':'Scores and reports', '3':'Command line', '4':'Promises', '5':'Tutorials'}
 link_re = re.compile(r'(\]\(|<img\b[^>]*?\bsrc=")(?![a-z]+:|[#/])([^)\s"]+)')
 
 def relink(s, f):

@@ -77,7 +77,17 @@ def again(ds, more=0):
 def test_C2_slice_twice(tmp_path, sets, i):
     same(noted(save_all([*sets,again(sets[i])], tmp_path), '1 slice that came twice left out'))
 
-def test_C2_whole_series_twice(tmp_path, sets): same(noted(save_all([*sets,*map(again, sets)], tmp_path), '6 slices that came twice'))
+def test_C2_whole_series_twice(tmp_path, sets):
+    vol = noted(save_all([*sets,*map(again, sets)], tmp_path), '6 slices that came twice')
+    same(vol); assert all(len(s.uids)==2 for s in vol.source.slices)
+
+@pytest.mark.promise('lost')
+def test_C2_identifiers_of_repeats_are_kept(tmp_path, sets):
+    "A slice stored under several identifiers is found by each of them, so that no outline drawn on one is lost"
+    more = [again(sets[3]),again(sets[3])]
+    kept = noted(save_all([*sets,*more], tmp_path), '2 slices that came twice').source.slices
+    assert [s.uid for s in kept]==[o.SOPInstanceUID for o in sets]
+    assert [set(s.repeats) for s in kept]==[{o.SOPInstanceUID for o in more} if i==3 else set() for i in range(6)]
 
 @each('i', [0,3,5])
 def test_C2_other_pixels(tmp_path, sets, i):

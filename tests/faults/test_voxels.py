@@ -1,13 +1,15 @@
 """Faults of the voxels, D1 to D15: each is made here by the test.
 
 D12 (no lung in the field of view, or lungs cut at the border: the report says null and why, never 0) comes with quantification, which is what measures lungs."""
-import gzip, subprocess, sys, time, tracemalloc
+import gzip, os, struct, subprocess, sys, time, tracemalloc, zlib
 import nibabel as nib, numpy as np, pytest
-from covid3d.volume import air, max_bytes, open_ct, open_mask, save_mask
-from nifti_bytes import Base, hu, nifti, noted, quiet, refused
+from covid3d import volume
+from covid3d.volume import air, canonical_affine, max_bytes, open_ct, open_mask, save_mask, save_volume
+from nifti_bytes import Base, chest, hu, nifti, noted, quiet, refused
 
 each = pytest.mark.parametrize
 
+@pytest.mark.fault('D1')
 @each('keep', [1, 347, 348, 352, 400, -1])
 def test_D1_truncated_nii(plain, keep):
     path = plain.folder/'scan.nii'
@@ -16,18 +18,21 @@ def test_D1_truncated_nii(plain, keep):
 
 def packed(plain): return bytearray(gzip.compress(plain.raw, mtime=0))
 
+@pytest.mark.fault('D2')
 @each('keep', [1, 2, 9, 11, .1, .5, .9, -9, -8, -4, -1])
 def test_D2_truncated_gz(plain, keep):
     raw,path = packed(plain),plain.folder/'scan.nii.gz'
     path.write_bytes(raw[:int(keep*len(raw)) if isinstance(keep, float) else keep])
     refused(path, 'damaged or cut short|not gzip')
 
+@pytest.mark.fault('D2')
 @each('at', [-8, -5, -4, -1], ids=['crc','crc_end','size','size_end'])
 def test_D2_checksum(plain, at):
     raw,path = packed(plain),plain.folder/'scan.nii.gz'
     raw[at] ^= 1; path.write_bytes(raw)
     refused(path, 'gzip stream is damaged')
 
+@pytest.mark.fault('D2')
 def test_D2_stored_block(plain):
     "In an uncompressed deflate block a flipped voxel leaves the stream readable: only the checksum tells"
     raw,path = bytearray(gzip.compress(plain.raw, 0)),plain.folder/'scan.nii.gz'
@@ -35,6 +40,7 @@ def test_D2_stored_block(plain):
     assert nib.load(path).get_fdata().shape==(9,8,7)
     refused(path, 'CRC')
 
+@pytest.mark.fault('D2')
 def test_D2_two_members(plain):
     "Parallel packers write several gzip members: valid, and each checksum counts"
     path,cut = plain.folder/'scan.nii.gz',len(plain.raw)//2
@@ -42,11 +48,13 @@ def test_D2_two_members(plain):
     path.write_bytes(parts[0]+parts[1]); assert np.array_equal(quiet(path).data, plain.canonical)
     parts[1][-8] ^= 1; path.write_bytes(parts[0]+parts[1]); refused(path, 'CRC')
 
+@pytest.mark.fault('D3')
 def test_D3_gz_by_name_only(plain):
     path = plain.folder/'scan.nii.gz'
     path.write_bytes(plain.raw)
     refused(path, 'not gzip. Rename it to .nii')
 
+@pytest.mark.fault('D3')
 def test_D3_gz_but_not_by_name(plain):
     path = plain.folder/'scan.nii'
     path.write_bytes(packed(plain))
@@ -58,10 +66,11 @@ def cost(f)->tuple:
     try: f(); return time.time()-t,tracemalloc.get_traced_memory()[1]
     finally: tracemalloc.stop()
 
-def cheap(path, pattern):
-    seconds,peak = cost(lambda: refused(path, pattern))
+def cheap(path, pattern, opener=open_ct):
+    seconds,peak = cost(lambda: refused(path, pattern, opener))
     assert seconds<5 and peak<2**25
 
+@pytest.mark.fault('D4')
 def test_D4_bomb(plain):
     "256 MiB of zeros behind a header of a few hundred voxels"
     path = plain.folder/'scan.nii.gz'
@@ -71,21 +80,90 @@ def test_D4_bomb(plain):
     assert path.stat().st_size<2**19
     cheap(path, 'unpacks to far more')
 
+@pytest.mark.fault('D4')
 @each('dim', [(32767,)*3, (2000,1000,500)])
 @each('name', ['scan.nii', 'scan.nii.gz'])
 def test_D4_absurd_header(base, dim, name): cheap(base.write(name=name, dim=[3,*dim,1,1,1,1]), 'more than the file can hold|ends too early')
 
+@pytest.mark.fault('D4')
 def test_D4_huge_file(plain):
     "A sparse file of 8 GiB and a little is refused before it is read"
     path = plain.write()
     with open(path, 'r+b') as f: f.truncate(max_bytes+1)
     cheap(path, 'larger than 8 GiB')
 
+def zeros_gz(path, header, n):
+    "A gzip of `header` and `n` zeros, packed a thousand to one, made in no time: one MiB of zeros, repeated as a full-flushed block"
+    z = zlib.compressobj(9, zlib.DEFLATED, -15)
+    head = z.compress(header)+z.flush(zlib.Z_FULL_FLUSH)
+    block,crc = z.compress(bytes(2**20))+z.flush(zlib.Z_FULL_FLUSH),zlib.crc32(header)
+    with path.open('wb') as f:
+        f.write(b'\x1f\x8b\x08'+bytes(7)+head)
+        for _ in range(n>>20): f.write(block); crc = zlib.crc32(bytes(2**20), crc)
+        f.write(z.flush(zlib.Z_FINISH)+struct.pack('<II', crc, (len(header)+n)%2**32))
+
+@pytest.mark.fault('D4')
+@pytest.mark.promise('silent')
+@each('opener', [open_ct, open_mask])
+@each('dtype,code,bits', [(np.uint8,2,8), (np.float64,64,64)])
+def test_D4_header_that_fits_the_stream(tmp_path, opener, dtype, code, bits):
+    "Two megabytes that are, and say they are, two gigabytes of zeros: refused before memory is taken"
+    base,path = Base(tmp_path, data=hu().astype(dtype)),tmp_path/'scan.nii.gz'
+    size = bits//8
+    raw = bytearray(base.raw[:352]); raw[40:56] = struct.pack('<8h', 3, 2048, 1024, 1024//size, 1, 1, 1, 1)
+    zeros_gz(path, bytes(raw), 2**31)
+    assert path.stat().st_size<2**22
+    cheap(path, 'times its packed size', opener)
+
+@pytest.mark.fault('D4')
+@each('name', ['scan.nii', 'scan.nii.gz'])
+def test_D4_offset_far_out(plain, name):
+    "The voxels start gigabytes behind the header"
+    cheap(plain.write(name=name, vox_offset=2**30), 'more than the file|ends too early')
+
+@pytest.mark.fault('D4')
+def test_D4_large_scans_and_empty_masks_open(tmp_path):
+    "The limit is far from real files: a mask packs 500 to 1"
+    mask = np.zeros((300,300,400), np.uint8); mask[10:20,10:20,10:20] = 1
+    path = tmp_path/'mask.nii.gz'; path.write_bytes(gzip.compress(nifti(mask), 9))
+    assert open_mask(path).data.sum()==1000 and mask.nbytes>300*path.stat().st_size
+
+@pytest.mark.fault('D14')
+@each('opener', [open_ct, open_mask])
+def test_D14_out_of_memory(plain, opener, monkeypatch):
+    "A scan that does not fit in memory is an error that names it"
+    path = plain.write()
+    for name in ('_stored','_in_order'):
+        with monkeypatch.context() as m:
+            m.setattr(volume, name, lambda *a: (_ for _ in ()).throw(MemoryError()))
+            refused(path, 'not enough memory', opener)
+
+limited = '''
+import resource, sys
+from covid3d.volume import CTError, open_ct
+for path in sys.argv[:0:-1]:  # the small one first: libraries take memory of their own at the first call
+    try: open_ct(path); break
+    except CTError as e: print(e)
+now = int(open('/proc/self/statm').read().split()[0])*resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now+2**24,)*2)
+try: open_ct(sys.argv[1])
+except CTError as e: print(e)'''
+
+@pytest.mark.fault('D14')
+@pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='limits the memory as Linux does')
+@each('name', ['scan.nii', 'scan.nii.gz'])
+def test_D14_ulimit(tmp_path, name):
+    path = tmp_path/name
+    raw = nifti(np.zeros((256,256,320), np.int16)); path.write_bytes(gzip.compress(raw, 1) if name.endswith('gz') else raw)
+    said = subprocess.run([sys.executable, '-c', limited, path, Base(tmp_path).write(name='small.nii'), tmp_path/'none.nii'], capture_output=True, text=True)
+    assert said.returncode==0 and f'\n{path}: there is not enough memory' in said.stdout, said
+
 def floats(folder, bad, value):
     "A float scan with its first `bad` voxels set to `value`"
     x = hu((10,10,10)).astype(np.float32); x.ravel()[:bad] = value
     return Base(folder, data=x)
 
+@pytest.mark.fault('D5')
 @each('value', [np.nan, np.inf, -np.inf])
 @each('bad', [1, 10])
 def test_D5_few_nan(tmp_path, value, bad):
@@ -94,10 +172,12 @@ def test_D5_few_nan(tmp_path, value, bad):
     want = np.where(np.isfinite(base.canonical), base.canonical, hu((10,10,10)).ravel()[bad:].min())
     assert np.array_equal(vol.data, want); assert want.min()<=-990
 
+@pytest.mark.fault('D5')
 @each('value', [np.nan, np.inf])
 @each('bad', [11, 500, 1000])
 def test_D5_many_nan(tmp_path, value, bad): refused(floats(tmp_path, bad, value).write(), 'are NaN or infinite')
 
+@pytest.mark.fault('D6')
 @each('dtype', [np.int16, np.uint16, np.float32])
 def test_D6_no_rescale(tmp_path, dtype):
     "Stored 0…4095"
@@ -107,6 +187,7 @@ def test_D6_no_rescale(tmp_path, dtype):
 
 grey = np.random.default_rng(0).integers(0, 256, (9,8,7))
 
+@pytest.mark.fault('D7')
 @each('dtype', [np.uint8, np.int16, np.float64])
 def test_D7_windowed(tmp_path, dtype):
     base = Base(tmp_path, data=grey.astype(dtype))
@@ -114,14 +195,18 @@ def test_D7_windowed(tmp_path, dtype):
     vol = open_ct(base.write(), already_windowed=(-1250,250))
     assert np.allclose(vol.data, base.canonical/255*1500-1250, atol=1e-3)
 
+@pytest.mark.fault('D7')
 def test_D7_unit_interval(tmp_path): refused(Base(tmp_path, data=(grey/255).astype(np.float32)).write(), 'grey levels')
 
+@pytest.mark.fault('D7')
 @each('window', [5, (1,), (100,-100), (0,0), 'ab', (1,2,3), (float('nan'),1)])
 def test_D7_bad_window(tmp_path, window):
     refused(Base(tmp_path, data=grey.astype(np.uint8)).write(), 'is not \\(low, high\\)', names='already_windowed', already_windowed=window)
 
+@pytest.mark.fault('D7')
 def test_D7_hu_given_as_windowed(plain): refused(plain.write(), 'not grey levels', already_windowed=(-1000,20))
 
+@pytest.mark.fault('D8')
 @each('pad', [-1025, -2000, -3024, -8192])
 @each('dtype', [np.int16, np.int32, np.float32])
 def test_D8_padding(tmp_path, pad, dtype):
@@ -130,11 +215,13 @@ def test_D8_padding(tmp_path, pad, dtype):
     vol = noted(base.write(), f'values below {air} \\(down to {pad}\\) set to {air}')
     assert np.array_equal(vol.data, np.maximum(base.canonical, air))
 
+@pytest.mark.fault('D9')
 @each('values', [(0,1500), (0,30), (-150,3000), (-1,1)], ids=['mr','pet','soft_tissue','normalised'])
 def test_D9_not_ct(tmp_path, values):
     x = np.random.default_rng(0).uniform(*values, (9,8,7)).astype(np.float32)
     refused(Base(tmp_path, data=x).write(), 'not HU')
 
+@pytest.mark.fault('D10')
 def test_D10_float_labels_read(tmp_path):
     "0.9999 from a scaled mask is the label 1"
     x = (hu()>0)*np.float32(.9999)
@@ -142,6 +229,7 @@ def test_D10_float_labels_read(tmp_path):
     vol = noted(base.write(), 'rounded to whole numbers', open_mask)
     assert vol.data.dtype==np.uint8 and np.array_equal(vol.data, base.canonical>.5)
 
+@pytest.mark.fault('D10')
 @each('slope,inter', [(1,-24), (.5,-600), (2,7)])
 def test_D10_mask_is_not_scaled(tmp_path, slope, inter):
     "The mask of a scan that is stored scaled is uint8 with slope 1 and intercept 0"
@@ -152,6 +240,7 @@ def test_D10_mask_is_not_scaled(tmp_path, slope, inter):
     assert img.get_data_dtype()==np.uint8 and (img.dataobj.slope,img.dataobj.inter)==(1,0)
     assert set(np.unique(img.get_fdata()))=={0,1} and np.array_equal(open_mask(tmp_path/'mask.nii.gz', like=ct).data, mask>.5)
 
+@pytest.mark.fault('D11')
 @each('dtype', [bool, np.int8, np.int64, np.uint64, np.float32, np.float64])
 def test_D11_mask_types(plain, dtype):
     ct = open_ct(plain.write())
@@ -160,6 +249,7 @@ def test_D11_mask_types(plain, dtype):
     assert nib.load(plain.folder/'mask.nii').get_data_dtype()==np.uint8
     assert np.array_equal(quiet(plain.folder/'mask.nii', open_mask, like=ct).data, mask)
 
+@pytest.mark.fault('D11')
 @each('value', [256, -1, .5, np.nan, 2**40])
 def test_D11_no_label(plain, value):
     "A cast would turn 256 and 2**40 into 0, −1 into 255 and 0.5 into 0"
@@ -167,11 +257,13 @@ def test_D11_no_label(plain, value):
     refused(plain.folder/'mask.nii', 'not whole labels', lambda p: save_mask(np.where(ct.data>0, value, 0), ct, p))
     assert not (plain.folder/'mask.nii').exists()
 
+@pytest.mark.fault('D11')
 def test_D11_int64_file(tmp_path):
     "Masks of other tools may be int64"
     base = Base(tmp_path, data=(hu()>0).astype(np.int64))
     assert np.array_equal(quiet(base.write(), open_mask).data, base.canonical)
 
+@pytest.mark.fault('D13')
 @each('value', [0, -1000, 40, -1024])
 @each('dtype', [np.int16, np.float32])
 def test_D13_constant(tmp_path, value, dtype): refused(Base(tmp_path, data=np.full((9,8,7), value, dtype)).write(), f'every voxel is {value}')
@@ -182,24 +274,48 @@ from covid3d.volume import open_ct
 tracemalloc.start(); vol = open_ct(sys.argv[1])
 print(tracemalloc.get_traced_memory()[1]/vol.data.nbytes, vol.data.dtype)'''
 
+@pytest.mark.fault('D14')
 @each('name', ['scan.nii', 'scan.nii.gz'])
 @each('scaling', [(1,0), (1,-1024)], ids=['plain','intercept'])
 def test_D14_memory(tmp_path, name, scaling):
     "Opening 40 MB of int16 takes little more than its own size (twice where axes must be reordered); the real 735×512×512 scales alike"
-    x = np.tile(hu((64,64,8)), (4,4,40))+np.int16(-scaling[1])
+    x = np.tile(chest((64,64,40)), (4,4,8))+np.int16(-scaling[1])
     path = Base(tmp_path, data=x, scaling=scaling).write() if name=='scan.nii' else tmp_path/name
     if name!='scan.nii': path.write_bytes(gzip.compress(nifti(x, scaling=scaling), 1))
     times,dtype = subprocess.run([sys.executable, '-c', measure, path], capture_output=True, text=True, check=True).stdout.split()
     assert dtype=='int16' and float(times)<1.3
 
+@pytest.mark.fault('D15')
 @each('given', ['scan.nii', 'scan.nii.gz'])
 def test_D15_twins(plain, given):
     for name in ('scan.nii','scan.nii.gz'): plain.write(name=name)
     refused(plain.folder/given, 'lies beside it')
 
+@pytest.mark.fault('D15')
 def test_D15_other_names(plain):
     "Only the same name is a twin"
     for name in ('scan.nii','scan2.nii.gz','scan.v2.nii.gz'): path = plain.write(name=name); quiet(path)
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no pipes here')
+@each('opener', [open_ct, open_mask])
+@each('name', ['scan.nii', 'scan.nii.gz'])
+@each('aim', ['/dev/null', '/dev/zero', 'fifo'])
+def test_pipes_and_devices(tmp_path, opener, name, aim):
+    "Never opened, so neither hang nor endless reading"
+    if aim=='fifo': os.mkfifo(tmp_path/name)
+    else: (tmp_path/name).symlink_to(aim)
+    refused(tmp_path/name, 'a pipe or a device', opener)
+
+@each('name', ['a\nb.nii', 'a\x1b[31mb.nii', 'a\u202eb.nii', 'x'*300+'.nii', 'x'*5000+'.nii.gz', 'nul\0.nii', '\udcff.nii'], ids=range(7))
+def test_odd_names(tmp_path, name):
+    "One line without control characters, whatever the name"
+    message = refused(tmp_path/name, 'no such file|cannot be read', names=tmp_path)
+    assert message.isprintable() and message.encode('utf8')
+
+@each('mm', [1e-300, 1e-4, 1e4, float('nan'), 0])
+def test_no_volume_of_absurd_voxels_is_written(tmp_path, mm):
+    vol = volume.Volume(hu(), canonical_affine((mm,1,1)))
+    refused(tmp_path/'scan.nii', 'singular|are no CT', lambda p: save_volume(vol, p))
 
 def test_no_such_file(plain):
     refused(plain.folder/'none.nii', 'no such file'); refused(plain.folder, 'this is a folder')

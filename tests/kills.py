@@ -1,0 +1,42 @@
+"""Starts commands of covid3d in forked children, and kills them: a helper of test_kills.py, not a test.
+
+A line of JSON in: `argv`; `after`, seconds until SIGKILL, or null. A line out: `status` (negative: killed), `secs`, `out`, `err`.
+With `beside`, a second command is started as soon as the file `lock` is there, and its answer comes under `second`."""
+import json, os, signal, sys, tempfile, time
+
+import torch
+import covid3d.evaluate, covid3d.learner, covid3d.pretrain, covid3d.folds, covid3d.reproduce, covid3d.prepare  # once, for all children
+from covid3d.cli import main
+
+def start(argv, out, err) -> int:
+    "A child that runs a command; its process number"
+    if pid := os.fork(): return pid
+    os.setsid()  # its workers are killed with it
+    for fd,f in ((1,out), (2,err)): os.dup2(f.fileno(), fd)
+    torch.set_num_threads(1)
+    status = 70
+    try: status = main(argv)
+    except SystemExit as e: status = e.code
+    finally:
+        sys.stdout.flush(); sys.stderr.flush()
+        os._exit(status or 0)
+
+def run(argv, after=None, meanwhile=None) -> dict:
+    "A command from start to end, killed after some seconds; `meanwhile` is called until it gives something"
+    with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as err:
+        begun,pid,more,status = time.monotonic(),start(argv, out, err),None,None
+        while status is None:
+            got,code = os.waitpid(pid, os.WNOHANG)
+            if got: status = os.waitstatus_to_exitcode(code); break
+            if after is not None and time.monotonic()-begun>after: os.killpg(pid, signal.SIGKILL) if os.getpgid(pid)==pid else os.kill(pid, signal.SIGKILL)
+            if meanwhile and more is None: more = meanwhile()
+            time.sleep(.0005)
+        out.seek(0); err.seek(0)
+        return dict(status=status, secs=time.monotonic()-begun, out=out.read(), err=err.read(), second=more)
+
+if __name__=='__main__':
+    print('ready', flush=True)
+    for line in sys.stdin:
+        o = json.loads(line)
+        beside = (lambda: run(o['beside']) if os.path.exists(o['lock']) else None) if 'beside' in o else None
+        print(json.dumps(run(o['argv'], o.get('after'), beside)), flush=True)

@@ -104,9 +104,9 @@ def _file_names(case) -> dict:
     files = [Path(p) for p in (case.ct, *case.masks.values()) if isinstance(p, (str,Path)) and Path(p).name]
     names = {t:p for p in files for t in (p.name,str(p)) if t.lower() not in _common}
     if not case.private or not files: return names
-    home = files[0] if files[0].is_dir() else files[0].parent
+    home = files[0] if os.path.isdir(files[0]) else files[0].parent
     try: inside = os.listdir(home)[:4096]
-    except OSError: return names
+    except (OSError,ValueError): return names
     return {o:files[0] for o in inside if len(o)>3 and re.search('[^\\W\\d_]', o) and o.lower() not in _common}|names
 
 def without_paths(
@@ -114,7 +114,7 @@ def without_paths(
     case: Case # The case it is about
 ) -> str:
     "The message with the case's name in place of its files' paths, and … in place of any other path"
-    roles = {Path(p):k for k,p in {**{f'{k} mask':p for k,p in case.masks.items()}, 'scan':case.ct}.items()}
+    roles = {Path(p):k for k,p in {**{f'{k} mask':p for k,p in case.masks.items()}, 'scan':case.ct}.items() if isinstance(p, (str,Path))}
     told = _file_names(case)
     names = '|'.join(re.escape(t) for t in sorted(told, key=len, reverse=True))
     tail = r'(?:[/\\](?:[^\'"]*(?=[\'"])|[^\s:\'"]*))?'

@@ -133,13 +133,14 @@ def _write_layout(layout, out, n, seed, overwrite):
 def phantom(
     out:Annotated[str, 'Folder to write', {'opt':False}],
     n:int=12,   # How many scans
-    seed:int=0, # Of the first; the same seed gives the same scans
+    seed:int=None, # Of the first; the same seed gives the same scans. If not given, 0, and for each layout another, so that no two data sets share a scan
     layout:str='folder', # As which data set to lay them out: folder, coronacases, mosmed, covid1920 or ricord
     overwrite:store_true=False # Replace phantoms that are there
 ):
     "Write synthetic chest CTs with lesions, their masks and their case table."
     from covid3d.phantom import check_seed, write_phantoms
     if not 1<=n<=10_000: raise CTError('n', f'{n} scans cannot be made', 'Give 1 to 10000')
+    if seed is None: seed = 100_000*[*_trees].index(layout) if layout in _trees else 0
     writable(out); check_seed(seed)
     if layout=='folder': print('wrote', write_phantoms(out, n, seed, overwrite=overwrite)); return
     if layout not in _trees: raise CTError('layout', f'{layout!r} is unknown', f'Give folder, {", ".join(_trees)}')
@@ -485,10 +486,9 @@ def print_scores(
 def _seen(weights)->set:
     "Digests of the scans that trained or chose weights; None where a file does not tell"
     from covid3d import inference
-    if not hasattr(inference, 'read_seen'): return None
     paths = weights.split(',') if ',' in weights and not Path(weights).exists() else weights
     found = [inference.read_seen(p) for p in inference._weights_in(paths)]
-    return None if None in found else {d for o in found for d in o.scans}
+    return {d for o in found for d in o.scans} if all(o and o.scans for o in found) else None
 
 def _model(weights, device):
     "The network, or several as one, and its spec, on a device"

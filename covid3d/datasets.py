@@ -21,7 +21,7 @@ import numpy as np, pandas as pd
 
 from .cases import Case, columns, parse_window, read_cases, spine_in_front, told
 from .dicom import ct_datasets, digest, find_others, find_series, pseudonym, save_dicom, volume_of
-from .files import Outputs, locked, read_json
+from .files import Outputs, locked, read_json, sweep
 from .show import track
 from .volume import CTError, case_name, plain, save_mask, save_volume, temp_beside, temps_here, to_canonical, write_atomic
 
@@ -786,6 +786,7 @@ def unpack(
 ):
     "Unpack an archive, whole or not at all"
     folder = Path(folder); tmp = temp_beside(folder)
+    sweep(folder.parent)  # what a killed run left there
     try:
         with zipfile.ZipFile(path) as z:
             infos = _check_zip(z, path, folder.name+'/')

@@ -227,7 +227,7 @@ def test_predict_segments_the_whole_scan(table, dls, tmp_path):
 def test_metrics_that_would_always_be_zero_are_refused(dls, name):
     "A metric of fastai's that compares channels gives 0 for masks of one channel: it is refused, at once and when it is set later"
     f = getattr(fastai.metrics, name)
-    for m in (f, *[f()]*isinstance(f, type)):
+    for m in (f, *([f()] if isinstance(f, type) else [])):
         with pytest.raises(CTError, match=f'metrics: {name} of fastai .*Use PatchDice'): learner(dls, metrics=[PatchDice(), m])
     learn = learner(dls, metrics=[fastai.metrics.accuracy_multi, fastai.metrics.rmse])
     with pytest.raises(CTError, match='Use PatchDice'): learn.metrics = f

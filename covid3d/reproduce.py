@@ -228,7 +228,7 @@ def broken(
     "A note of a scan that could not be read"
     m = re.fullmatch(r'(\S+) has no mask: (.*)', note, re.S)
     if m and m[1] in names: return dict(case=m[1], error=_no_paths(m[2]))
-    if m := re.match(r'(scan_\w+): (.*\. \w.*\.)$', note, re.S): return dict(case=m[1], error=_no_paths(m[2]))
+    if m := re.match(r'((?:scan|folder)_\w+): (.*\. \w.*\.)$', note, re.S): return dict(case=m[1], error=_no_paths(m[2]))
     m = re.match(r'((?:\w:)?[/\\][^:]*): (.*\. \w.*\.)$', note, re.S)
     return dict(case=pseudonym(m[1], 'file'), error=_no_paths(m[2])) if m else None
 
@@ -245,7 +245,9 @@ def make_tables(
 )->dict: # `left_out` and `notes`
     "Write cases.csv for all data sets"
     tables = {k:table_of(k, root, out, trained, seed) for k,root in data.items()}
-    write_cases(pd.concat(tables.values(), ignore_index=True), out/'cases.csv')
+    whole = pd.concat(tables.values(), ignore_index=True).fillna('')
+    whole.attrs['left_out'] = [o for df in tables.values() for o in df.attrs.get('left_out', ())]
+    write_cases(whole, out/'cases.csv')
     found = [(k,n,broken(n, set(df.case))) for k,df in tables.items() for n in df.attrs.get('notes', [])]
     return dict(left_out=[dict(data=k, stage='tables')|b for k,_,b in found if b], notes=[f'{titles[k]}: {n}' for k,n,b in found if not b])
 

@@ -144,7 +144,7 @@ def test_what_was_expected(straight):
     asked = number(text.split('disk: about ')[1]); used = sum(o.stat().st_size for o in out.rglob('*') if o.is_file())
     assert used<asked<20*used+3e7 and .8*peak<number(text.split('memory: about ')[1])<2*peak
 
-moments = ('run.json$','ricord_masks/ricord_003','/cases.csv$','check/ricord','stages/check','prepared/ricord_002','training.csv$','model.safetensors$','history.csv$','checkpoint.safetensors$','stages/train','scores/.*picture$','scores/coronacases_003.json$',
+moments = ('run.json$','ricord_masks/scan_','/cases.csv$','check/scan_','stages/check','prepared/scan_','training.csv$','model.safetensors$','history.csv$','checkpoint.safetensors$','stages/train','scores/.*picture$','scores/coronacases_003.json$',
     'ricord/scores.csv$','coronacases/summary.csv$','coronacases/scores.png$','mosmed/index.html$','table.json$','run/index.html$')  # the page of RICORD is there by then, and is replaced
 
 def require_same_end(out, straight, data):

@@ -114,7 +114,7 @@ def without_paths(
     case: Case # The case it is about
 ) -> str:
     "The message with the case's name in place of its files' paths, and … in place of any other path"
-    roles = {Path(p):k for k,p in {**{f'{k} mask':p for k,p in case.masks.items()}, 'scan':case.ct}.items()}
+    roles = {Path(p):k for k,p in {**{f'{k} mask':p for k,p in case.masks.items()}, 'scan':case.ct}.items() if isinstance(p, (str,Path))}
     told = _file_names(case)
     names = '|'.join(re.escape(t) for t in sorted(told, key=len, reverse=True))
     tail = r'(?:[/\\](?:[^\'"]*(?=[\'"])|[^\s:\'"]*))?'

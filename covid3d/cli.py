@@ -540,7 +540,9 @@ def _tell_scan(row):
     files = row['masks'].split(' / ')
     for (k,v),f in zip(ml.items(), files*len(ml)):
         print(plain(f'{row["scan"]} → {f} · {k} {float(v):.1f} ml')+' · already done'*(row['state']=='kept'), flush=True)
-    if row['notes']: print(plain(f'  note: {row["notes"]}'), flush=True)
+    for n in filter(None, row['notes'].split(' · ')):
+        if n.startswith('warning: '): print(plain(f'{row["scan"]}: {n[9:]}'), file=sys.stderr, flush=True)
+        else: print(plain(f'  note: {n}'), flush=True)
 
 # %% ../nbs/30_cli.ipynb #3d6186a7
 @command

@@ -7,11 +7,11 @@ Docs: https://covid3d.github.io/covid3d/reproduce.html.md"""
 # %% auto #0
 __all__ = ['titles', 'published', 'recipes', 'run_files', 'table_head', 'statement', 'bytes_per_weight', 'bytes_per_scan',
            'bytes_of_pages', 'Recipe', 'find_recipe', 'roles', 'look_at', 'as_json', 'begin', 'say', 'in_words',
-           'stage', 'each_case', 'table_of', 'broken', 'make_tables', 'used_cases', 'twins', 'check_all', 'prepare_all',
-           'train_all', 'keep_picture', 'read_picture', 'score_all', 'doubt', 'measured', 'result_table', 'printed',
-           'table_rows', 'other_run', 'report_of', 'write_table', 'expected_scans', 'Trial', 'try_scan', 'try_step',
-           'step_count', 'peak_memory', 'expect', 'free_disk', 'describe', 'net_of', 'plan_run', 'check_out',
-           'sweep_all', 'about_run', 'evaluate_all', 'reproduce', 'start_run', 'run_stages']
+           'stage', 'each_case', 'table_of', 'broken', 'lost_of', 'make_tables', 'used_cases', 'twins', 'check_all',
+           'prepare_all', 'train_all', 'keep_picture', 'read_picture', 'score_all', 'doubt', 'measured', 'result_table',
+           'printed', 'table_rows', 'other_run', 'report_of', 'write_table', 'expected_scans', 'Trial', 'try_scan',
+           'try_step', 'step_count', 'peak_memory', 'expect', 'free_disk', 'describe', 'net_of', 'plan_run',
+           'check_out', 'sweep_all', 'about_run', 'evaluate_all', 'reproduce', 'start_run', 'run_stages']
 
 # %% ../nbs/24_reproduce.ipynb #ecb7b5b7
 import hashlib, html, json, os, re, shutil, sys, time
@@ -25,11 +25,11 @@ import numpy as np, pandas as pd, torch
 from fastai.learner import Learner
 
 from . import __version__
-from .cases import CaseReport, Finding, check_case, read_cases, report_table, without_paths, write_cases
+from .cases import CaseReport, Finding, check_case, read_cases, report_table, sources_path, without_paths, write_cases
 from .checkpoint import require_same
 from .data import prepare_table
 from .datasets import choose_splits, coronacases, mosmed, ricord
-from .dicom import open_scan, pseudonym
+from .dicom import open_scan
 from .distributed import place
 from .evaluate import (Extremes, Snapshot, as_table, bullets, counts, html_table, least_patients, many, pack, page, read_scores, row_from, score_cases, scores_csv, section,
     snapshot, summarise, to_json, unpack, why_failed, write_report)
@@ -128,7 +128,7 @@ def look_at(
     return dict(files=n, bytes=total, digest=h.hexdigest())
 
 # %% ../nbs/24_reproduce.ipynb #ff5400b6
-run_files = ('run.json','cases.csv','training.csv','check.csv','table.csv','table.md','table.json','index.html')  # that covid3d.json lists
+run_files = ('run.json','cases.csv','cases_sources.csv','training.csv','training_sources.csv','check.csv','table.csv','table.md','table.json','index.html')  # that covid3d.json lists
 
 def as_json(o)->str:
     "JSON in which what it does not know is its name"
@@ -227,14 +227,18 @@ def broken(
 )->dict: # `case` and `error`; None if the note tells of no broken scan
     "A note of a scan that could not be read"
     m = re.fullmatch(r'(\S+) has no mask: (.*)', note, re.S)
-    if m and m[1] in names: return dict(case=m[1], error=_no_paths(m[2]))
-    if m := re.match(r'((?:scan|folder)_\w+): (.*\. \w.*\.)$', note, re.S): return dict(case=m[1], error=_no_paths(m[2]))
-    m = re.match(r'((?:\w:)?[/\\][^:]*): (.*\. \w.*\.)$', note, re.S)
-    return dict(case=pseudonym(m[1], 'file'), error=_no_paths(m[2])) if m else None
+    return dict(case=m[1], error=_no_paths(m[2])) if m and m[1] in names else None
 
 def _no_paths(text)->str:
     "A text with … in place of each path"
     return re.sub(r'(?<![\w/])(?:[A-Za-z]:\\|/)[^\s:,;\'"]*[/\\][^:,;\'"]*', '…', text)
+
+def lost_of(df)->list:
+    "What a reader's table had to leave out, and the notes that tell of nothing lost"
+    gone = [dict(case=k, error=_no_paths(why)) for k,_,why in df.attrs.get('left_out', ()) if k.startswith('folder_')]
+    found = [(n,broken(n, set(df.case))) for n in df.attrs.get('notes', [])]
+    told = {o['case'] for o in gone}
+    return gone+[b for _,b in found if b],[n for n,b in found if not b and n.partition(':')[0] not in told]
 
 # %% ../nbs/24_reproduce.ipynb #13dee3de
 def make_tables(
@@ -245,11 +249,11 @@ def make_tables(
 )->dict: # `left_out` and `notes`
     "Write cases.csv for all data sets"
     tables = {k:table_of(k, root, out, trained, seed) for k,root in data.items()}
-    whole = pd.concat(tables.values(), ignore_index=True).fillna('')
-    whole.attrs['left_out'] = [o for df in tables.values() for o in df.attrs.get('left_out', ())]
-    write_cases(whole, out/'cases.csv')
-    found = [(k,n,broken(n, set(df.case))) for k,df in tables.items() for n in df.attrs.get('notes', [])]
-    return dict(left_out=[dict(data=k, stage='tables')|b for k,_,b in found if b], notes=[f'{titles[k]}: {n}' for k,n,b in found if not b])
+    every = pd.concat(tables.values(), ignore_index=True)
+    every.attrs = dict(left_out=[o for df in tables.values() for o in df.attrs.get('left_out', ())])
+    write_cases(every, out/'cases.csv')
+    lost = {k:lost_of(df) for k,df in tables.items()}
+    return dict(left_out=[dict(data=k, stage='tables')|o for k,(gone,_) in lost.items() for o in gone], notes=[f'{titles[k]}: {n}' for k,(_,notes) in lost.items() for n in notes])
 
 # %% ../nbs/24_reproduce.ipynb #b1f5601c
 def used_cases(
@@ -305,6 +309,7 @@ def prepare_all(
     df = df[df.case.isin(used)]
     for s in ('train','valid'):
         if not (df.split==s).any(): raise _none_left(s, left_out)
+    if sources_path(out/'cases.csv').exists(): write_atomic(sources_path(out/'training.csv'), read_bytes(sources_path(out/'cases.csv')))
     write_atomic(out/'training.csv', df.to_csv(index=False, lineterminator='\n').encode())
     done = prepare_table(out/'training.csv', out/'prepared', spec)
     return dict(left_out=[dict(data=used[c][0], stage='prepare', case=c, error=why_failed(o, used[c][1])) for c,o in zip(df.case, done) if isinstance(o, CTError)])

@@ -400,17 +400,18 @@ def test_any_seed(root, tmp_path, seed): assert run('cases','covid1920', root/'c
 def test_predict_dicom_segmentation(archive, weights, tmp_path, capfd, monkeypatch):
     "`--format seg` writes one object a scan that refers to its slices; a NIfTI cannot have one"
     import highdicom as hd
-    monkeypatch.setattr('covid3d.inference.segment', lambda model, spec, ct, *a, **k: dict(lesion=((ct.data>-800)&(ct.data<-300)).astype(np.uint8)))
+    monkeypatch.setattr('covid3d.predict.segment', lambda model, spec, ct, *a, **k: dict(lesion=((ct.data>-800)&(ct.data<-300)).astype(np.uint8)))
     argv = ['predict', archive/'S0', '--weights', weights, '--device','cpu']
     assert run(*argv, '--out', tmp_path/'nii')==0 and run(*argv, '--out', tmp_path/'seg', '--format','seg')==0
-    seg = hd.seg.segread(tmp_path/'seg'/'scan_001_seg.dcm')
     ct = open_series(archive/'S0')
-    nii = np.asarray(nib.load(tmp_path/'nii'/'scan_001_lesion.nii.gz').dataobj).transpose(2,1,0)
+    name = pseudonym(ct.source.slices[0].series)
+    seg = hd.seg.segread(tmp_path/'seg'/f'{name}_seg.dcm')
+    nii = np.asarray(nib.load(tmp_path/'nii'/f'{name}_lesion.nii.gz').dataobj).transpose(2,1,0)
     assert np.array_equal(seg.pixel_array, nii) and nii.any()
     assert {o.ReferencedSOPInstanceUID for o in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}=={s.uid for s in ct.source.slices}
     capfd.readouterr()
     save_volume(ct, tmp_path/'one.nii.gz')
-    assert run('predict', tmp_path/'one.nii.gz', '--weights', weights, '--out', tmp_path/'x', '--format','seg', '--device','cpu')==1
+    assert run('predict', tmp_path/'one.nii.gz', '--weights', weights, '--out', tmp_path/'x', '--format','seg', '--device','cpu')==2
     assert 'was not read from DICOM' in capfd.readouterr().err and not list((tmp_path/'x').glob('*')) 
 
 def test_plain_layout_with_dicom_scans(phantoms, tmp_path):

@@ -394,12 +394,12 @@ def test_X6_a_write_that_fails_leaves_no_page_beside_other_figures(tmp_path, mon
 
 @pytest.mark.fault('X6')
 @pytest.mark.promise('lost')
-@pytest.mark.parametrize('limit,page', [(12_000,False),(25_000,True)])
-def test_X6_a_full_disk_costs_pictures_and_never_scores(tmp_path, capsys, limit, page):
+@pytest.mark.parametrize('limit,title,page', [(13_000,'x',True),(15_000,'x'*9000,False)], ids=['no pictures','no page'])
+def test_X6_a_full_disk_costs_pictures_and_never_scores(tmp_path, capsys, limit, title, page):
     "On a disk that is full once the scores are written, scores.csv, summary.csv and report.json are whole and what is missing is told"
     df,was = cohort([f'case_{i}' for i in range(10)]),resource.getrlimit(resource.RLIMIT_FSIZE); refused = ''
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit,was[1]))
-    try: write_report(df, tmp_path/'r')
+    try: write_report(df, tmp_path/'r', title)
     except CTError as e: refused = str(e)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, was)
     assert 'scores.png could not be drawn (cannot be written' in capsys.readouterr().err and ('index.html' in refused and 'cannot be written' in refused)!=page

@@ -128,7 +128,7 @@ def test_the_table(straight, data):
     assert mine.left_out.astype(int).to_dict()==dict(ricord=1, coronacases=1, mosmed=1) and 'flatters' in mine.differs['ricord']
     pub = df[df.what=='published']; assert pub[pub.source.str.startswith('Bressem')].dice.astype(float).tolist()==[.679,.648,.405] and (pub.source!='').all() and (pub.differs!='').all()
     js = json.loads((out/'table.json').read_text()); lost = {o['data']:o for o in js['left_out']}
-    assert {k:o['stage'] for k,o in lost.items()}==dict(ricord='tables', coronacases='check', mosmed='check') and lost['coronacases']['case']=='coronacases_002' and all('\n' not in o['error'] and str(data['ricord'].parent) not in o['error']+o['case'] for o in lost.values()) and lost['ricord']['case'].startswith(('file_','scan_'))
+    assert {k:o['stage'] for k,o in lost.items()}==dict(ricord='tables', coronacases='check', mosmed='check') and lost['coronacases']['case']=='coronacases_002' and all('\n' not in o['error'] and str(data['ricord'].parent) not in o['error']+o['case'] for o in lost.values()) and lost['ricord']['case'].startswith(('folder_','scan_'))
     for k,names in dict(ricord=None, coronacases=['coronacases_001','coronacases_003'], mosmed=['study_0255','study_0257']).items():
         s = read_scores(out/k); assert (s.error=='').all() and abs(s.dice.mean()-float(mine.dice[k]))<1e-5 and (names is None or s.case.tolist()==names)
         row = score_case(*load_model(out/'train'/'model.safetensors')[:2], next(c for c in read_cases(out/'cases.csv') if c.name==s.case[0])); assert abs(row['dice']-s.dice[0])<1e-5 and row['tp']==s.tp[0]
@@ -144,7 +144,7 @@ def test_what_was_expected(straight):
     asked = number(text.split('disk: about ')[1]); used = sum(o.stat().st_size for o in out.rglob('*') if o.is_file())
     assert used<asked<20*used+3e7 and .8*peak<number(text.split('memory: about ')[1])<2*peak
 
-moments = ('run.json$','ricord_masks/scan_','/cases.csv$','check/scan_','stages/check','prepared/scan_','training.csv$','model.safetensors$','history.csv$','checkpoint.safetensors$','stages/train','scores/.*picture$','scores/coronacases_003.json$',
+moments = ('run.json$','ricord_masks/scan_','/cases.csv$','check/scan_','stages/check','prepared/.*scan_','training.csv$','model.safetensors$','history.csv$','checkpoint.safetensors$','stages/train','scores/.*picture$','scores/coronacases_003.json$',
     'ricord/scores.csv$','coronacases/summary.csv$','coronacases/scores.png$','mosmed/index.html$','table.json$','run/index.html$')  # the page of RICORD is there by then, and is replaced
 
 def require_same_end(out, straight, data):

@@ -404,8 +404,9 @@ def _find_json(root, annotations)->Path:
 # %% ../nbs/05_datasets.ipynb #00c2f2ea
 def _fault_of(e, folder) -> str:
     "Why a folder does not open, without its name"
-    if isinstance(e, CTError): e = told(e, Case(pseudonym(folder, 'folder'), folder)); return f'{e.fault}. {e.cure}'
-    return f'cannot be read ({e.strerror or type(e).__name__})'
+    if not isinstance(e, CTError): e = CTError(folder, f'cannot be read ({e.strerror or type(e).__name__})', 'Check its permissions')
+    e = told(e, Case(pseudonym(folder, 'folder'), folder))
+    return f'{e.fault}. {e.cure}.'
 
 def _walk_dicom(root, notes) -> tuple:
     "(path, `Series`) of all series below `root`; (path, why) of folders that do not open; what else there is, by kind"
@@ -415,7 +416,7 @@ def _walk_dicom(root, notes) -> tuple:
         try: series = find_series(folder); others += series[0].skipped if series else find_others(folder)
         except (CTError,OSError) as e: broken.append((str(at), _fault_of(e, folder))); continue
         if series and plain(at)!=str(at):
-            broken.append((ascii(str(at)), 'its path holds a control character, or bytes that are no UTF-8')); continue
+            broken.append((ascii(str(at)), 'its path holds a control character, or bytes that are no UTF-8. Rename the folder.')); continue
         found += [(str(at if len(series)==1 else s.slices[0].path.absolute()), s) for s in series]
     return found,broken,others
 
@@ -456,8 +457,8 @@ def _find_dicom(root, notes) -> tuple:
     "(path, `Series`) of all series that become cases, and what was left out: name, path, why"
     found,broken,others = _walk_dicom(root, notes)
     left = [(pseudonym(p, 'folder'), p, why) for p,why in broken]
-    if left: notes.append(f'{_number(len(left), "folder")} left out, which could not be read: '+', '.join(o[0] for o in left[:5])+', …'*(len(left)>5))
-    notes += [f'{k}: {why}' for k,_,why in left[:5]]
+    if left: notes.append(f'{_number(len(left), "folder")} left out, which could not be read:')
+    notes += [f'{k}: {why}' for k,_,why in left]
     if others: notes.append(f'no CT series: {", ".join(f"{n} {k}" for k,n in sorted(others.items()))}')
     found = _once(found, notes, left)
     nameless = sum(s.patient==digest('') for _,s in found)

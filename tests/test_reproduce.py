@@ -233,8 +233,16 @@ def test_data_sets_of_the_same_phantoms_say_so(tmp_path):
     write_ricord(ph, tmp_path/'r'); write_coronacases(ph, tmp_path/'c'); write_mosmed(ph, tmp_path/'m')
     with pytest.raises(CTError, match=r'no scan for training is left: \d scans of \d scans left out hold the same voxels as scans that test. Give data sets that share no scan \(phantoms: another --seed for each\)'):
         reproduce(tmp_path/'run', tmp_path/'r', tmp_path/'c', tmp_path/'m', **small)
-    write_coronacases([phantom(20+i, shape=(32,96,96), spacing=(9,3.7,3.7)) for i in range(2)], tmp_path/'c2')
-    assert reproduce(tmp_path/'other', tmp_path/'r', tmp_path/'c2', **small) is not None
+
+@pytest.mark.promise('silent')
+def test_phantom_layouts_of_the_default_seed_share_no_scan(tmp_path, monkeypatch, capsys):
+    "`covid3d phantom` without --seed draws other phantoms for each layout, so that together they make a run"
+    from covid3d import cli
+    seeds = {}
+    monkeypatch.setattr(cli, '_write_layout', lambda layout, out, n, seed, overwrite: seeds.update({layout:seed}))
+    for k in ('ricord','coronacases','mosmed','covid1920'): assert cli.main(['phantom',str(tmp_path/k),'--n','4','--layout',k])==0
+    first = sorted(seeds.values()); assert len(seeds)==4 and min(b-a for a,b in zip(first, first[1:]))>=10_000
+    assert cli.main(['phantom',str(tmp_path/'x'),'--layout','mosmed','--seed','5'])==0 and seeds['mosmed']==5
 
 def test_a_plan_tells_what_it_measures_as_it_goes(data, tmp_path, monkeypatch, capfd):
     "A line for each data set stands there before its scan is read"

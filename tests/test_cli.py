@@ -42,7 +42,7 @@ def test_whole_way(data, tmp_path, capfd):
     assert main(['cases','folder',str(data),'--valid','phantom_003','--test','phantom_004','-o',str(table)])==0
     small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','2','--patches','2','--device','cpu']
     assert main(['train',str(table),'--out',str(run),*small])==0
-    assert sorted(o.name for o in run.iterdir())==['checkpoint.safetensors','examples','history.csv','model.safetensors']
+    assert sorted(o.name for o in run.iterdir())==['checkpoint.safetensors','covid3d.json','examples','history.csv','model.safetensors']
     history = list(csv.DictReader((run/'history.csv').open()))
     assert len(history)==2 and 0<=float(history[-1]['scan_dice'])<=1
     _,ct_spec,net = load_model(run/'model.safetensors')

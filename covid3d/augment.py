@@ -465,10 +465,10 @@ class Augment3d(ItemTransform):
     split_idx,order = 0,20
     def __init__(self,
         tfms:list,           # `Aug3d`s, in the order in which they are drawn
-        spacing=(1.,1.,1.),  # (slice, row, column) of the patches in mm
+        spacing=None,        # (slice, row, column) of the patches in mm; `CTDataLoaders` fill it in; needed for all but zooms, mirror images and greys
         size:tuple=None,     # (slice, row, column) of the patch that is wanted, voxels; that of the input if None
         linear_masks:bool=False # Interpolate masks and cut at one half, instead of taking the nearest voxel
-    ): self.tfms,self.spacing,self.size,self.linear_masks = list(tfms),tuple(spacing),size,linear_masks
+    ): self.tfms,self.spacing,self.size,self.linear_masks = list(tfms),spacing and tuple(spacing),size,linear_masks
 
     def draw(self,
         n:int=1 # Samples
@@ -485,6 +485,16 @@ class Augment3d(ItemTransform):
         out = self.apply(x, y[0] if y else None, self.draw(len(x)), self.size or x.shape[2:])
         return tuple(type(o)(v[0] if single else v) for o,v in zip(xy, out))
 
+# %% ../nbs/07_augment.ipynb #6e85e9e4
+@patch
+def mm(self:Augment3d,
+    d:Draw # What was drawn
+)->tuple: # (slice, row, column); three ones where it makes no difference
+    "The size of a voxel, for the changes that need it; `CTError` if it is not known"
+    if self.spacing is not None: return self.spacing
+    if d.field is None and bool((d.matrix*(1-torch.eye(4))).abs().max()<1e-6): return 1.,1.,1.
+    raise CTError('spacing', 'the size of a voxel is not known, and this augmentation is in mm', 'Give Augment3d([…], spacing=(4,2.8,2.8))')
+
 # %% ../nbs/07_augment.ipynb #b2627e51
 @patch
 def apply(self:Augment3d,
@@ -496,7 +506,7 @@ def apply(self:Augment3d,
 )->tuple: # (CT float32 in [0, 1], masks)
     "Apply a draw to a batch"
     x = tone(x, d)
-    if not d.still or tuple(size)!=tuple(x.shape[2:]): x,y = warp(x, y, d, size, self.spacing, centre, self.linear_masks)
+    if not d.still or tuple(size)!=tuple(x.shape[2:]): x,y = warp(x, y, d, size, self.mm(d), centre, self.linear_masks)
     for t,strengths in d.then: t.apply(x, strengths)
     return x.clamp_(0,1) if d.then else x,y
 
@@ -523,7 +533,7 @@ def cut(self:Augment3d,
     voxel=None      # A voxel of the scan, (slice, row, column), that stays where `start` would put it
 )->tuple: # (CT (1, *size) float32 in [0, 1], masks (class, *size))
     "Cut a patch from a scan, bent on the way"
-    d,mm,start,n = self.draw(),torch.tensor(self.spacing),torch.tensor(start),torch.tensor(size)
+    d,start,n = self.draw(),torch.tensor(start),torch.tensor(size); mm = torch.tensor(self.mm(d))
     half = (n-1)/2; centre = start+half
     if voxel is not None:
         at = torch.tensor(voxel)
@@ -543,16 +553,15 @@ def room(self:Augment3d,
     tries:int=300 # Draws, of which the largest counts
 )->tuple: # (slice, row, column) in voxels, `size` or more
     "The size that patches need, so that what is turned into a patch of `size` lies in them"
-    mm = torch.tensor(self.spacing)
+    def box(d): mm = torch.tensor(self.mm(d)); return [o.abs()/mm for o in self.reach(d, (torch.tensor(size)-1)/2*mm)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        boxes = [self.reach(self.draw(), (torch.tensor(size)-1)/2*mm) for _ in range(tries)]
-    most = torch.stack([o.abs() for b in boxes for o in b]).amax(0)
-    return tuple(max(n, 2*math.ceil(float(r)-n/2)+n) for n,r in zip(size, most/mm))
+        most = torch.stack([o for _ in range(tries) for o in box(self.draw())]).amax(0)
+    return tuple(max(n, 2*math.ceil(float(r)-n/2)+n) for n,r in zip(size, most))
 
 # %% ../nbs/07_augment.ipynb #b59962a4
 def ct_aug_transforms(
-    spacing=(4.,2.8,2.8), # (slice, row, column) of the patches in mm
+    spacing=None,         # (slice, row, column) of the patches in mm; `CTDataLoaders` fill it in
     flip:float=.5,        # Probability of a mirror image, 0 to 1
     degrees:float=15,     # Rotation about the body axis, at most
     tilt:float=0,         # Degrees about the other axes, at most; more than 0 needs 3D interpolation and zooms slices too

@@ -133,13 +133,14 @@ def _write_layout(layout, out, n, seed, overwrite):
 def phantom(
     out:Annotated[str, 'Folder to write', {'opt':False}],
     n:int=12,   # How many scans
-    seed:int=0, # Of the first; the same seed gives the same scans
+    seed:int=None, # Of the first; the same seed gives the same scans. If not given, 0, and for each layout another, so that no two data sets share a scan
     layout:str='folder', # As which data set to lay them out: folder, coronacases, mosmed, covid1920 or ricord
     overwrite:store_true=False # Replace phantoms that are there
 ):
     "Write synthetic chest CTs with lesions, their masks and their case table."
     from covid3d.phantom import check_seed, write_phantoms
     if not 1<=n<=10_000: raise CTError('n', f'{n} scans cannot be made', 'Give 1 to 10000')
+    if seed is None: seed = 100_000*[*_trees].index(layout) if layout in _trees else 0
     writable(out); check_seed(seed)
     if layout=='folder': print('wrote', write_phantoms(out, n, seed, overwrite=overwrite)); return
     if layout not in _trees: raise CTError('layout', f'{layout!r} is unknown', f'Give folder, {", ".join(_trees)}')
@@ -172,17 +173,19 @@ def cases(
 ):
     "Write the case table of a data set: which scan has which mask, and what it is used for."
     from covid3d import datasets
-    from covid3d.cases import write_cases
+    from covid3d.cases import require_table, write_cases
+    from covid3d.files import locked
     out = Path(out)
-    writable(out.parent); absent([out], overwrite)
+    writable(out.parent); require_table(out, overwrite)
     options = dict(valid=names_or_share(valid), test=names_or_share(test), seed=seed)
     if kind in ('folder','coronacases'): options |= dict(already_windowed=already_windowed, layout=layout)
     elif already_windowed or layout: raise CTError('already_windowed' if already_windowed else 'layout', f'{kind} has no such option', 'Leave it out')
     if kind=='ricord':
         if agree<1: raise CTError('agree', f'{agree} readers cannot agree', 'Give 1 or more')
         options |= dict(masks=out.parent/f'{out.stem}_masks', annotations=annotations or None, agree=agree, **(dict(labels=labels.split(',')) if labels else {}))
-    df = getattr(datasets, kind)(root, **options)
-    write_cases(df, out)
+    with locked(out):
+        df = getattr(datasets, kind)(root, **options)
+        write_cases(df, out)
     for n in df.attrs['notes']: print('note:', n)
     print('wrote', out, '·', ', '.join(f'{n} {k or "without a split"}' for k,n in df.split.value_counts().items()))
     if (df.split=='').all(): print('no case has a split: covid3d predict takes the table, training needs lesion masks')
@@ -193,9 +196,9 @@ def check(
     table:Annotated[str, 'Case table (CSV)', {'opt':False}],
     split:str='',         # Only this split
     json:store_true=False,# Print JSON, for machines
-    workers:int=None      # Threads; as many as there are processors
+    workers:int=None      # Threads, each of which holds one scan in memory; two if not given
 ):
-    "Open everything a case table names and say what must be mended; exit status 1 if something must."
+    "Open everything a case table names and say what must be fixed; exit status 1 if something must."
     import json as js
     from covid3d.cases import check_table, levels, report_json, report_table, splits
     if split and split not in splits: raise CTError('split', f'{split!r} is unknown', f'Give {", ".join(splits)}')
@@ -236,14 +239,17 @@ def prepare(
     classes:str=input_defaults['classes'],   # Masks to learn, columns of the table, with commas between
     workers:int=None        # Threads; two if not given, each holds one scan in memory
 ):
-    "Read, resample and window every scan once, for quick random patches; goes on where it was interrupted."
+    "Read, resample and window every scan once, for quick random patches; resumes where it was interrupted."
     writable(out)
     if workers is not None and workers<1: raise CTError('workers', f'{workers} threads cannot work', 'Give 1 or more')
+    from covid3d.cases import _read_csv
     from covid3d.data import prepare_table
     done = prepare_table(table, out, input_spec(spacing=spacing, patch=patch, window=window, classes=classes), workers)
     failed = [o for o in done if isinstance(o, CTError)]
     for e in failed: print(e, file=sys.stderr)
     mb = sum(o.nbytes for o in done if not isinstance(o, CTError))/1e6
+    unlabelled = sum(o.startswith('without') for o in _read_csv(Path(out)/'cases.csv').not_prepared)
+    if unlabelled: print(f'note: {unlabelled} scan{"s"[:unlabelled!=1]} without a mask of {classes}: not prepared')
     print(f'wrote {out} · {len(done)-len(failed)} of {len(done)} cases, {mb:,.0f} MB · next: covid3d train {out} --out RUN')
     return int(bool(failed))
 
@@ -407,43 +413,69 @@ def evaluate(
     compare:str='',    # Scores of other models on the same cases: their folders or scores.csv, with commas between
     pictures:int=3,    # Of the worst and of the best cases; 0 for none
     title:str='Evaluation', # Of the report
+    score_class:str=None, # Of several classes that the weights find, the one to score; the first if not given
     device:str=None,   # cpu or cuda; the best there is
-    overwrite:store_true=False # Replace scores that are there
+    overwrite:store_true=False # Replace scores of other weights or settings; without it, the same command resumes
 ):
-    "Score each case on its scan's own grid: a report with intervals, tables and pictures."
-    from covid3d.cases import check_cases, read_cases, splits
-    from covid3d.evaluate import Extremes, check_same_cases, headline, own_files, read_scores, score_cases, write_report
-    writable(out); check_overlap(overlap)
+    "Score each case on its scan's own grid: a report with intervals, tables and pictures. Resumes where it was interrupted."
+    from covid3d.cases import read_cases
+    from covid3d.evaluate import check_same_cases, class_note, compared, evaluate_cases, headline, keep_inputs, read_scores
+    writable(out); check_overlap(overlap); _check_scoring(tolerance, split, pictures)
+    files = _labels([p for p in compare.split(',') if p])
+    others = {k:read_scores(p) for k,p in files.items()}
+    model,spec = _model(weights, device)
+    klass = _class_of(spec, score_class)
+    cases = read_cases(table, split, dict.fromkeys((*spec.classes,'lung')), (klass,))
+    keep_inputs(out, [table, *files.values(), *weights.split(','), *(p for c in cases for p in (c.ct, *c.masks.values()))])
+    for o in others.values(): check_same_cases([c.name for c in cases], o.case)
+    about = dict(weights=', '.join(Path(o).name for o in weights.split(',')), table=Path(table).name, split=split, overlap=overlap, **{'class':klass})
+    check = lambda: _told_before(cases, klass, weights)
+    df,page,kept = evaluate_cases(model, spec, cases, out, overlap, tolerance, klass, pictures, overwrite, check, title=title, against=others, about=about)
+    if kept: print(f'{kept} of {len(cases)} cases were scored before and are kept')
+    print_scores(df)
+    for o in [class_note(spec, klass), *_differences(compared(df, others)), f'{headline(df)} · wrote {page}']:
+        if o: print(o)
+    return int((df.error!='').any())
+
+# %% ../nbs/30_cli.ipynb #62e92f4c
+def _check_scoring(tolerance, split, pictures):
+    from covid3d.cases import splits
     if not 0<tolerance<100: raise CTError('tolerance', f'{tolerance} is no distance in mm', 'Give 3')
     if split not in splits: raise CTError('split', f'{split!r} is unknown', f'Give {", ".join(splits)}')
-    others = {k:read_scores(p) for k,p in _labels([p for p in compare.split(',') if p]).items()}
-    model,spec = _model(weights, device)
-    absent(own_files(out), overwrite)
-    cases = read_cases(table, split, dict.fromkeys((*spec.classes,'lung')), spec.classes[:1])
-    for o in others.values(): check_same_cases([c.name for c in cases], o.case)
-    for f in (f for r in check_cases(cases, spec.classes[:1]) for f in r.findings if f.level=='warning'): print(f, file=sys.stderr)
-    keep = Extremes(pictures) if pictures>0 else None
-    df = score_cases(model, spec, cases, overlap, tolerance, each=keep)
-    print_scores(df)
-    page = write_report(df, out, title, keep, others, dict(weights=Path(weights).name, table=Path(table).name, split=split, overlap=overlap), overwrite)
-    for k,o in others.items(): print(f'against {k}: {_difference(df, o)}')
-    print(f'{headline(df)} · wrote {page}')
-    return int((df.error!='').any())
+    if not 0<=pictures<=99: raise CTError('pictures', f'{pictures} is not in 0…99', 'Give 3')
+
+def _class_of(spec, klass)->str:
+    if klass is None or klass in spec.classes: return klass or spec.classes[0]
+    raise CTError('score-class', f'the weights do not find {klass!r}', f'Give {" or ".join(spec.classes)}')
+
+def _told_before(cases, klass, weights)->str:
+    "Print the warnings of the check; say which cases the weights know"
+    from covid3d.cases import check_cases
+    from covid3d.evaluate import seen_note
+    reports = check_cases(cases, (klass,))
+    for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f, file=sys.stderr)
+    seen = _seen(weights)
+    note = seen_note({r.case:r.digest for r in reports if r.digest}, seen)
+    if note and seen is not None: print(f'warning: {note}', file=sys.stderr)
+    return note
 
 # %% ../nbs/30_cli.ipynb #b49a422d
 def _labels(paths)->dict:
     "Names for other models' scores: that of their folder, with the folder above it where two are the same"
     folders = [(Path(p) if Path(p).is_dir() else Path(p).parent).resolve() for p in paths]
-    names = [f.name if sum(f.name==o.name for o in folders)==1 else '/'.join(f.parts[-2:]) for f in folders]
+    names = [plain(f.name if sum(f.name==o.name for o in folders)==1 else '/'.join(f.parts[-2:])) for f in folders]
     if len({*names})<len(names): raise CTError('compare', 'two of the folders have the same name', 'Rename one')
     return dict(zip(names, paths))
 
-def _difference(a, b)->str:
-    "Two models in one line"
-    from covid3d.evaluate import compare, span
-    try: c = compare(a, b)
-    except CTError as e: return str(e)
-    return f'Dice {c["difference"]:+.3f} (95 % interval {span(c["low"],c["high"])}), p = {c["p"]:.3f}, {c["n"]} cases'
+def _differences(found)->list:
+    "A line for each other model: the difference in Dice, or why there is none"
+    from covid3d.evaluate import span
+    def line(c):
+        if isinstance(c, str) or 'p' not in c[0]: return c if isinstance(c, str) else c[0]['reason']
+        c = c[0]; interval = span(c['low'], c['high'])
+        more = f', {c["p_holm"]:.3f} by Holm for {c["family"]} comparisons' if c['family']>1 else ''
+        return f'Dice {c["difference"]:+.3f} ({"" if interval.startswith("no") else "95 % interval "}{interval}), p = {c["p"]:.3f}{more}, {c["n"]} cases'
+    return [f'against {k}: {line(c)}' for k,c in found.items()]
 
 # %% ../nbs/30_cli.ipynb #b9b9d416
 def print_scores(
@@ -451,9 +483,16 @@ def print_scores(
     indent='' # Before each line
 ):
     "A line a case"
-    for r in df.itertuples(): print(indent+(r.error or f'{r.case}  Dice {r.dice:.3f}  {r.predicted_ml:.0f} ml, reference {r.reference_ml:.0f} ml'))
+    for r in df.itertuples(): print(indent+plain(r.error or f'{r.case}  Dice {r.dice:.3f}  {r.predicted_ml:.0f} ml, reference {r.reference_ml:.0f} ml'))
 
 # %% ../nbs/30_cli.ipynb #95d77b94
+def _seen(weights)->set:
+    "Digests of the scans that trained or chose weights; None where a file does not tell"
+    from covid3d import inference
+    paths = weights.split(',') if ',' in weights and not Path(weights).exists() else weights
+    found = [inference.read_seen(p) for p in inference._weights_in(paths)]
+    return {d for o in found for d in o.scans} if all(o and o.scans for o in found) else None
+
 def _model(weights, device):
     "The network, or several as one, and its spec, on a device"
     from covid3d.inference import load_models
@@ -504,7 +543,9 @@ def _tell_scan(row):
     files = row['masks'].split(' / ')
     for (k,v),f in zip(ml.items(), files*len(ml)):
         print(plain(f'{row["scan"]} → {f} · {k} {float(v):.1f} ml')+' · already done'*(row['state']=='kept'), flush=True)
-    if row['notes']: print(plain(f'  note: {row["notes"]}'), flush=True)
+    for n in filter(None, row['notes'].split(' · ')):
+        if n.startswith('warning: '): print(plain(f'{row["scan"]}: {n[9:]}'), file=sys.stderr, flush=True)
+        else: print(plain(f'  note: {n}'), flush=True)
 
 # %% ../nbs/30_cli.ipynb #3d6186a7
 @command

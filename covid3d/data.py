@@ -9,8 +9,9 @@ __all__ = ['prepared_folder', 'CaseReader', 'ReadCT', 'CTBlock', 'ReadMasks', 'L
            'prepare_table']
 
 # %% ../nbs/09_data.ipynb #44b055c7
-import json, os, random, tempfile
-from dataclasses import asdict
+import json, os, random, sys, tempfile
+from copy import copy
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pandas as pd, torch
@@ -20,8 +21,9 @@ from fastai.vision.data import get_grid
 from plum import dispatch
 
 from .augment import Augment3d, ct_aug_transforms
-from .cases import Case, read_cases, write_cases
-from .prepare import Prepared, fingerprint, open_prepared, prepare_case, prepare_cases, tidy
+from .cases import Case, _open_table, _read_csv, read_cases, safe_cell
+from .files import Outputs, locked, read_json, sweep
+from .prepare import Prepared, PreparedCase, find_prepared, located, prepare_case, prepare_cases, tidy
 from .transforms import CTSpec, RandomPatch, TensorCT, TensorMask3d, show_patch
 from .volume import CTError, write_atomic
 
@@ -43,10 +45,11 @@ class CaseReader:
         spec:CTSpec,         # Spacing, window and classes
         folder:str|Path=None # Of prepared cases; a temporary one if None
     ):
-        self.spec,self.open,self._tmp = spec,{},None if folder else tempfile.TemporaryDirectory(prefix='covid3d-')
+        self.spec,self.open,self._sound,self._tmp = spec,{},set(),None if folder else tempfile.TemporaryDirectory(prefix='covid3d-')
         self.folder = Path(folder or self._tmp.name)
+        sweep(self.folder)
     def __call__(self, case:Case)->Prepared:
-        if case not in self.open: self.open[case] = prepare_case(case, self.spec, self.folder)
+        if case not in self.open: self.open[case] = prepare_case(case, self.spec, self.folder, check=case not in self._sound)
         return self.open[case]
     def prepare(self,
         cases:list,      # `Case`s
@@ -56,9 +59,12 @@ class CaseReader:
         return prepare_cases(cases, self.spec, self.folder, workers)
     def ready(self, case:Case)->bool:
         "Whether the case is prepared in its present form"
-        try: return case in self.open or open_prepared(self.folder/f'{case.name}-{fingerprint(case, self.spec)}') is not None
+        if case in self.open: return True
+        try: found = find_prepared(case, self.spec, self.folder)
         except CTError: return False
-    def __getstate__(self): return dict(spec=self.spec, folder=self.folder, open={}, _tmp=None)
+        if found: self.open[case] = found
+        return found is not None
+    def __getstate__(self): return dict(spec=self.spec, folder=self.folder, open={}, _sound={*self.open}|self._sound, _tmp=None)
 
 # %% ../nbs/09_data.ipynb #8d88bf02
 class ReadCT(Transform):
@@ -111,29 +117,80 @@ def stratified_folds(
 # %% ../nbs/09_data.ipynb #619837bd
 def _masks(spec)->tuple: return tuple(dict.fromkeys((*spec.classes,'lung')))
 
-def _train_valid(table, spec, fold, reader)->tuple:
-    "Training and validation cases: by the table's split, or fold `i` of `k`"
-    if fold is None: return tuple(read_cases(table, split=s, masks=_masks(spec), need=spec.classes) for s in ('train','valid'))
-    i,k = fold
-    cases = [c for c in read_cases(table, masks=_masks(spec)) if c.split in ('train','valid')]
-    folds = stratified_folds(cases, [reader(c).info['lesion_ml'] for c in cases], k)
-    if not 0<=i<k: raise CTError('fold', f'{i} is not one of {k} folds', f'Give 0 to {k-1}')
-    return [c for c,f in zip(cases, folds) if f!=i],[c for c,f in zip(cases, folds) if f==i]
-
 # %% ../nbs/09_data.ipynb #3ee7e73f
+_again = 'Run `covid3d prepare` again'
+
+def _read_spec(path)->CTSpec:
+    "The `spec.json` of a prepared folder"
+    o = read_json(path, most=2**16, remedy=_again)
+    if {*o}!={f.name for f in fields(CTSpec)}: raise CTError(path, 'is not a specification', _again)
+    try: return CTSpec(**o)
+    except CTError as e: raise CTError(path, f'{e.what}: {e.fault}', _again) from None
+
 def _prepared_table(table, spec)->tuple:
     "The case table, and the spec where a prepared folder brings one"
+    if spec is not None and not isinstance(spec, CTSpec): raise CTError('spec', f'a {type(spec).__name__} is not a CTSpec', 'Give CTSpec(…)')
     if isinstance(table, pd.DataFrame) or not Path(table).is_dir(): return table,spec or CTSpec()
-    t = Path(table)/'cases.csv'
+    f = Path(table); t = f/'cases.csv'
     if not t.is_file(): raise CTError(table, 'this folder holds no prepared cases', 'Write them with `covid3d prepare`')
-    try: return t,spec or CTSpec(**json.loads((Path(table)/'spec.json').read_text()))
-    except (OSError,ValueError,TypeError): raise CTError(table, 'its spec.json cannot be read', 'Run `covid3d prepare` again') from None
+    spec,df = spec or _read_spec(f/'spec.json'),_read_csv(t)
+    if 'not_prepared' not in df: return t,spec
+    df = df[df.not_prepared=='']
+    if not len(df): raise CTError(t, 'no case of it could be prepared', 'Mend the scans, and run `covid3d prepare` again')
+    return df.assign(**{k:[str(f/o) if o else '' for o in df[k]] for k in ('ct',*_masks(spec)) if k in df}),spec
+
+# %% ../nbs/09_data.ipynb #c22d0e21
+_about_sources = 'where the scans and masks lie from which the cases of this folder were prepared; paths may name patients: leave this file out when you pass the folder on'
+
+def _read_sources(folder)->dict:
+    "Case → paths by column, of a prepared folder"
+    f = Path(folder)/'sources.json'
+    if not os.path.lexists(f): return {}
+    o = read_json(f, remedy='Remove it, or run `covid3d prepare` again').get('cases')
+    text = lambda v: isinstance(v, dict) and 'ct' in v and all(isinstance(p, str) and '\0' not in p for p in v.values())
+    if isinstance(o, dict) and all(map(text, o.values())): return o
+    raise CTError(f, 'is not a list of sources', 'Remove it, or run `covid3d prepare` again')
+
+def _there(p)->bool:
+    try: return p.exists()
+    except OSError: return False
+
+def _at_hand(cases, folder)->list:
+    "Cases of a prepared folder: the scans where they are, else their prepared forms"
+    inside = lambda c: c.ct.parent==Path(os.path.normpath(folder)) and (c.ct/'info.json').is_file()
+    if not any(map(inside, cases)): return cases
+    known,res = _read_sources(folder),[]
+    for c in cases:
+        paths = {k:Path(p) for k,p in known.get(c.name, {}).items()}
+        if not inside(c): res.append(c)
+        elif paths and all(map(_there, paths.values())):
+            res.append(Case(c.name, paths.pop('ct'), paths, c.split, c.already_windowed, c.patient, c.flip))
+        else: res.append(PreparedCase(c.name, c.ct, c.masks, c.split, None, c.patient))
+    n = sum(isinstance(c, PreparedCase) for c in res)
+    if n: print(f'note: {n} of {len(res)} scans are not at hand; their prepared forms are used, also for scores of whole scans', file=sys.stderr)
+    return res
+
+# %% ../nbs/09_data.ipynb #5e1d9338
+def _check_fold(fold):
+    "Refuse what is not (i, k)"
+    if not (isinstance(fold, (tuple,list)) and len(fold)==2 and all(type(o) is int for o in fold)):
+        raise CTError('fold', f'{str(fold)[:40]!r} is not a pair (i, k) of whole numbers', 'Give, for example, (0, 5)')
+    if not 0<=fold[0]<fold[1]: raise CTError('fold', f'{fold[0]} is not one of {fold[1]} folds', f'Give 0 to {max(fold[1]-1, 0)}')
+
+def _train_valid(table, spec, fold, reader)->tuple:
+    "Training and validation cases: by the table's split, or fold `i` of `k`"
+    at_hand = lambda cases: _at_hand(cases, reader.folder)
+    if fold is None: return tuple(at_hand(read_cases(table, split=s, masks=_masks(spec), need=spec.classes)) for s in ('train','valid'))
+    _check_fold(fold); i,k = fold
+    cases = at_hand([c for c in read_cases(table, masks=_masks(spec)) if c.split in ('train','valid')])
+    folds = stratified_folds(cases, [reader(c).info['lesion_ml'] for c in cases], k)
+    return [c for c,f in zip(cases, folds) if f!=i],[c for c,f in zip(cases, folds) if f==i]
 
 # %% ../nbs/09_data.ipynb #86023905
 def _cut_and_aug(spec, p_lesion, aug, on_batch)->tuple:
     "`RandomPatch`, and what augments batches, if anything does"
-    aug = ct_aug_transforms(spec.mm) if aug is None else aug or None
-    if aug: aug.size = spec.patch
+    aug = copy(ct_aug_transforms() if aug is None else aug or None)
+    if aug: aug.size,aug.spacing = spec.patch,aug.spacing or spec.mm
     if aug and on_batch: return RandomPatch(aug.room(spec.patch), p_lesion, None, spec.patch),aug
     return RandomPatch(spec.patch, p_lesion, aug, spec.patch),None
 
@@ -175,11 +232,33 @@ def show_batch(x:TensorCT, y:TensorMask3d, samples, ctxs=None, max_n=6, nrows=No
     return [show_patch(s[0], [s[1]], c) for s,c in zip(samples, ctxs)]
 
 # %% ../nbs/09_data.ipynb #215a837a
-def _row(case)->dict:
-    "A `Case` as a line of a table, with absolute paths"
-    window = '' if case.already_windowed is None else '{:g}:{:g}'.format(*case.already_windowed)
-    masks = {k:str(m.absolute()) for k,m in case.masks.items()}
-    return dict(case=case.name, patient=case.patient, ct=str(case.ct.absolute()), **masks, split=case.split, already_windowed=window)
+def _is_path(s, root)->bool:
+    "Whether a cell names a file, or anything by an absolute path"
+    s = str(s)
+    like = '/' in s or '\\' in s or s.lower().endswith(('.nii','.gz','.dcm'))
+    return bool(s) and '\0' not in s and (os.path.isabs(s) or like and _there(Path(root)/s))
+
+def _portable(df, root, spec, at, failed)->pd.DataFrame:
+    "A case table in which a scan is the folder of its prepared form (`at`, by case), and no path leads outside"
+    files = {'ct','lesion','lung',*spec.classes}
+    def row(r):
+        f = at.get(r['case'])
+        why = '' if f else 'failed' if r['case'] in failed else 'without a mask of '+', '.join(k for k in spec.classes if not r.get(k))
+        extra = {k:'' if _is_path(v, root) else v for k,v in r.items() if k not in files}
+        masks = {k:f'{f}/masks.npy' if f and k in spec.classes else '' for k in files&{*r}-{'ct'}}
+        return {k:(extra|masks|dict(ct=f or r['case']))[k] for k in r}|dict(not_prepared=why)
+    return pd.DataFrame([row(r) for r in df.to_dict('records')])
+
+# %% ../nbs/09_data.ipynb #c814db53
+def _input(table, out, spec)->tuple:
+    "The rows of a table, the folder its paths start from, and its cases; refused if it would be overwritten"
+    if not isinstance(table, pd.DataFrame):
+        if Path(table).is_dir(): raise CTError(table, 'is a folder, not a case table', 'Give the table that `covid3d cases` wrote')
+        if os.path.realpath(table)==os.path.realpath(out/'cases.csv'): raise CTError(out, 'holds the very table that is read', 'Choose another --out')
+    if 'not_prepared' in (table if isinstance(table, pd.DataFrame) else _read_csv(table)):
+        raise CTError('table', 'is that of a prepared folder, not of scans', 'Give the table it was made from')
+    df,root,_ = _open_table(table, spec.classes)
+    return df,root,read_cases(table, masks=_masks(spec))
 
 def prepare_table(
     table:str|Path|pd.DataFrame, # Case table
@@ -188,12 +267,27 @@ def prepare_table(
     workers:int=None # Threads; two if None
 )->list: # Of `Prepared`, or of `CTError` where a case could not be prepared
     "Prepare all cases of a table that have the masks, with table and spec beside them"
-    spec = spec or CTSpec()
-    cases = [c for c in read_cases(table, masks=_masks(spec)) if all(k in c.masks for k in spec.classes)]
-    if not cases: raise CTError(table, f'no case has a mask of {", ".join(spec.classes)}', 'Add masks')
-    done = CaseReader(spec, out).prepare(cases, workers)
-    keep = [c for c,d in zip(cases, done) if isinstance(d, Prepared)]
-    tidy(out, keep, spec)
-    write_cases(pd.DataFrame([_row(c) for c in keep]).fillna(''), Path(out)/'cases.csv')
-    write_atomic(Path(out)/'spec.json', json.dumps(asdict(spec)).encode())
+    spec,out = spec or CTSpec(),Path(out)
+    df,root,cases = _input(table, out, spec)
+    usable = [c for c in cases if all(k in c.masks for k in spec.classes)]
+    if not usable: raise CTError(table if isinstance(table, (str,Path)) else 'table', f'no case has a mask of {", ".join(spec.classes)}', 'Add masks')
+    with locked(out):
+        mine = Outputs(out, 'cases.csv', 'spec.json', 'sources.json')
+        mine.require(overwrite=True)
+        done = CaseReader(spec, out).prepare(usable, workers)
+        keep = [c for c,d in zip(usable, done) if isinstance(d, Prepared)]
+        tidy(out, keep, spec)
+        _write_table(mine, df, root, spec, keep, {c.name for c in usable}-{c.name for c in keep})
     return done
+
+# %% ../nbs/09_data.ipynb #38ee1f31
+def _write_table(mine, df, root, spec, keep, failed):
+    "The files of a prepared folder, beside its cases"
+    at = {c.name:located(c, spec, mine.folder).name for c in keep}
+    sources = {c.name:{k:str(Path(p).absolute()) for k,p in dict(ct=c.ct, **c.masks).items()} for c in keep}
+    mine.add('cases.csv', 'spec.json', 'sources.json')
+    write_atomic(mine.folder/'sources.json', json.dumps(dict(about=_about_sources, cases=sources), indent=1).encode())
+    if os.name!='nt': os.chmod(mine.folder/'sources.json', 0o600)
+    write_atomic(mine.folder/'spec.json', json.dumps(asdict(spec)).encode())
+    text = _portable(df, root, spec, at, failed).map(safe_cell).to_csv(index=False, lineterminator='\n')
+    write_atomic(mine.folder/'cases.csv', text.encode())

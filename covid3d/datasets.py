@@ -10,18 +10,20 @@ __all__ = ['ricord_labels', 'zenodo_record', 'instructions', 'choose_splits', 'c
            'dicom_series', 'ricord', 'trace', 'write_ricord', 'folder', 'read_record', 'Resume', 'unpack', 'download']
 
 # %% ../nbs/05_datasets.ipynb #fa049baa
-import errno, json, lzma, math, os, random, re, shutil, stat, tempfile, zipfile
+import errno, hashlib, json, lzma, math, os, random, re, shutil, stat, tempfile, zipfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import numpy as np, pandas as pd
 
-from .cases import columns, parse_window, read_cases
-from .dicom import ct_datasets, find_series, save_dicom, volume_of
+from .cases import Case, columns, parse_window, read_cases, spine_in_front, told
+from .dicom import ct_datasets, digest, find_others, find_series, pseudonym, save_dicom, volume_of
+from .files import Outputs, locked, read_json, sweep
 from .show import track
-from .volume import CTError, case_name, save_mask, save_volume, to_canonical, write_atomic
+from .volume import CTError, case_name, plain, save_mask, save_volume, temp_beside, temps_here, to_canonical, write_atomic
 
 # %% ../nbs/05_datasets.ipynb #f9dd040f
 def _inside(p, root)->bool: return os.path.realpath(p).startswith(os.path.realpath(root)+os.sep)
@@ -41,13 +43,27 @@ def _niftis(folder, root, notes, suffix='', key=lambda o: o)->dict:
     return out
 
 # %% ../nbs/05_datasets.ipynb #a6edb994
+def _readable(f):
+    "What the operating system refuses becomes a `CTError` that names the root"
+    @wraps(f)
+    def inner(root, *args, **kwargs):
+        try: return f(root, *args, **kwargs)
+        except OSError as e: raise CTError(root, f'cannot be read ({e.strerror or e})', 'Check the path and its permissions') from None
+    return inner
+
+# %% ../nbs/05_datasets.ipynb #7e267e3f
+def _number(n, what) -> str: return f'{n} {what}{"s"[:n!=1]}'
+
 def _folders(root, notes):
     "The folders below `root`, it included; links to folders are not followed"
-    for at,dirs,_ in os.walk(root):
-        links = [d for d in dirs if os.path.islink(Path(at)/d)]
-        notes += [f'{Path(at,d).relative_to(root)} is a link to a folder and was not followed' for d in links]  # F6
-        dirs[:] = sorted(d for d in dirs if d not in links and not d.startswith('.'))
+    links,closed = 0,[]
+    for at,dirs,files in os.walk(root, onerror=closed.append):
+        at_links = [d for d in dirs if os.path.islink(Path(at)/d)]
+        links += len(at_links)+sum(os.path.islink(Path(at)/f) and not os.path.exists(Path(at)/f) for f in files)
+        dirs[:] = sorted(d for d in dirs if d not in at_links and not d.startswith('.'))
         yield Path(at)
+    if links: notes.append(f'{_number(links, "link")} to a folder, or to nowhere, not followed')  # F6
+    if closed: notes.append(f'{_number(len(closed), "folder")} could not be read ({closed[0].strerror})')
 
 # %% ../nbs/05_datasets.ipynb #f0d529e1
 def _base(root, names)->Path:
@@ -89,7 +105,7 @@ def choose_splits(
     random.Random(seed).shuffle(free)
     for k,v in chosen.items():
         if isinstance(v, set): continue
-        if not 0<=v<1: raise CTError(k, f'{v:g} is no share of the patients', 'Give names of cases, or a share from 0 to below 1')
+        if not 0<=v<1: raise CTError(k, f'{v:g} is no fraction of the patients', 'Give names of cases, or a fraction from 0 to below 1')
         n = min(max(1, round(v*use.patient.nunique())) if v else 0, max(0, len(free)-1))
         chosen[k],free = set(use.case[use.patient.isin(free[:n])]),free[n:]
     return df.case.map(lambda c: 'test' if c in chosen['test'] else 'valid' if c in chosen['valid'] else 'train').where(df.lesion!='', '')
@@ -97,11 +113,11 @@ def choose_splits(
 # %% ../nbs/05_datasets.ipynb #74949a0c
 def _table(rows, dataset, valid, test, seed, notes=(), paper=None)->pd.DataFrame:
     "The finished table; `paper` gives the split of a case where neither `valid` nor `test` is asked for"
-    df = pd.DataFrame([dict.fromkeys(columns, '')|dict(dataset=dataset)|r for r in rows])
+    df = pd.DataFrame([dict.fromkeys(columns, '')|dict(dataset=dataset)|r for r in rows]).fillna('')
     if paper and valid is None and test is None: df['split'] = [paper(r) for r in df.to_dict('records')]
     else: df['split'] = choose_splits(df, .2 if valid is None else valid, 0. if test is None else test, seed)
     read_cases(df)
-    df.attrs['notes'] = list(notes)
+    df.attrs['notes'] = [plain(o) for o in notes]
     return df
 
 def _rows(ct, masks, patient=lambda o: o, window='')->list:
@@ -148,6 +164,38 @@ def _corona_name(s)->str:
     return re.sub('_org_(covid-19-pneumonia-)?', '_', s.removesuffix('-dcm'))
 
 # %% ../nbs/05_datasets.ipynb #cb88a923
+def _corona_patient(s) -> str:
+    "Radiopaedia's number of the patient, or the name of the scan"
+    m = re.match(r'radiopaedia_\d+', s)
+    return m[0] if m else s
+
+# %% ../nbs/05_datasets.ipynb #6d7f1ed4
+_reversed = ('radiopaedia_7_85703_0',) # scans whose slices run from head to foot where the file says the opposite
+
+def _front_wrong(row) -> bool:
+    "Whether a scan of the table shows its spine in front of its lungs; None where that cannot be said"
+    if not row.get('lung'): return None
+    try:
+        case, = read_cases(pd.DataFrame([row]))
+        ct = case.open_ct()
+        return spine_in_front(ct, case.open_mask('lung', ct).data)
+    except (CTError,OSError,MemoryError): return None  # the check tells it
+
+def _repair(rows, notes):
+    "Set `flip` of the Radiopaedia scans whose direction is wrong"
+    grey = [r for r in rows if r['case'].startswith('radiopaedia')]
+    if not grey: return
+    notes.append(f'{_number(len(grey), "Radiopaedia scan")} windowed to {grey[0]["already_windowed"]} HU: what lay outside is lost')
+    wrong = {r['case']:_front_wrong(r) for r in grey}
+    for r in grey: r['flip'] = ' '.join(['head-foot']*(r['case'] in _reversed)+['front-back']*bool(wrong[r['case']]))
+    for k,why in ((True,'front and back exchanged (the spine lies in front): repaired'),
+                  (None,'not opened with a lung mask, so front and back could not be compared with the spine: look at them')):
+        if names := [c for c,v in wrong.items() if v is k]: notes.append(f'{", ".join(names)}: {why}')
+    for r in grey:
+        if r['case'] in _reversed: notes.append(f'{r["case"]}: slices taken in reverse order, as reported of this file: look at it')
+
+# %% ../nbs/05_datasets.ipynb #7c8563de
+@_readable
 def coronacases(
     root:str|Path, # Where the folders lie
     valid=None,    # List of names of cases, or a share of patients (0…1), for choosing weights
@@ -161,7 +209,8 @@ def coronacases(
     (name,base),notes = _layout(root, _layouts, layout),[]
     ct,masks = _three_folders(base, _layouts[name], notes, _corona_name)
     grey = lambda o: already_windowed or ('-1250:250' if o.startswith('radiopaedia') else '')
-    rows = _rows(ct, masks, lambda o: re.sub(r'_\d+$', '', o) if o.startswith('radiopaedia') else o, grey)
+    rows = _rows(ct, masks, _corona_patient, grey)
+    _repair(rows, notes)
     return _table(rows, 'coronacases', valid, test, seed, notes, lambda r: 'test' if r['case'].startswith('coronacases') else '')
 
 # %% ../nbs/05_datasets.ipynb #df027243
@@ -205,6 +254,7 @@ def _mosmed_scans(base, notes)->dict:
     return ct
 
 # %% ../nbs/05_datasets.ipynb #ba29c229
+@_readable
 def mosmed(
     root:str|Path, # Holds `studies/CT-0` … `CT-4` and `masks/`
     valid=None,    # List of names of cases, or a share of patients (0…1), for choosing weights
@@ -234,6 +284,7 @@ def write_mosmed(
         if not unlabelled: save_volume(ph.lesion, Path(root)/'masks'/f'study_{n:04d}_mask.nii.gz')
 
 # %% ../nbs/05_datasets.ipynb #eb62d3af
+@_readable
 def covid1920(
     root:str|Path, # Holds `Train/` and perhaps `Validation/`
     valid=None,    # List of names of cases, or a share of patients (0…1), for choosing weights; a fifth if neither is given
@@ -283,24 +334,27 @@ def fill_outline(
 # %% ../nbs/05_datasets.ipynb #9e147a29
 ricord_labels = ('Infectious opacity','Infectious TIB/micronodules','Infectious cavity')
 
-def _mdai(path)->dict:
+_export = 'Download the annotations of RICORD-1a again'
+
+def _mdai(path) -> dict:
     "The export as a dict"
-    try:
-        if Path(path).stat().st_size>2**30: raise CTError(path, 'larger than 1 GiB, so no export of RICORD', 'Give the annotations file')
-        d = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (ValueError,RecursionError): raise CTError(path, 'this is not JSON', 'Download the annotations again') from None
-    except OSError as e: raise CTError(path, f'cannot be read ({e.strerror})', 'Check the path') from None
-    if not (isinstance(d, dict) and isinstance(d.get('datasets'), list) and isinstance(d.get('labelGroups'), list)):
-        raise CTError(path, 'this is no export of MD.ai (no datasets and labelGroups)', 'Give the annotations file of RICORD-1a')
-    return d
+    d = read_json(path, most=2**30, remedy=_export)
+    if isinstance(d.get('datasets'), list) and isinstance(d.get('labelGroups'), list): return d
+    raise CTError(path, 'this is no export of MD.ai (no datasets and labelGroups)', _export)
+
+def _dicts(parent, key) -> list:
+    "The objects in a list of an object, whatever else stands there"
+    found = parent.get(key)
+    return [o for o in found if isinstance(o, dict)] if isinstance(found, list) else []
 
 # %% ../nbs/05_datasets.ipynb #8ea39550
 def _points(a)->np.ndarray:
     "The points of an annotation, None where it has no outline"
-    v = (a.get('data') or {}).get('vertices') if isinstance(a.get('data'), dict) else None
+    v = a['data'].get('vertices') if isinstance(a.get('data'), dict) else None
+    if not isinstance(v, list) or not 2<len(v)<10**5: return None
     try: v = np.array(v, float)
-    except (TypeError,ValueError): return None
-    return v if v.ndim==2 and v.shape[1]==2 and len(v)>2 and np.isfinite(v).all() and abs(v).max()<1e5 else None
+    except (TypeError,ValueError,OverflowError): return None
+    return v if v.ndim==2 and v.shape[1]==2 and np.isfinite(v).all() and abs(v).max()<1e5 else None
 
 # %% ../nbs/05_datasets.ipynb #1d1e070f
 def read_outlines(
@@ -309,18 +363,21 @@ def read_outlines(
 )->tuple: # SOPInstanceUID → list of (reader, points); and notes
     "The outlines of an MD.ai export"
     d,out,left = _mdai(path),{},Counter()
-    names = {o.get('id'):o.get('name','') for g in d['labelGroups'] for o in g.get('labels') or []}
+    text = lambda o, k: o[k] if isinstance(o.get(k), str) else ''
+    names = {text(o, 'id'):text(o, 'name') for g in _dicts(d, 'labelGroups') for o in _dicts(g, 'labels')}
     unknown = [o for o in labels if o not in names.values()]
-    if unknown: raise CTError(path, f'it has no label {unknown[0]!r}', f'Its labels are {", ".join(sorted(set(names.values())))}')
-    for a in (o for s in d['datasets'] for o in s.get('annotations') or []):
-        name,points = names.get(a.get('labelId')),_points(a)
+    if unknown: raise CTError(path, f'it has no label {unknown[0]!r}', f'Its labels are {", ".join(sorted(set(names.values())))[:300]}')
+    for a in (o for s in _dicts(d, 'datasets') for o in _dicts(s, 'annotations')):
+        name,points,uid = names.get(text(a, 'labelId')),_points(a),text(a, 'SOPInstanceUID')
         if name is None: left['with a label that the file does not define'] += 1
         elif name not in labels: left[f'of label {name}'] += 1
-        elif points is None or not a.get('SOPInstanceUID'): left[f'of label {name} without an outline'] += 1
-        else: out.setdefault(a['SOPInstanceUID'], []).append((str(a.get('createdById') or ''), points))
+        elif points is None or not uid: left[f'of label {name} without an outline'] += 1
+        else: out.setdefault(uid, []).append((text(a, 'createdById'), points))
     return out,[f'{n} annotation{"s"[:n>1]} {k} left aside' for k,n in sorted(left.items())]
 
 # %% ../nbs/05_datasets.ipynb #199cddc0
+def _uids(s) -> tuple: return getattr(s, 'uids', (s.uid,))
+
 def draw_outlines(
     slices:list,   # Of `Slice`, a series in order
     outlines:dict, # SOPInstanceUID → list of (reader, points), from `read_outlines`
@@ -331,7 +388,7 @@ def draw_outlines(
     out = np.zeros((len(slices),g['Rows'],g['Columns']), np.uint8)
     for z,s in enumerate(slices):
         readers = {}
-        for who,points in outlines.get(s.uid, []): readers[who] = readers.get(who, False)|fill_outline(points, out.shape[1:])
+        for who,points in (o for u in _uids(s) for o in outlines.get(u, [])): readers[who] = readers.get(who, False)|fill_outline(points, out.shape[1:])
         if readers: out[z] = sum(o.astype(int) for o in readers.values())>=agree
     return out
 
@@ -345,24 +402,70 @@ def _find_json(root, annotations)->Path:
     return found[0]
 
 # %% ../nbs/05_datasets.ipynb #00c2f2ea
-def dicom_series(
-    root:str|Path, # A folder with DICOM anywhere in it
-    notes:list     # Takes notes on what was passed over
-)->list: # Of (what the case table calls it, `Series` or None where the folder does not open)
-    "All CT series below a folder"
-    out = []
+def _fault_of(e, folder) -> str:
+    "Why a folder does not open, without its name"
+    if not isinstance(e, CTError): e = CTError(folder, f'cannot be read ({e.strerror or type(e).__name__})', 'Check its permissions')
+    e = told(e, Case(pseudonym(folder, 'folder'), folder))
+    return f'{e.fault}. {e.cure}.'
+
+def _walk_dicom(root, notes) -> tuple:
+    "(path, `Series`) of all series below `root`; (path, why) of folders that do not open; what else there is, by kind"
+    found,broken,others = [],[],Counter()
     for folder in _folders(root, notes):
-        try: found = find_series(folder)
-        except CTError as e: out.append((str(folder.absolute()), None)); notes.append(str(e)); continue
-        out += [(str((folder if len(found)==1 else s.slices[0].path).absolute()), s) for s in found]
-    return out
+        at = folder.absolute()
+        try: series = find_series(folder); others += series[0].skipped if series else find_others(folder)
+        except (CTError,OSError) as e: broken.append((str(at), _fault_of(e, folder))); continue
+        if series and plain(at)!=str(at):
+            broken.append((ascii(str(at)), 'its path holds a control character, or bytes that are no UTF-8. Rename the folder.')); continue
+        found += [(str(at if len(series)==1 else s.slices[0].path.absolute()), s) for s in series]
+    return found,broken,others
+
+# %% ../nbs/05_datasets.ipynb #42c74e85
+def dicom_series(
+    root: str|Path, # A folder with DICOM anywhere in it
+    notes: list     # Takes notes on what was passed over
+) -> list: # Of (what the case table calls it, `Series` or None where the folder does not open)
+    "All CT series below a folder"
+    found,broken,others = _walk_dicom(root, notes)
+    notes += [f'{pseudonym(p, "folder")} left out: {why}' for p,why in broken]
+    if others: notes.append(f'no CT series: {", ".join(f"{n} {k}" for k,n in sorted(others.items()))}')
+    return sorted(found+[(p,None) for p,_ in broken], key=lambda o: o[0])
 
 # %% ../nbs/05_datasets.ipynb #1bfd2f6f
-def _first_case(series, names)->list:
-    "For each series the name of its patient's first case"
-    first = {}
-    return [first.setdefault(s.patient, name) if s else name for s,name in zip(series, names)]
+def _series_case(path, s) -> dict:
+    "The line of a series"
+    who = f'patient_{s.patient[:10]}' if s.patient!=digest('') else pseudonym(s.study or s.uid, 'patient')
+    return dict(case=pseudonym(s.uid or s.slices[0].uid), patient=who, ct=path)
 
+def _once(found, notes, left) -> list:
+    "Each series once, with the most slices; copies are counted, and listed in `left`"
+    by,out,alone = {},[],0
+    for path,s in found: by.setdefault(s.uid or s.slices[0].uid, []).append((path, s))
+    for group in by.values():
+        group.sort(key=lambda o: -len(o[1].slices))
+        out.append(group[0]); have = {o.uid for o in group[0][1].slices}
+        for path,s in group[1:]:
+            left.append((_series_case(path, s)['case'], path, 'a copy of the series in another folder'))
+            alone += len({o.uid for o in s.slices}-have)
+    n = len(found)-len(out)
+    if n: notes.append(f'{n} series left out: a copy in another folder was taken')
+    if alone: notes.append(f'{_number(alone, "slice")} only in a copy that was left out: put the slices of a series into one folder')
+    return out
+
+# %% ../nbs/05_datasets.ipynb #468ecb2b
+def _find_dicom(root, notes) -> tuple:
+    "(path, `Series`) of all series that become cases, and what was left out: name, path, why"
+    found,broken,others = _walk_dicom(root, notes)
+    left = [(pseudonym(p, 'folder'), p, why) for p,why in broken]
+    if left: notes.append(f'{_number(len(left), "folder")} left out, which could not be read:')
+    notes += [f'{k}: {why}' for k,_,why in left]
+    if others: notes.append(f'no CT series: {", ".join(f"{n} {k}" for k,n in sorted(others.items()))}')
+    found = _once(found, notes, left)
+    nameless = sum(s.patient==digest('') for _,s in found)
+    if nameless: notes.append(f'{nameless} of the series without a PatientID: each study counts as a patient of its own')
+    return found,left
+
+# %% ../nbs/05_datasets.ipynb #804632a8
 def _series_cases(found, outlines):
     "(path, `Series`, whether it is outlined) of those that become cases: all with an outline, and the largest of each study without any"
     studies = {}
@@ -378,6 +481,26 @@ def _lesion_file(series, outlines, agree, path)->str:
     return str(Path(path).absolute())
 
 # %% ../nbs/05_datasets.ipynb #513337b2
+def _draw_masks(rows, series, outlines, agree, home, notes):
+    "Write the masks of the outlined series into the folder `home`"
+    masks = Outputs(home, '*_lesion.nii.gz')
+    with locked(home):
+        masks.require(overwrite=True)
+        for row,(path,s,drawn) in zip(track(rows, 'drawing masks'), series):
+            if not drawn: continue
+            name = f'{row["case"]}_lesion.nii.gz'
+            masks.add(name)
+            try: row['lesion'] = _lesion_file(s, outlines, agree, Path(home)/name)
+            except (CTError,MemoryError,OSError,RuntimeError) as e:
+                notes.append(f'{row["case"]} has no mask: {told(e, Case(row["case"], Path(path)))}')
+
+def _note_readers(outlines, agree, notes):
+    "Say where several readers' outlines were united"
+    n = sum(len({who for who,_ in o})>1 for o in outlines.values())
+    if n and agree==1: notes.append(f'{_number(n, "slice")} outlined by several readers, whose union is larger than what each drew')
+
+# %% ../nbs/05_datasets.ipynb #b5734af4
+@_readable
 def ricord(
     root:str|Path,             # Holds the DICOM folders of TCIA, and the annotations
     masks:str|Path=None,       # Folder for the lesion masks; `lesion_masks` in `root` if None
@@ -391,19 +514,17 @@ def ricord(
     "RICORD-1a, its outlines made into masks"
     if not Path(root).is_dir(): raise CTError(root, 'no such folder', 'Check the path')
     outlines,notes = read_outlines(_find_json(root, annotations), labels)
-    found = list(_series_cases([(p,s) for p,s in dicom_series(root, notes) if s], outlines))
+    every,left = _find_dicom(root, notes)
+    found = list(_series_cases(every, outlines))
     if not found: raise CTError(root, 'there is no CT series in it', 'Give the folder that the NBIA Data Retriever wrote')
-    names = [f'ricord_{i:03d}' for i in range(1, len(found)+1)]
-    patients = _first_case([s for _,s,_ in found], names)
-    rows = [dict(case=n, patient=p, ct=ct) for n,p,(ct,_,_) in zip(names, patients, found)]
-    home = Path(masks or Path(root)/'lesion_masks')
-    for row,(_,s,drawn) in zip(track(rows, 'drawing masks'), found):
-        if not drawn: continue
-        try: row['lesion'] = _lesion_file(s, outlines, agree, home/f'{row["case"]}_lesion.nii.gz')
-        except CTError as e: notes.append(f'{row["case"]} has no mask: {e}')
+    rows = [_series_case(path, s) for path,s,_ in found]
+    if any(o[2] for o in found): _draw_masks(rows, found, outlines, agree, masks or Path(root)/'lesion_masks', notes)
+    _note_readers(outlines, agree, notes)
     lost = len(set(outlines)-{o.uid for _,s,_ in found for o in s.slices})
     if lost: notes.append(f'{lost} outlined slice{"s are" if lost>1 else " is"} not among the DICOM files')
-    return _table(rows, 'ricord', valid, test, seed, notes)
+    df = _table(rows, 'ricord', valid, test, seed, notes)
+    df.attrs['left_out'] = left
+    return df
 
 # %% ../nbs/05_datasets.ipynb #fa9ebbd2
 def trace(
@@ -474,31 +595,39 @@ def _plain(base, notes)->tuple:
     return ct,masks
 
 # %% ../nbs/05_datasets.ipynb #c68a9070
+def _check_channels(base, notes):
+    "Refuse a scan of several channels; note files that are none"
+    names = [case_name(p) for p in sorted((base/'imagesTr').iterdir()) if p.name.lower().endswith(('.nii','.nii.gz')) and not p.name.startswith('.')]
+    more = [o for o in names if re.search(r'_\d{4}$', o) and not o.endswith('_0000')]
+    if more: raise CTError(base/'imagesTr', f'{plain(more[0])} is a second channel of a scan, and CT has one', 'Keep the CT alone, as …_0000.nii.gz')
+    bare = sum(not re.search(r'_\d{4}$', o) for o in names)
+    if bare: notes.append(f'{_number(bare, "file")} of imagesTr/ without _0000 at the end of the name left aside')
+
+def _check_dataset(path, n, notes):
+    "`dataset.json` agrees with the folder, and speaks of CT and of one class"
+    remedy = 'Correct the file, or remove it'
+    d = read_json(path, remedy=remedy)
+    try: said = int(d['numTraining'])
+    except (ValueError,KeyError,TypeError,OverflowError): raise CTError(path, 'it gives no numTraining', remedy) from None
+    if said!=n: raise CTError(path, f'numTraining is {said}, but imagesTr/ holds {n} scans', 'Complete the folder, or correct the number')  # F2
+    channels = d.get('channel_names', d.get('modality'))
+    kinds = [str(o) for o in channels.values()] if isinstance(channels, dict) else []
+    if kinds and [o.lower() for o in kinds]!=['ct']:
+        raise CTError(path, f'its channels are {plain(", ".join(kinds))[:100]}, not CT', 'Give a data set of CT alone')
+    labels = d.get('labels') if isinstance(d.get('labels'), dict) else {}
+    classes = [str(v if str(k).isdigit() else k) for k,v in labels.items() if '0' not in (str(k),str(v))]
+    if len(classes)>1: notes.append(f'labelsTr/ holds several classes ({", ".join(classes)[:200]}): map them to 0 and 1, or the check refuses the masks')
+
+# %% ../nbs/05_datasets.ipynb #41b71cdc
 def _nnunet(base, notes)->tuple:
     "nnU-Net's raw layout, version 1 or 2"
+    _check_channels(base, notes)
     ct = _niftis(base/'imagesTr', base, notes, '_0000')
     masks = _niftis(base/'labelsTr', base, notes) if (base/'labelsTr').is_dir() else {}
     if not ct: raise CTError(base/'imagesTr', 'there is no …_0000.nii.gz in it', 'Check the folder')
     _all_masks(ct, masks, base/'labelsTr')
-    if (base/'dataset.json').is_file():
-        try: n = int(json.loads((base/'dataset.json').read_text())['numTraining'])
-        except (ValueError,KeyError,TypeError,OverflowError,OSError):
-            raise CTError(base/'dataset.json', 'it gives no numTraining', 'Mend the file, or remove it') from None
-        if n!=len(ct): raise CTError(base/'dataset.json', f'numTraining is {n}, but imagesTr/ holds {len(ct)} scans',
-                                     'Complete the folder, or mend the number')  # F2
+    if os.path.lexists(base/'dataset.json'): _check_dataset(base/'dataset.json', len(ct), notes)
     return ct,dict(lesion=masks)
-
-# %% ../nbs/05_datasets.ipynb #8f1787f5
-def _dicom_rows(root, notes)->list:
-    "A line for each CT series, with made-up names"
-    found = dicom_series(root, notes)
-    if not found: raise CTError(root, 'there is neither a folder ct/ nor imagesTr/ nor a CT series in DICOM', _arrange)  # F9
-    digits = max(3, len(str(len(found))))
-    names = [f'case_{i:0{digits}d}' for i in range(1, len(found)+1)]
-    seen = Counter(s.uid for _,s in found if s)
-    twice = next((s for _,s in found if s and seen[s.uid]>1), None)
-    if twice: raise CTError(twice.folder, 'its CT series lies in another folder too', 'Put the slices of a series into one folder, and keep one copy')
-    return [dict(case=n, patient=p, ct=ct) for n,p,(ct,_) in zip(names, _first_case([s for _,s in found], names), found)]
 
 # %% ../nbs/05_datasets.ipynb #652c7697
 def _holds_dicom(root)->bool:
@@ -513,6 +642,19 @@ def _own_layouts(root, layout)->list:
     return found+['dicom']*(not found or any(map(_holds_dicom, aside)))
 
 # %% ../nbs/05_datasets.ipynb #dcf29670
+def _dicom_table(root, valid, test, seed) -> pd.DataFrame:
+    "A line for each CT series of a tree"
+    notes = []
+    found,left = _find_dicom(root, notes)
+    if not found:
+        why = f'; {left[0][0]}: {left[0][2]}' if left else f' ({notes[-1]})' if notes else ''
+        raise CTError(root, 'there is neither a folder ct/ nor imagesTr/ nor a CT series in DICOM'+why.rstrip('.'), _arrange)  # F9
+    df = _table([_series_case(*o) for o in found], 'folder', valid, test, seed, notes)
+    df.attrs['left_out'] = left
+    return df
+
+# %% ../nbs/05_datasets.ipynb #cde0236d
+@_readable
 def folder(
     root:str|Path, # Your scans
     valid=None,    # List of names of cases, or a share of patients (0…1), for choosing weights; a fifth if neither is given
@@ -529,8 +671,8 @@ def folder(
     found = _own_layouts(root, layout)
     if len(found)>1: raise _ambiguous(root, found)  # F8
     if not found: raise CTError(root, f'it holds no folder {_own[layout][0]}/', _arrange)
-    if found==['dicom']: rows = _dicom_rows(root, notes)
-    else: rows = _rows(*dict(plain=_plain, nnunet=_nnunet)[found[0]](root, notes), window=already_windowed)
+    if found==['dicom']: return _dicom_table(root, valid, test, seed)
+    rows = _rows(*dict(plain=_plain, nnunet=_nnunet)[found[0]](root, notes), window=already_windowed)
     return _table(rows, 'folder', valid, test, seed, notes)
 
 # %% ../nbs/05_datasets.ipynb #46885b63
@@ -585,7 +727,7 @@ def _body(r, n, what, chunk=2**16):
 # %% ../nbs/05_datasets.ipynb #7105d765
 @dataclass
 class Resume:
-    "A downloader for pooch that goes on where the last run was cut off"
+    "A downloader that resumes where the last run was cut off"
     part:Path     # What has come so far
     size:int      # Bytes of the whole
     tries:int=4   # Connections in one run
@@ -594,7 +736,8 @@ class Resume:
     @property
     def have(self)->int: return self.part.stat().st_size if self.part.exists() else 0
 
-    def __call__(self, url, output_file, pooch):
+    def __call__(self, url, output_file):
+        if self.part.is_symlink(): raise CTError(self.part, 'is a link', 'Remove it')
         if self.have>self.size: self.part.unlink()  # the beginning of another file
         for _ in range(self.tries):
             if self.have<self.size: self.fetch(url)
@@ -643,8 +786,8 @@ def unpack(
     folder:str|Path # Where its files go; a top folder of the same name in the archive is not doubled
 ):
     "Unpack an archive, whole or not at all"
-    folder = Path(folder); tmp = folder.with_name(f'.{folder.name}.tmp')
-    shutil.rmtree(tmp, ignore_errors=True)
+    folder = Path(folder); tmp = temp_beside(folder)
+    sweep(folder.parent)  # what a killed run left there
     try:
         with zipfile.ZipFile(path) as z:
             infos = _check_zip(z, path, folder.name+'/')
@@ -657,30 +800,39 @@ def unpack(
     except OSError as e:  # without a number, or EINVAL: a seek to nowhere, or bz2's own
         if e.errno in (None,errno.EINVAL): raise CTError(path, f'the archive is damaged ({e})', 'Download it again') from None
         raise CTError(folder, f'cannot be written ({e.strerror})', 'Check the folder and the free space') from None
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    finally: shutil.rmtree(tmp, ignore_errors=True); temps_here.discard(tmp.name)
 
 # %% ../nbs/05_datasets.ipynb #a825ed20
+def _md5(path) -> str:
+    with open(path, 'rb') as f: return 'md5:'+hashlib.file_digest(f, 'md5').hexdigest()
+
+def _fetch(out, name, url, size, checksum):
+    "Download one file into the folder `out`, unless the right one is there"
+    if (out/name).is_file() and _md5(out/name)==checksum: return
+    if shutil.disk_usage(out).free<3*size:
+        raise CTError(out, f'too little room: {name} needs about {3*size/2**30:.1f} GiB', 'Free some, or choose another folder')
+    part = out/f'.{name}.part'
+    Resume(part, size)(url, temp := temp_beside(out/name))
+    try:
+        if _md5(temp)!=checksum:
+            raise CTError(name, 'its checksum is not the one of the record: it was changed on the way', 'Run the same command again')
+        os.replace(temp, out/name)
+    finally: temp.unlink(missing_ok=True); temps_here.discard(temp.name)
+
+# %% ../nbs/05_datasets.ipynb #00b0613a
 def download(
     out:str|Path,            # Folder for the data set
     record:str=zenodo_record # URL of the Zenodo record
 )->Path: # `out`, for `coronacases`
     "Download CoronaCases, or what is still missing of it, and unpack it"
-    import pooch
-    pooch.get_logger().setLevel('ERROR')
     out,files = Path(out),read_record(record)
     lost = [k for k in _wanted if k not in files]
     if lost: raise CTError(record, f'the record has no {lost[0]}', 'Update covid3d, or download the files by hand')
-    for name in (k for k in _wanted if not (out/Path(k).stem).exists()):
-        url,size,checksum = files[name]
-        out.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(out).free<3*size:
-            raise CTError(out, f'too little room: {name} needs about {3*size/2**30:.1f} GiB', 'Free some, or choose another folder')
-        try: pooch.retrieve(url, checksum, name, out, downloader=Resume(out/f'.{name}.part', size))
-        except ValueError as e:
-            if isinstance(e, CTError): raise
-            raise CTError(name, 'its checksum is not the one of the record: it was changed on the way', 'Run the same command again') from None
-        unpack(out/name, out/Path(name).stem)
-        (out/name).unlink()
+    with locked(out):
+        for name in (k for k in _wanted if not (out/Path(k).stem).exists()):
+            _fetch(out, name, *files[name])
+            unpack(out/name, out/Path(name).stem)
+            (out/name).unlink()
     return out
 
 # %% ../nbs/05_datasets.ipynb #7c08a9a1

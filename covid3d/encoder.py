@@ -7,18 +7,19 @@ Docs: https://covid3d.github.io/covid3d/encoder.html.md"""
 # %% auto #0
 __all__ = ['norms', 'kinds', 'grey_weights', 'LastUsed', 'GreyConv3d', 'kinetics', 'trunk', 'find_arch', 'thin', 'SlimResNet',
            'video_net', 'grey_trunk', 'group_norm', 'FrozenNorm', 'InstanceNorm', 'norm_layer', 'change_norm',
-           'download', 'one_line', 'read_weights', 'load_weights', 'encoder_state', 'weights_width', 'encoder_info',
-           'unfinished', 'encoder3d', 'build_of', 'conv_macs', 'cost']
+           'download', 'one_line', 'open_tensors', 'read_weights', 'load_weights', 'encoder_state', 'weights_width',
+           'encoder_info', 'unfinished', 'encoder3d', 'build_of', 'conv_macs', 'cost']
 
 # %% ../nbs/10_encoder.ipynb #4d24ca98
-import json, math, pickle, sys, torch, torch.nn.functional as F
+import json, math, pickle, re, sys, torch, torch.nn.functional as F
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
 from pathlib import Path
+from pickletools import genops
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 from torch import Tensor, nn
 from torch.hub import get_dir
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
@@ -147,7 +148,7 @@ def video_net(
 ) -> VideoResNet: # randomly initialised, reads three colours
     "A new video ResNet, torchvision's own at width 64."
     if width == 64: return arch(weights=None)
-    if width < 4: raise CTError(f'width={width}', 'too few channels', 'Give at least 4')
+    if not 4 <= width <= 256: raise CTError(f'width={width}', 'too few or too many channels', 'Give 4 to 256')
     with torch.device('meta'): like = arch(weights=None)
     return SlimResNet(like, width)
 
@@ -211,32 +212,68 @@ def one_line(e: Exception) -> str: # an error; the start of its message
     return (str(e) or type(e).__name__).splitlines()[0][:120]
 
 # %% ../nbs/10_encoder.ipynb #a5a0b16c
+@contextmanager
+def open_tensors(
+    path: str | Path, # of a `.safetensors` file
+    remedy: str, # for the message
+    most: int = 2**22, # bytes that its header may have
+): # the open file: `keys()`, `get_slice(name)`, `get_tensor(name)`, `metadata()`
+    "Open a safetensors file without reading its tensors; `CTError` if it is damaged."
+    path = Path(path)
+    if not path.is_file(): raise CTError(path, 'is not a regular file' if path.exists() else 'no such file', remedy)
+    try:
+        with open(path, 'rb') as f: size = int.from_bytes(f.read(8), 'little')
+        if most < size < path.stat().st_size: raise CTError(path, f'its header has more than {most} bytes', remedy)
+        with safe_open(path, 'pt') as f: yield f
+    except (SafetensorError, OSError) as e: raise CTError(path, f'damaged or cut short ({one_line(e)})', remedy) from None
+
+# %% ../nbs/10_encoder.ipynb #826b3405
+def _torch_names(path: Path) -> set: # of a file that `torch.save` wrote; such as 'torch FloatStorage'
+    "The names that a zip file's pickle asks for; `ValueError` if the file would unpack to more than its own size."
+    with ZipFile(path) as z:
+        infos = z.infolist()
+        if any(i.compress_type != ZIP_STORED or i.file_size != i.compress_size for i in infos): raise ValueError('it is compressed')
+        if sum(i.file_size for i in infos) > path.stat().st_size: raise ValueError('its entries overlap')
+        name, = (i for i in infos if i.filename.endswith('/data.pkl'))
+        if name.file_size > 2**24: raise ValueError('its pickle is too large')
+        ops = [(op.name, arg) for op, arg, _ in genops(z.read(name))]
+    return {arg if op == 'GLOBAL' else op for op, arg in ops if op in ('GLOBAL', 'STACK_GLOBAL', 'INST', 'EXT1', 'EXT2', 'EXT4')}
+
+_plain_names = re.compile(r'collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage')
+
+# %% ../nbs/10_encoder.ipynb #c928f030
 def read_weights(path: str | Path) -> dict: # `.safetensors`, or `.pth` as `torch.save` writes a state dict; tensors by name
     "The tensors in the file `path`; no code in it is run."
-    path = Path(path)
+    path, remedy = Path(path), 'Save the state dict alone, as .safetensors or with torch.save, or copy the file again'
     if not path.is_file(): raise CTError(path, 'no such file', 'Give the path of .safetensors or .pth weights, or pretrained=True')
-    try: state = load_file(path) if path.suffix == '.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        refused = isinstance(e, pickle.UnpicklingError) and 'Unsupported' in str(e)
-        fault = 'holds Python objects, which are never run' if refused else f'damaged ({one_line(e)})'
-        raise CTError(path, fault, 'Save the state dict alone, or copy the file again') from e
+    if path.suffix == '.safetensors':
+        with open_tensors(path, remedy) as f: return {k: f.get_tensor(k) for k in f.keys()}
+    try:
+        odd = [k for k in _torch_names(path) if not _plain_names.fullmatch(k)]
+        if odd: raise CTError(path, 'holds Python objects, which are never run', remedy)
+        state = torch.load(str(path), map_location='cpu', weights_only=True, mmap=True)
+    except BadZipFile: raise CTError(path, 'damaged, or not a file that torch.save writes', remedy) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, pickle.UnpicklingError) as e:
+        if isinstance(e, CTError): raise
+        raise CTError(path, f'damaged ({one_line(e)})', remedy) from None
     if isinstance(state, dict) and all(isinstance(o, Tensor) for o in state.values()): return state
     raise CTError(path, f'holds {type(state).__name__}, not tensors by name', 'Save the state dict alone')
 
 # %% ../nbs/10_encoder.ipynb #76cfc85d
 def load_weights(
-    net: nn.Module, # takes the weights, unless one misfits
+    net: nn.Module, # takes the weights, unless one misfits; on the meta device they are compared alone
     state: dict, # tensors by name
     source: str, # where they came from, for the message
     name: str, # of the encoder, for the message
 ) -> nn.Module: # `net`
     "Put `state` into `net`, if name and shape of every tensor fit."
     used = lambda tensors: {k: v for k, v in tensors.items() if not k.startswith('fc.') and not k.endswith('num_batches_tracked')}
-    need, have = ({k: tuple(v.shape) for k, v in used(tensors).items()} for tensors in (net.state_dict(), state))
+    kind = lambda v: tuple(v.shape) if v.is_floating_point() else v.dtype
+    need, have = ({k: kind(v) for k, v in used(tensors).items()} for tensors in (net.state_dict(), state))
     misfit = next((k for k in [*need, *have] if need.get(k) != have.get(k)), None)
     fault = f'weights of another encoder: {misfit} is {have.get(misfit, "missing")}, {name} needs {need.get(misfit, "none")}'
     if misfit: raise CTError(source, fault, f'Give the weights of {name}')
-    net.load_state_dict({**net.state_dict(), **used(state)})
+    if not any(p.is_meta for p in net.parameters()): net.load_state_dict({**net.state_dict(), **used(state)})
     return net
 
 # %% ../nbs/10_encoder.ipynb #1005c968
@@ -255,10 +292,18 @@ def encoder_info(
 ) -> dict: # what is known: `encoder`, `width`, `norm`, how it was trained; empty for weights of another origin
     "What covid3d wrote beside the weights of an encoder, or of a U-Net."
     if Path(path).suffix != '.safetensors': return {}
-    try:
-        with safe_open(path, 'pt') as f: about = f.metadata() or {}
-        return dict(json.loads(about['covid3d_encoder']) if 'covid3d_encoder' in about else json.loads(about.get('covid3d', '{}')).get('net', {}))
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as e: raise CTError(path, f'damaged ({one_line(e)})', 'Copy the file again') from None
+    with open_tensors(path, 'Copy the file again') as f: about = f.metadata() or {}
+    try: info = json.loads(about['covid3d_encoder']) if 'covid3d_encoder' in about else json.loads(about.get('covid3d', '{}')).get('net', {})
+    except (ValueError, AttributeError, RecursionError): info = None
+    if not isinstance(info, dict) or not all(_is_info(k, v) for k, v in info.items()):
+        raise CTError(path, 'what it says of its encoder cannot be read', 'Copy the file again, or pretrain again')
+    return info
+
+def _is_info(key: str, value) -> bool: # of what is written beside an encoder
+    "Whether the entries that decide something are of their kind."
+    whole = isinstance(value, int) and 0 <= value < 10**9
+    return {'norm': value is None or value in list(norms), 'width': value is None or whole and value <= 256, 'step': whole, 'steps': whole,
+            'encoder': isinstance(value, str) and len(value) < 40}.get(key, True)
 
 # %% ../nbs/10_encoder.ipynb #6d102400
 def unfinished(
@@ -284,6 +329,11 @@ def encoder3d(
     return _load(arch, state, source, weights_width(state) if width is None else width, norm or info.get('norm', 'batch'))
 
 def _load(arch, state, source, width, norm):
+    "An encoder with the weights `state`, which are compared with one that takes no memory before it is built"
+    with torch.device('meta'): _filled(arch, state, source, width, norm)
+    return _filled(arch, state, source, width, norm)
+
+def _filled(arch, state, source, width, norm):
     "An encoder with the weights `state`: in colour, in grey, or in grey with the statistics of each sample"
     net, weights, name = video_net(arch, width), kinetics(arch), f'{arch.__name__} of width {width}'
     if not any(k.endswith('.shift') for k in state): return change_norm(grey_trunk(load_weights(net, state, source, name), weights), norm)

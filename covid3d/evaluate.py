@@ -14,7 +14,7 @@ __all__ = ['counts_of', 'row_names', 'least_patients', 'shares', 'too_few', 'abo
            'row_from', 'pack', 'unpack', 'read_journal', 'Journal', 'begin_journal', 'fmt', 'html_table',
            'summary_rows', 'statements', 'cards', 'case_rows', 'compare_rows', 'compare_text', 'compared',
            'compare_html', 'figure', 'section', 'bullets', 'page', 'draw_all', 'keep_inputs', 'report_page',
-           'write_report', 'open_report', 'evaluate_cases', 'class_note']
+           'write_report', 'open_report', 'evaluate_cases', 'class_note', 'seen_note']
 
 # %% ../nbs/20_evaluate.ipynb #0e3d4645
 import base64, hashlib, html, json, math, os, re, stat, sys, tempfile, zlib
@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from scipy.stats import bootstrap, permutation_test, wilcoxon
 
 from . import __version__
-from .cases import safe_cell
+from .cases import safe_cell, told, without_paths
 from .files import Outputs, locked, read_bytes
 from .inference import segment
 from .metrics import score_names, scores
@@ -86,20 +86,12 @@ def as_table(
 
 # %% ../nbs/20_evaluate.ipynb #a7d407f3
 def why_failed(
-    e:Exception, # What was raised
-    case         # `Case` it is about
-)->str:
+    e: Exception, # What was raised
+    case          # `Case` it is about
+) -> str:
     "An exception in one line, with the case's name in place of its files' paths"
-    files = {k:Path(p) for k,p in {**{f'{k} mask':p for k,p in case.masks.items()}, 'scan':case.ct}.items() if isinstance(p, (str,Path)) and Path(p).name}
-    def role(p): return f'{case.name} ({next((k for k,f in files.items() if f==p), "scan")})'
-    told = {t:p for p in files.values() for t in (p.name,str(p))}
-    names = '|'.join(re.escape(t) for t in sorted(told, key=len, reverse=True))
-    def clean(s):
-        if names: s = re.sub(rf'(?<!\w)({names})(?!\w)(?:[/\\](?:[^\'"]*(?=[\'"])|[^\s:\'"]*))?', lambda m: role(told[m[1]]), s)
-        s = re.sub(r'([\'"])(?:[A-Za-z]:\\|/)[^\'"]*\1', '…', s)  # any other path, in quotes or not
-        return re.sub(r'(?<![\w/])(?:[A-Za-z]:\\|/)[^\s:,;\'"]*[/\\][^\s:,;\'"]*', '…', s)
-    if isinstance(e, CTError): return f'{role(e.what) if isinstance(e.what, Path) else clean(str(e.what))}: {clean(e.fault)}. {clean(e.cure)}.'
-    return clean(f'{type(e).__name__}: {" ".join(str(e).split())}')[:240]
+    if isinstance(e, CTError): return str(told(e, case))
+    return without_paths(f'{type(e).__name__}: {" ".join(str(e).split())}', case)[:240]
 
 # %% ../nbs/20_evaluate.ipynb #de02de3d
 class Unkept(CTError): "A row cannot be written to the journal"
@@ -680,7 +672,7 @@ def statements(
          'They count with the worst value, 0 for a share and infinity for a distance; the mean of a distance is then infinite, and its median is to be read.',
         'Each mask was scored on the grid of its own scan, voxel by voxel, not on the grid of the network.',
         'Intervals: 95 %, bootstrap-t (4,999 resamples) of the mean over patients; scans of one patient are drawn together. n counts cases. '
-        f'Below {least_patients} patients there is none: resamples of so few give an interval of the whole range of a score, or nearly.',
+        f'Below {least_patients} patients there is none: of so few it would span half of the range of a score, or all of it.',
         'Millimetres and millilitres rest on the spacing that each file states. Where that is nominal (resampled, cropped or guessed by whoever made the file), so are distances, surface Dice and volumes.',
         'Mean Dice gives each case the same weight; pooled Dice gives it to each voxel. They are different figures.']
 
@@ -931,7 +923,8 @@ def evaluate_cases(
     klass:str=None,     # Class to score; the first of `spec` if None
     pictures:int=3,     # Of the worst and of the best cases
     overwrite:bool=False, # Replace a report on other weights or settings
-    **kwargs            # For `write_report`: `title`, `against`, `about`, `notes`
+    check=None,         # Called before the first case is scored; what it returns is said on the page
+    **kwargs            # For `write_report`: `title`, `against`, `about`
 )->tuple: # Table of scores, the page, and how many cases were scored by a former run
     "Score cases and write their report; resumes a run that was interrupted"
     out,keep,klass = Path(out),Extremes(pictures),klass or spec.classes[0]
@@ -941,8 +934,8 @@ def evaluate_cases(
         if not (out/'scores.jsonl').exists(): mine.require(overwrite)
         mine.add('scores.jsonl')
         begin_journal(j, [c.name for c in cases], overwrite, keep)
+        notes = [class_note(spec, klass), check() if check else '']
         df = score_cases(model, spec, cases, overlap, tolerance, keep, klass, j)
-        notes = [class_note(spec, klass), *kwargs.pop('notes', ())]
         return df,write_report(df, out, extremes=keep, notes=[o for o in notes if o], **kwargs),j.kept
 
 # %% ../nbs/20_evaluate.ipynb #80ba3019
@@ -953,3 +946,16 @@ def class_note(
     "Which of several classes the figures are about"
     rest = [k for k in spec.classes if k!=klass]
     return f'These figures are about the class {klass}. The weights also find {", ".join(rest)}, which was not scored here.' if rest else ''
+
+# %% ../nbs/20_evaluate.ipynb #d20a1d73
+def seen_note(
+    digests:dict, # Name of a case → digest of its scan, from `scan_digest`
+    seen          # Digests of the scans that trained or chose the weights; None if the weights do not tell
+)->str: # Empty if no case was seen
+    "Which cases the weights know already"
+    if seen is None: return 'The weights do not tell which scans they were trained on, so nobody has checked that these cases are new to them.'
+    known = [k for k,d in digests.items() if d in seen]
+    if not known: return ''
+    some = ', '.join(known[:5])+(f' and {len(known)-5} more' if len(known)>5 else '')
+    return (f'{len(known)} of {many(len(digests),"case")} trained these weights or chose them ({some}): their scores flatter, and are no estimate for new scans. '
+            'For a cross-validation, its own report scores each case with the network that did not see it.')

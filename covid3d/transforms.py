@@ -6,7 +6,7 @@ Docs: https://covid3d.github.io/covid3d/transforms.html.md"""
 
 # %% auto #0
 __all__ = ['TensorCT', 'TensorMask3d', 'show_patch', 'apply_window', 'axis_weights', 'resize', 'size_at', 'resample_image',
-           'resample_mask', 'CTSpec', 'crop', 'positions', 'patch_range', 'RandomPatch']
+           'body_ml', 'resample_mask', 'CTSpec', 'crop', 'positions', 'patch_range', 'RandomPatch']
 
 # %% ../nbs/06_transforms.ipynb #ae9c388e
 import math, random, re
@@ -98,6 +98,13 @@ def resample_image(
     "HU of `vol` on a grid of `size` voxels"
     return resize(torch.from_numpy(np.ascontiguousarray(vol.data)), size)
 
+# %% ../nbs/06_transforms.ipynb #17dd8dd6
+def body_ml(
+    ct: Volume # HU
+) -> float:
+    "Volume of all voxels above −500 HU, in ml"
+    return sum(int(np.count_nonzero(o>-500)) for o in ct.data)*ct.ml_per_voxel
+
 # %% ../nbs/06_transforms.ipynb #9a699142
 def _keep_volume(
     part,   # Share of each coarse voxel that a lesion fills
@@ -131,12 +138,26 @@ def resample_mask(
 # %% ../nbs/06_transforms.ipynb #f550f8c3
 def _finite_numbers(name, values, n)->tuple:
     "`values` as `n` finite numbers"
-    try: res = tuple(float(v) for v in values)
-    except (TypeError,ValueError): res = ()
-    if len(res)!=n or not all(map(math.isfinite, res)): raise CTError(name, f'{values} is not {n} numbers', f'Give {n}')
+    try: res = () if isinstance(values, str) else tuple(float(v) for v in values)
+    except (TypeError,ValueError,OverflowError): res = ()
+    if len(res)!=n or not all(map(math.isfinite, res)): raise CTError(name, f'{str(values)[:80]} is not {n} numbers', f'Give {n}')
     return res
 
 # %% ../nbs/06_transforms.ipynb #5e054c3d
+_taken = ('case','patient','ct','dataset','split','already_windowed')  # columns that are no masks
+
+def _class_names(classes)->tuple:
+    "`classes` as a tuple of names that can be columns and parts of file names"
+    if isinstance(classes, str): raise CTError('classes', f'{classes[:80]!r} is one name, not a list of names', f'Give ({classes[:80]!r},)')
+    names = tuple(classes) if isinstance(classes, (list,tuple)) else ()
+    odd = [c for c in names if not (isinstance(c, str) and re.fullmatch('[A-Za-z][A-Za-z0-9_-]{0,63}', c))]
+    if odd: raise CTError('classes', f'{str(odd[0])[:80]!r} is not a plain name', 'Use up to 64 letters, digits, _ and -: it becomes part of a file name')
+    if used := [c for c in names if c.lower() in _taken]: raise CTError('classes', f'{used[0]!r} is another column of the case table', 'Use another name')
+    if not 0<len({c.lower() for c in names})==len(names)<=64:
+        raise CTError('classes', f'{str(classes)[:80]} is no list of 1 to 64 different names', 'Name each class once')
+    return names
+
+# %% ../nbs/06_transforms.ipynb #f1f25676
 @dataclass(frozen=True)
 class CTSpec:
     "How scans are prepared for a network, and what it tells apart"
@@ -146,17 +167,16 @@ class CTSpec:
     classes:tuple=('lesion',)     # One mask and one channel of logits each
 
     def __post_init__(self):
-        if isinstance(self.classes, str): raise CTError('classes', f'{self.classes!r} is one name, not a list of names', f'Give ({self.classes!r},)')
+        keep = lambda k,v: object.__setattr__(self, k, v)
+        keep('classes', _class_names(self.classes))
         for k,n in dict(spacing=3, window=2, patch=3).items():
-            if (k,self.spacing)!=('spacing',None): object.__setattr__(self, k, _finite_numbers(k, getattr(self, k), n))
-        object.__setattr__(self, 'classes', tuple(self.classes))
-        if not self.whole and not all(0<s<100 for s in self.spacing): raise CTError('spacing', f'{self.spacing} is not three lengths in mm', 'Give slice, row and column spacing')
+            if (k,self.spacing)!=('spacing',None): keep(k, _finite_numbers(k, getattr(self, k), n))
+        if not self.whole and not all(1e-3<=s<=1e3 for s in self.spacing): raise CTError('spacing', f'{self.spacing} is not three lengths of 0.001 to 1000 mm', 'Give slice, row and column spacing')
         if not all(p==int(p)>=4 for p in self.patch): raise CTError('patch', f'{self.patch} is not three whole sizes of 4 voxels or more', 'Give slices, rows and columns')
-        object.__setattr__(self, 'patch', tuple(int(p) for p in self.patch))
-        if not self.window[0]<self.window[1]: raise CTError('window', f'{self.window} is not (low, high) in HU', 'Give the lower first')
-        if not self.classes or len(set(self.classes))<len(self.classes): raise CTError('classes', f'{self.classes} is empty or repeats a name', 'Name each class once')
-        odd = [c for c in self.classes if not (isinstance(c, str) and re.fullmatch(r'[A-Za-z]\w*', c))]
-        if odd: raise CTError('classes', f'{odd[0]!r} is not a plain name', 'Use letters, digits and _: it becomes part of a file name')
+        keep('patch', tuple(int(p) for p in self.patch))
+        if math.prod(self.patch)>2**28: raise CTError('patch', f'{self.patch} is more than {2**28:,} voxels', 'Give a smaller one')
+        low,high = self.window
+        if not -1e5<=low<high<=1e5 or high-low<1e-3: raise CTError('window', f'{self.window} is not (low, high) in HU', 'Give the lower first')
 
     @property
     def whole(self)->bool:

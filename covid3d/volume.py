@@ -367,8 +367,8 @@ def _read(path, packing)->Volume:
 
 # %% ../nbs/00_volume.ipynb #3f3b13be
 def _sampled(x)->tuple:
-    "Some 100,000 voxels spread over the scan, and the neighbour of each along its row"
-    s = max(1, int((x.size/2**17)**(1/3)))
+    "Up to 131,072 voxels spread over the scan, and the neighbour of each along its row"
+    s = int(np.ceil((x.size/2**17)**(1/3)))
     return tuple(x[::s,::s,at:][...,:x.shape[2]-1:s].astype(np.float32).ravel() for at in (0,1))
 
 def _no_padding(v)->np.ndarray:

@@ -7,6 +7,7 @@ from scipy import ndimage, stats
 from covid3d.augment import (Augment3d, Blur3d, Brightness3d, Contrast3d, CutOut3d, Draw, Elastic3d, Flip3d, Gamma3d, Noise3d, Perspective3d, Rotate3d, Sharpen3d, Shear3d, Shift3d,
     Streaks3d, ThickSlices3d, Window3d, Zoom3d, ct_aug_transforms, spline_weights, warp)
 from covid3d.transforms import RandomPatch, TensorCT, TensorMask3d
+from covid3d.volume import CTError
 
 each = pytest.mark.parametrize
 spacing = (4.,2.,2.)
@@ -174,3 +175,13 @@ def test_batch_on_a_gpu():
     x,y = torch.rand(2,1,9,32,32),(torch.rand(2,1,9,32,32)>.5).byte()
     a,b = aug.apply(x, y, d, (9,24,24)),aug.apply(x.cuda(), y.cuda(), d, (9,24,24))
     assert torch.allclose(a[0], b[0].cpu(), atol=1e-3) and (a[1]==b[1].cpu()).float().mean()>.99
+
+
+def test_an_augmentation_in_mm_needs_the_size_of_a_voxel():
+    "Rotations, shears, shifts, bending and perspective do not guess; mirror images, zooms and greys do not need it"
+    x = torch.rand(1,6,12,12),torch.ones(1,6,12,12, dtype=torch.uint8)
+    for t in (Rotate3d(p=1), Shear3d(p=1), Elastic3d(p=1), Shift3d(p=1), Perspective3d(p=1)):
+        for use in (lambda a: a(x, split_idx=0), lambda a: a.cut(*x, [0,0,0], (6,8,8)), lambda a: a.room((6,8,8))):
+            with pytest.raises(CTError, match='size of a voxel is not known'): use(Augment3d([t]))
+            use(Augment3d([t], (4,2,2)))
+    for t in (Flip3d(1), Zoom3d(slices=True, p=1), Contrast3d(p=1), Noise3d(p=1)): Augment3d([t])(x, split_idx=0); t(x, split_idx=0)

@@ -1,12 +1,13 @@
 "The command line as a user meets it: the whole way on small phantoms, and what happens when something is wrong"
-import csv, os, re, subprocess, sys
+import csv, inspect, io, os, re, subprocess, sys
 from pathlib import Path
 
 import nibabel as nib, numpy as np, pytest
 from safetensors.torch import save_file
 
-from covid3d.cli import main
+from covid3d.cli import commands, main, one_line
 from covid3d.inference import NetSpec, load_model, save_model
+from covid3d.volume import CTError
 from covid3d.phantom import write_phantoms
 from covid3d.transforms import CTSpec
 
@@ -114,8 +115,8 @@ def test_training_again_gives_the_same_weights(data, tmp_path):
     (['cases','folder','nowhere'], ['nowhere','no such folder'])])
 def test_wrong_path(capfd, tmp_path, weights, argv, words):
     more = [] if argv[0]=='cases' else ['--weights','random' if argv[0]=='train' else str(weights)]
-    refused(capfd, [*argv,*more,'--out',tmp_path/'out'], *words)
-    assert not (tmp_path/'out').exists()
+    refused(capfd, [*argv,*more,'--out',tmp_path/('out.csv' if argv[0]=='cases' else 'out')], *words)
+    assert not list(tmp_path.iterdir())
 
 def test_directory_of_nothing(capfd, tmp_path, weights):
     (tmp_path/'empty').mkdir()
@@ -203,3 +204,134 @@ def test_console_script(argv, status):
     r = subprocess.run([exe,*argv], capture_output=True, text=True, env={**os.environ,'COLUMNS':'100'})
     assert r.returncode==status and 'Traceback' not in r.stderr
     if argv==['--help']: assert all(re.search(rf'^  {o} +\S', r.stdout, re.M) for o in ('demo','phantom','cases','train','evaluate','predict'))
+
+# any terminal, any machine
+
+def started(*argv, sh='', **env):
+    "`python -m covid3d` in a process of its own, `sh` after its words (`>&-`) or before (`ulimit …;`)"
+    before,after = (sh, '') if sh.endswith(';') else ('', sh)
+    words = ' '.join(f"'{o}'" for o in (sys.executable,'-m','covid3d',*argv))
+    return subprocess.run(['bash','-c',f'{before} {words} {after}'], capture_output=True, text=True, env=os.environ|env|dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'))
+
+@pytest.mark.promise('works')
+@pytest.mark.parametrize('encoding', ['ascii','cp1252'])
+def test_any_encoding(monkeypatch, tmp_path, weights, ct, encoding):
+    "Help and results can be printed in any encoding: what it lacks is spelt, and no mask is lost to an arrow."
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, 'stdout', out)
+    for argv in (['--help'], *([k,'--help'] for k in commands), ['predict',str(ct),str(ct.with_name('phantom_001.nii.gz')),'--weights',str(weights),'--device','cpu','--out',str(tmp_path/'Müller')]):
+        assert main(argv)==0
+    text = out.buffer.getvalue().decode(encoding)
+    assert 'phantom_001 -> phantom_001_lesion.nii.gz' in text and len(list((tmp_path/'Müller').glob('*.nii.gz')))==2
+
+def test_closed_and_full_streams(tmp_path, weights, ct):
+    "A closed stream is as good as /dev/null, and its number is given to no file; a full one ends in a line"
+    for sh,status in [('>&-',0), ('2>&- >/dev/null',0), ('<&- >&- 2>&-',0)]: assert started('--help', sh=sh).returncode==status
+    r = started('predict', ct, '--weights', weights, '--device','cpu', '--out', tmp_path/'m', sh='<&- >&- 2>&-')
+    assert r.returncode==0 and nib.load(tmp_path/'m'/'phantom_000_lesion.nii.gz').get_fdata().shape==nib.load(ct).shape
+    assert started('predict', '--help', sh='| true; exit ${PIPESTATUS[0]}').returncode in (0,141)
+    if os.path.exists('/dev/full'):
+        r = started('--help', sh='>/dev/full')
+        assert r.returncode==2 and r.stderr.count('\n')==1 and 'No space left' in r.stderr
+
+@pytest.mark.skipif(sys.platform!='linux', reason='ulimit -v is of Linux')
+@pytest.mark.parametrize('kb', [60_000, 200_000, 1_000_000])
+def test_too_little_memory_is_one_line(kb, ct, tmp_path):
+    "Whether Python, numpy or PyTorch finds no room"
+    r = started('predict', ct, '--weights', tmp_path/'w.safetensors', '--out', tmp_path/'m', sh=f'ulimit -v {kb};')
+    assert r.returncode in (2,3) and r.stderr.count('\n')==1 and 'Traceback' not in r.stderr, r.stderr
+    assert 'memory' in r.stderr or 'cannot be started' in r.stderr
+
+@pytest.mark.fault('X11')
+def test_too_few_open_files_is_one_line(weights, ct, tmp_path, capfd, monkeypatch):
+    "Open files are few from the first import on, or run out in the middle"
+    r = started('check', tmp_path/'nowhere.csv', sh='ulimit -n 6;')
+    assert r.returncode in (2,3) and r.stderr.count('\n')==1 and 'Traceback' not in r.stderr, r.stderr
+    def no_more(*a, **k): raise OSError(24, 'Too many open files', 'x')
+    monkeypatch.setattr('covid3d.predict.load_models', no_more)
+    refused(capfd, ['predict',ct,'--weights',weights,'--out',tmp_path/'n','--device','cpu'], 'too many files are open', 'ulimit -n')
+
+def test_advice_names_options_that_exist():
+    for name,f in commands.items():
+        options = {o for o in re.findall(r'--([a-z]+)', one_line(MemoryError(), f))}
+        assert options<={*inspect.signature(f).parameters}, name
+    assert 'Use a smaller --patch or --bs' in one_line(MemoryError(), commands['train']) and '--patch' not in one_line(MemoryError(), commands['predict'])
+
+@pytest.mark.promise('silent')
+def test_no_error_is_swallowed(monkeypatch, capfd, tmp_path):
+    "A RANK that is set in the environment silences no error: only of processes that train together the first speaks for all."
+    def failing(*a, **k): raise CTError('nowhere.csv', 'no such case table', 'Write one')
+    monkeypatch.setattr('covid3d.learner.train', failing)
+    for env in (dict(RANK='1'), dict(RANK='x'), dict(RANK='1', WORLD_SIZE='1'), dict(RANK='1', WORLD_SIZE='2')):
+        for k in ('RANK','WORLD_SIZE'): monkeypatch.delenv(k, raising=False)
+        for k,v in env.items(): monkeypatch.setenv(k, v)
+        refused(capfd, ['predict','nowhere.nii.gz','--weights','w','--out',tmp_path/'m'], 'nowhere.nii.gz')
+        assert main(['train','nowhere.csv','--weights','random','--device','cpu','--out',str(tmp_path/'r')])==2
+        assert ('nowhere.csv' in capfd.readouterr().err)==(env.get('WORLD_SIZE')!='2')
+
+@pytest.mark.fault('X13')
+def test_statuses_of_signals(monkeypatch, capfd):
+    "143 of a training that was ended by SIGTERM passes; Ctrl-C gives 130 and one line, wherever it comes"
+    def raising(e):
+        def f(): raise e
+        return f
+    monkeypatch.setitem(commands, 'stop', raising(SystemExit(143)))
+    with pytest.raises(SystemExit) as e: main(['stop'])
+    assert e.value.code==143
+    monkeypatch.setitem(commands, 'stop', raising(KeyboardInterrupt()))
+    assert main(['stop'])==130 and capfd.readouterr().err=='stopped\n'
+    monkeypatch.setattr('covid3d.cli.anno_parser', lambda *a, **k: raising(KeyboardInterrupt())())
+    assert main(['predict'])==130 and capfd.readouterr().err=='stopped\n'
+
+@pytest.mark.fault('X2')
+@pytest.mark.parametrize('device', ['meta','mkldnn','xla','cuda:99','banana','','cpu:x'])
+def test_devices_that_cannot_compute(capfd, ct, weights, tmp_path, device):
+    refused(capfd, ['predict',ct,'--weights',weights,'--out',tmp_path/'m','--device',device], 'device', 'Use --device cpu')
+    assert not (tmp_path/'m').exists()
+
+@pytest.mark.fault('X7')
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='there is no /proc')
+def test_places_that_cannot_be_written_to(capfd, ct, data, weights, tmp_path):
+    for out in ('/proc/foo', '/dev/null', '/dev/null/x', 'x'*300, tmp_path/('x'*300)/'y'):
+        refused(capfd, ['predict',ct,'--weights',weights,'--device','cpu','--out',out])
+    (tmp_path/'file').touch()
+    refused(capfd, ['predict',ct,'--weights',weights,'--out',tmp_path/'file'], 'file', 'Choose another --out')
+
+@pytest.mark.fault('X7')
+@pytest.mark.promise('works')
+def test_a_folder_without_permission_is_refused_before_work(capfd, ct, weights, tmp_path, monkeypatch):
+    "A folder that may not be written to is refused before anything is opened."
+    (tmp_path/'m').mkdir()
+    monkeypatch.setattr(os, 'access', lambda p, mode: False)
+    monkeypatch.setattr('covid3d.predict.load_models', lambda *a: pytest.fail('weights were opened'))
+    refused(capfd, ['predict',ct,'--weights',weights,'--out',tmp_path/'m'], tmp_path/'m', 'Choose another --out')
+
+@pytest.mark.fault('K5')
+def test_weights_that_are_no_file(capfd, ct, tmp_path):
+    os.mkfifo(tmp_path/'f.safetensors'); (tmp_path/'d.safetensors').mkdir(); (tmp_path/'empty.safetensors').touch()
+    for o in ('f.safetensors','d.safetensors','empty.safetensors','none.safetensors'):
+        refused(capfd, ['predict',ct,'--weights',tmp_path/o,'--device','cpu','--out',tmp_path/'m'], o)
+    refused(capfd, ['predict',ct,'--weights','w'*300+',x','--device','cpu','--out',tmp_path/'m'], 'www')
+    assert not (tmp_path/'m').exists()
+
+@pytest.mark.fault('X4')
+@pytest.mark.parametrize('seed', ['100000000000000000000','-1','4294967296'])
+def test_seeds_out_of_range(capfd, tmp_path, data, seed):
+    for argv in (['phantom',tmp_path/'p'], ['cases','folder',data,'-o',tmp_path/'c.csv'], ['train',data/'cases.csv','--out',tmp_path/'r'], ['demo','--out',tmp_path/'d']):
+        refused(capfd, [*argv,'--seed',seed], 'seed', 'Give 0 to 4294967295')
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.fault('X4')
+def test_overlap_out_of_range(capfd, ct, weights, tmp_path):
+    for o in ('1','-0.1','nan','inf','x'): refused(capfd, ['predict',ct,'--weights',weights,'--out',tmp_path/'m','--overlap',o], 'overlap')
+    assert not (tmp_path/'m').exists()
+
+@pytest.mark.fault('X3')
+def test_odd_words(capfd, tmp_path, weights):
+    "What a user types reaches the terminal as one plain line"
+    for argv in (['\x1b[31mred\n'], ['predict','x','--\x1b[31mred\n','y'], ['predict','a\0b','--weights',weights,'--out',tmp_path/'m'], ['train','\x1b[2Jx\ny.csv','--out',tmp_path/'m'],
+                 ['check','\udcff.csv'], ['check','x'*5000+'.csv'], ['cases','folder','\x1b[2J\n','-o',tmp_path/'c.csv'], ['evaluate','/dev/null','--weights',weights,'--out',tmp_path/'m']):
+        assert main([str(o) for o in argv])==2
+        err = capfd.readouterr().err
+        assert '\x1b' not in err and err.count('\n')==1 and 'unexpected' not in err, err
+    assert not list(tmp_path.iterdir())

@@ -1,16 +1,16 @@
 "The four data sets in their true layouts, from phantoms through the command line: cases → check → train → evaluate; and DICOM in, masks out"
-import csv, json, os
+import csv, json, os, random, stat
 from pathlib import Path
 
 import nibabel as nib, numpy as np, pydicom, pytest
 
 from covid3d import datasets
-from covid3d.cases import read_cases
+from covid3d.cases import check_table, read_cases, sources_path
 from covid3d.cli import main
-from covid3d.dicom import ct_datasets, open_series, save_dicom, write_series
+from covid3d.dicom import Slice, ct_datasets, find_series, open_series, pseudonym, save_dicom, write_series
 from covid3d.metrics import dice
 from covid3d.phantom import phantom
-from covid3d.volume import save_volume
+from covid3d.volume import CTError, save_volume
 
 each = pytest.mark.parametrize
 data = os.environ.get('COVID3D_TEST_DATA')
@@ -133,29 +133,285 @@ def test_archive(archive, weights, tmp_path, capfd):
     table,masks = tmp_path/'cases.csv',tmp_path/'masks'
     assert run('cases','folder', archive, '-o', table)==0
     r = rows(table)
-    assert [o['case'] for o in r]==[f'case_{i:03d}' for i in range(1,5)] and [o['patient'] for o in r]==['case_001','case_001','case_003','case_004']
+    uid = {f:pseudonym(find_series(archive/f)[0].uid) for f in ('S0','S1','S2','S9')}
+    assert [o['case'] for o in r]==list(uid.values()) and [o['ct'] for o in r]==list(uid.values())
+    who = [pseudonym(o, 'patient') for o in ('DOE^JANE','DOE^JANE','ROE^JIM','POE^JO')]
+    assert [o['patient'] for o in r]==who
     assert run('check', table)==1
     assert run('predict', table, '--weights', weights, '--out', masks, '--device','cpu')==1
     out = capfd.readouterr()
     assert '1 slice missing' in out.out and '1 of 4 scans failed' in out.err
-    assert sorted(o.name for o in masks.iterdir())==[f'case_{i:03d}_lesion.nii.gz' for i in (1,2,3)]
+    assert {f'{uid[f]}_lesion.nii.gz' for f in ('S0','S1','S2')}=={o.name for o in masks.glob('*.nii.gz')}
     text = out.out+out.err+table.read_text()+' '.join(map(str, tmp_path.rglob('*')))
     assert not any(o in text for o in ('DOE','ROE','POE','JANE','JIM'))
+
+hospital = 'DOE^JANE 1950-01-01','Roe, Jim','Größe 7'
+
+@pytest.fixture
+def export(phantoms, tmp_path):
+    "An export whose folders and files are called after patients; the second lacks a slice, the third holds a file that is cut short"
+    for i,who in enumerate(hospital):
+        home = tmp_path/'export'/who/'CHEST of JANE'
+        for j,ds in enumerate(ct_datasets(phantoms[i].ct, patient=f'ID{i}')):
+            if (i,j)!=(1,7): save_dicom(ds, home/f'{who} {j:03d}.dcm')
+    p = next(home.iterdir()); p.write_bytes(p.read_bytes()[:300])
+    return tmp_path/'export'
+
+@pytest.mark.promise('named')
+def test_no_name_of_a_folder_or_file_comes_out(export, tmp_path, capfd):
+    """No name of a folder, file or patient of a DICOM export reaches a case table, a message or a report; one file of sources, which says so, holds the way back"""
+    out = tmp_path/'out'; table = out/'cases.csv'
+    assert run('cases','folder', export, '-o', table)==0
+    assert run('check', table)==1 and run('check', table, '--json')==1
+    said = capfd.readouterr()
+    assert '1 slice missing' in said.out and 'folder_' in said.out
+    text = said.out+said.err+table.read_text()+' '.join(o.name for o in out.iterdir())
+    assert not any(o in text for o in ('DOE','JANE','Jane','Roe','Jim','Größe','1950','ID0'))
+    sources = (out/'cases_sources.csv').read_text()
+    assert sources.startswith('scan,source (may name patients: keep this file with the data),left out\n')
+    assert all(o in sources for o in ('DOE^JANE','Roe, Jim','Größe 7')) and sources.count('\n')==4
+    if os.name!='nt': assert stat.S_IMODE((out/'cases_sources.csv').stat().st_mode)==0o600
+    assert [c.ct.parts[-2] for c in read_cases(table)]==list(hospital[:2])
+
+def test_a_series_has_one_name_everywhere(archive, tmp_path):
+    "Alone, in the tree, after more folders came, whatever the folder is called"
+    def names(root): return {r['ct'].split('/')[-1]:r for r in datasets.folder(root, layout='dicom').to_dict('records')}
+    tree = names(archive)
+    alone = datasets.folder(archive/'S2').case[0]
+    write_series(phantom(9, shape=(32,96,96), spacing=(9,3.7,3.7)).ct, tmp_path/'t'/'A0', patient='NEW')
+    os.symlink(archive/'S2'/'0000', tmp_path/'x')
+    import shutil; shutil.copytree(archive, tmp_path/'t'/'B')
+    assert alone==tree['S2']['case']==names(tmp_path/'t')['S2']['case'] and tree['S2']['patient']==names(tmp_path/'t')['S2']['patient']
+
+def test_table_and_its_sources_move_with_the_data(archive, tmp_path):
+    import shutil
+    shutil.copytree(archive, tmp_path/'a'/'data')
+    assert run('cases','folder', tmp_path/'a'/'data', '-o', tmp_path/'a'/'t.csv')==0
+    (tmp_path/'a').rename(tmp_path/'b')
+    assert read_cases(tmp_path/'b'/'t.csv')[0].ct.is_dir()
+
+@pytest.mark.parametrize('harm', ['gone','empty','no line','foreign'])
+def test_sources_that_are_lost_are_told_in_one_line(archive, tmp_path, capfd, harm):
+    table = tmp_path/'t.csv'; p = sources_path(table)
+    assert run('cases','folder', archive, '-o', table)==0
+    capfd.readouterr()
+    if harm=='gone': p.unlink()
+    elif harm=='empty': p.write_text('')
+    elif harm=='no line': p.write_text('\n'.join(p.read_text().splitlines()[:2])+'\n')
+    else: p.write_text('a,b\n1,2\n')
+    assert run('check', table)==2
+    err = capfd.readouterr().err
+    assert err.count('\n')==1 and 't_sources.csv' in err and ('covid3d cases' in err)
+
+def test_patients_without_an_id_are_not_one_person(phantoms, tmp_path):
+    for i in range(3):
+        for j,ds in enumerate(ct_datasets(phantoms[i].ct, patient='', seed=i)): save_dicom(ds, tmp_path/f'S{i}'/f'{j:03d}')
+    df = datasets.folder(tmp_path)
+    assert df.patient.nunique()==3 and any('without a PatientID' in o for o in df.attrs['notes'])
+
+@pytest.mark.promise('silent')
+def test_what_is_left_out_is_counted(phantoms, tmp_path, capfd):
+    """Series that are copies, too short, of another kind or unreadable are left out of a table, counted by kind, and stop nothing"""
+    def put(name, n=None, kind=None, broken=False, seed=0):
+        for j,ds in enumerate(ct_datasets(phantoms[seed].ct, patient='A', seed=seed)[:n]):
+            if kind: ds.SOPClassUID = kind
+            save_dicom(ds, tmp_path/'d'/name/f'{j:03d}.dcm')
+        if broken: (tmp_path/'d'/name/'000.dcm').write_bytes(b'x'*50)
+    put('one'); put('two', n=20); put('three', seed=1); put('short', n=3, seed=2); put('mr', n=5, kind='1.2.840.10008.5.1.4.1.1.4', seed=3)
+    put('bad', broken=True, seed=4)
+    assert run('cases','folder', tmp_path/'d', '-o', tmp_path/'t.csv')==0
+    out = capfd.readouterr().out
+    assert len(rows(tmp_path/'t.csv'))==2 and read_cases(tmp_path/'t.csv')[0].ct.name=='one'
+    for o in ('1 series left out: a copy','5 MR Image Storage','3 series of fewer than four slices','1 folder left out, which could not be read:\nnote: folder_'):
+        assert o in out, (o,out)
+    assert '/bad' not in out and 'a copy of the series' in sources_path(tmp_path/'t.csv').read_text()
+
+def test_halves_of_a_series_in_two_folders_are_told(phantoms, tmp_path):
+    for j,ds in enumerate(ct_datasets(phantoms[0].ct)): save_dicom(ds, tmp_path/('a' if j<20 else 'b')/f'{j:03d}')
+    df = datasets.folder(tmp_path)
+    assert len(df)==1 and any(o.startswith('12 slices only in a copy') for o in df.attrs['notes'])
+
+def test_nothing_readable_is_one_line(phantoms, tmp_path, capfd):
+    (tmp_path/'d'/'DOE').mkdir(parents=True); (tmp_path/'d'/'DOE'/'a.dcm').write_bytes(b'x'*200)
+    assert run('cases','folder', tmp_path/'d', '-o', tmp_path/'t.csv')==2
+    err = capfd.readouterr().err
+    assert err.count('\n')==1 and 'folder_' in err and 'DOE' not in err and not (tmp_path/'t.csv').exists()
+
+def test_a_link_to_itself_and_a_closed_folder_stop_nothing(phantoms, tmp_path, monkeypatch):
+    write_series(phantoms[0].ct, tmp_path/'d'/'one'); (tmp_path/'d'/'one'/'loop').symlink_to('loop'); (tmp_path/'d'/'loop').symlink_to('loop')
+    (tmp_path/'d'/'shut').mkdir()
+    real = os.scandir
+    def scandir(p='.'):
+        if str(p).endswith('shut'): raise PermissionError(13, 'Permission denied', str(p))
+        return real(p)
+    monkeypatch.setattr(os, 'scandir', scandir)
+    df = datasets.folder(tmp_path/'d')
+    assert len(df)==1 and df.attrs['notes'][:2]==['2 links to a folder, or to nowhere, not followed','1 folder could not be read (Permission denied)']
+
+@each('kind', ['folder','coronacases','mosmed','covid1920','ricord'])
+def test_root_that_may_not_be_read(kind, tmp_path, capfd, monkeypatch):
+    (tmp_path/'d'/'ct').mkdir(parents=True); (tmp_path/'d'/'ct'/'a.nii').write_bytes(b'x')
+    def shut(self): raise PermissionError(13, 'Permission denied', str(self))
+    monkeypatch.setattr(Path, 'iterdir', shut)
+    assert run('cases',kind, tmp_path/'d', '-o', tmp_path/'t.csv')==2
+    assert capfd.readouterr().err.count('\n')==1
+
+# RICORD
+
+def small_ricord(root, phantoms):
+    datasets.write_ricord(phantoms[:2], root)
+    return next(root.glob('*.json'))
+
+@pytest.mark.skipif(not hasattr(Slice, 'uids'), reason='needs slices that know the UIDs of their repeats')
+def test_outline_on_a_repeated_slice_is_drawn(phantoms, tmp_path):
+    "A slice stored again under another SOPInstanceUID, which carries the outline: not a voxel is lost"
+    json_file = small_ricord(tmp_path/'r', phantoms)
+    want = read_cases(datasets.ricord(tmp_path/'r', masks=tmp_path/'m1'))[0]
+    n = int(want.open_mask('lesion', want.open_ct()).data.sum())
+    text = json_file.read_text(); d = json.loads(text)
+    slices = find_series(want.ct)[0].slices
+    s = next(s for s in slices if s.uid in text)
+    ds = pydicom.dcmread(s.path); ds.SOPInstanceUID = s.uid+'.1'; save_dicom(ds, s.path.with_name('zz.dcm'))
+    for a in d['datasets'][0]['annotations']:
+        if a.get('SOPInstanceUID')==s.uid: a['SOPInstanceUID'] += '.1'; break
+    json_file.write_text(json.dumps(d))
+    got = read_cases(datasets.ricord(tmp_path/'r', masks=tmp_path/'m2'))[0]
+    assert int(got.open_mask('lesion', got.open_ct()).data.sum())==n
+
+def test_several_readers_are_told(phantoms, tmp_path):
+    p = small_ricord(tmp_path/'r', phantoms); d = json.loads(p.read_text())
+    a = next(o for o in d['datasets'][0]['annotations'] if o.get('SOPInstanceUID'))
+    d['datasets'][0]['annotations'].append(a|dict(createdById='U_2')); p.write_text(json.dumps(d))
+    note = '1 slice outlined by several readers, whose union is larger than what each drew'
+    assert note in datasets.ricord(tmp_path/'r', masks=tmp_path/'m').attrs['notes']
+    assert note not in datasets.ricord(tmp_path/'r', masks=tmp_path/'m', agree=2).attrs['notes']
+
+@pytest.mark.promise('lost')
+def test_a_mask_that_is_not_ours_is_never_replaced(phantoms, tmp_path):
+    """Masks drawn from outlines replace only masks that covid3d wrote"""
+    small_ricord(tmp_path/'r', phantoms)
+    df = datasets.ricord(tmp_path/'r'); datasets.ricord(tmp_path/'r')  # ours may be written anew
+    other = tmp_path/'r'/'lesion_masks'/'mine_lesion.nii.gz'; other.write_bytes(b'mine')
+    with pytest.raises(CTError, match='was not written by covid3d'): datasets.ricord(tmp_path/'r')
+    assert other.read_bytes()==b'mine'
+
+def replaced(o, at, new):
+    "A copy of nested lists and dicts with the node `at` (a number in order of visit) replaced"
+    count = [0]
+    def walk(o):
+        count[0] += 1
+        if count[0]-1==at: return new
+        if isinstance(o, dict): return {k:walk(v) for k,v in o.items()}
+        return [walk(v) for v in o] if isinstance(o, list) else o
+    return walk(o),count[0]
+
+@pytest.mark.fault('P11')
+def test_mdai_of_wrong_types(tmp_path):
+    "Any node of the export replaced by anything: refused in one line, or read"
+    a = dict(id='A', labelId='L', StudyInstanceUID='1', SOPInstanceUID='1.2', createdById='U', data=dict(vertices=[[0,0],[4,0],[4,3]]))
+    d = dict(labelGroups=[dict(id='G', labels=[dict(id='L', name='Infectious opacity', scope='INSTANCE')])],
+             datasets=[dict(id='D', studies=[dict(StudyInstanceUID='1', number=1)], annotations=[a, a|dict(data=None)])])
+    n,p,read = replaced(d, -1, 0)[1],tmp_path/'a.json',0
+    for at in range(n):
+        for new in (7, 1e400, 10**400, 'x', None, [], {}, [[]], {'vertices':3}, True, [1,2,3]):
+            try: p.write_text(json.dumps(replaced(d, at, new)[0]))
+            except ValueError: continue
+            try: datasets.read_outlines(p, ['Infectious opacity']); read += 1
+            except CTError as e: assert '\n' not in str(e)
+    assert read>n
+
+@each('text', [b'['*200000, b'{"a":'*100000, b'\xff\xfe', b'', b'null', b'"x"', b'{"datasets":1e999,"labelGroups":[]}', b'\0'*99], ids=range(8))
+def test_mdai_that_is_no_export(tmp_path, text, capfd):
+    (tmp_path/'d').mkdir(); (tmp_path/'d'/'annotations.json').write_bytes(text)
+    assert run('cases','ricord', tmp_path/'d', '-o', tmp_path/'t.csv')==2 and capfd.readouterr().err.count('\n')==1
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs named pipes')
+def test_annotations_that_are_a_pipe(tmp_path, capfd):
+    os.mkfifo(tmp_path/'pipe')
+    (tmp_path/'d').mkdir()
+    assert run('cases','ricord', tmp_path/'d', '--annotations', tmp_path/'pipe', '-o', tmp_path/'t.csv')==2
+    assert 'is not a regular file' in capfd.readouterr().err
+
+# Radiopaedia
+
+def turn(root, pattern):
+    "Exchange front and back in the affines of files"
+    for p in root.rglob(pattern):
+        img = nib.load(p); nib.save(nib.Nifti1Image(np.asanyarray(img.dataobj), np.diag([1,-1,1,1])@img.affine), p)
+
+def test_radiopaedia_is_turned_by_what_the_scan_shows(phantoms, tmp_path):
+    "Front and back exchanged: noticed, repaired in scan and masks, and a mask is written on the file's own voxels; a right file is left alone"
+    from covid3d.volume import save_mask
+    datasets.write_coronacases(phantoms[:3], tmp_path/'d'); turn(tmp_path/'d', 'radiopaedia*')
+    assert run('cases','coronacases', tmp_path/'d', '-o', tmp_path/'t.csv')==0
+    assert [r['flip'] for r in rows(tmp_path/'t.csv')]==['','','front-back']
+    case = read_cases(tmp_path/'t.csv')[-1]; ct = case.open_ct(); mask = case.open_mask('lesion', ct)
+    assert np.array_equal(mask.data, phantoms[2].lesion.data) and not any(r.findings and r.findings[0].level!='note' for r in check_table(tmp_path/'t.csv'))
+    save_mask(mask.data, ct, tmp_path/'m.nii.gz')
+    a,b = nib.load(tmp_path/'m.nii.gz'),nib.load(case.masks['lesion'])
+    assert np.array_equal(np.asanyarray(a.dataobj), np.asanyarray(b.dataobj)) and np.allclose(a.affine, b.affine)
+
+def test_radiopaedia_patients(phantoms, tmp_path):
+    "Two studies of one person never part"
+    for n in ('radiopaedia_29_86490_1','radiopaedia_29_86491_1','radiopaedia_7_85703_0','coronacases_001'):
+        for k,d in dict(ct='ct', lesion='infection_mask', lung='lung_mask').items():
+            v = getattr(phantoms[0], k); save_volume(datasets._windowed(v) if k=='ct' and n[0]=='r' else v, tmp_path/d/f'{n}.nii.gz')
+    for seed in range(4):
+        df = datasets.coronacases(tmp_path, valid=.4, seed=seed).set_index('case')
+        assert df.patient['radiopaedia_29_86490_1']==df.patient['radiopaedia_29_86491_1']=='radiopaedia_29'
+        assert df.split['radiopaedia_29_86490_1']==df.split['radiopaedia_29_86491_1']
+    assert df.flip['radiopaedia_7_85703_0']=='head-foot' and any('reverse order' in o for o in df.attrs['notes'])
+    assert any(o.startswith('3 Radiopaedia scans windowed to -1250:250 HU') for o in df.attrs['notes'])
+
+def test_the_check_warns_of_a_spine_in_front(phantoms, tmp_path):
+    for k,d in dict(ct='ct', lesion='infection_mask', lung='lung_mask').items(): save_volume(getattr(phantoms[0], k), tmp_path/d/'a.nii.gz')
+    turn(tmp_path, 'a.nii.gz')
+    df = datasets.folder(tmp_path)
+    f, = check_table(df)[0].findings
+    assert f.level=='warning' and 'the spine lies in front' in f.fault
+    f, = check_table(df.assign(flip='front-back'))[0].findings
+    assert f.level=='note' and 'front-back wrong: reversed' in f.fault
+
+# The table that is written
+
+@pytest.mark.promise('lost')
+@each('name,text', [('letter.csv','name,street\nJane,Elm\n'), ('cases_sources.csv','mine\n1\n'), ('ct.nii.gz','x')])
+def test_cases_never_replaces_another_file(root, tmp_path, capfd, name, text):
+    """`cases --overwrite` replaces a case table and its sources, and no other file"""
+    (tmp_path/name).write_text(text)
+    out = tmp_path/(name if name!='cases_sources.csv' else 'cases.csv')
+    assert run('cases','mosmed', root/'mosmed', '-o', out, '--overwrite')==2
+    assert capfd.readouterr().err.count('\n')==1 and (tmp_path/name).read_text()==text and len(list(tmp_path.iterdir()))==1
+
+def test_cases_is_written_by_one_process(root, tmp_path, capfd):
+    import subprocess, sys
+    code = 'import sys,time\nfrom covid3d.files import locked\nwith locked(sys.argv[1]): print("in", flush=True); time.sleep(60)'
+    p = subprocess.Popen([sys.executable,'-c',code,str(tmp_path/'t.csv')], stdout=subprocess.PIPE)
+    try:
+        p.stdout.readline()
+        assert run('cases','mosmed', root/'mosmed', '-o', tmp_path/'t.csv')==2 and 'another process' in capfd.readouterr().err
+    finally: p.kill(); p.wait()
+    assert run('cases','mosmed', root/'mosmed', '-o', tmp_path/'t.csv')==0
+    assert [o.name for o in tmp_path.iterdir()]==['t.csv']
+
+@each('seed', ['0','-1','1'+'0'*20])
+def test_any_seed(root, tmp_path, seed): assert run('cases','covid1920', root/'covid1920', '-o', tmp_path/'t.csv', f'--seed={seed}')==0
 
 def test_predict_dicom_segmentation(archive, weights, tmp_path, capfd, monkeypatch):
     "`--format seg` writes one object a scan that refers to its slices; a NIfTI cannot have one"
     import highdicom as hd
-    monkeypatch.setattr('covid3d.inference.segment', lambda model, spec, ct, *a, **k: dict(lesion=((ct.data>-800)&(ct.data<-300)).astype(np.uint8)))
+    monkeypatch.setattr('covid3d.predict.segment', lambda model, spec, ct, *a, **k: dict(lesion=((ct.data>-800)&(ct.data<-300)).astype(np.uint8)))
     argv = ['predict', archive/'S0', '--weights', weights, '--device','cpu']
     assert run(*argv, '--out', tmp_path/'nii')==0 and run(*argv, '--out', tmp_path/'seg', '--format','seg')==0
-    seg = hd.seg.segread(tmp_path/'seg'/'scan_001_seg.dcm')
     ct = open_series(archive/'S0')
-    nii = np.asarray(nib.load(tmp_path/'nii'/'scan_001_lesion.nii.gz').dataobj).transpose(2,1,0)
+    name = pseudonym(ct.source.slices[0].series)
+    seg = hd.seg.segread(tmp_path/'seg'/f'{name}_seg.dcm')
+    nii = np.asarray(nib.load(tmp_path/'nii'/f'{name}_lesion.nii.gz').dataobj).transpose(2,1,0)
     assert np.array_equal(seg.pixel_array, nii) and nii.any()
     assert {o.ReferencedSOPInstanceUID for o in seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence}=={s.uid for s in ct.source.slices}
     capfd.readouterr()
     save_volume(ct, tmp_path/'one.nii.gz')
-    assert run('predict', tmp_path/'one.nii.gz', '--weights', weights, '--out', tmp_path/'x', '--format','seg', '--device','cpu')==1
+    assert run('predict', tmp_path/'one.nii.gz', '--weights', weights, '--out', tmp_path/'x', '--format','seg', '--device','cpu')==2
     assert 'was not read from DICOM' in capfd.readouterr().err and not list((tmp_path/'x').glob('*')) 
 
 def test_plain_layout_with_dicom_scans(phantoms, tmp_path):
@@ -175,4 +431,6 @@ def test_real_scans(tmp_path, capfd):
     found = json.loads(capfd.readouterr().out.split('\n', 1)[1])
     assert found['ok'] and min(r['inside'] for r in found['reports'])>.9
     assert run('cases','folder', Path(data)/'cip_ct64', '-o', tmp_path/'d.csv')==0 and run('check', tmp_path/'d.csv')==0
-    assert 'case_001' in capfd.readouterr().out
+    assert len(rows(tmp_path/'d.csv'))==1 and rows(tmp_path/'d.csv')[0]['case'] in capfd.readouterr().out
+    assert run('cases','folder', Path(data)/'covid_ct_md', '-o', tmp_path/'e.csv')==0 and len(rows(tmp_path/'e.csv'))==2
+    assert run('check', tmp_path/'e.csv')==0 and 'P001' not in capfd.readouterr().out+(tmp_path/'e.csv').read_text()

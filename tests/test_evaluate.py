@@ -1,5 +1,5 @@
 "Scores equal independent oracles, intervals hold what they promise, tests err as often as they say, and a report is whole, safe and readable"
-import errno, gc, json, math, os, warnings, weakref
+import errno, gc, json, math, os, resource, subprocess, sys, warnings, weakref
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import nn
 from covid3d import evaluate as ev
 from covid3d.cases import Case, read_cases
 from covid3d.datasets import folder
-from covid3d.evaluate import (Extremes, as_table, compare, counts, headline, paired_tests, per_patient, ratio_interval, read_scores, score_case, score_cases,
+from covid3d.evaluate import (Extremes, as_table, compare, compared, counts, evaluate_cases, headline, holm, least_patients, mean_interval, paired_tests, per_patient, ratio_interval, read_scores, score_case, score_cases,
     score_masks, scores_csv, statements, summarise, write_report)
 from covid3d.inference import segment
 from covid3d.phantom import write_phantoms
@@ -148,11 +148,41 @@ def test_interval_equals_scipys(seed):
     assert ratio_interval(x, np.ones(len(x)))==pytest.approx((m-se*q.high,m-se*q.low), rel=1e-9)
 
 def test_interval_at_the_edges():
-    assert np.isnan(ratio_interval([.4], [1])).all() and np.isnan(ratio_interval([], [])).all()
-    assert ratio_interval([0,0,0], np.ones(3), (0,1))==(0,0)
-    assert ratio_interval([0,1], np.ones(2), (0,1))==(0,1)
-    low,high = ratio_interval([0]*9+[.9], np.ones(10), (0,1)); assert 0<=low<=.09<=high<=1
-    assert ratio_interval([.2,.5,.9], np.ones(3))==ratio_interval([.2,.5,.9], np.ones(3))
+    every = lambda x, n=None, b=(0,1): ratio_interval(x, np.ones(len(x)), b, least=0)
+    assert np.isnan(every([.4])).all() and np.isnan(every([])).all()
+    assert every([0,0,0])==(0,0) and every([0,1])==(0,1)
+    low,high = every([0]*9+[.9]); assert 0<=low<=.09<=high<=1
+    assert every([.2,.5,.9])==every([.2,.5,.9])
+
+@pytest.mark.parametrize('n', range(1,9))
+def test_no_interval_below_six_patients(tmp_path, n):
+    "Not in the summary, headline, page, comparison or picture, and the reason is told; from six on there is one"
+    t = pd.concat([table('near')]*2*n).assign(case=[f'c{i}' for i in range(2*n)], patient=[f'p{i//2}' for i in range(2*n)], dice=np.linspace(.2,.9,2*n))
+    a,none = as_table(t),n<least_patients
+    assert least_patients==6 and np.isnan(mean_interval(a.dice, a.patient, (0,1))).all()==none and np.isnan(summarise(a).loc[['dice','pooled_dice'],['low','high']]).all(axis=None)==none
+    assert ('no interval: fewer than 6 patients' in headline(a))==none and np.isnan(compare(a, a.assign(dice=a.dice/2))['low'])==none
+    text = ' '.join(Page(write_report(a, tmp_path/'r').read_text()).said)
+    assert ('no interval: fewer than 6 patients' in text)==none and '0.000 to 1.000' not in text and 'Below 6 patients there is none' in text
+
+@pytest.mark.parametrize('seed', range(20))
+def test_holm_by_definition(seed):
+    "An adjusted p is the smallest level at which the step-down procedure rejects, and is never below Holm's first step nor above Bonferroni"
+    rng = np.random.default_rng(seed); p = rng.choice(np.stack([rng.random(7)**3, rng.random(7)]))[:rng.integers(1,8)].round(2)
+    def rejected(level):
+        left = sorted(range(len(p)), key=lambda i: p[i])
+        while left and p[left[0]]*len(left)<=level+1e-12: left.pop(0)
+        return {*range(len(p))}-{*left}
+    adjusted = np.array(holm(p))
+    for level in (*adjusted, *(adjusted-1e-6), .05, .2): assert {i for i,a in enumerate(adjusted) if a<=level+1e-12 and level<1}=={i for i in rejected(level) if level<1}
+    assert (adjusted>=p-1e-12).all() and (adjusted<=np.minimum(1, p*len(p))+1e-12).all()
+
+def test_the_comparisons_of_a_page_are_corrected_together(tmp_path):
+    "Three scores with two other models are six comparisons; each row has Holm's p, and the page says what the sign-flip test assumes"
+    a,b = pair(np.linspace(.02,.12,8)); a,b = (o.assign(nsd=o.dice, lesion_f1=o.dice**2, tolerance_mm=3.) for o in (a,b))
+    found = compared(a, dict(x=b, y=b.assign(dice=b.dice-.01))); made = [c for o in found.values() for c in o]
+    assert [c['p_holm'] for c in made]==pytest.approx(holm([c['p'] for c in made])) and {c['family'] for c in made}=={6} and made[0]['p_holm']==pytest.approx(6*2/2**8)
+    text = ' '.join(Page(write_report(a, tmp_path/'r', against=dict(x=b, y=b)).read_text()).said)
+    assert 'exact only if differences are symmetric about 0' in text and 'corrected for the 6 comparisons' in text and 'share a network' in text
 
 def test_summary_equals_pandas_and_pools_voxels():
     rng = np.random.default_rng(1); n = 9
@@ -278,7 +308,7 @@ def test_nothing_in_a_report_runs(tmp_path):
     assert all(n in text for n in nasty) and '<b>=1+1</b>' in text and 'url(' not in at.read_text() and '@import' not in at.read_text()
     for f in ('scores.csv','summary.csv'): assert not any(c[:1] in ('=','+','@') or c.startswith('-cmd') for line in (tmp_path/'r'/f).read_text().splitlines() for c in line.replace('"','').split(','))
     assert read_scores(tmp_path/'r').case.tolist()==nasty
-    assert {o.name for o in at.parent.iterdir()}=={'index.html','scores.csv','summary.csv','report.json','scores.png','volumes.png','worst_1.png','worst_2.png','best_1.png','best_2.png'}
+    assert {o.name for o in at.parent.iterdir()}=={'covid3d.json','index.html','scores.csv','summary.csv','report.json','scores.png','volumes.png','worst_1.png','worst_2.png','best_1.png','best_2.png'}
 
 def test_report_says_what_the_table_says(tmp_path):
     df = cohort([f'case_{i}' for i in range(10)]); at = write_report(df, tmp_path/'r')
@@ -315,13 +345,18 @@ def test_minus_infinity_keeps_its_sign(): assert ev.fmt(-math.inf,'volume_error_
 def test_the_patients_of_the_headline_are_those_of_its_cases():
     df = table('near','good','both'); assert counts(df)['patients']==2 and '2 cases of 2 patients' in headline(df)
 
-@pytest.mark.parametrize('name', ['index.html','scores.csv','summary.csv','report.json','volumes.png','best_1.png','worst_12.png'])
-def test_files_of_the_report_names_are_refused_and_others_kept(tmp_path, name):
+@pytest.mark.fault('X1')
+@pytest.mark.promise('lost')
+@pytest.mark.parametrize('name', ['index.html','scores.csv','summary.csv','report.json','scores.jsonl','volumes.png','best_1.png','worst_12.png'])
+def test_X1_files_of_somebody_else_are_never_replaced(tmp_path, name):
+    "A report replaces only files that covid3d.json lists; others under its names are refused, and the rest of a folder is left alone"
     out = tmp_path/'r'; out.mkdir(); others = ['best_practice.png','worst_case.png','best_.png','best_1.png.bak','my_scores.csv']
     for o in (*others,name): (out/o).write_text('mine')
-    with pytest.raises(CTError, match=f'{name}: exists already'): write_report(table('near','good'), out, overwrite=False)
-    assert {o.name:o.read_text() for o in out.iterdir()}==dict.fromkeys((*others,name), 'mine') and ev.own_files(out)==[out/name]
-    write_report(table('near','good'), out); assert all((out/o).read_text()=='mine' for o in others) and not (out/'worst_12.png').exists()
+    for overwrite in (False,True):
+        with pytest.raises(CTError, match=f'{name}: is there already and was not written by covid3d'): write_report(table('near','good'), out, overwrite=overwrite)
+    assert {o.name:o.read_text() for o in out.iterdir()}==dict.fromkeys((*others,name), 'mine')
+    (out/name).unlink(); write_report(table('near','good'), out); assert all((out/o).read_text()=='mine' for o in others)
+    with pytest.raises(CTError, match='exists already. Choose another --out, or add --overwrite'): write_report(table('near','good'), out, overwrite=False)
 
 @pytest.mark.parametrize('there', [True,False])
 def test_a_folder_that_is_a_mount_point(tmp_path, monkeypatch, there):
@@ -335,30 +370,178 @@ def test_a_folder_that_is_a_mount_point(tmp_path, monkeypatch, there):
     monkeypatch.setattr(os, 'replace', replace)
     assert write_report(table('near','good'), out).exists() and not beside and not [o for o in out.iterdir() if o.name.startswith('.')]
 
-@pytest.mark.parametrize('fails_at', range(1,12))
-def test_a_move_that_fails_leaves_no_page_beside_other_figures(tmp_path, monkeypatch, fails_at):
-    "Whatever step of the moving fails, a page that stands there is complete in itself and newer than no figure beside it"
+@pytest.mark.fault('X6')
+@pytest.mark.promise('lost')
+@pytest.mark.parametrize('fails_at', range(1,9))
+def test_X6_a_write_that_fails_leaves_no_page_beside_other_figures(tmp_path, monkeypatch, fails_at):
+    "Whatever file of a report cannot be written, a page that stands there is complete in itself, scores are written first, and no draft stays"
     old,new = table('near','good'),table('near','pred')
     out = tmp_path/'r'; write_report(old, out); (out/'mine.txt').write_text('mine')
-    n,real = [0],os.replace
+    n,real,failed = [0],os.replace,None
     def replace(a, b):
-        n[0] += not any(o.startswith('.') for o in Path(b).relative_to(tmp_path).parts)  # what is drawn aside first is no move
+        n[0] += 1
         if n[0]==fails_at: raise OSError(28, 'No space left on device')
         return real(a, b)
     with monkeypatch.context() as m:
         m.setattr(os, 'replace', replace)
-        try: write_report(new, out); failed = False
-        except CTError as e: failed = True; assert 'No space left' in str(e)
-    assert failed==(fails_at<=6) and (out/'mine.txt').read_text()=='mine' and [o.name for o in tmp_path.iterdir()]==['r'] and not list(out.glob('.*'))
-    assert (out/'index.html').exists()!=failed                   # the old page went first, the new one comes last
-    write_report(new, out); assert counts(read_scores(out))['misses']==1
+        try: at = write_report(new, out)
+        except CTError as e: failed = e; assert 'No space left' in str(e)
+    text = (out/'index.html').read_text() if failed is None else ''
+    assert (failed is None)==(fails_at in (4,5) or fails_at>6) and (out/'index.html').exists()==(failed is None)   # three tables, two pictures, the page
+    assert ('is left out' in text)==(fails_at in (4,5)) and (out/'mine.txt').read_text()=='mine' and not list(tmp_path.rglob('.*'))
+    if fails_at>3: assert counts(read_scores(out))['misses']==1   # the figures are there, page or not
+    write_report(new, out); assert counts(read_scores(out))['misses']==1 and (out/'index.html').exists()
 
-def test_a_picture_that_fails_leaves_the_old_report(tmp_path, monkeypatch):
-    out = tmp_path/'r'; write_report(table('near','good'), out); before = {o.name:o.read_bytes() for o in out.iterdir()}
-    monkeypatch.setattr(ev, 'plot_volumes', lambda df: (_ for _ in ()).throw(OSError(28,'No space left on device')))
-    with pytest.raises(CTError, match='No space left'): write_report(table('near','pred'), out)
-    assert {o.name:o.read_bytes() for o in out.iterdir()}==before and len(list(tmp_path.iterdir()))==1
-    with pytest.raises(CTError, match='exists already'): write_report(table('near'), out, overwrite=False)
+@pytest.mark.fault('X6')
+@pytest.mark.promise('lost')
+@pytest.mark.parametrize('limit,title,page', [(13_000,'x',True),(15_000,'x'*9000,False)], ids=['no pictures','no page'])
+def test_X6_a_full_disk_costs_pictures_and_never_scores(tmp_path, capsys, limit, title, page):
+    "On a disk that is full once the scores are written, scores.csv, summary.csv and report.json are whole and what is missing is told"
+    df,was = cohort([f'case_{i}' for i in range(10)]),resource.getrlimit(resource.RLIMIT_FSIZE); refused = ''
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit,was[1]))
+    try: write_report(df, tmp_path/'r', title)
+    except CTError as e: refused = str(e)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, was)
+    assert 'scores.png could not be drawn (cannot be written' in capsys.readouterr().err and ('index.html' in refused and 'cannot be written' in refused)!=page
+    pd.testing.assert_frame_equal(read_scores(tmp_path/'r'), df); assert (tmp_path/'r'/'summary.csv').exists() and json.loads((tmp_path/'r'/'report.json').read_text())['counts']==counts(df)
+    assert (tmp_path/'r'/'index.html').exists()==page and not list(tmp_path.rglob('.*'))
+
+@pytest.mark.promise('lost')
+@pytest.mark.parametrize('fails', ['plot_volumes','plot_scores','plot_snapshot','save_figure'])
+@pytest.mark.parametrize('error', [OSError(28,'No space left on device'), ValueError('$x^'), RuntimeError('Font'), MemoryError()], ids=lambda e: type(e).__name__)
+def test_a_picture_that_fails_costs_no_score(tmp_path, monkeypatch, capsys, fails, error):
+    "Whatever a drawing raises, the report has every number, its page, and the name of the picture that is missing"
+    monkeypatch.setattr(ev, fails, lambda *a, **k: (_ for _ in ()).throw(error))
+    keep = Extremes(1); keep(dict(case='a', dice=.5), grid, *masks('near'))
+    df = table('near','good'); at = write_report(df, tmp_path/'r', extremes=keep); text = at.read_text()
+    assert read_scores(tmp_path/'r').equals(df) and f'could not be drawn ({type(error).__name__}), and is left out' in text and 'left out' in capsys.readouterr().err
+    assert len(list((tmp_path/'r').glob('*.png')))==text.count('<img')=={'save_figure':0}.get(fails, 2)
+
+@pytest.mark.promise('lost')
+@pytest.mark.parametrize('rc', [{'text.usetex':True}, {'font.family':'No Such Font'}, {'axes.formatter.use_mathtext':True, 'text.parse_math':True}, {'figure.autolayout':True}], ids=lambda o: next(iter(o)))
+def test_names_and_settings_of_the_user_spoil_no_picture(tmp_path, rc):
+    "Dollar signs, line ends and control characters in names, LaTeX or a missing font in a matplotlibrc: all pictures are there"
+    import matplotlib.pyplot as plt
+    keep = Extremes(1); keep(dict(case='$\\foo$_\x1b[31m\n', dice=.5), grid, *masks('near'))
+    df = table('near','good', names=['$\\foo$','$^_'])
+    with plt.rc_context(rc): at = write_report(df, tmp_path/'r', '$\\frac$', keep, {'$\\foo$':df, '$a\nb$\x1b[31m':df}, name='$_{$')
+    assert {o.name for o in (tmp_path/'r').glob('*.png')}=={'scores.png','volumes.png','worst_1.png'} and 'left out' not in at.read_text()
+
+# Runs that resume
+
+def counting(cases):
+    class Counts(Band):
+        seen = 0
+        def forward(self, x):
+            Counts.seen += 1
+            if getattr(self, 'last', None)==Counts.seen: raise KeyboardInterrupt
+            return super().forward(x)
+    return Counts()
+
+@pytest.mark.fault('X5')
+@pytest.mark.promise('lost')
+def test_X5_an_interrupted_evaluation_resumes_to_equal_scores(cases, tmp_path):
+    "Stopped at any case, evaluate keeps every finished score and ends with the files of a run without a break"
+    model,whole = counting(cases),tmp_path/'whole'; df,_,kept = evaluate_cases(model, spec, cases, whole); windows = type(model).seen; assert kept==0 and windows>=len(cases)
+    out = tmp_path/'run'
+    for n in range(1, 50):
+        type(model).seen,model.last = 0,2*windows//len(cases)
+        try: again,at,kept = evaluate_cases(model, spec, cases, out); break
+        except KeyboardInterrupt: assert len((out/'scores.jsonl').read_bytes().splitlines())==n+1 and not (out/'scores.csv').exists()
+    assert n==len(cases) and kept==n-1
+    pd.testing.assert_frame_equal(again, df); names = {o.name for o in whole.iterdir()}; assert {o.name for o in out.iterdir()}==names
+    for k in names-{'covid3d.json','scores.jsonl'}: assert (out/k).read_bytes()==(whole/k).read_bytes(), k
+
+@pytest.mark.fault('X5')
+@pytest.mark.promise('lost')
+def test_X5_what_counts_is_content(cases, tmp_path):
+    "A case is kept if its scan, reference, weights and settings are the same, whatever files and names they have; otherwise it is scored anew or refused"
+    import nibabel as nib
+    out,model = tmp_path/'run',counting(cases); evaluate_cases(model, spec, cases[:3], out); n = type(model).seen
+    def again(part, *args, m=None, **kwargs): type(model).seen = 0; return (*evaluate_cases(m or model, spec, part, out, *args, **kwargs), type(model).seen)
+    img = nib.load(cases[0].ct); nib.save(nib.Nifti1Image(np.asarray(img.dataobj), img.affine), tmp_path/'copy.nii'); copy = Case(cases[0].name, tmp_path/'copy.nii', cases[0].masks)
+    assert again([copy,*cases[1:3]])[2:]==(3,0)                                     # another file, the same voxels
+    m = nib.load(cases[1].masks['lesion']); d = np.asarray(m.dataobj).copy(); d[tuple(np.argwhere(d>0)[0])] = 0; nib.save(nib.Nifti1Image(d, m.affine), tmp_path/'m.nii.gz')
+    df,_,kept,seen = again([cases[0],Case(cases[1].name, cases[1].ct, dict(lesion=tmp_path/'m.nii.gz')),cases[2]]); assert kept==2 and 0<seen<n   # a corrected mask
+    assert df.tp[1]+df.fn[1]==(d>0).sum()
+    assert again(cases[:4])[2:][0]==3                                              # one more case
+    files = {o.name:o.read_bytes() for o in out.iterdir()}
+    for word,call in (('other weights',lambda: again(cases, m=Band(.3))), ('overlap 0.5 then, 0.25 now',lambda: again(cases, .25)), ('tolerance 3.0 then, 1.0 now',lambda: again(cases, .5, 1.)), ('that this table does not have',lambda: again(cases[:2]))):
+        with pytest.raises(CTError, match=word): call()
+    assert {o.name:o.read_bytes() for o in out.iterdir()}==files
+    assert again(cases[:2], .25, overwrite=True)[2]==0 and len(read_scores(out))==2
+
+@pytest.mark.fault('X5','K5')
+def test_X5_a_torn_journal_keeps_its_whole_lines(cases, tmp_path):
+    "Whatever stands behind the last whole line is cut off, and the next row goes there"
+    out,model = tmp_path/'run',counting(cases); df,*_ = evaluate_cases(model, spec, cases[:1], out, pictures=0); f = out/'scores.jsonl'; whole = f.read_bytes()
+    for tail in (b'{"key": "', b'\0'*500, b'{}\n{}\n', b'['*10**5+b'\n', b'{"key": 5, "row": 5}\n', json.dumps(dict(key='0'*32, row={})).encode()+b'\n'):
+        f.write_bytes(whole+tail); settings,rows,good = ev.read_journal(f); assert len(rows)==1 and good==len(whole)
+    two,_,kept = evaluate_cases(model, spec, cases[:2], out, pictures=0); assert kept==1 and f.read_bytes().startswith(whole+b'{"key"') and len(ev.read_journal(f)[1])==2
+    pd.testing.assert_frame_equal(two[:1], df)
+
+@pytest.mark.fault('X6')
+@pytest.mark.promise('lost')
+def test_X6_a_journal_that_cannot_be_written_stops_at_once(cases, tmp_path):
+    "A full disk while cases are scored ends the run in one line that says how to resume; finished rows stay"
+    out,was = tmp_path/'run',resource.getrlimit(resource.RLIMIT_FSIZE)
+    evaluate_cases(Band(), spec, cases[:1], out, pictures=0); whole = (out/'scores.jsonl').read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole)+100,was[1]))
+    try:
+        with pytest.raises(CTError, match=r'scores.jsonl: cannot be written .*Make room, and give the same command again: it resumes.'): evaluate_cases(Band(), spec, cases, out, pictures=0)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, was)
+    assert (out/'scores.jsonl').read_bytes()==whole and not list(out.glob('.*')) and len(read_scores(out))==1
+    assert evaluate_cases(Band(), spec, cases[:2], out, pictures=0)[2]==1
+
+@pytest.mark.fault('X12')
+@pytest.mark.promise('lost')
+def test_X12_two_evaluations_in_one_folder(cases, tmp_path):
+    "The second of two at once is told, and changes nothing"
+    code = f"from covid3d.files import locked\nimport sys\nwith locked({str(tmp_path/'run')!r}): print('mine', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable,'-c',code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+        assert p.stdout.readline()=='mine\n'
+        for f in (lambda: evaluate_cases(Band(), spec, cases[:1], tmp_path/'run'), lambda: write_report(table('near'), tmp_path/'run')):
+            with pytest.raises(CTError, match='another process is writing there'): f()
+        p.stdin.close()
+    assert not (tmp_path/'run'/'scores.csv').exists()
+
+@pytest.mark.promise('executed')
+def test_a_journal_from_a_stranger_leads_nowhere(cases, tmp_path):
+    "A link, a pipe or JSON of other types in the place of the journal is refused, and nothing outside the folder is written"
+    out,victim = tmp_path/'run',tmp_path/'victim'; evaluate_cases(Band(), spec, cases[:1], out); f = out/'scores.jsonl'; whole = f.read_bytes(); victim.write_bytes(whole)
+    f.unlink(); f.symlink_to(victim)
+    with pytest.raises(CTError, match='is a link'): evaluate_cases(Band(), spec, cases[:2], out)
+    f.unlink(); os.mkfifo(f)
+    with pytest.raises(CTError, match='is not a regular file'): evaluate_cases(Band(), spec, cases[:2], out)
+    f.unlink()
+    for text in (b'', b'[]', b'{"settings": 5}\n', b'['*10**5, b'\xff\n'):
+        f.write_bytes(text)
+        with pytest.raises(CTError, match='scores.jsonl: is no journal of scores'): evaluate_cases(Band(), spec, cases[:2], out)
+    assert victim.read_bytes()==whole
+
+@pytest.mark.promise('silent')
+def test_the_class_that_was_scored_is_named(cases, tmp_path):
+    "Weights of two classes: the page and report.json say which one was scored and which was not; the other can be chosen"
+    two = CTSpec(spacing=spec.spacing, patch=spec.patch, classes=('lesion','lung'))
+    class Two(Band):
+        def forward(self, x): return super().forward(x).repeat(1,2,1,1,1)
+    df,at,_ = evaluate_cases(Two(), two, cases[:1], tmp_path/'a'); other,at2,_ = evaluate_cases(Two(), two, cases[:1], tmp_path/'b', klass='lung')
+    assert 'about the class lesion. The weights also find lung, which was not scored here.' in at.read_text() and 'about the class lung. The weights also find lesion' in json.loads((tmp_path/'b'/'report.json').read_text())['notes'][0]
+    assert df.reference_ml[0]!=other.reference_ml[0]
+    with pytest.raises(CTError, match='class lesion then, lung now'): evaluate_cases(Two(), two, cases[:1], tmp_path/'a', klass='lung')
+
+@pytest.mark.fault('X14')
+def test_X14_bad_cases_are_named_and_only_they_are_tried_again(cases, tmp_path):
+    "CTError, MemoryError, OSError, RuntimeError of a case: each is a line, the others are scored"
+    errors = [CTError('a','is bad','Look'), MemoryError('no'), OSError(5,'I/O'), RuntimeError('bad')]
+    class Fails(Band):
+        def forward(self, x):
+            if errors: raise errors.pop(0)
+            return super().forward(x)
+    several = [*cases, Case('fifth', cases[0].ct, cases[0].masks)]
+    df,_,_ = evaluate_cases(Fails(), spec, several, tmp_path/'r', pictures=0); assert (df.error!='').tolist()==[True]*4+[False] and df.case.tolist()==[c.name for c in several]
+    df,_,kept = evaluate_cases(Fails(), spec, several, tmp_path/'r', pictures=0); assert (df.error=='').all() and kept==2   # the fifth is the first scan again
+
 
 def test_small_cohorts_make_a_page(tmp_path):
     for i,df in enumerate((table('good'),table('both'),table('pred'),table('mask'),table('mask','pred','both'),as_table([dict(case='a',error='gone')]))):
@@ -376,3 +559,52 @@ def test_the_picture_shows_the_dispute():
     p,m = (o.copy() for o in masks('good')); p[6,:4,:4] = True; m[4,3:5,3:8] = False
     s = ev.snapshot(dict(case='a',dice=.5), grid, p, m)
     assert s.index==6 and (s.prediction==p[6]).all() and (s.reference==m[6]).all()
+
+# The command
+
+@pytest.fixture(scope='module')
+def study(cases, tmp_path_factory):
+    "Weights of two classes that were trained on the first scan, and a table of all"
+    from covid3d.inference import NetSpec, Seen, save_model
+    from covid3d.volume import scan_digest
+    root = tmp_path_factory.mktemp('study'); two = CTSpec(spacing=spec.spacing, patch=spec.patch, classes=('lesion','lung')); net = NetSpec(width=4)
+    torch.manual_seed(0); save_model(net.build(two.classes), root/'m.safetensors', two, net, seen=Seen(cases=1, scans=(scan_digest(cases[0].open_ct()),)))
+    rows = [dict(case=c.name, ct=str(c.ct), **{k:str(p) for k,p in c.masks.items()}, split='test') for c in cases[:2]]
+    pd.DataFrame(rows).to_csv(root/'cases.csv', index=False)
+    return root
+
+def covid3d_evaluate(study, out, *more):
+    from covid3d.cli import main
+    return main(['evaluate', str(study/'cases.csv'), '--weights', str(study/'m.safetensors'), '--out', str(out), '--device', 'cpu', *map(str, more)])
+
+@pytest.mark.promise('silent')
+def test_what_a_reader_must_know_is_said(study, tmp_path, capfd):
+    "A case that the weights were trained on, and the class that was not scored, are told on the terminal and on the page"
+    assert covid3d_evaluate(study, tmp_path/'r')==0; out,err = capfd.readouterr(); page = (tmp_path/'r'/'index.html').read_text()
+    assert 'warning: 1 of 2 cases trained these weights or chose them (phantom_000)' in err and '1 of 2 cases trained these weights' in page
+    for text in (out,page): assert 'about the class lesion. The weights also find lung, which was not scored here.' in text
+    assert covid3d_evaluate(study, tmp_path/'lung', '--score-class', 'lung', '--compare', tmp_path/'r')==0; out,_ = capfd.readouterr()
+    assert 'about the class lung' in out and 'scored against another reference' in out
+    assert covid3d_evaluate(study, tmp_path/'x', '--score-class', 'liver')==2 and "do not find 'liver'. Give lesion or lung" in capfd.readouterr().err and not (tmp_path/'x').exists()
+
+@pytest.mark.promise('lost')
+def test_the_command_resumes_and_replaces_no_input(study, tmp_path, capfd):
+    "The same command keeps what is finished; other settings need --overwrite; a case table, a mask or a compared folder in OUT is never replaced"
+    import shutil
+    out = tmp_path/'r'; assert covid3d_evaluate(study, out)==0; before = (out/'scores.csv').read_bytes(); capfd.readouterr()
+    assert covid3d_evaluate(study, out)==0 and '2 of 2 cases were scored before and are kept' in capfd.readouterr().out and (out/'scores.csv').read_bytes()==before
+    assert covid3d_evaluate(study, out, '--overlap', '.25')==2 and 'holds other scores: overlap 0.5 then, 0.25 now. Choose another --out, or add --overwrite' in capfd.readouterr().err and (out/'scores.csv').read_bytes()==before
+    assert covid3d_evaluate(study, out, '--compare', out, '--overwrite')==2 and 'is read here, and the report would replace it' in capfd.readouterr().err
+    mine = tmp_path/'mine'; shutil.copytree(study, mine); (mine/'thesis.txt').touch(); held = {o.name:o.read_bytes() for o in mine.iterdir()}
+    assert covid3d_evaluate(mine, mine, '--overwrite')==0 and {o.name:o.read_bytes() for o in mine.iterdir()}.items()>=held.items(); capfd.readouterr()
+    shutil.copy(study/'cases.csv', mine/'summary.csv')
+    from covid3d.cli import main
+    assert main(['evaluate', str(mine/'summary.csv'), '--weights', str(mine/'m.safetensors'), '--out', str(mine), '--overwrite', '--device', 'cpu'])==2 and 'summary.csv: is read here' in capfd.readouterr().err
+    assert (mine/'summary.csv').read_bytes()==(study/'cases.csv').read_bytes()
+
+@pytest.mark.promise('lost')
+def test_a_compared_folder_with_an_odd_name(study, tmp_path, capfd):
+    "Folders named as formulas or with escape codes cost no picture, and the codes do not reach the terminal"
+    for name in ('$\\foo$','a\x1b[31m\nb'): assert covid3d_evaluate(study, tmp_path/name, '--pictures', 0)==0
+    assert covid3d_evaluate(study, tmp_path/'r', '--compare', f'{tmp_path}/$\\foo$,{tmp_path}/a\x1b[31m\nb')==0; out,err = capfd.readouterr()
+    line = [o for o in out.splitlines() if o.startswith('against a')]; assert '\x1b' not in ''.join(line) and 'left out' not in err and 'by Holm for 6 comparisons' in out and (tmp_path/'r'/'scores.png').exists()

@@ -9,7 +9,7 @@ import covid3d.predict
 from covid3d.cli import main
 from covid3d.dicom import open_scan, pseudonym, save_dicom, write_series
 from covid3d.files import locked
-from covid3d.inference import NetSpec, save_model
+from covid3d.inference import NetSpec, Seen, save_model
 from covid3d.phantom import phantom
 from covid3d.predict import find_scans, predict_scans
 from covid3d.transforms import CTSpec
@@ -20,13 +20,13 @@ small = dict(shape=(32,96,96), spacing=(9.,3.7,3.7))
 @pytest.fixture(scope='module')
 def cts(): return [phantom(i, **small).ct for i in range(3)]
 
-def untrained(path, classes=('lesion',), seed=0):
+def untrained(path, classes=('lesion',), seed=0, seen=None):
     "Weights that call about half of a scan lesion"
     torch.manual_seed(seed)
     net = NetSpec(width=4)
     model = net.build(classes)
     with torch.no_grad(): model.head.logits.bias.zero_()
-    save_model(model, path, CTSpec(spacing=(9,5,5), patch=(16,48,48), classes=classes), net)
+    save_model(model, path, CTSpec(spacing=(9,5,5), patch=(16,48,48), classes=classes), net, seen)
     return path
 
 @pytest.fixture(scope='module')
@@ -365,3 +365,25 @@ def test_the_library_call_gives_what_the_table_holds(world, weights, tmp_path):
     m = open_mask(tmp_path/'m'/df.masks[0], like=ct)
     assert float(df.lesion_ml[0])==pytest.approx(m.data.sum()*ct.ml_per_voxel, abs=1e-4) and m.data.any()
     assert rows(tmp_path/'m')[0]['lesion_ml']==df.lesion_ml[0]
+
+# a scan like nothing that training held
+
+@pytest.mark.promise('silent')
+def test_far_more_lesion_than_training_held_is_told(world, tmp_path, capfd):
+    "A scan with more than 1.5 times the largest lesion that training held, in ml or as a fraction of the body, gets a warning on stderr and in scans.csv."
+    w = untrained(tmp_path/'w.safetensors', seen=Seen(12, 551., .06))
+    for i in range(2):  # a scan that is kept warns again
+        assert run(world/'A', '--weights', w, '--out', tmp_path/'m')==0
+        assert re.search(r'CT: [\d,]+ ml, where training held 551 at most; \d+% of the body, where training held 6% at most', capfd.readouterr().err)
+    assert 'warning: ' in rows(tmp_path/'m')[0]['notes']
+    ml = float(rows(tmp_path/'m')[0]['lesion_ml'])
+    for k,seen in enumerate((Seen(12, ml/1.4, 0.), Seen(3, 0., 0.), None)):
+        assert run(world/'A', '--weights', untrained(tmp_path/'v.safetensors', seen=seen), '--out', tmp_path/f'm{k}')==0
+        assert 'training held' not in capfd.readouterr().err
+    assert run(world/'A', '--weights', f'{w},{tmp_path/"v.safetensors"}', '--out', tmp_path/'both')==0 and 'held 551' in capfd.readouterr().err
+
+@pytest.mark.promise('named')
+def test_a_table_and_a_tree_give_the_same_names(world, weights, tmp_path):
+    "A series has the same name in a tree as in the case table that was made from the tree."
+    assert main(['cases','folder',str(world/'tree'),'-o',str(tmp_path/'t.csv')])==0
+    assert {c.name for c in find_scans([tmp_path/'t.csv'])}=={c.name for c in find_scans([world/'tree'])}

@@ -12,7 +12,8 @@ from covid3d.datasets import write_coronacases, write_mosmed, write_ricord
 from covid3d.evaluate import read_scores, score_case
 from covid3d.inference import NetSpec, load_model, save_model, segment
 from covid3d.phantom import phantom, write_phantoms
-from covid3d.reproduce import locked, reproduce
+from covid3d.files import locked
+from covid3d.reproduce import reproduce, stage
 from covid3d.transforms import CTSpec, resize
 from covid3d.volume import CTError
 
@@ -127,7 +128,7 @@ def test_the_table(straight, data):
     assert mine.left_out.astype(int).to_dict()==dict(ricord=1, coronacases=1, mosmed=1) and 'flatters' in mine.differs['ricord']
     pub = df[df.what=='published']; assert pub[pub.source.str.startswith('Bressem')].dice.astype(float).tolist()==[.679,.648,.405] and (pub.source!='').all() and (pub.differs!='').all()
     js = json.loads((out/'table.json').read_text()); lost = {o['data']:o for o in js['left_out']}
-    assert {k:o['stage'] for k,o in lost.items()}==dict(ricord='tables', coronacases='check', mosmed='check') and lost['coronacases']['case']=='coronacases_002' and all('\n' not in o['error'] and str(data['ricord'].parent) not in o['error']+o['case'] for o in lost.values()) and lost['ricord']['case'].startswith('MIDRC-RICORD-1A/')
+    assert {k:o['stage'] for k,o in lost.items()}==dict(ricord='tables', coronacases='check', mosmed='check') and lost['coronacases']['case']=='coronacases_002' and all('\n' not in o['error'] and str(data['ricord'].parent) not in o['error']+o['case'] for o in lost.values()) and lost['ricord']['case'].startswith(('folder_','scan_'))
     for k,names in dict(ricord=None, coronacases=['coronacases_001','coronacases_003'], mosmed=['study_0255','study_0257']).items():
         s = read_scores(out/k); assert (s.error=='').all() and abs(s.dice.mean()-float(mine.dice[k]))<1e-5 and (names is None or s.case.tolist()==names)
         row = score_case(*load_model(out/'train'/'model.safetensors')[:2], next(c for c in read_cases(out/'cases.csv') if c.name==s.case[0])); assert abs(row['dice']-s.dice[0])<1e-5 and row['tp']==s.tp[0]
@@ -143,13 +144,13 @@ def test_what_was_expected(straight):
     asked = number(text.split('disk: about ')[1]); used = sum(o.stat().st_size for o in out.rglob('*') if o.is_file())
     assert used<asked<20*used+3e7 and .8*peak<number(text.split('memory: about ')[1])<2*peak
 
-moments = ('run.json$','ricord_masks/ricord_003','/cases.csv$','check/ricord','stages/check','prepared/ricord_002','training.csv$','model.safetensors$','history.csv$','checkpoint.safetensors$','stages/train','scores/.*npz$','scores/coronacases_003.json$',
-    'ricord/scores.csv$','run/coronacases$','run/mosmed$','table.json$','run/index.html$')  # the page of RICORD is there by then, and is replaced
+moments = ('run.json$','ricord_masks/scan_','/cases.csv$','check/scan_','stages/check','prepared/.*scan_','training.csv$','model.safetensors$','history.csv$','checkpoint.safetensors$','stages/train','scores/.*picture$','scores/coronacases_003.json$',
+    'ricord/scores.csv$','coronacases/summary.csv$','coronacases/scores.png$','mosmed/index.html$','table.json$','run/index.html$')  # the page of RICORD is there by then, and is replaced
 
 def require_same_end(out, straight, data):
     for f in final: assert (out/f).read_bytes()==(straight[0]/f).read_bytes(), f
     for k in data: pd.testing.assert_frame_equal(read_scores(out/k), read_scores(straight[0]/k))
-    assert not [*out.rglob('.*.tmp')] and not [*out.glob('.*-*')]
+    assert not [*out.rglob('.covid3d*')]
 
 def test_killed_in_every_stage(start, straight, data, tmp_path):
     "SIGKILL in each stage, one after the other: the run goes on each time, and ends with the same table and weights, bit for bit"
@@ -179,9 +180,9 @@ def test_finished_again_and_refused(start, straight, data, tmp_path):
         status,text = start(out, kwargs.pop('data', data), **kwargs); last = text.strip().splitlines()[-1]; assert status==2 and word in last, text
     refused('seed 0 then, 3 now', seed=3); refused('recipe patches then, resize now', recipe='resize'); refused('train epochs 3 then, 4 now', epochs=4)
     refused('data mosmed', data={k:v for k,v in data.items() if k!='mosmed'})
-    f = next(data['mosmed'].rglob('study_0257_mask.nii.gz')); was = f.stat(); os.utime(f); refused('data mosmed digest '); os.utime(f, ns=(was.st_atime_ns,was.st_mtime_ns))
-    assert start(out, data)[0]==0
-    with locked(out): refused('another process is at work')
+    f = next(data['mosmed'].rglob('study_0257_mask.nii.gz')); raw = f.read_bytes(); f.write_bytes(raw[:-8]+b'\0'+raw[-7:]); refused('data mosmed digest '); f.write_bytes(raw)
+    assert start(out, data)[0]==0     # the same content at another time is the same data
+    with locked(out): refused('another process is writing there')
     (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'thesis.doc').touch()
     with pytest.raises(CTError, match='is not empty'): reproduce(tmp_path/'mine', **data, **small)
 
@@ -224,3 +225,60 @@ def test_whole_scans_beside_patches(start, data, straight, tmp_path):
     df = pd.read_csv(out/'table.csv', keep_default_na=False); mine = df[df.what=='measured here']
     assert mine.data.tolist()==['coronacases','coronacases','mosmed','mosmed'] and mine.method.str.startswith('whole scans resized to 8×32×32, after the authors’ later example').tolist()==[True,False]*2
     assert load_model(out/'train'/'model.safetensors')[1].whole and 'the other run' in json.loads((out/'mosmed'/'report.json').read_text())['compare'] and 'the other run was not compared' in (out/'index.html').read_text()
+
+@pytest.mark.promise('silent')
+def test_data_sets_of_the_same_phantoms_say_so(tmp_path):
+    "Three layouts of the same phantoms (`covid3d phantom --layout …` with one seed) share every scan: nothing is left to train on, and that is the reason given"
+    ph = [phantom(i, shape=(32,96,96), spacing=(9,3.7,3.7)) for i in range(4)]
+    write_ricord(ph, tmp_path/'r'); write_coronacases(ph, tmp_path/'c'); write_mosmed(ph, tmp_path/'m')
+    with pytest.raises(CTError, match=r'no scan for training is left: \d scans of \d scans left out hold the same voxels as scans that test. Give data sets that share no scan \(phantoms: another --seed for each\)'):
+        reproduce(tmp_path/'run', tmp_path/'r', tmp_path/'c', tmp_path/'m', **small)
+
+@pytest.mark.promise('silent')
+def test_phantom_layouts_of_the_default_seed_share_no_scan(tmp_path, monkeypatch, capsys):
+    "`covid3d phantom` without --seed draws other phantoms for each layout, so that together they make a run"
+    from covid3d import cli
+    seeds = {}
+    monkeypatch.setattr(cli, '_write_layout', lambda layout, out, n, seed, overwrite: seeds.update({layout:seed}))
+    for k in ('ricord','coronacases','mosmed','covid1920'): assert cli.main(['phantom',str(tmp_path/k),'--n','4','--layout',k])==0
+    first = sorted(seeds.values()); assert len(seeds)==4 and min(b-a for a,b in zip(first, first[1:]))>=10_000
+    assert cli.main(['phantom',str(tmp_path/'x'),'--layout','mosmed','--seed','5'])==0 and seeds['mosmed']==5
+
+def test_a_plan_tells_what_it_measures_as_it_goes(data, tmp_path, monkeypatch, capfd):
+    "A line for each data set stands there before its scan is read"
+    import covid3d.reproduce as rp
+    seen,real = [],rp.try_scan
+    def slow(*args): seen.append(capfd.readouterr().out); return real(*args)
+    monkeypatch.setattr(rp, 'try_scan', slow)
+    reproduce(tmp_path/'never', **data, only_plan=True, **small)
+    assert [o.splitlines()[-1].split(':')[0] for o in seen]==['RICORD','CoronaCases','MosMed'] and all('looking for its scans' in seen[0].splitlines()[i] for i in range(3))
+    assert 'a training step' in capfd.readouterr().out and not (tmp_path/'never').exists()
+
+@pytest.mark.fault('X15')
+@pytest.mark.promise('named')
+def test_X15_no_folder_is_named_in_a_run(straight, data):
+    "What a run keeps about its scans (run.json, the check, stages, tables, pages) holds no path and no folder's name"
+    out,text,_ = straight
+    secret = {str(data['ricord'].parent), *(o.name for o in data['ricord'].rglob('*') if o.is_dir() and len(o.name)>8)}
+    for f in [out/'run.json', out/'check.csv', out/'table.json', out/'table.md', out/'index.html', *out.glob('check/*.json'), *out.glob('stages/*.json'), *out.glob('scores/*.json'), *out.glob('*/report.json'), *out.glob('*/index.html')]:
+        assert not [o for o in secret if o in f.read_text()], f
+    assert not [o for o in secret if o in text and not text.split(o)[0].endswith('wrote ')]
+
+@pytest.mark.promise('executed')
+@pytest.mark.parametrize('name', ['run.json','stages/tables.json','stages/check.json','scores/coronacases_003.json'])
+def test_a_run_from_a_stranger_is_refused(straight, data, tmp_path, name):
+    "A pipe, deep JSON or other types in the place of a run's own files end in one line"
+    out = tmp_path/'run'; shutil.copytree(straight[0], out); f = out/name; whole = f.read_bytes()
+    for text in (b'[]', b'['*10**5, b'{"left_out": 5}', b'{"left_out": [{"case": "../x"}]}', b'\xff', b'{"a": NaN}'):
+        f.write_bytes(text)
+        with pytest.raises(CTError) as e: reproduce(out, **data, **small)
+        assert '\n' not in str(e.value), e.value
+    f.unlink(); os.mkfifo(f)
+    with pytest.raises(CTError, match='is not a regular file'): reproduce(out, **data, **small)
+    f.unlink(); f.write_bytes(whole)
+
+@pytest.mark.fault('X1')
+def test_X1_a_file_of_somebody_else_in_a_run_is_kept(straight, data, tmp_path):
+    "A table.csv that covid3d did not write is refused, not replaced"
+    out = tmp_path/'run'; shutil.copytree(straight[0], out); (out/'covid3d.json').unlink()
+    with pytest.raises(CTError, match='was not written by covid3d'): reproduce(out, **data, **small)

@@ -118,6 +118,7 @@ def test_P6_empty_is_counted(capfd, cohort):
 @pytest.fixture(scope='module')
 def phantoms(): return [phantom(i, (32,96,96), (9,3.7,3.7)) for i in range(2)]
 
+@pytest.mark.fault('P9')
 def test_P9_mask_of_another_patient(tmp_path, phantoms):
     "Of equal shape, so it opens: a warning, because its lesions lie outside this patient's lung; each on its own is silent"
     df = pd.DataFrame([dict(case=f'c{i}', ct=f'{i}.nii', lesion=f'{i}_lesion.nii', lung=f'{i}_lung.nii', split='train') for i in range(2)])
@@ -131,6 +132,7 @@ def test_P9_mask_of_another_patient(tmp_path, phantoms):
     f, = a.findings
     assert one_line(f).level=='warning' and f.what.endswith('0_lesion.nii') and 'lies in the lung mask' in f.fault and a.inside<.8 and a.ok and not b.findings
 
+@pytest.mark.fault('P9')
 @each('inside,warned', [(12,False),(10,False),(9,True),(1,True),(0,True)])
 def test_P9_line(cohort, inside, warned):
     "The line is 80 %: a lesion of 12 voxels, some of them beside the lung"
@@ -139,6 +141,7 @@ def test_P9_line(cohort, inside, warned):
     r = check_table(cohort.table)[1]
     assert r.inside==pytest.approx(inside/12) and [f.level for f in r.findings]==['warning']*warned
 
+@pytest.mark.fault('P9')
 def test_P9_share_never_above_one(cohort):
     "A lung mask smaller than the lesion: the share stays a share, or is left out"
     r = cohort.check(lung=save(cohort/'small.nii', box((3,4),(4,5),(4,6))).name)[1]
@@ -153,6 +156,7 @@ def unlabelled(tmp_path):
     for i in range(2): save(tmp_path/'d'/'masks'/f'study_{i}_mask.nii', lesion)
     return tmp_path/'d'
 
+@pytest.mark.fault('P10')
 def test_P10_no_split(capfd, unlabelled, tmp_path):
     "It stays in the table, without a split whatever is asked for; the check has nothing to say, and no volume, least of all 0"
     for kw in ({}, dict(valid=.3), dict(test=.3, valid=.3)): assert mosmed(unlabelled, **kw).split.iloc[-1]==''
@@ -160,11 +164,13 @@ def test_P10_no_split(capfd, unlabelled, tmp_path):
     r = check_table(tmp_path/'t.csv')[-1]
     assert r.lesion_ml is None and r.lesion_share is None and not r.findings
 
+@pytest.mark.fault('P10')
 def test_P10_named_for_a_split(capfd, unlabelled, tmp_path):
     "A scan without a mask cannot be scored, so naming it is refused, not passed over"
     with pytest.raises(CTError, match='study_2'): mosmed(unlabelled, test=['study_2'])
     assert main(['cases','mosmed',str(unlabelled),'--test','study_1,study_2','-o',str(tmp_path/'t.csv')])==2 and 'study_2' in capfd.readouterr().err
 
+@pytest.mark.fault('P10')
 @each('split', ['train','valid','test'])
 def test_P10_split_without_mask(capfd, cohort, split):
     cohort.write(split='train'); cohort.write(row=0, split=split, lesion=''); cohort.write(row=1, split='valid'); cohort.write(row=2, split='train')
@@ -183,11 +189,13 @@ def test_P10_split_without_mask(capfd, cohort, split):
 
 # D12: lungs that are not there
 
+@pytest.mark.fault('D12')
 def test_D12_no_lung(capfd, cohort):
     "No lung in the field of view: no share, and the reason, never 0"
     r = odd(capfd, cohort, 'warning', 'none.nii', 'there is no lung', 'no share', lung=save(cohort/'none.nii', lung*0).name)
     assert r.lesion_share is None and r.lung_ml==0 and r.lesion_ml>0
 
+@pytest.mark.fault('D12')
 @each('sides,ranges', [('lower',((0,8),(3,13),(2,16))),('upper',((2,10),(3,13),(2,16))),('front',((2,8),(0,13),(2,16))),('back',((2,8),(3,16),(2,16))),
     ('right',((2,8),(3,13),(0,16))),
     ('left',((2,8),(3,13),(2,18))),('lower and upper',((0,10),(3,13),(2,16)))], ids=lambda o: o if isinstance(o, str) else '')
@@ -198,16 +206,19 @@ def test_D12_lung_cut_off(capfd, cohort, sides, ranges):
     line = pd.DataFrame(json.loads(json_of(capfd, cohort))['reports']).set_index('case').loc['c1']
     assert line.lesion_share is None or np.isnan(line.lesion_share)
 
+@pytest.mark.fault('D12')
 def test_D12_tip_at_the_edge(cohort):
     "A voxel or two in the last slice cut nothing off"
     m = lung.copy(); m[0,5,5:7] = 1
     assert not cohort.found(lung=save(cohort/'tip.nii', m).name)
 
+@pytest.mark.fault('D12')
 def test_D12_two_lungs(cohort):
     "A lung mask that tells left from right counts both, once"
     r = cohort.check(lung=save(cohort/'lr.nii', lung*np.where(np.arange(shape[2])<9, 1, 2).astype(np.uint8)).name)[1]
     assert not r.findings and np.isclose(r.lung_ml, lung.sum()*.03) and np.isclose(r.lesion_share, lesion.sum()/lung.sum())
 
+@pytest.mark.fault('D12')
 def test_D12_no_lung_mask(cohort):
     r = cohort.check(lung='')[1]
     assert not r.findings and r.lesion_share is None and r.lung_ml is None and r.lesion_ml>0
@@ -243,10 +254,10 @@ def test_patient_leak_and_scan(capfd, cohort):
 def test_missing_file(capfd, cohort): broken(capfd, cohort, 'nowhere.nii', 'no such file', ct='nowhere.nii')
 def test_missing_mask(capfd, cohort): broken(capfd, cohort, 'nowhere.nii', 'no such file', lesion='nowhere.nii')
 @each('name', ['x'*300+'.nii','d/'*40+'x.nii','x'*300])
-def test_impossible_path(capfd, cohort, name): broken(capfd, cohort, name.split('/')[-1], ct=name)
+def test_impossible_path(capfd, cohort, name): broken(capfd, cohort, name.split('/')[-1] if name.endswith('.nii') else 'c1 (scan)', ct=name)
 def test_folder_for_a_file(capfd, cohort): (cohort/'d.nii').mkdir(); broken(capfd, cohort, 'd.nii', 'this is a folder', ct='d.nii')
-def test_empty_folder_for_a_series(capfd, cohort): (cohort/'d').mkdir(); broken(capfd, cohort, 'd', ct='d')
-def test_text_for_a_scan(capfd, cohort): (cohort/'a.txt').write_text('hello'); broken(capfd, cohort, 'a.txt', ct='a.txt')
+def test_empty_folder_for_a_series(capfd, cohort): (cohort/'d').mkdir(); broken(capfd, cohort, 'c1 (scan)', ct='d')
+def test_text_for_a_scan(capfd, cohort): (cohort/'a.txt').write_text('hello'); broken(capfd, cohort, 'c1 (scan)', ct='a.txt')
 def test_loop(capfd, cohort): (cohort/'l.nii').symlink_to('l.nii'); broken(capfd, cohort, 'l.nii', ct='l.nii')
 
 @each('kind', ['ct','lesion','lung'])
@@ -266,7 +277,7 @@ def test_unreadable(capfd, cohort, monkeypatch, call, error):
         if self.name=='1.nii': raise error
         return real(self, *a, **k)
     monkeypatch.setattr(Path, call, fail)
-    broken(capfd, cohort, '1.nii', *[getattr(error,'strerror','') or 'memory'])
+    broken(capfd, cohort, 'c1' if isinstance(error, MemoryError) else '1.nii', *[getattr(error,'strerror','') or 'memory'])
 
 # Grey values, DICOM
 
@@ -298,10 +309,10 @@ def test_dicom_case(cohort):
 
 def test_dicom_faults(capfd, cohort):
     write_series(Volume(ct(1), affine), cohort/'series')
-    broken(capfd, cohort, 'series', 'already_windowed was given for a DICOM series', ct='series', already_windowed='-1000:20')
+    broken(capfd, cohort, 'c1 (scan)', 'already_windowed was given for a DICOM series', ct='series', already_windowed='-1000:20')
     cohort.write(already_windowed='')
     sorted((cohort/'series').iterdir())[4].unlink()
-    broken(capfd, cohort, 'series', ct='series')
+    broken(capfd, cohort, 'c1 (scan)', ct='series')
 
 def test_dicom_twin(cohort):
     "A series and its NIfTI are the same scan"
@@ -357,3 +368,16 @@ def test_every_case_bad_in_its_own_way(capfd, cohort):
     assert all(one_line(f).level=='error' for f in found)
     assert [(f.case,Path(f.what).name) for f in found]==[('c0','0.nii'),('c1','1_lesion.nii'),('c2','2.nii'),('c3','3_lung.nii')]
     with pytest.raises(CTError, match='3 more: `covid3d check'): require_ok(check_cases(read_cases(cohort.table)), cohort.table)
+
+@each('error', [MemoryError(), OSError(5, 'Input/output error'), RuntimeError('cannot allocate'), RecursionError('deep')], ids=lambda o: type(o).__name__)
+def test_whatever_a_case_raises_is_its_own_fault(cohort, monkeypatch, error):
+    "Memory, the disk, a library: the case is named, the others are checked"
+    from covid3d import cases
+    real = cases.open_mask
+    def fail(path, **k):
+        if Path(path).name=='2_lung.nii': raise error
+        return real(path, **k)
+    monkeypatch.setattr(cases, 'open_mask', fail)
+    reports = cohort.check()
+    f, = [o for r in reports for o in r.findings]
+    assert f.case=='c2' and f.level=='error' and one_line(f) and sum(r.lesion_ml is not None and r.ok for r in reports)==3

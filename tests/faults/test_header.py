@@ -215,7 +215,7 @@ def test_H18_more_in_the_file_than_declared(base, name, dim):
 @pytest.mark.fault('H18')
 @pytest.mark.promise('silent')
 @each('name', ['scan.nii', 'scan.nii.gz'])
-@each('more', [b'x', bytes(513), bytes(100)+b'x', 'twice', bytes(2**20+1)], ids=['a_byte','513_zeros','a_late_byte','a_second_file','a_mebibyte'])
+@each('more', [b'xyz', bytes(513), bytes(100)+b'x', 'twice', bytes(2**20+1)], ids=['3_bytes','513_zeros','a_late_byte','a_second_file','a_mebibyte'])
 @each('at', [None, 400], ids=['appended','inserted'])
 def test_H18_bytes_put_in(base, name, more, at):
     "Bytes appended to a scan, or inserted into it, are refused: voxels would lie in the wrong place"

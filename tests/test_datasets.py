@@ -306,7 +306,6 @@ def replaced(o, at, new):
         return [walk(v) for v in o] if isinstance(o, list) else o
     return walk(o),count[0]
 
-@pytest.mark.fault('P11')
 def test_mdai_of_wrong_types(tmp_path):
     "Any node of the export replaced by anything: refused in one line, or read"
     a = dict(id='A', labelId='L', StudyInstanceUID='1', SOPInstanceUID='1.2', createdById='U', data=dict(vertices=[[0,0],[4,0],[4,3]]))

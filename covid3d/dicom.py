@@ -32,7 +32,7 @@ _tags = [pydicom.tag.Tag(o) for o in '''SOPClassUID SOPInstanceUID StudyInstance
 
 # %% ../nbs/01_dicom.ipynb #a2e6ceb8
 _first_read,_max_header,_max_file = 2**16,6*2**20,2**31 # bytes
-_max_elements = 100_000 # in one header
+_max_elements,_max_items = 100_000,50_000 # in one header
 
 # %% ../nbs/01_dicom.ipynb #0faa39e8
 class _NotDicom(Exception):
@@ -212,7 +212,7 @@ def _parse(raw):
         if tag in (0x52009229,0x52009230): groups.append((raw.tell(),length))
         return tag>=0x7FE00008
     marks = (b'\xfe\xff\0\xe0',b'\xff\xfe\xe0\0')  # of an item, in either byte order
-    if raw.getbuffer().nbytes>_first_read and max(map(raw.getvalue().count, marks))>_max_elements: raise ValueError
+    if raw.getbuffer().nbytes>_first_read and max(map(raw.getvalue().count, marks))>_max_items: raise ValueError
     ds = pydicom.filereader.read_partial(raw, stop, specific_tags=_tags)
     if any(o.group==0 for o in ds.keys()) or any(o.VR not in _vrs for o in ds.file_meta.values()): raise ValueError
     if vrs!={ds.file_meta.get('TransferSyntaxUID')==_implicit}: raise ValueError  # C15
@@ -623,6 +623,11 @@ def _jpeg_size(x)->tuple:
     while x[at]==0xFF and x[at+1] not in (0xC0,0xC1,0xC2,0xC3,0xF7,0xDA): at += 2+big(at+2, 2)
     return x[at+1],big(at+5, 2),big(at+7, 2),x[at+9],x[at+4]
 
+def _tiles(x)->int:
+    "How many tiles JPEG 2000 is divided into, 0 where it does not say; a decoder takes memory for each"
+    w,h,a,b = (int.from_bytes(x[i:i+4], 'big') for i in (8,12,24,28))
+    return -(-w//a)*-(-h//b) if a and b else 0
+
 def _coded_size(x)->tuple:
     "(kind, rows, columns, samples, bits, sign) that compressed pixels say of themselves; sign is None where they do not"
     big = lambda i,n=4: int.from_bytes(x[i:i+n], 'big')
@@ -653,6 +658,7 @@ def _check_coded(x, s):
     try: kind,*size,bits,sign = _coded_size(x)
     except IndexError: raise _damaged(s.path, 'its compressed pixels are damaged') from None
     if kind!=_coded_as[s.syntax]: raise _damaged(s.path, 'its pixels are not compressed in the way that its transfer syntax says')  # C15
+    if kind=='J2K' and not 0<_tiles(x)<=1024: raise _damaged(s.path, 'its compressed pixels are divided into very many tiles')
     if size!=[g['Rows'],g['Columns'],1] or not g['BitsStored']<=bits<=16: raise other_size
     if sign is not None and sign!=g['PixelRepresentation']:  # C13
         raise _damaged(s.path, 'its header and its compressed pixels disagree on whether the numbers are signed')

@@ -80,7 +80,7 @@ def test_every_number(tmp_path, signed, inter, monkeypatch):
     sets = sets_of(scan((4,256,256)))
     for ds in sets: ds.PixelData = np.random.default_rng(0).permutation(65536).astype('<u2').tobytes(); ds.PixelRepresentation,ds.RescaleIntercept = signed,str(inter)
     folder = save_all(sets, tmp_path)
-    monkeypatch.setattr('covid3d.dicom.to_hu', lambda v: replace(v, data=np.maximum(v.data, -1024)))  # which would say that noise is no chest
+    monkeypatch.setattr('covid3d.dicom.to_hu', lambda v: replace(v, data=np.clip(v.data, -1024, 32767)))  # which would say that noise is no chest
     vol = open_series(folder); assert np.array_equal(in_file_order(vol), slice_by_slice(vol)[0])
 
 @each('signed', [0,1])

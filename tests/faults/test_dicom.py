@@ -1,5 +1,5 @@
 "Faults of DICOM series, C1 to C26: each is made here from a valid series of a patient called DOE^JANE, whose name no message may show"
-import logging, os, re, stat, struct, subprocess, sys, time, warnings, zlib
+import logging, os, re, stat, struct, subprocess, sys, warnings, zlib
 from pathlib import Path
 
 import numpy as np, pydicom, pytest
@@ -526,7 +526,7 @@ def test_X15_identifiers_are_not_shown(tmp_path, sets):
 @pytest.mark.fault('D14')
 def test_D14_too_little_memory(tmp_path, sets, monkeypatch, where):
     "A series that does not fit in memory is an error of that series"
-    save_all([encode(o, RLELossless) for o in sets], tmp_path)
+    save_all(sets if where=='empty' else [encode(o, RLELossless) for o in sets], tmp_path)
     def none(*args, **kwargs): raise MemoryError('DOE^JANE')
     if where=='empty':
         monkeypatch.setattr(cd.np, 'empty', none)
@@ -552,18 +552,16 @@ def test_C8_spacing_of_one_slice(tmp_path, sets, mm):
         with pytest.raises(CTError, match='its PixelSpacing is not that of the rest'): open_series(tmp_path/str(i))
 
 limits = '''
-import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2*2**30,)*2)
+import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2*2**30,)*2); resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
 from covid3d.dicom import open_series
 from covid3d.volume import CTError
 try: print(open_series(sys.argv[1]).shape)
 except CTError as e: print(e)
 '''
-def bounded(folder)->str:
-    "What comes of a folder within 5 seconds and 2 GiB, in a process of its own"
-    start = time.monotonic()
-    p = subprocess.run([sys.executable,'-c',limits,folder], capture_output=True, text=True, timeout=30)
-    assert p.returncode==0 and not p.stderr and p.stdout.count('\n')==1 and not re.search('DOE|JANE', p.stdout), p.stderr
-    assert time.monotonic()-start<6.5  # the start of the process included
+def bounded(folder, quiet=True)->str:
+    "What comes of a folder within 2 GiB and some seconds of a processor, in a process of its own; decoders in C may write to stderr if not `quiet`"
+    p = subprocess.run([sys.executable,'-c',limits,folder], capture_output=True, text=True, timeout=120)
+    assert p.returncode==0 and not (quiet and p.stderr) and p.stdout.count('\n')==1 and not re.search('DOE|JANE', p.stdout+p.stderr), p.stderr
     return p.stdout
 
 def spoiled(sets, folder, edit)->str:
@@ -702,16 +700,17 @@ def test_C21_small_elements_after_the_pixels(tmp_path, sets):
     path.write_bytes(path.read_bytes()+b''.join(struct.pack('<HH2sH', 0x8001+2*(i>>16), i&0xFFFF, b'LO', 0) for i in range(120_000)))
     assert str(path) in bounded(tmp_path) or '(6, 9, 7)' in bounded(tmp_path)
 
+@each('size', [1,33])
 @pytest.mark.fault('C21')
-def test_C21_jpeg2000_of_tiny_tiles(tmp_path):
-    "A codestream that divides 8192×8192 into tiles of one pixel: a decoder would set up each"
+def test_C21_jpeg2000_of_tiny_tiles(tmp_path, size):
+    "A codestream that divides 8192×8192 into very many tiles: a decoder sets up each"
     sets = sets_of(scan((4,24,20))); coded = [encode(o, JPEG2000Lossless) for o in sets]
     for i,ds in enumerate(coded):
         x = bytearray(next(pydicom.encaps.generate_frames(ds.PixelData, number_of_frames=1)))
         ds.Rows = ds.Columns = 8192
-        x[8:16] = struct.pack('>II', 8192, 8192); x[24:32] = struct.pack('>II', 1, 1)  # Xsiz, Ysiz; XTsiz, YTsiz
+        x[8:16] = struct.pack('>II', 8192, 8192); x[24:32] = struct.pack('>II', size, size)  # Xsiz, Ysiz; XTsiz, YTsiz
         repack(ds, tmp_path/f'IM{i}.dcm', bytes(x))
-    assert str(tmp_path) in bounded(tmp_path)
+    assert str(tmp_path) in bounded(tmp_path, quiet=False)
 
 @pytest.mark.fault('C21')
 def test_C21_a_second_frame_header(tmp_path, sets):
@@ -720,9 +719,9 @@ def test_C21_a_second_frame_header(tmp_path, sets):
     x = next(pydicom.encaps.generate_frames(coded[2].PixelData, number_of_frames=1)); at = x.index(b'\xff\xc3')
     n = 2+struct.unpack('>H', x[at+2:at+4])[0]; huge = x[at:at+5]+struct.pack('>HH', 60000, 60000)+x[at+9:at+n]
     repack(coded[2], tmp_path/'IM002.dcm', x[:at+n]+huge+x[at+n:])
-    assert str(tmp_path/'IM002.dcm') in bounded(tmp_path)
+    assert str(tmp_path/'IM002.dcm') in bounded(tmp_path, quiet=False)
 
-@each('n', [4096, 4097, 99_000])
+@each('n', [4096, 4097, 49_000, 200_000])
 @pytest.mark.fault('C21')
 def test_C21_items_of_frames(tmp_path, sets, n):
     "An enhanced CT whose list of frames has more items than a CT has slices"

@@ -742,7 +742,7 @@ def _check_args(args):
     "What no command can use"
     odd = next((o for v in args.values() for o in (v if isinstance(v, list) else [v]) if isinstance(o, str) and '\0' in o), None)
     if odd is not None: raise CTError(ascii(odd), 'no path has a zero byte in it', 'Check the argument')
-    if not 0<=args.get('seed', 0)<2**32: raise CTError('seed', f'{args["seed"]} is not a seed', 'Give 0 to 4294967295')
+    if not 0<=(args.get('seed') or 0)<2**32: raise CTError('seed', f'{args["seed"]} is not a seed', 'Give 0 to 4294967295')
 
 def _command(argv, debug)->int:
     "Run one command, tell what goes wrong"

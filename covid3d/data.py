@@ -254,7 +254,7 @@ def _input(table, out, spec)->tuple:
     "The rows of a table, the folder its paths start from, and its cases; refused if it would be overwritten"
     if not isinstance(table, pd.DataFrame):
         if Path(table).is_dir(): raise CTError(table, 'is a folder, not a case table', 'Give the table that `covid3d cases` wrote')
-        if os.path.realpath(table)==os.path.realpath(out/'cases.csv'): raise CTError(out, 'holds the very table that is read', 'Choose another --out')
+        if os.path.realpath(table)==os.path.realpath(out/'cases.csv'): raise CTError(table, 'is read, so it is not replaced', 'Choose another --out')
     if 'not_prepared' in (table if isinstance(table, pd.DataFrame) else _read_csv(table)):
         raise CTError('table', 'is that of a prepared folder, not of scans', 'Give the table it was made from')
     df,root,_ = _open_table(table, spec.classes)

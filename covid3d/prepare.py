@@ -120,7 +120,7 @@ def _map(path, dtype, shape)->np.ndarray:
             n = math.prod(shape)*np.dtype(dtype).itemsize
             if there!=(shape,False,np.dtype(dtype)) or os.fstat(f.fileno()).st_size!=f.tell()+n: raise ValueError('another array')
             return np.memmap(f, dtype, 'c', f.tell(), shape) if n else np.empty(shape, dtype)  # c: copy on write
-    except (OSError,ValueError,SyntaxError,TypeError,KeyError,RecursionError,MemoryError) as e:
+    except Exception as e:  # NumPy's reader of headers ends in many ways
         raise CTError(path, f'is damaged ({type(e).__name__}: {str(e)[:60]})', _anew) from None
 
 # %% ../nbs/08_prepare.ipynb #c85c6086
@@ -182,9 +182,13 @@ def _arrays(case, spec)->tuple:
     return dict(ct=grey, masks=small, lesion=_positions(small[0]), body=body),info
 
 # %% ../nbs/08_prepare.ipynb #3462d8d3
+def _sealed(arrays, info, stamp)->dict:
+    "`info.json`, with what the arrays are checked against"
+    crc = {k:isal_zlib.crc32(a.reshape(-1).view(np.uint8)) for k,a in arrays.items()}
+    return info|dict(stamp=stamp, at={k:len(arrays[k]) for k in ('lesion','body')}, crc=crc)
+
 def _write(folder, arrays, info):
     "Files on the disk, not only in its cache"
-    info = info|dict(at={k:len(arrays[k]) for k in ('lesion','body')}, crc={k:isal_zlib.crc32(a.reshape(-1).view(np.uint8)) for k,a in arrays.items()})
     for k,a in arrays.items():
         with open(folder/f'{k}.npy', 'wb') as f: np.save(f, a, allow_pickle=False); f.flush(); os.fsync(f.fileno())
     with open(folder/'info.json', 'w') as f: json.dump(info, f); f.flush(); os.fsync(f.fileno())
@@ -246,7 +250,7 @@ def _make(case, spec, out, stamp)->Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         draft.mkdir()
-        _write(draft, arrays, info|dict(stamp=stamp)); _put(draft, target)
+        _write(draft, arrays, _sealed(arrays, info, stamp)); _put(draft, target)
     except OSError as e:
         raise CTError(f'{case.name}, prepared', f'cannot be written ({e.strerror})', 'Check --out, its permissions and the free space') from None
     finally:

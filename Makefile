@@ -20,7 +20,7 @@ demo: $(READY) ## made-up chest CTs, training, scores on unseen ones, a picture:
 
 test: $(READY) ## run every notebook, then pytest
 	$(ONE_THREAD) $(BIN)/nbdev-test --n-workers 2 --do-print --timing
-	$(BIN)/python -m pytest -q tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 fuzz: $(READY) ## the long form of the fuzz tests: 10,000 damaged NIfTI and 2,000 DICOM; some ten minutes
 	COVID3D_FUZZ=10000 $(BIN)/python -m pytest -q tests/test_fuzz.py

@@ -22,11 +22,12 @@ from fastai.distributed import DistributedDL
 from fastai.optimizer import Optimizer
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from . import __version__
 from .distributed import gather, once, place, spread
+from .encoder import open_tensors
 from .files import sweep
 from .volume import CTError, temp_beside, temps_here
 
@@ -82,9 +83,7 @@ def read_checkpoint(
 )->tuple: # State, tensors by name
     "State and tensors of a checkpoint"
     cure = 'Give the folder of a training that was interrupted, or start anew with --overwrite'
-    try:
-        with safe_open(path, 'pt') as f: tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
-    except (SafetensorError,OSError) as e: raise CTError(path, f'the checkpoint is damaged or cut short ({str(e).splitlines()[0][:80]})', cure) from None
+    with open_tensors(path, cure, most=10**8) as f: tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
     if 'covid3d_run' not in meta: raise CTError(path, 'is no checkpoint of `covid3d train`', cure)
     if _crc(meta['covid3d_run'], tensors)!=meta.get('crc'): raise CTError(path, 'the checkpoint is damaged: its checksum is wrong', cure)
     try: return json.loads(meta['covid3d_run']),tensors
@@ -166,7 +165,8 @@ def _is_row(v)->bool:
 
 def _is_kept(new, old)->bool:
     "Whether `new` may take the place of the attribute `old` of a callback"
-    if not isinstance(old, list): return new is None or _is_number(new)
+    if type(old) is int: return _is_int(new)
+    if not isinstance(old, list): return _is_number(new) or new is old is None
     if not isinstance(new, list) or len(new)>10**7: return False
     return _numbers(new) or all(map(_is_row, new)) and len({*map(len, new)})<=1
 
@@ -191,7 +191,7 @@ def set_callbacks(
         _need(not mine or model is None or mine==_form(bare_model(model).state_dict()), f'tensors of {c.name}')
     for c in found:
         for k in c.keeps: setattr(c, k, state[c.name][k])
-    for c in _holders(cbs): setattr(c, c.keeps_tensors, _below(f'{c.name}.', tensors))
+    for c in _holders(cbs): setattr(c, c.keeps_tensors, {k:v.clone() for k,v in _below(f'{c.name}.', tensors).items()})  # not the file's
 
 # %% ../nbs/17_checkpoint.ipynb #980fbe4b
 def bare_model(
@@ -334,7 +334,8 @@ def require_same(
 ):
     "Refuse to go on with other arguments"
     a,b = _flat(then),_flat(json.loads(json.dumps(now, default=_plain)))
-    diff = [f'{k} {a.get(k, "absent")} then, {b.get(k, "absent")} now' for k in [*a, *(k for k in b if k not in a)] if a.get(k, 'absent')!=b.get(k, 'absent')]
+    say = lambda o: f'{str(o)[:57]}…' if len(str(o))>60 else o
+    diff = [f'{say(k)} {say(a.get(k, "absent"))} then, {say(b.get(k, "absent"))} now' for k in [*a, *(k for k in b if k not in a)] if a.get(k, 'absent')!=b.get(k, 'absent')]
     if diff:
         more = f' and {len(diff)-3} more' if len(diff)>3 else ''
         raise CTError(path, f'is of another training: {"; ".join(diff[:3])}{more}', 'Give the same arguments, or start anew with --overwrite')
@@ -348,7 +349,7 @@ class Checkpoint(Callback):
         about:dict # Arguments of the training, which must be the same when it is resumed
     ):
         self.file,self.about,self.phase,self.start,self.at,self.tensors = Path(path),about,-1,0,{},{}
-        self.ran = self.last = self.stop = self.validating = self.waits = False
+        self.ran = self.last = self.stop = self.ctrl_c = self.validating = self.waits = False
 
 # %% ../nbs/17_checkpoint.ipynb #b0dc6f69
 def _made_by()->str: return f'covid3d {__version__}, torch {torch.__version__}'
@@ -377,6 +378,8 @@ def _check_state(s):
     _need(within is None or isinstance(within, dict) and {*within}=={'step','pct_train','train_iter','began'}
           and _is_int(within['step'], 0, 10**9) and _is_number(within['pct_train']) and _is_int(within['train_iter'], 0, 10**12), 'within')
 
+_dtypes = {str(o)[6:]:o for o in (torch.float64,torch.float32,torch.float16,torch.bfloat16,torch.int64)}
+
 @patch
 @contextmanager
 def _fitting(self:Checkpoint):
@@ -399,7 +402,9 @@ def _open(self:Checkpoint, resume)->dict:
         if resume: print(f'no checkpoint in {self.file.parent}: the training begins anew', flush=True)
         return self._write()
     state,self.tensors = read_checkpoint(self.file)
-    with self._fitting(): _check_state(state)
+    with self._fitting():
+        _check_state(state)
+        _need(all(str(v.dtype)[6:] in _dtypes for v in self.tensors.values()), 'tensors')
     require_same(self.file, state['about'], self.about)
     self._tell(state)
     return state|dict(shapes={k:[str(v.dtype)[6:],list(v.shape)] for k,v in self.tensors.items()})
@@ -411,7 +416,7 @@ def begin(self:Checkpoint,
 )->bool: # Whether the training had finished
     "Read the checkpoint, or mark the beginning of a training"
     self.at = once(lambda: self._open(resume))
-    for k,(dtype,shape) in self.at.get('shapes', {}).items(): self.tensors.setdefault(k, torch.empty(shape, dtype=getattr(torch, dtype)))
+    for k,(dtype,shape) in self.at.get('shapes', {}).items(): self.tensors.setdefault(k, torch.empty(shape, dtype=_dtypes[dtype]))
     if self.at.get('shapes'): spread([self.tensors[k] for k in self.at['shapes']])
     torch.set_num_threads(self.at['threads'])
     return self.at['finished']
@@ -432,15 +437,47 @@ def _pass_over(dl, n, then):
     dl.get_idxs = rest
     if dl.fake_l.num_workers==0: dl.sample = begin  # PyTorch's iterator draws a seed between the two
 
+
+
+# %% ../nbs/17_checkpoint.ipynb #9b3d3ad3
+def _deaf(init, i):
+    "Begin worker process `i`, which leaves SIGTERM to the training"
+    init(i)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+@contextmanager
+def _deaf_workers(dls):
+    "Worker processes of fastai `DataLoaders` ignore SIGTERM"
+    fakes = [d.fake_l for d in _loaders(dls)]
+    inits = [f.worker_init_fn for f in fakes]
+    for f,init in zip(fakes, inits): f.worker_init_fn = partial(_deaf, init)
+    try: yield
+    finally:
+        for f,init in zip(fakes, inits): f.worker_init_fn = init
+
 @patch
 @contextmanager
-def _on_sigterm(self:Checkpoint):
-    "Let SIGTERM end the training with a checkpoint"
-    self.stop = False
+def _on_sigterm(self:Checkpoint, dls):
+    "Let SIGTERM end the training with a checkpoint, and Ctrl-C end it in any case"
+    self.stop = self.ctrl_c = False
     if place()[1]>1 or threading.current_thread() is not threading.main_thread(): yield; return
-    old = signal.signal(signal.SIGTERM, self._told_to_stop)
-    try: yield
-    finally: signal.signal(signal.SIGTERM, old or signal.SIG_DFL)
+    told = {signal.SIGTERM:self._told_to_stop}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler: told[signal.SIGINT] = self._interrupted
+    old = {k:signal.signal(k, f) for k,f in told.items()}
+    try:
+        with _deaf_workers(dls): yield
+    finally:
+        for k,f in old.items(): signal.signal(k, f or signal.SIG_DFL)
+
+@patch
+def _interrupted(self:Checkpoint, *_):
+    "What Ctrl-C calls"
+    self.ctrl_c = True
+    raise KeyboardInterrupt
+
+@patch
+def before_batch(self:Checkpoint):
+    if self.ctrl_c: raise KeyboardInterrupt  # the first was lost
 
 @patch
 def _told_to_stop(self:Checkpoint, *_):
@@ -516,10 +553,11 @@ def fit(self:Checkpoint,
     here = self.at.get('phase', 0)
     self.start = self.at.get('epoch', 0) if self.phase==here else 0
     self.waits = self.phase==here and bool(self.tensors)
+    with self._fitting(): _need(self.start<=n_epoch, 'epoch')
     if self.phase<here: return
     if self.start==n_epoch: learn.model.to(learn.dls.device); self.restore(learn, cbs)
     else:
-        with self._on_sigterm(), _to_be_resumed(): learn.fit_one_cycle(n_epoch, *args, cbs=[*cbs, self], start_epoch=self.start, **kwargs)
+        with self._on_sigterm(learn.dls), _to_be_resumed(): learn.fit_one_cycle(n_epoch, *args, cbs=[*cbs, self], start_epoch=self.start, **kwargs)
 
 # %% ../nbs/17_checkpoint.ipynb #5a677783
 @patch

@@ -239,14 +239,17 @@ def prepare(
     classes:str=input_defaults['classes'],   # Masks to learn, columns of the table, with commas between
     workers:int=None        # Threads; two if not given, each holds one scan in memory
 ):
-    "Read, resample and window every scan once, for quick random patches; goes on where it was interrupted."
+    "Read, resample and window every scan once, for quick random patches; resumes where it was interrupted."
     writable(out)
     if workers is not None and workers<1: raise CTError('workers', f'{workers} threads cannot work', 'Give 1 or more')
+    from covid3d.cases import _read_csv
     from covid3d.data import prepare_table
     done = prepare_table(table, out, input_spec(spacing=spacing, patch=patch, window=window, classes=classes), workers)
     failed = [o for o in done if isinstance(o, CTError)]
     for e in failed: print(e, file=sys.stderr)
     mb = sum(o.nbytes for o in done if not isinstance(o, CTError))/1e6
+    unlabelled = sum(o.startswith('without') for o in _read_csv(Path(out)/'cases.csv').not_prepared)
+    if unlabelled: print(f'note: {unlabelled} scan{"s"[:unlabelled!=1]} without a mask of {classes}: not prepared')
     print(f'wrote {out} · {len(done)-len(failed)} of {len(done)} cases, {mb:,.0f} MB · next: covid3d train {out} --out RUN')
     return int(bool(failed))
 
@@ -739,7 +742,7 @@ def _check_args(args):
     "What no command can use"
     odd = next((o for v in args.values() for o in (v if isinstance(v, list) else [v]) if isinstance(o, str) and '\0' in o), None)
     if odd is not None: raise CTError(ascii(odd), 'no path has a zero byte in it', 'Check the argument')
-    if not 0<=args.get('seed', 0)<2**32: raise CTError('seed', f'{args["seed"]} is not a seed', 'Give 0 to 4294967295')
+    if not 0<=(args.get('seed') or 0)<2**32: raise CTError('seed', f'{args["seed"]} is not a seed', 'Give 0 to 4294967295')
 
 def _command(argv, debug)->int:
     "Run one command, tell what goes wrong"

@@ -22,7 +22,7 @@ from plum import dispatch
 
 from .augment import Augment3d, ct_aug_transforms
 from .cases import Case, _open_table, _read_csv, read_cases, safe_cell
-from .files import Outputs, locked, read_json
+from .files import Outputs, locked, read_json, sweep
 from .prepare import Prepared, PreparedCase, find_prepared, located, prepare_case, prepare_cases, tidy
 from .transforms import CTSpec, RandomPatch, TensorCT, TensorMask3d, show_patch
 from .volume import CTError, write_atomic
@@ -47,6 +47,7 @@ class CaseReader:
     ):
         self.spec,self.open,self._sound,self._tmp = spec,{},set(),None if folder else tempfile.TemporaryDirectory(prefix='covid3d-')
         self.folder = Path(folder or self._tmp.name)
+        sweep(self.folder)
     def __call__(self, case:Case)->Prepared:
         if case not in self.open: self.open[case] = prepare_case(case, self.spec, self.folder, check=case not in self._sound)
         return self.open[case]

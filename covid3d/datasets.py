@@ -20,7 +20,7 @@ from urllib.parse import urljoin, urlsplit
 import numpy as np, pandas as pd
 
 from .cases import Case, columns, parse_window, read_cases, spine_in_front, told
-from .dicom import ct_datasets, digest, find_others, find_series, pseudonym, save_dicom, volume_of
+from .dicom import ct_datasets, digest, find_series, pseudonym, save_dicom, survey, volume_of
 from .files import Outputs, locked, read_json, sweep
 from .show import track
 from .volume import CTError, case_name, plain, save_mask, save_volume, temp_beside, temps_here, to_canonical, write_atomic
@@ -57,12 +57,12 @@ def _number(n, what) -> str: return f'{n} {what}{"s"[:n!=1]}'
 def _folders(root, notes):
     "The folders below `root`, it included; links to folders are not followed"
     links,closed = 0,[]
-    for at,dirs,files in os.walk(root, onerror=closed.append):
+    for at,dirs,_ in os.walk(root, onerror=closed.append):
         at_links = [d for d in dirs if os.path.islink(Path(at)/d)]
-        links += len(at_links)+sum(os.path.islink(Path(at)/f) and not os.path.exists(Path(at)/f) for f in files)
+        links += len(at_links)
         dirs[:] = sorted(d for d in dirs if d not in at_links and not d.startswith('.'))
         yield Path(at)
-    if links: notes.append(f'{_number(links, "link")} to a folder, or to nowhere, not followed')  # F6
+    if links: notes.append(f'{_number(links, "link")} to a folder not followed')  # F6
     if closed: notes.append(f'{_number(len(closed), "folder")} could not be read ({closed[0].strerror})')
 
 # %% ../nbs/05_datasets.ipynb #f0d529e1
@@ -376,8 +376,6 @@ def read_outlines(
     return out,[f'{n} annotation{"s"[:n>1]} {k} left aside' for k,n in sorted(left.items())]
 
 # %% ../nbs/05_datasets.ipynb #199cddc0
-def _uids(s) -> tuple: return getattr(s, 'uids', (s.uid,))
-
 def draw_outlines(
     slices:list,   # Of `Slice`, a series in order
     outlines:dict, # SOPInstanceUID → list of (reader, points), from `read_outlines`
@@ -388,7 +386,7 @@ def draw_outlines(
     out = np.zeros((len(slices),g['Rows'],g['Columns']), np.uint8)
     for z,s in enumerate(slices):
         readers = {}
-        for who,points in (o for u in _uids(s) for o in outlines.get(u, [])): readers[who] = readers.get(who, False)|fill_outline(points, out.shape[1:])
+        for who,points in (o for u in s.uids for o in outlines.get(u, [])): readers[who] = readers.get(who, False)|fill_outline(points, out.shape[1:])
         if readers: out[z] = sum(o.astype(int) for o in readers.values())>=agree
     return out
 
@@ -404,19 +402,21 @@ def _find_json(root, annotations)->Path:
 # %% ../nbs/05_datasets.ipynb #00c2f2ea
 def _fault_of(e, folder) -> str:
     "Why a folder does not open, without its name"
-    if isinstance(e, CTError): e = told(e, Case(pseudonym(folder, 'folder'), folder)); return f'{e.fault}. {e.cure}'
-    return f'cannot be read ({e.strerror or type(e).__name__})'
+    e = told(e, Case(pseudonym(folder, 'folder'), folder))
+    return f'{e.fault}. {e.cure}.'
 
 def _walk_dicom(root, notes) -> tuple:
     "(path, `Series`) of all series below `root`; (path, why) of folders that do not open; what else there is, by kind"
     found,broken,others = [],[],Counter()
     for folder in _folders(root, notes):
-        at = folder.absolute()
-        try: series = find_series(folder); others += series[0].skipped if series else find_others(folder)
-        except (CTError,OSError) as e: broken.append((str(at), _fault_of(e, folder))); continue
-        if series and plain(at)!=str(at):
-            broken.append((ascii(str(at)), 'its path holds a control character, or bytes that are no UTF-8')); continue
-        found += [(str(at if len(series)==1 else s.slices[0].path.absolute()), s) for s in series]
+        at,here = folder.absolute(),survey(folder)
+        others += here.skipped
+        if here.damaged: broken.append((str(at), _fault_of(here.damaged[0], folder)))
+        good = [s for s in here.series if not s.damaged]
+        if good and plain(at)!=str(at):
+            broken.append((ascii(str(at)), 'its path holds a control character, or bytes that are no UTF-8. Rename the folder.')); continue
+        whole = len(good)==1 and not here.damaged  # then the folder stands for its series
+        found += [(str(at if whole else s.slices[0].path.absolute()), s) for s in good]
     return found,broken,others
 
 # %% ../nbs/05_datasets.ipynb #42c74e85
@@ -456,8 +456,8 @@ def _find_dicom(root, notes) -> tuple:
     "(path, `Series`) of all series that become cases, and what was left out: name, path, why"
     found,broken,others = _walk_dicom(root, notes)
     left = [(pseudonym(p, 'folder'), p, why) for p,why in broken]
-    if left: notes.append(f'{_number(len(left), "folder")} left out, which could not be read: '+', '.join(o[0] for o in left[:5])+', …'*(len(left)>5))
-    notes += [f'{k}: {why}' for k,_,why in left[:5]]
+    if left: notes.append(f'{_number(len(left), "folder")} with files that could not be read:')
+    notes += [f'{k}: {why}' for k,_,why in left]
     if others: notes.append(f'no CT series: {", ".join(f"{n} {k}" for k,n in sorted(others.items()))}')
     found = _once(found, notes, left)
     nameless = sum(s.patient==digest('') for _,s in found)

@@ -148,7 +148,7 @@ def video_net(
 ) -> VideoResNet: # randomly initialised, reads three colours
     "A new video ResNet, torchvision's own at width 64."
     if width == 64: return arch(weights=None)
-    if not 4 <= width <= 256: raise CTError(f'width={width}', 'too few or too many channels', 'Give 4 to 256')
+    if not 4 <= width <= 512: raise CTError(f'width={width}', 'too few or too many channels', 'Give 4 to 512')
     with torch.device('meta'): like = arch(weights=None)
     return SlimResNet(like, width)
 
@@ -302,7 +302,7 @@ def encoder_info(
 def _is_info(key: str, value) -> bool: # of what is written beside an encoder
     "Whether the entries that decide something are of their kind."
     whole = isinstance(value, int) and 0 <= value < 10**9
-    return {'norm': value is None or value in list(norms), 'width': value is None or whole and value <= 256, 'step': whole, 'steps': whole,
+    return {'norm': value is None or value in list(norms), 'width': value is None or whole and value <= 512, 'step': whole, 'steps': whole,
             'encoder': isinstance(value, str) and len(value) < 40}.get(key, True)
 
 # %% ../nbs/10_encoder.ipynb #6d102400

@@ -28,8 +28,9 @@ def read_bytes(
     try:
         fd = os.open(path, os.O_RDONLY|getattr(os, 'O_NONBLOCK', 0)|getattr(os, 'O_BINARY', 0))
         with open(fd, 'rb') as f:
-            if not stat.S_ISREG(os.fstat(fd).st_mode): raise CTError(path, 'is not a regular file', remedy)
-            raw = f.read(most+1)
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode): raise CTError(path, 'is not a regular file', remedy)
+            raw = f.read(most+1) if info.st_size>most else f.read()  # which takes no more memory than the file is long
     except OSError as e: raise CTError(path, f'cannot be read ({e.strerror})', remedy) from None
     if len(raw)>most: raise CTError(path, f'is larger than {most/2**20:g} MiB', remedy)
     return raw

@@ -15,12 +15,11 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np, torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
-from .encoder import encoder3d
+from .encoder import encoder3d, open_tensors
 from .files import read_json
 from .show import track
 from .transforms import CTSpec, crop, resize
@@ -58,6 +57,8 @@ def sliding_window(
     windows:int=4       # At a time, at most
 )->torch.Tensor: # Probabilities, (class, slice, row, column)
     "Probabilities for a whole scan"
+    n = math.prod(len(window_starts(n, p, overlap)) for n,p in zip(x.shape[1:], patch))
+    if n>2**20: raise CTError('overlap', f'{n} windows would have to be computed', 'Give a smaller overlap, or weights of a coarser spacing')
     w = blend_weights(patch).to(x.device)
     pad = [max(0,p-n) for p,n in zip(patch, x.shape[1:])]
     total,seen = x.new_zeros(classes, *(n+p for n,p in zip(x.shape[1:], pad))),x.new_zeros([n+p for n,p in zip(x.shape[1:], pad)])
@@ -66,7 +67,7 @@ def sliding_window(
     groups = [starts[i::-(-len(starts)//windows)] for i in range(-(-len(starts)//windows))]
     for group in track(groups, 'segmenting') if bar else groups:
         logits = model(torch.stack([crop(x, start, patch) for start in group])).float()
-        if not torch.isfinite(logits).all(): raise CTError('weights', 'the network answers with NaN or infinite logits', 'Train again, or use other weights')
+        if not torch.isfinite(logits).all(): raise CTError('logits', 'the network answers with NaN or infinite logits', 'Train again, or use other weights')
         for start,prob in zip(group, logits.sigmoid()):
             at = tuple(slice(s+o, s+o+p) for s,o,p in zip(start, off, patch))
             total[(slice(None),*at)] += prob*w; seen[at] += w
@@ -91,13 +92,16 @@ def segment(
 )->dict: # Class → uint8 mask, canonical axes, shape of `ct`
     "Masks of a whole scan, on its own voxels"
     if not 0<threshold<1: raise CTError('threshold', f'{threshold} is not between 0 and 1', 'Give 0.5')
-    device,training = next(model.parameters()).device,model.training
-    try: prob = sliding_window(model.eval(), spec.prepare(ct).to(device), spec.patch, overlap, len(spec.classes), bar)
+    device,training,name = next(model.parameters()).device,model.training,ct.source.path if ct.source else ct
+    try:
+        if math.prod(spec.size(ct))>2**30: raise MemoryError
+        prob = sliding_window(model.eval(), spec.prepare(ct).to(device), spec.patch, overlap, len(spec.classes), bar)
+        return {k:(resize(p, ct.shape)>=threshold).cpu().numpy().astype(np.uint8) for k,p in zip(spec.classes, prob)}
     except (MemoryError,RuntimeError) as e:
         if not out_of_memory(e): raise
-        raise CTError(ct.source.path if ct.source else ct, 'segmenting it needs more memory than there is', 'Use --device cpu, or weights of a coarser spacing') from None
+        raise CTError(name, 'segmenting it needs more memory than there is', 'Use --device cpu, or weights of a coarser spacing') from None
+    except CTError as e: raise CTError(name, e.fault, e.cure) if e.what=='logits' else e from None
     finally: model.train(training)
-    return {k:(resize(p, ct.shape)>=threshold).cpu().numpy().astype(np.uint8) for k,p in zip(spec.classes, prob)}
 
 # %% ../nbs/14_inference.ipynb #a9da6b0d
 def _one_of(*names): return lambda v: v in names
@@ -189,12 +193,8 @@ def _weights_file(path)->Path:
     return path
 
 def _read(path, f):
-    "What `f` makes of the open file; every fault of safetensors is a `CTError`"
-    try:
-        with safe_open(_weights_file(path), 'pt') as o: return f(o)
-    except (SafetensorError,OSError,ValueError) as e:
-        if isinstance(e, CTError): raise
-        raise CTError(path, f'damaged or cut short ({str(e).splitlines()[0][:80]})', _again) from None
+    "What `f` makes of the open file"
+    with open_tensors(_weights_file(path), _again) as o: return f(o)
 
 _dtypes = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
 
@@ -208,8 +208,19 @@ def _named(cls, d, path):
     "An object of `cls` from JSON that has its fields and no others"
     names = {f.name for f in fields(cls)}
     if not isinstance(d, dict): raise TypeError(f'{cls.__name__} is missing')
-    if odd := sorted({*d}-names): raise CTError(path, f'the specification has an unknown field {odd[0]!r}', 'Use the covid3d that wrote it, or a newer one')
+    if odd := sorted({*d}-names): raise CTError(path, f'the specification has an unknown field {odd[0][:60]!r}', 'Use the covid3d that wrote it, or a newer one')
+    if gone := sorted(names-{*d}): raise CTError(path, f'the specification lacks {gone[0]}', 'Train again, or use another file')
     return cls(**d)
+
+def _require_plain(d):
+    "`ValueError` unless the numbers of a `CTSpec` are numbers within bounds, and its classes can be names of files and columns"
+    low,high = dict(spacing=.05, window=-1e5, patch=4),dict(spacing=100, window=1e5, patch=1024)
+    for k in low:
+        if k=='spacing' and d[k] is None: continue
+        if not isinstance(d[k], list) or not all(type(v) in (int,float) and low[k]<=v<=high[k] for v in d[k]): raise ValueError(f'{k} is out of bounds')
+    if math.prod(d['patch'])>2**27: raise ValueError('the patch is too large')
+    good = isinstance(d['classes'], list) and len(d['classes'])<=32
+    if not good or not all(isinstance(c, str) and re.fullmatch('[A-Za-z][A-Za-z0-9_]{0,39}', c) for c in d['classes']): raise ValueError('a class has no plain name')
 
 def _specs(text, path)->tuple:
     "Specifications and what the training held, from their JSON text"
@@ -220,9 +231,9 @@ def _specs(text, path)->tuple:
         if (n := d.get('format'))!=weights_format:
             what = 'a newer format than this covid3d reads' if type(n) is int and n>weights_format else 'no known format'
             raise CTError(path, f'the weights have {what}', 'Use a newer covid3d, or train again')
-        if odd := sorted({*d}-{'format','ct','net','seen','digest'}): raise CTError(path, f'the specification has an unknown field {odd[0]!r}', 'Use a newer covid3d')
+        if odd := sorted({*d}-{'format','ct','net','seen','digest'}): raise CTError(path, f'the specification has an unknown field {odd[0][:60]!r}', 'Use a newer covid3d')
         ct,net = _named(CTSpec, d.get('ct'), path),_named(NetSpec, d.get('net'), path)
-        if math.prod(ct.patch)>2**28 or len(ct.classes)>64: raise ValueError(f'patch {ct.patch}, {len(ct.classes)} classes: too large')
+        _require_plain(d['ct'])
         return ct,net,_named(Seen, d['seen'], path) if d.get('seen') else None
     except CTError as e:
         if e.what==path: raise
@@ -231,16 +242,16 @@ def _specs(text, path)->tuple:
         raise CTError(path, f'the specification cannot be read ({" ".join(str(e).split())[:120]})', 'Train again, or use another file') from None
 
 # %% ../nbs/14_inference.ipynb #ff6ecdd9
-def _require_fit(path, ct, net, have):
-    "`CTError` unless the tensors are those of the network, in name, type and shape; it is built without memory"
+def _fitting(path, ct, net, have)->nn.Module:
+    "The network, without memory, if the tensors are its own in name, type and shape"
     try:
         with torch.device('meta'): model = net.build(ct.classes)
     except (ValueError,TypeError,RuntimeError) as e: raise CTError(path, f'its specification builds no network ({e})', 'Train again, or use another file') from None
     need = {k:(v.dtype,tuple(v.shape)) for k,v in model.state_dict().items()}
     misfit = next((k for k in [*need,*have] if need.get(k)!=have.get(k)), None)
-    if misfit is None: return
+    if misfit is None: return model
     say = lambda o, none: none if o is None else f'{o[1]} {str(o[0]).removeprefix("torch.")}'
-    fault = f'{misfit} is {say(have.get(misfit), "missing")}, a {net.encoder} of width {net.width} needs {say(need.get(misfit), "none")}'
+    fault = f'{misfit[:80]} is {say(have.get(misfit), "missing")}, a {net.encoder} of width {net.width} needs {say(need.get(misfit), "none")}'
     raise CTError(path, f'weights of another network: {fault}', 'Give the file as `covid3d train` wrote it')
 
 def load_model(
@@ -250,14 +261,13 @@ def load_model(
     "Open a saved model; nothing in it can run code"
     meta,have = _read(path, _header)
     ct,net,_ = _specs(meta.get('covid3d'), path)
-    _require_fit(path, ct, net, have)
+    model = _fitting(path, ct, net, have)
     state = _read(path, lambda o: {k:o.get_tensor(k) for k in o.keys()})
     about = json.loads(meta['covid3d'])
     if about.pop('digest', None)!=_digest(about, state): raise CTError(path, 'damaged: its digest does not fit its content', _again)
     bad = next((k for k,v in state.items() if not torch.isfinite(v).all()), None)
     if bad: raise CTError(path, f'{bad} holds NaN or infinite weights', 'Train again, or use other weights')
-    model = net.build(ct.classes)
-    model.load_state_dict(state)
+    model.to_empty(device='cpu').load_state_dict(state)
     return model.to(device).eval(),ct,net
 
 def read_seen(

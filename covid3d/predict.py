@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 
-from .cases import Case, read_cases, safe_cell, without_paths
+from .cases import Case, flipped, read_cases, safe_cell, without_paths
 from .datasets import dicom_series
 from .dicom import is_nifti, open_scan, pseudonym, read_slices, save_seg
 from .files import Outputs, locked, read_bytes
@@ -266,7 +266,7 @@ def _unlike(masks, ct, seen) -> list:
 # %% ../nbs/21_predict.ipynb #204da7a9
 def _do(case, row, names, job) -> str:
     "Segment a scan and write its masks, unless that is done; fills the row"
-    ct = open_scan(case.ct, job['window'] or case.already_windowed)
+    ct = flipped(open_scan(case.ct, job['window'] or case.already_windowed), case.flip)
     row |= dict(digest=scan_digest(ct), grid=_grid_digest(ct), notes=' · '.join(ct.notes))
     old = job['record'].rows.get(row['scan'])
     if _is_done(old, row, names, job['out'], job['overwrite']):

@@ -230,6 +230,7 @@ def _restamp(folder, p, stamp):
     "Note the present paths and times of the files a case was made from"
     if p.info['stamp']==stamp: return p
     info = p.info|dict(stamp=stamp)
+    sweep(folder)
     try: write_atomic(folder/'info.json', json.dumps(info).encode())
     except CTError: pass  # it may lie where nobody writes
     return replace(p, info=info)

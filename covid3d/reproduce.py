@@ -249,7 +249,7 @@ def make_tables(
 )->dict: # `left_out` and `notes`
     "Write cases.csv for all data sets"
     tables = {k:table_of(k, root, out, trained, seed) for k,root in data.items()}
-    every = pd.concat(tables.values(), ignore_index=True)
+    every = pd.concat(tables.values(), ignore_index=True).fillna('')
     every.attrs = dict(left_out=[o for df in tables.values() for o in df.attrs.get('left_out', ())])
     write_cases(every, out/'cases.csv')
     lost = {k:lost_of(df) for k,df in tables.items()}

@@ -68,6 +68,8 @@ def test_real_scan_equals_the_oracle():
     row = score_case(Band(.3,.6), CTSpec(spacing=(4,2.8,2.8), patch=(16,96,96)), case, 0., each=lambda row,ct,pred,mask: seen.update(pred=pred>0, mask=mask>0, ct=ct))
     equals_oracle(row, seen['pred'], seen['mask'], seen['ct'].spacing)
 
+@pytest.mark.fault('X14')
+@pytest.mark.promise('lost')
 def test_one_bad_case_never_stops_a_cohort(cases, tmp_path):
     "A damaged file, a scan of another kind, a network that breaks on one scan: each is a line; Ctrl-C still stops"
     broken = tmp_path/'broken.nii.gz'; broken.write_bytes(b'\x1f\x8b no')
@@ -86,6 +88,8 @@ def test_one_bad_case_never_stops_a_cohort(cases, tmp_path):
         def forward(self, x): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): score_cases(Stop(), spec, cases)
 
+@pytest.mark.fault('X15')
+@pytest.mark.promise('named')
 @pytest.mark.parametrize('resolved', [True,False])
 def test_no_path_leaves_with_a_report(cases, tmp_path, monkeypatch, resolved):
     "The folder of a DICOM series can be a patient's name; the case's name and the file's role stand in its place"
@@ -102,6 +106,7 @@ def test_no_path_leaves_with_a_report(cases, tmp_path, monkeypatch, resolved):
     for f in ('index.html','scores.csv','report.json'):
         text = (at.parent/f).read_text(); assert not any(o in text for o in ('DOE','JANE',str(tmp_path),str(good.ct.parent))), (f,df.error.tolist())
 
+@pytest.mark.fault('D14')
 def test_one_scan_in_memory(cases):
     "When a case is scored, nothing of the former ones is alive, pictures included"
     alive,keep = [],Extremes(1)
@@ -154,6 +159,7 @@ def test_interval_at_the_edges():
     low,high = every([0]*9+[.9]); assert 0<=low<=.09<=high<=1
     assert every([.2,.5,.9])==every([.2,.5,.9])
 
+@pytest.mark.promise('silent')
 @pytest.mark.parametrize('n', range(1,9))
 def test_no_interval_below_six_patients(tmp_path, n):
     "Not in the summary, headline, page, comparison or picture, and the reason is told; from six on there is one"
@@ -206,6 +212,8 @@ def masks(kind):
 grid = Volume(np.zeros((8,12,12),np.int16), canonical_affine((5,1,1)))
 def table(*kinds, names=None): return as_table([score_masks(Case(n,None), grid, *masks(k)) for n,k in zip(names or kinds, kinds)])
 
+@pytest.mark.fault('P6')
+@pytest.mark.promise('silent')
 def test_empty_masks_are_counted_and_never_flatter():
     "Missing a lesion, or inventing one, makes no score better; a scan with nothing in it changes none"
     good,t = summarise(table('near','good')),lambda *k: summarise(table('near','good',*k))
@@ -297,6 +305,8 @@ def cohort(names=nasty):
     t = table(*(['near','good','pred','both','mask']*2)[:len(names)], names=names)
     return as_table([*t.to_dict('records')[:-1], dict(case=names[-1], error='<b>=1+1</b>')])
 
+@pytest.mark.fault('S6')
+@pytest.mark.promise('executed')
 def test_nothing_in_a_report_runs(tmp_path):
     keep = Extremes(2)
     for n in nasty[:4]: keep(dict(case=n, dice=.5), grid, *masks('near'))

@@ -1,5 +1,5 @@
 "Prepared cases: never stale, never half, whoever kills what; and DataLoaders on top of them with fork and spawn"
-import json, os, random, shutil, signal, subprocess, sys, time
+import json, os, random, shutil, signal, stat, subprocess, sys, time
 
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
 from fastai.data.all import DataBlock, IndexSplitter, RandomSplitter
@@ -10,11 +10,11 @@ from covid3d.cli import main
 from covid3d.data import CaseReader, CTBlock, CTDataLoaders, LesionBlock, prepare_table, stratified_folds
 from covid3d.dicom import write_series
 from covid3d.phantom import phantom, write_phantoms
-from covid3d.prepare import Prepared, fingerprint, open_prepared, prepare_case, prepare_cases, tidy
-from covid3d.transforms import CTSpec, RandomPatch, resample_mask, size_at
-from covid3d.volume import CTError, save_volume
+from covid3d.prepare import Prepared, PreparedCase, find_prepared, fingerprint, open_prepared, prepare_case, prepare_cases, tidy
+from covid3d.transforms import CTSpec, RandomPatch, body_ml, resample_mask, size_at
+from covid3d.volume import CTError, save_volume, scan_digest, temp_beside
 
-each = pytest.mark.parametrize
+each,fault,promise = pytest.mark.parametrize,pytest.mark.fault,pytest.mark.promise
 spec = CTSpec(spacing=(9,5,5), patch=(16,48,48))
 
 @pytest.fixture(scope='module')
@@ -33,8 +33,11 @@ def folders(p): return sorted(o.name for o in p.iterdir() if not o.name.startswi
 def rewrite(p, f):
     img = nib.load(p); nib.save(nib.Nifti1Image(f(np.asarray(img.dataobj)), img.affine), p)
 
+@fault('K13')
+@promise('silent')
 @each('kind', ['ct','infection_mask','lung_mask'])
 def test_changed_source_is_prepared_anew(root, tmp_path, kind):
+    "A prepared case whose scan or mask has changed is prepared anew"
     case = read_cases(root/'cases.csv')[0]
     a = prepare_case(case, spec, tmp_path/'p')
     rewrite(root/kind/'phantom_000.nii.gz', lambda x: x[::-1].copy())
@@ -65,17 +68,116 @@ def test_dicom_series_that_grew(tmp_path):
 
 # Never half
 
+@fault('K13')
+@promise('silent')
 @each('name', ['ct.npy','masks.npy','lesion.npy','body.npy','info.json'])
-@each('damage', ['gone','empty','cut','noise'])
-def test_damaged_case_is_replaced(root, tmp_path, name, damage):
+@each('damage', ['gone','empty','cut','noise','bit','longer','pipe'])
+def test_K13_damaged_case_is_made_again(root, tmp_path, name, damage, capfd):
+    "A prepared case in which one bit is damaged is made again, with a note"
     case = read_cases(root/'cases.csv')[0]
     p = prepare_case(case, spec, tmp_path/'p'); want = Prepared(p.ct.clone(), p.masks.clone(), p.at, p.info); del p  # a mapped file must not shrink
     f = tmp_path/'p'/folders(tmp_path/'p')[0]/name; raw = f.read_bytes()
-    if damage=='gone': f.unlink()
-    else: f.write_bytes(dict(empty=b'', cut=raw[:len(raw)//2], noise=bytes(len(raw)))[damage])
-    assert open_prepared(f.parent) is None
+    if damage in ('gone','pipe'): f.unlink()
+    if damage=='pipe': os.mkfifo(f)
+    bit = bytearray(raw); bit[len(raw)*9//10] ^= 1
+    if damage not in ('gone','pipe'): f.write_bytes(dict(empty=b'', cut=raw[:len(raw)//2], noise=bytes(len(raw)), bit=bytes(bit), longer=raw+b'\0')[damage])
+    if name=='info.json' and damage in ('bit','longer'): return  # JSON; its fields are tried below
+    assert open_prepared(f.parent) is None and find_prepared(case, spec, tmp_path/'p') is None
     got = prepare_case(case, spec, tmp_path/'p')
     assert torch.equal(got.ct, want.ct) and torch.equal(got.masks, want.masks) and all(np.array_equal(got.at[k], want.at[k]) for k in want.at)
+    assert f'note: {case.name}: {name}' in capfd.readouterr().err and folders(tmp_path/'p')==[f.parent.name] and not [*(tmp_path/'p').glob('.*')]
+
+def put(root, tmp_path):
+    case = read_cases(root/'cases.csv')[0]
+    prepare_case(case, spec, tmp_path/'p')
+    return case,tmp_path/'p'/folders(tmp_path/'p')[0]
+
+odd = ['x', None, -1, 2**70, [], {}, True, '../x', float('inf')]
+@fault('K13')
+@each('key', ['covid3d','version','case','shape','spacing','window','classes','lesion_ml','body_ml','digest','stamp','at','crc'])
+def test_every_field_of_info_is_checked(root, tmp_path, key):
+    case,f = put(root, tmp_path)
+    good = json.loads((f/'info.json').read_text()); assert {*good}>={key}
+    ok = dict(case=['x','../x'], version=[], lesion_ml=[2**70], body_ml=[2**70], spacing=[None])
+    for v in (o for o in odd if not any(o is k or o==k and type(o) is type(k) for k in ok.get(key, []))):
+        (f/'info.json').write_text(json.dumps(good|{key:v})); assert open_prepared(f) is None, v
+    (f/'info.json').write_text(json.dumps({k:v for k,v in good.items() if k!=key})); assert open_prepared(f) is None
+    for k in (good[key] if isinstance(good[key], dict) else ()):
+        for v in odd:
+            (f/'info.json').write_text(json.dumps(good|{key:good[key]|{k:v}})); assert open_prepared(f) is None
+    if isinstance(good[key], list):
+        for v in odd:
+            (f/'info.json').write_text(json.dumps(good|{key:[v,*good[key][1:]]})); assert open_prepared(f) is None
+    (f/'info.json').write_text(json.dumps(good)); assert open_prepared(f)
+
+def forge(f, name, a):
+    "Another array in a prepared case, with the right checksum"
+    import zlib
+    np.save(f/name, a); info = json.loads((f/'info.json').read_text()); info['crc'][name[:-4]] = zlib.crc32(np.ascontiguousarray(a).tobytes())
+    (f/'info.json').write_text(json.dumps(info))
+
+@fault('K13')
+@promise('executed')
+@each('name,change', [('masks.npy',lambda a: a*2), ('masks.npy',lambda a: a.astype(bool)), ('ct.npy',lambda a: a.astype(np.int16)), ('ct.npy',lambda a: a[0]), ('ct.npy',lambda a: np.asfortranarray(a)),
+    ('ct.npy',lambda a: a.astype(object)), ('lesion.npy',lambda a: a-10**6), ('lesion.npy',lambda a: a+10**8), ('lesion.npy',lambda a: a.astype(float)), ('body.npy',lambda a: a.astype(np.int64))])
+def test_arrays_of_a_stranger_are_checked(root, tmp_path, name, change):
+    "Prepared cases from somebody else can run nothing, and hold only types, shapes and values that fit"
+    case,f = put(root, tmp_path); forge(f, name, np.load(f/name)); assert open_prepared(f)
+    forge(f, name, change(np.load(f/name))) if change(np.zeros(1)).dtype!=object else np.save(f/name, np.array([print], object))
+    assert open_prepared(f) is None
+
+@each('header', ["{'descr': '|u1', 'fortran_order': False, 'shape': (1, 99999999, 99999, 9999)}", "__import__('os').abort()", '('*900, "{'descr': [('a','O')], 'fortran_order': False, 'shape': ()}", "{'shape': 5}", '\0'*200])
+def test_headers_of_a_stranger_are_checked(root, tmp_path, header):
+    case,f = put(root, tmp_path); raw = header.encode().ljust(246)+b'\n'
+    (f/'masks.npy').write_bytes(b'\x93NUMPY\x01\x00'+len(raw).to_bytes(2, 'little')+raw+bytes(5000)); assert open_prepared(f) is None
+
+# Known by content
+
+@promise('works')
+def test_moved_data_set_is_not_prepared_again(root, tmp_path, monkeypatch):
+    "A data set that was moved or copied is known by its content"
+    case,f = put(root, tmp_path); before = (f/'ct.npy').stat().st_mtime_ns
+    shutil.copytree(root, tmp_path/'elsewhere', copy_function=shutil.copyfile); shutil.rmtree(root)
+    there = read_cases(tmp_path/'elsewhere'/'cases.csv')[0]
+    import covid3d.prepare as module
+    reads,real = [],module._content
+    monkeypatch.setattr(module, '_content', lambda p: (reads.append(p), real(p))[1])
+    for _ in range(2): prepare_case(there, spec, tmp_path/'p')
+    assert len(reads)==3 and folders(tmp_path/'p')==[f.name] and (f/'ct.npy').stat().st_mtime_ns==before  # read once: then the new paths and times are known
+    monkeypatch.setattr(module, '_content', real); assert fingerprint(there, spec)==f.name[-16:]
+
+def test_any_file_of_a_series_stands_for_all_of_it(tmp_path):
+    from covid3d.cases import Case
+    ph = phantom(0, (32,96,96), (9,3.7,3.7))
+    write_series(ph.ct, tmp_path/'a'); save_volume(ph.lesion, tmp_path/'m.nii.gz')
+    one = sorted((tmp_path/'a').iterdir()); case = Case('a', one[3], dict(lesion=tmp_path/'m.nii.gz'))
+    was = fingerprint(case, spec); one[7].unlink(); assert fingerprint(case, spec)!=was
+
+def test_info_knows_the_scan(root, tmp_path):
+    case = read_cases(root/'cases.csv')[0]; ct,info = case.open_ct(),prepare_case(case, spec, tmp_path/'p').info
+    assert info['digest']==scan_digest(ct) and info['body_ml']==body_ml(ct)>info['lesion_ml']>0
+
+@pytest.mark.skipif(os.name=='nt', reason='Windows has no such modes')
+def test_others_may_read_what_the_umask_lets_them(root, tmp_path):
+    old = os.umask(0o027)
+    try: _,f = put(root, tmp_path)
+    finally: os.umask(old)
+    assert stat.S_IMODE(f.stat().st_mode)==0o750 and stat.S_IMODE((f/'ct.npy').stat().st_mode)==0o640
+
+# Nothing of others
+
+@promise('lost')
+def test_nothing_of_others_is_removed(root, tmp_path):
+    "Tidying prepared cases removes only what covid3d wrote"
+    case,f = put(root, tmp_path); p = tmp_path/'p'
+    theirs = [p/f'{case.name}-{"a"*16}'/'thesis.tex', p/f'{case.name}-notes'/'info.json', f/'notes.txt', p/'.making-mine'/'x', p/'x.tmp']
+    for o in theirs: o.parent.mkdir(exist_ok=True); o.write_text('years of work')
+    (p/f'{case.name}-{"b"*16}').symlink_to(root)
+    rewrite(root/'lung_mask'/'phantom_000.nii.gz', lambda x: x[::-1].copy())
+    prepare_case(case, spec, p); tidy(p, [case], spec)
+    assert all(o.read_text()=='years of work' for o in theirs) and (root/'cases.csv').exists()
+    rewrite(root/'lung_mask'/'phantom_000.nii.gz', lambda x: x[::-1].copy())  # as it was: its folder is needed again
+    with pytest.raises(CTError, match='did not write'): prepare_case(case, spec, p)
 
 prepare = '''
 import sys, covid3d.prepare as p, time
@@ -92,6 +194,7 @@ print(sum(isinstance(o, p.Prepared) for o in p.prepare_cases(read_cases(sys.argv
 
 def start(table, out, pause): return subprocess.Popen([sys.executable, '-c', prepare, str(table), str(out), str(pause)], stdout=subprocess.PIPE, text=True)
 
+@fault('X5')
 def test_killed_and_continued(root, tmp_path):
     "SIGKILL in the middle of writing, several times: no half case is ever read, and the next run makes what is missing"
     rng,out = random.Random(0),tmp_path/'p'
@@ -100,22 +203,21 @@ def test_killed_and_continued(root, tmp_path):
         assert all(isinstance(open_prepared(out/o), Prepared) for o in folders(out))
     done = prepare_cases(read_cases(root/'cases.csv'), spec, out)
     assert all(isinstance(o, Prepared) for o in done) and len(folders(out))==4
-    left = list(out.glob('.making-*')); assert left
-    for o in left: os.utime(o, (0,0))
-    tidy(out); assert not list(out.glob('.making-*')) and len(folders(out))==4
+    assert not [*out.glob('.*')] and len(folders(out))==4
 
 def test_two_processes_at_once(root, tmp_path):
     "Both finish, one result each, nothing left behind"
     ps = [start(root/'cases.csv', tmp_path/'p', .02) for _ in range(2)]
     assert [p.communicate()[0].split()[-1] for p in ps]==['4','4'] and [p.returncode for p in ps]==[0,0]
-    assert len(folders(tmp_path/'p'))==4 and not list((tmp_path/'p').glob('.making-*'))
+    assert len(folders(tmp_path/'p'))==4 and not list((tmp_path/'p').glob('.*'))
     assert all(isinstance(open_prepared(tmp_path/'p'/o), Prepared) for o in folders(tmp_path/'p'))
 
+@fault('X6')
 def test_disk_full(root, tmp_path, monkeypatch):
     "One line, nothing half, and the next try works"
     case = read_cases(root/'cases.csv')[0]
     real = np.save
-    def full(f, a): raise OSError(28, 'No space left on device')
+    def full(f, a, **kwargs): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(np, 'save', full)
     with pytest.raises(CTError, match='cannot be written \\(No space left'): prepare_case(case, spec, tmp_path/'p')
     assert not list((tmp_path/'p').iterdir())
@@ -134,18 +236,97 @@ def test_prepare_then_train(root, tmp_path, capfd):
     run = lambda *a: main([str(o) for o in a])
     assert run('prepare', root/'cases.csv', '--out', tmp_path/'p', '--spacing','9,5,5','--patch','16,48,48')==0
     out = capfd.readouterr().out; assert '4 of 4 cases' in out and f'covid3d train {tmp_path/"p"}' in out
-    before = {o:(tmp_path/'p'/o).stat().st_mtime_ns for o in folders(tmp_path/'p') if '-' in o}
+    before = {o:(tmp_path/'p'/o).stat().st_mtime_ns for o in folders(tmp_path/'p') if '-' in o}; assert len(before)==4
     assert run('train', tmp_path/'p', '--out', tmp_path/'run', '--weights','random','--width','4','--epochs','1','--patches','2','--device','cpu')==0
     assert {o:(tmp_path/'p'/o).stat().st_mtime_ns for o in before}==before
     from covid3d.inference import load_model
     assert load_model(tmp_path/'run'/'model.safetensors')[1]==spec
     assert not (root/'cases_prepared').exists()
 
-def test_bad_scan_costs_only_itself(root, tmp_path, capfd):
+@fault('X14')
+def test_X14_bad_scan_costs_only_itself(root, tmp_path, capfd):
     (root/'ct'/'phantom_001.nii.gz').write_bytes(b'\x1f\x8b broken')
     assert main(['prepare', str(root/'cases.csv'), '--out', str(tmp_path/'p'), '--spacing','9,5,5'])==1
-    out = capfd.readouterr(); assert '3 of 4 cases' in out.out and out.err.count('\n')==1 and 'phantom_001.nii.gz: the gzip stream is damaged' in out.err
-    assert [c.name for c in read_cases(tmp_path/'p'/'cases.csv')]==['phantom_000','phantom_002','phantom_003']
+    out = capfd.readouterr(); assert '3 of 4 cases' in out.out and out.err.count('\n')==1 and 'phantom_001' in out.err and 'the gzip stream is damaged' in out.err
+    df = pd.read_csv(tmp_path/'p'/'cases.csv', dtype=str).fillna('')
+    assert [*df.case]==[f'phantom_00{i}' for i in range(4)] and [*df.not_prepared]==['','failed','','']
+
+@promise('silent')
+@each('error', [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory"), OSError(5, 'Input/output error'), CTError('x', 'is odd', 'Look')], ids=lambda e: type(e).__name__)
+def test_a_scan_too_large_costs_only_itself(root, tmp_path, capfd, monkeypatch, error):
+    "A scan that is too large for the memory is named, and the others are prepared"
+    import covid3d.prepare as module
+    real = module._arrays
+    def fails(case, spec):
+        if case.name=='phantom_002': raise error
+        return real(case, spec)
+    monkeypatch.setattr(module, '_arrays', fails)
+    assert main(['prepare', str(root/'cases.csv'), '--out', str(tmp_path/'p'), '--spacing','9,5,5'])==1
+    out = capfd.readouterr(); assert '3 of 4 cases' in out.out and out.err.count('\n')==1 and out.err.startswith('phantom_002' if not isinstance(error, CTError) else 'x') and str(root) not in out.err
+
+@fault('X1')
+@promise('lost')
+def test_the_table_that_is_read_is_never_replaced(root, tmp_path, capfd):
+    "`prepare proj/cases.csv --out proj` is refused: the table stays as it was"
+    raw = (root/'cases.csv').read_bytes(); shutil.copy(root/'cases.csv', root/'other.csv')
+    for table in (root/'cases.csv', root/'other.csv', root/'..'/root.name/'cases.csv'):
+        assert main(['prepare', str(table), '--out', str(root), '--spacing','9,5,5'])==2
+        assert (root/'cases.csv').read_bytes()==raw and 'cases.csv' in capfd.readouterr().err
+    (tmp_path/'p').mkdir(); (tmp_path/'p'/'spec.json').write_text('mine')
+    assert main(['prepare', str(root/'cases.csv'), '--out', str(tmp_path/'p'), '--spacing','9,5,5'])==2 and 'not written by covid3d' in capfd.readouterr().err
+    assert [o.name for o in (tmp_path/'p').iterdir()]==['spec.json'] and (tmp_path/'p'/'spec.json').read_text()=='mine'
+
+@promise('lost')
+def test_all_rows_and_columns_are_kept(root, tmp_path):
+    "The table of a prepared folder has all rows and columns of its source"
+    df = pd.read_csv(root/'cases.csv', dtype=str).fillna('').assign(age=['61','','n/a','007'], note=['=1+1','a,b','"x"',''], outline=['ct/phantom_000.nii.gz','','/home/ann/x.json',''])
+    df.loc[1,'lesion'] = ''; df.to_csv(root/'wide.csv', index=False)
+    (root/'ct'/'phantom_002.nii.gz').write_bytes(b'')
+    prepare_table(root/'wide.csv', tmp_path/'p', spec)
+    got = pd.read_csv(tmp_path/'p'/'cases.csv', dtype=str, keep_default_na=False)
+    kept = ['case','patient','dataset','split','already_windowed','age']
+    assert got[kept].equals(df[kept]) and [*got.not_prepared]==['','without a mask of lesion','failed',''] and [*got.note]==["'=1+1",'a,b','"x"',''] and not any(got.outline)
+
+@fault('X12')
+@promise('lost')
+def test_X12_two_at_once_in_one_folder(root, tmp_path):
+    "The second of two `prepare` in one folder is refused"
+    from covid3d.files import locked
+    with locked(tmp_path/'p'):
+        second = subprocess.run([sys.executable, '-m', 'covid3d.cli', 'prepare', str(root/'cases.csv'), '--out', str(tmp_path/'p')], capture_output=True, text=True)
+    assert second.returncode==2 and 'another process is writing there' in second.stderr and not (tmp_path/'p'/'cases.csv').exists()
+
+@promise('works')
+def test_a_prepared_folder_trains_without_the_scans(root, tmp_path, capfd):
+    "A prepared folder trains after it was moved and the scans were deleted, to the same weights"
+    run = lambda *a: main([str(o) for o in a])
+    train = lambda p, out: run('train', p, '--out', out, '--weights','random','--width','4','--epochs','1','--patches','2','--device','cpu','--examples','0')
+    assert run('prepare', root/'cases.csv', '--out', tmp_path/'p', '--spacing','9,5,5','--patch','16,48,48')==0 and train(tmp_path/'p', tmp_path/'first')==0
+    shutil.move(tmp_path/'p', tmp_path/'q'); shutil.rmtree(root); (tmp_path/'q'/'sources.json').unlink()
+    capfd.readouterr(); assert train(tmp_path/'q', tmp_path/'second')==0, capfd.readouterr().err
+    assert 'scans are not at hand' in capfd.readouterr().err and not [o for o in (tmp_path/'q').rglob('.*')]
+    from covid3d.inference import load_model
+    a,b = (load_model(tmp_path/o/'model.safetensors')[0].state_dict() for o in ('first','second'))
+    assert all(torch.equal(a[k], b[k]) for k in a)  # on one machine, with one setting
+
+@promise('works')
+def test_damaged_without_the_scans_is_refused(root, tmp_path, capfd):
+    "A damaged prepared case whose scan is gone is refused, in one line"
+    prepare_table(root/'cases.csv', tmp_path/'p', spec); shutil.rmtree(root)
+    for f in (tmp_path/'p').glob('*/masks.npy'): raw = bytearray(f.read_bytes()); raw[-99] ^= 1; f.write_bytes(raw)
+    assert main(['train', str(tmp_path/'p'), '--out', str(tmp_path/'run'), '--weights','random','--width','4','--epochs','1','--device','cpu'])==2
+    err = capfd.readouterr().err; assert 'masks.npy' in err and 'damaged' in err and 'Traceback' not in err
+
+@promise('named')
+def test_no_path_of_a_scan_in_the_prepared_table(root, tmp_path, capfd):
+    "No name of a folder or file of the scans stands in a prepared folder, but for `sources.json`"
+    shutil.move(root/'ct', root/'Mueller_Anna'); shutil.move(root/'Mueller_Anna'/'phantom_001.nii.gz', root/'Mueller_Anna'/'Schmidt.nii.gz')
+    df = pd.read_csv(root/'cases.csv', dtype=str).fillna(''); df['ct'] = df.ct.str.replace('ct/','Mueller_Anna/').str.replace('phantom_001.nii','Schmidt.nii'); df.to_csv(root/'cases.csv', index=False)
+    (root/'Mueller_Anna'/'phantom_003.nii.gz').write_bytes(b'')
+    assert main(['prepare', str(root/'cases.csv'), '--out', str(tmp_path/'p'), '--spacing','9,5,5'])==1
+    texts = [o.read_bytes() for o in (tmp_path/'p').rglob('*') if o.is_file() and o.name!='sources.json']+[''.join(capfd.readouterr()).replace(str(tmp_path), '').encode()]
+    assert len(texts)>15 and not any(k in o for o in texts for k in (b'Mueller',b'Schmidt',str(root).encode()))
+    if os.name!='nt': assert stat.S_IMODE((tmp_path/'p'/'sources.json').stat().st_mode)==0o600
 
 def test_wrong_use(root, tmp_path, capfd):
     for argv,word in ((['prepare',root/'cases.csv'],'--out'), (['prepare',root/'cases.csv','--out',tmp_path/'p','--classes','liver'],'liver'), (['prepare',root/'cases.csv','--out',tmp_path/'p','--workers','0'],'workers'),

@@ -1,11 +1,17 @@
 "Nothing is lost: trainings killed at random moments, while they write, and on a full disk go on and end bit-equal"
 import csv, json, os, random, shutil, signal, subprocess, sys, time
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.schedule import *
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
 from safetensors.torch import load_file, save_file
 
-from covid3d.checkpoint import read_checkpoint
+from covid3d.checkpoint import Checkpoint, read_checkpoint
 from covid3d.encoder import encoder3d
 from covid3d.phantom import write_phantoms
 
@@ -222,3 +228,46 @@ def test_weights_by_content(data, worker, broken, tmp_path):
 def test_workers_are_named(data, worker, broken):
     "The number of processes that draw decides what is drawn"
     refused(worker, words(data, broken, '--resume', '--workers', '2'), 'of another training', 'workers 0 then, 2 now')
+
+class Samples:
+    def __len__(self): return 9
+    def __getitem__(self, i): return torch.full((2,), float(i)), torch.zeros(1)
+
+def small_fit(path, *cbs, workers=0):
+    "A learner after two epochs of 4 steps, under a checkpoint"
+    dls = DataLoaders(*[DataLoader(Samples(), bs=2, drop_last=True, num_workers=workers) for _ in range(2)], device=torch.device('cpu'))
+    learn = Learner(dls, torch.nn.Linear(2, 1), loss_func=torch.nn.MSELoss())
+    ck = Checkpoint(path/'checkpoint.safetensors', {})
+    ck.begin()
+    with learn.no_bar(), learn.no_logging(): ck.fit(learn, 2, .01, cbs=cbs)
+    return learn
+
+class Gone:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        sum(range(10))  # Python calls the handler here, and drops what it raises
+
+class LoseCtrlC(Callback):
+    steps = 0
+    def after_batch(self):
+        self.steps += self.training
+        if self.steps==2: Gone()
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.promise('lost')
+def test_ctrl_c_is_not_swallowed(tmp_path):
+    "Ctrl-C ends a training even where Python drops the exception, as in the destructor that waits for worker processes"
+    with pytest.raises(KeyboardInterrupt): small_fit(tmp_path, lose := LoseCtrlC())
+    assert lose.steps==2 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+class TermWorkers(Callback):
+    told = 0
+    def before_batch(self):
+        if self.training and self.iter>1:  # each has given a batch, so each has begun
+            for p in active_children(): p.terminate(); self.told += 1
+
+@pytest.mark.promise('lost')
+def test_sigterm_to_the_workers_too(tmp_path):
+    "A cluster that sends SIGTERM to every process does not take the worker processes from a training that is writing its checkpoint"
+    learn = small_fit(tmp_path, term := TermWorkers(), workers=2)
+    assert term.told and len(learn.recorder.losses)==8

@@ -1,0 +1,393 @@
+"Weights, encoders and checkpoints from anybody: rows K1 to K7, K10 to K12 and K14. Nothing is executed, nothing is written, no memory is taken for what does not fit"
+import io, json, math, os, pickle, struct, subprocess, sys, zipfile
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.schedule import *
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+from torch import nn
+
+import covid3d.encoder, covid3d.inference
+from covid3d.checkpoint import Checkpoint, callback_state, read_checkpoint, write_checkpoint
+from covid3d.cli import main
+from covid3d.encoder import encoder3d, encoder_info, read_weights
+from covid3d.inference import NetSpec, Seen, load_model, load_models, read_seen, save_model, segment
+from covid3d.learner import History, KeepBest, WeightAverage
+from covid3d.phantom import phantom
+from covid3d.transforms import CTSpec
+from covid3d.volume import CTError, save_volume
+
+each = pytest.mark.parametrize
+spec,net = CTSpec(spacing=(9,5,5), patch=(16,48,48)),NetSpec(width=4)
+
+@pytest.fixture(scope='module')
+def good(tmp_path_factory):
+    "A file of weights"
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('good')/'model.safetensors'
+    save_model(net.build(spec.classes), path, spec, net, Seen(2, 31.5, .02, ('0'*32,)))
+    return path
+
+def forged(good, path, state=None, **about):
+    "A copy with another specification or other tensors, and a digest that fits"
+    with safe_open(good, 'pt') as f: text = f.metadata()['covid3d']
+    state,about = load_file(good) if state is None else state,{k:v for k,v in json.loads(text).items() if k!='digest'}|about
+    path.write_bytes(save(state, dict(covid3d=json.dumps(about|dict(digest=covid3d.inference._digest(about, state))))))
+    return path
+
+def refused(f, *words):
+    "`f` ends in one line with these words"
+    with pytest.raises(CTError) as e: f()
+    assert '\n' not in str(e.value) and len(str(e.value))<1000 and all(w in str(e.value) for w in words), e.value
+
+class Payload:
+    "Pickled, it writes a file when it is read"
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return open, (str(self.path), 'w')
+
+def poisoned(tmp_path, kind, suffix):
+    "A file that would write `ran`"
+    path,o = tmp_path/f'weights{suffix}',{'stem.0.weight':Payload(tmp_path/'ran')}
+    if kind=='pickle': path.write_bytes(pickle.dumps(o))
+    else: torch.save(o, path, _use_new_zipfile_serialization=kind=='zip')
+    return path
+
+# Nothing is executed
+
+@pytest.mark.fault('K1','K3','K4')
+@pytest.mark.promise('executed')
+@each('kind', ['pickle','zip','legacy'])
+@each('suffix', ['.pth','.pkl','.safetensors'])
+def test_K1_K3_K4_a_pickle_never_runs(tmp_path, kind, suffix, capfd):
+    "A pickle given as weights, as an encoder, or as a checkpoint is refused before anything in it runs"
+    path = poisoned(tmp_path, kind, suffix)
+    for f in (load_model, load_models, read_seen, read_checkpoint, read_weights, lambda p: encoder3d('r3d_18', p)): refused(lambda: f(path))
+    scan = tmp_path/'ct.nii.gz'; save_volume(phantom(0, shape=(12,48,48), spacing=(9,7,7)).ct, scan)
+    assert main(['predict',str(scan),'--weights',str(path),'--out',str(tmp_path/'out'),'--device','cpu'])==2
+    assert not (tmp_path/'ran').exists()
+
+@pytest.mark.fault('K2','K3')
+@pytest.mark.promise('executed')
+def test_K2_K3_weights_only_and_no_second_try(tmp_path, monkeypatch):
+    "PyTorch reads a file of weights with weights_only; when that fails there is no other way in"
+    from importlib.metadata import requires
+    floor = next(o for o in requires('covid3d') if o.split('>')[0].strip()=='torch')
+    assert tuple(map(int, floor.split('>=')[1].split(',')[0].split('.')))>=(2,10)
+    torch.save({'a':torch.zeros(2)}, tmp_path/'w.pth')
+    calls = []
+    def load(*args, **kwargs): calls.append(kwargs); raise pickle.UnpicklingError('Weights only load failed. Unsupported')
+    monkeypatch.setattr(torch, 'load', load); monkeypatch.setattr(pickle, 'load', lambda *_: 1/0); monkeypatch.setattr(pickle, 'loads', lambda *_: 1/0)
+    refused(lambda: read_weights(tmp_path/'w.pth'), 'w.pth')
+    assert [c['weights_only'] for c in calls]==[True]
+
+@pytest.mark.fault('K4')
+@pytest.mark.promise('executed')
+def test_K4_an_exported_learner_is_refused(tmp_path):
+    "A learner that fastai exported is never opened"
+    dls = DataLoaders(*[DataLoader([(torch.zeros(2),torch.zeros(1))], bs=1) for _ in range(2)])
+    Learner(dls, nn.Linear(2, 1), loss_func=nn.MSELoss(), path=tmp_path).export('learner.pkl')
+    refused(lambda: load_model(tmp_path/'learner.pkl'), 'never opened'); refused(lambda: encoder3d('r3d_18', tmp_path/'learner.pkl'), 'never run')
+
+@pytest.mark.fault('K10')
+@pytest.mark.promise('executed')
+@each('change', [dict(net=dict(encoder='os.system')), dict(net=dict(_target_='os.system')), dict(net=dict(norm='__import__')), dict(ct=dict(classes=['../../x'])), dict(ct=dict(classes=['__class__'])),
+    dict(ct=dict(classes=['lésion'])), dict(ct=dict(classes={'lesion':1})), dict(ct=dict(spacing='123')), dict(_target_='os.system'), dict(seen=dict(scans=['/etc/passwd']))], ids=str)
+def test_K10_a_specification_is_plain_data(good, tmp_path, change):
+    "A specification that names code, a path or a field of its own is refused"
+    with safe_open(good, 'pt') as f: about = json.loads(f.metadata()['covid3d'])
+    refused(lambda: load_model(forged(good, tmp_path/'m.safetensors', **{k:about[k]|v if isinstance(v, dict) else v for k,v in change.items()})), 'm.safetensors', 'specification')
+
+# Nothing is silent
+
+@pytest.mark.fault('K5')
+@each('harm', [lambda b: b[:-20], lambda b: b[:len(b)//2], lambda b: b'', lambda b: b[:4], lambda b: bytes(len(b)), lambda b: b'<html>not found</html>', lambda b: b+b'x'],
+    ids=['end','half','empty','length','zeros','html','longer'])
+def test_K5_cut_short(good, tmp_path, harm):
+    "Weights, encoders and checkpoints that are cut short, empty or something else are refused"
+    (tmp_path/'m.safetensors').write_bytes(harm(good.read_bytes()))
+    for f in (load_model, read_weights, read_checkpoint): refused(lambda: f(tmp_path/'m.safetensors'), 'm.safetensors', 'damaged')
+
+@pytest.mark.fault('K5')
+@pytest.mark.promise('lost')
+def test_K5_the_last_checkpoint_stays(tmp_path, monkeypatch):
+    "When a checkpoint cannot be written, the last one is intact, and the message says so"
+    path = tmp_path/'checkpoint.safetensors'
+    write_checkpoint(path, dict(a=1), dict(w=torch.zeros(3)))
+    before = path.read_bytes()
+    def full(*_, **__): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(covid3d.checkpoint, 'save_file', full)
+    refused(lambda: write_checkpoint(path, dict(a=2), {}), 'the last one is intact')
+    assert path.read_bytes()==before and [o.name for o in tmp_path.iterdir()]==[path.name]
+
+@pytest.mark.promise('silent')
+def test_one_flipped_bit_is_noticed(good, tmp_path):
+    "A single flipped bit anywhere in a file of weights is noticed"
+    raw = good.read_bytes()
+    for at in np.random.default_rng(0).integers(8, len(raw), 60):
+        (tmp_path/'m.safetensors').write_bytes(raw[:at]+bytes([raw[at]^(1<<int(at)%8)])+raw[at+1:])
+        refused(lambda: load_model(tmp_path/'m.safetensors'), 'm.safetensors')
+
+def states(good):
+    w = load_file(good); k = next(iter(w))
+    return dict(missing={n:v for n,v in w.items() if n!=k}, more=w|{'extra':torch.zeros(1)}, renamed={n.replace('layer1','layer9'):v for n,v in w.items()},
+        shape=w|{k:w[k][:1].clone()}, half={n:v.half() if v.is_floating_point() else v for n,v in w.items()}, whole=w|{k:w[k].long()})
+
+@pytest.mark.fault('K6')
+@pytest.mark.promise('silent')
+@each('kind', ['missing','more','renamed','shape','half','whole'])
+def test_K6_weights_of_another_network(good, tmp_path, kind):
+    "Tensors of another name, shape or type are refused, not cast or left out"
+    refused(lambda: load_model(forged(good, tmp_path/'m.safetensors', states(good)[kind])), 'weights of another network')
+
+@pytest.mark.fault('K6')
+@each('classes', [['lesion','lung'], ['lesion','a','b']])
+def test_K6_another_number_of_classes(good, tmp_path, classes):
+    refused(lambda: load_model(forged(good, tmp_path/'m.safetensors', ct=json.loads(json.dumps(asdict(spec)))|dict(classes=classes))), 'head.logits', 'weights of another network')
+
+def raw_file(header, data=b''):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack('<Q', len(header))+header+data
+
+one = dict(dtype='F32', shape=[1], data_offsets=[0,4])
+@pytest.mark.fault('K7')
+@each('raw', [struct.pack('<Q', 2**63)+b'{}', struct.pack('<Q', 10**9)+b'{}', raw_file(b' '*5_000_000, b'x'*10), raw_file(dict(a=one, b=one), b'0000'),
+    raw_file(b'{"a":%b,"a":%b}'%((json.dumps(one).encode(),)*2), b'0000'), raw_file(dict(a=one|dict(shape=[2**40])), b'0000'), raw_file(dict(a=one|dict(shape=[2**62,4])), b'0000'),
+    raw_file(dict(a=one|dict(data_offsets=[0,2**40])), b'0000'), raw_file(dict(a=one|dict(dtype='F4096')), b'0000'), raw_file(b'['*100_000), raw_file(b'\xff\xfe{}')],
+    ids=['length','longer','large','overlap','twice','shape','overflow','offset','type','deep','text'])
+def test_K7_hostile_headers(tmp_path, raw):
+    "A safetensors header that lies is refused"
+    (tmp_path/'m.safetensors').write_bytes(raw)
+    for f in (load_model, read_seen, read_weights, read_checkpoint, lambda p: encoder3d('r3d_18', p)): refused(lambda: f(tmp_path/'m.safetensors'), 'm.safetensors')
+
+@pytest.mark.fault('K11')
+@pytest.mark.promise('silent')
+@each('other', [replace(spec, spacing=(9,5,6)), replace(spec, window=(-1000,500)), replace(spec, classes=('lung',)), replace(spec, patch=(16,48,64))], ids=str)
+def test_K11_networks_of_different_preparation_are_not_averaged(good, tmp_path, other):
+    "Networks trained for another spacing, window, patch or class are not averaged"
+    save_model(net.build(other.classes), tmp_path/'m.safetensors', other, net)
+    refused(lambda: load_models([good, tmp_path/'m.safetensors']), 'was trained with another spacing, window, patch or classes')
+
+@pytest.mark.fault('K11')
+@pytest.mark.promise('silent')
+@each('change,said', [(dict(format=2), 'newer format'), (dict(format=None), 'no known format'), (dict(surprise=1), 'unknown field'), (dict(ct={}), 'lacks'), (dict(net=None), 'missing')])
+def test_K11_a_newer_or_unknown_description_is_refused(good, tmp_path, change, said):
+    "Weights of a newer format, or with a field that is not known, are refused and not half understood"
+    for f in (load_model, read_seen): refused(lambda: f(forged(good, tmp_path/'m.safetensors', **change)), said)
+
+@pytest.mark.fault('K12')
+@pytest.mark.promise('silent')
+@each('value', [math.nan, math.inf, -math.inf])
+def test_K12_weights_that_are_not_finite(good, tmp_path, value):
+    w = load_file(good); k = next(iter(w)); w[k][0] = value
+    refused(lambda: load_model(forged(good, tmp_path/'m.safetensors', w)), k, 'NaN or infinite')
+
+class Broken(nn.Module):
+    def __init__(self, value): super().__init__(); self.value = nn.Parameter(torch.tensor(value))
+    def forward(self, x): return x*0+self.value
+
+@pytest.mark.fault('K12')
+@pytest.mark.promise('silent')
+@each('value', [math.nan, math.inf])
+def test_K12_an_answer_that_is_not_finite_names_the_scan(tmp_path, value):
+    "An answer that is NaN or infinite is an error that names the scan, not an empty mask"
+    from covid3d.volume import open_ct
+    save_volume(phantom(0, shape=(12,48,48), spacing=(9,7,7)).ct, tmp_path/'ct.nii.gz')
+    refused(lambda: segment(Broken(value), spec, open_ct(tmp_path/'ct.nii.gz')), 'ct.nii.gz', 'NaN or infinite')
+
+@pytest.mark.fault('K14')
+def test_K14_what_is_saved_is_what_is_read(tmp_path):
+    "Weights, specifications and what the training held come back bit for bit"
+    two,full = replace(spec, classes=('lesion','lung')),NetSpec('r2plus1d_18', 4, (16,8,4), False, True, 'instance', 'shuffle', 'instance', True)
+    torch.manual_seed(1)
+    seen,model = Seen(3, 12.25, .125, ('a'*32,'b'*32)),full.build(two.classes)
+    save_model(model, tmp_path/'m.safetensors', two, full, seen)
+    again,ct,n = load_model(tmp_path/'m.safetensors')
+    assert (ct,n,read_seen(tmp_path/'m.safetensors'))==(two,full,seen) and encoder_info(tmp_path/'m.safetensors')['norm']=='instance'
+    assert all(torch.equal(v, again.state_dict()[k]) for k,v in model.state_dict().items()) and not again.training
+    save_model(again, tmp_path/'n.safetensors', ct, n, seen)
+    assert (tmp_path/'m.safetensors').read_bytes()==(tmp_path/'n.safetensors').read_bytes()
+    assert set(segment(load_models([tmp_path/'m.safetensors']*2)[0], two, phantom(0, shape=(12,48,48), spacing=(9,7,7)).ct))=={'lesion','lung'}
+
+# No memory, no hanging
+
+def cost(code, *args):
+    "Megabytes by which the peak memory of a process grows, and its seconds of CPU, for some lines of Python"
+    lines = f'''
+import json, resource, sys, time, torch
+from pathlib import Path
+from covid3d.inference import load_model
+from covid3d.encoder import encoder3d, read_weights
+from covid3d.checkpoint import read_checkpoint
+from covid3d.volume import CTError
+torch.set_num_threads(1)
+good,root = map(Path, sys.argv[1:3])
+load_model(good)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024
+def told(f):
+    try: f()
+    except CTError: return
+    raise AssertionError('not refused')
+before,start = peak(),time.process_time()
+{code}
+print(json.dumps([peak()-before, time.process_time()-start]))
+'''
+    return json.loads(subprocess.run([sys.executable,'-c',lines,*map(str, args)], capture_output=True, text=True, check=True).stdout)
+
+@pytest.mark.promise('executed')
+def test_a_hostile_specification_takes_no_memory(good, tmp_path):
+    "A network of a width of a million or a patch of 100,000 voxels is refused for less than 200 MB and within seconds"
+    ct,n = json.loads(json.dumps(asdict(spec))),json.loads(json.dumps(asdict(net)))
+    odd = [dict(net=n|dict(width=w)) for w in (10**6,512,-1,4.5,10**400)]+[dict(net=n|dict(decoder=d)) for d in ([10**9]*3,[4]*10**5,[2048]*3)]+[dict(ct=ct|dict(patch=[p]*3)) for p in (10**5,10**18,1024)]
+    odd += [dict(ct=ct|dict(spacing=[1e-300]*3)), dict(ct=ct|dict(classes=[f'c{i}' for i in range(10**5)]))]
+    for i,o in enumerate(odd): forged(good, tmp_path/f'{i}.safetensors', **o)
+    mb,secs = cost("for p in root.glob('*.safetensors'): told(lambda: load_model(p))", good, tmp_path)
+    assert mb<200 and secs<2*len(odd), (mb,secs)
+
+@pytest.mark.promise('executed')
+def test_an_encoder_that_unpacks_to_gigabytes_is_refused_first(good, tmp_path):
+    "A small .pth that would unpack to gigabytes, or claims tensors larger than itself, takes no memory"
+    torch.save({'stem.0.weight':torch.zeros(10)}, tmp_path/'plain.pth')
+    with zipfile.ZipFile(tmp_path/'plain.pth') as z, zipfile.ZipFile(tmp_path/'bomb.pth', 'w', zipfile.ZIP_DEFLATED) as out:
+        for i in z.infolist(): out.writestr(i.filename, bytes(2**29) if i.filename.endswith('/data/0') else z.read(i))
+    torch.save({'layer1.0.conv1.0.weight':torch.zeros(1).expand(10**4,10**5,3,3,3)}, tmp_path/'wide.pth')
+    torch.save({'stem.0.weight':torch.zeros(1).expand(10**9)}, tmp_path/'claims.pth')
+    (tmp_path/'plain.pth').unlink()
+    assert all(p.stat().st_size<2**20 for p in tmp_path.iterdir())
+    mb,secs = cost("for p in root.glob('*.pth'): told(lambda: encoder3d('r3d_18', p))", good, tmp_path)
+    assert mb<200 and secs<20, (mb,secs)
+
+@pytest.mark.promise('executed')
+@each('name', ['builtins bytearray','torch Tensor','torch.nn.parameter Parameter','_codecs encode'])
+def test_names_that_weights_only_allows_are_not_needed(tmp_path, name):
+    "Of the names that PyTorch allows in weights, only those that a state dict needs may occur"
+    path = tmp_path/'w.pth'
+    with zipfile.ZipFile(path, 'w') as z: z.writestr('w/data.pkl', f'c{name.replace(" ", chr(10))}\n.'.encode()); z.writestr('w/version', '3\n')
+    refused(lambda: read_weights(path), 'never run')
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no pipes with a name on this system')
+def test_a_pipe_is_no_file(good, tmp_path):
+    "A pipe in the place of a file is refused and not waited for"
+    for o in ('folds.json','m.safetensors','checkpoint.safetensors','w.pth'): os.mkfifo(tmp_path/o)
+    refused(lambda: load_models(tmp_path), 'folds.json', 'regular file')
+    for f,o in ((load_model,'m.safetensors'), (read_seen,'m.safetensors'), (read_checkpoint,'checkpoint.safetensors'), (read_weights,'w.pth'), (read_weights,'m.safetensors')): refused(lambda: f(tmp_path/o), o)
+
+@each('text', ['{"k":"2"}','{"k":1e9}','{"k":1000000000}','[2]','{}','nonsense','{"k":NaN}','['*10**5])
+def test_malformed_folds(tmp_path, text):
+    (tmp_path/'folds.json').write_text(text)
+    refused(lambda: load_models(tmp_path), 'folds.json')
+
+def test_a_scan_too_large_is_named(monkeypatch):
+    "A scan for which memory does not suffice is named, whether the computer or a bound says so"
+    ct = phantom(0, shape=(12,48,48), spacing=(9,7,7)).ct
+    refused(lambda: segment(Broken(0.), replace(spec, spacing=(.05,.05,.05)), ct), 'more memory than there is')
+    refused(lambda: segment(Broken(0.), replace(spec, spacing=(1,1,1), patch=(4,4,4)), ct, overlap=.9), 'windows would have to be computed')
+
+# Checkpoints
+
+class Data:
+    def __len__(self): return 6
+    def __getitem__(self, i): return torch.full((2,), float(i)), torch.zeros(1)
+
+class Stop(Callback):
+    order = 110
+    def after_epoch(self): raise KeyboardInterrupt
+
+def run(folder, resume=False, *more):
+    "A training of two epochs with all that `train` keeps of callbacks"
+    torch.manual_seed(0)
+    dls = DataLoaders(*[DataLoader(Data(), bs=2) for _ in range(2)], device=torch.device('cpu'))
+    learn = Learner(dls, nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)), loss_func=nn.MSELoss())
+    keep = KeepBest(folder/'model.safetensors', last=True)
+    keep.after_epoch = keep.after_fit = keep.before_train = lambda: None
+    ck = Checkpoint(folder/'checkpoint.safetensors', dict(lr=.1))
+    with redirect_stdout(io.StringIO()): ck.begin(resume)
+    with learn.no_bar(), learn.no_logging(): ck.fit(learn, 2, .01, cbs=[History(folder/'history.csv'), WeightAverage(.9), keep, *more])
+    return learn
+
+@pytest.fixture
+def stopped(tmp_path):
+    "The folder of a training that was stopped after its first epoch"
+    (tmp_path/'run').mkdir()
+    with pytest.raises(KeyboardInterrupt): run(tmp_path/'run', False, Stop())
+    return tmp_path/'run'
+
+def put(o, path, value):
+    "Set what is at 'a.0.b' within `o`"
+    *way,last = path.split('.')
+    for k in way: o = o[int(k) if isinstance(o, list) else k]
+    o[int(last) if isinstance(o, list) else last] = value
+
+def test_a_good_checkpoint_resumes(stopped, tmp_path):
+    (tmp_path/'whole').mkdir()
+    a,b = run(stopped, True),run(tmp_path/'whole')
+    assert all(torch.equal(v, b.model.state_dict()[k]) for k,v in a.model.state_dict().items())
+
+@pytest.mark.promise('executed')
+def test_a_checkpoint_cannot_choose_where_to_write(stopped, tmp_path):
+    "A checkpoint restores only the declared attributes of callbacks: it cannot choose the file that is written"
+    path,victim = stopped/'checkpoint.safetensors',tmp_path/'victim'
+    victim.write_text('dear')
+    state,tensors = read_checkpoint(path)
+    for kept in (dict(file=str(victim)), dict(file=str(victim), rows=[]), dict(rows=state['callbacks']['history']['rows'], file=str(victim))):
+        state['callbacks']['history'] = kept
+        write_checkpoint(path, state, tensors)
+        refused(lambda: run(stopped, True), 'checkpoint.safetensors', 'is no checkpoint of this training', 'history')
+    assert victim.read_text()=='dear'
+
+odd_numbers = ['x', {}, [1], None, True]
+misfits = [(k,v) for k,vs in {'callbacks':['x', [], None, 1], 'callbacks.history':['x', [], {}, None], 'callbacks.history.rows':['x', {}, 1, None, [['/etc/passwd']], [{'a b':1}], [[1],[1,2]], [[[1]]]],
+    'callbacks.history.learn':[1], 'callbacks.history.__class__':['x'], 'callbacks.keep_best.best':['x', None, [], {}, True], 'callbacks.keep_best.best_epoch':['x', []], 'callbacks.keep_best.file':['/tmp/x'],
+    'callbacks.weight_average.n':['x', -1, 1.5, None, 10**40], 'phase':[-1, 10**30, *odd_numbers], 'epoch':[-1, 3, 10**30, *odd_numbers], 'threads':[0, -1, 10**6, *odd_numbers], 'finished':[1, 'x', None],
+    'made_by':[1, 'x\x1b[31m', 'y\nz', 'x'*10**4], 'about':[1, [], None, {}, {'lr':'x'*10**6}], 'hypers':['x', [], [{}]], 'hypers.0.lr':['x', None, []], 'hypers.0.surprise':[1], 'opt':['x', [], [{}]*99],
+    'opt.0':['x', None], 'opt.0.step':['x', [], {}], 'opt.0.a.b':[1], 'opt.0.__class__':[1], 'recorder':['x', {}, None], 'recorder.losses':['x', [None], [[1]], ['1']], 'recorder.lrs':[{}], 'recorder.values':[1, [['/x/y']]],
+    'recorder.count':['x', -1, 1.5], 'recorder.smooth':['x', None], 'random':['x', [], [{}], [1], {}], 'random.0.torch':['x', 'zz'*5056, 1, '00'], 'random.0.numpy':[[], ['PCG64', [0]*624, 0, 0, 0.]],
+    'random.0.numpy.1':[[0]*3, [-1]*624, [2**32]*624], 'random.0.python':[[], [3, [0]*3, None], [3, [0]*624+[10**9], None]], 'random.0.loaders':[[], [[]], 'x'], 'scaler':['x', [], {'scale':'x'}], 'within':['x', [], {}, {'step':1}]}.items() for v in vs]
+
+@pytest.mark.promise('executed')
+def test_a_misfit_in_any_part_of_a_checkpoint_is_one_line(stopped, tmp_path):
+    "Whatever part of a checkpoint does not fit, the training ends with one line, and nothing is written"
+    path = stopped/'checkpoint.safetensors'
+    raw,(good,tensors) = path.read_bytes(),read_checkpoint(path)
+    kept,random = {o.name:o.read_bytes() for o in stopped.iterdir()},torch.get_num_threads()
+    for at,value in misfits:
+        state = json.loads(json.dumps(good))
+        if at.startswith('opt.0.a.b'): state['opt'][0]['a.b'] = value
+        else: put(state, at, value)
+        write_checkpoint(path, state, tensors)
+        try: run(stopped, True)
+        except CTError as e: assert '\n' not in str(e) and '\x1b' not in str(e) and len(str(e))<1000 and 'checkpoint.safetensors' in str(e), (at,value)
+        else: raise AssertionError(f'{at} = {str(value)[:60]} was accepted')
+        path.write_bytes(raw)
+        assert {o.name:o.read_bytes() for o in stopped.iterdir()}==kept, (at,value)
+    assert torch.get_num_threads()==random
+
+@pytest.mark.fault('K6')
+@pytest.mark.promise('executed')
+@each('change', [lambda t: t.pop('model.0.weight'), lambda t: t.update({'model.extra':torch.zeros(1)}), lambda t: t.update({'model.0.weight':torch.zeros(9,9)}), lambda t: t.update({'model.0.weight':torch.zeros(3,2).half()}),
+    lambda t: t.update({'opt.0.grad_avg':torch.zeros(7)}), lambda t: t.update({'opt.0.a.b':torch.zeros(3,2)}), lambda t: t.update({'opt.0.grad_avg':torch.zeros(3,2).long()}), lambda t: t.update({'opt.99.grad_avg':torch.zeros(3,2)}),
+    lambda t: t.update({'weight_average.0.weight':torch.zeros(1)}), lambda t: t.update({'weight_average.more':torch.zeros(1)}), lambda t: t.update({'history.file':torch.zeros(1)}), lambda t: t.update({'model.0.weight':torch.zeros(3,2).bool()})])
+def test_K6_tensors_of_another_training(stopped, change):
+    "A checkpoint whose tensors have other names, shapes or types than network, optimiser and average is refused"
+    path = stopped/'checkpoint.safetensors'
+    state,tensors = read_checkpoint(path)
+    tensors = {k:v.clone() for k,v in tensors.items()}
+    change(tensors)
+    write_checkpoint(path, state, tensors)
+    refused(lambda: run(stopped, True), 'checkpoint.safetensors')
+
+# One process of several
+
+@pytest.mark.promise('silent')
+@each('env', [dict(RANK='1'), dict(RANK='1', WORLD_SIZE='1'), dict(RANK='x', WORLD_SIZE='2')])
+def test_a_leftover_RANK_swallows_no_error(good, tmp_path, monkeypatch, capfd, env):
+    "A variable that is left over in the environment does not make errors silent"
+    for k,v in env.items(): monkeypatch.setenv(k, v)
+    assert main(['train',str(tmp_path/'none.csv'),'--out',str(tmp_path/'run'),'--weights','random'])==2
+    assert 'none.csv' in capfd.readouterr().err

@@ -257,7 +257,7 @@ def _unlike(masks, ct, seen) -> list:
     "Warnings for a scan with far more lesion than the training held"
     if not seen: return []
     ml = masks[next(iter(masks))].sum()*ct.ml_per_voxel
-    of_body,out = ml/max(body_ml(ct), 1e-9),[]
+    of_body,out = min(1., ml/max(body_ml(ct), 1e-9)),[]
     if 0<seen.lesion_ml*beyond<ml: out.append(f'{ml:,.0f} ml, where training held {seen.lesion_ml:,.0f} at most')
     if 0<seen.lesion_of_body*beyond<of_body:
         out.append(f'{of_body:.0%} of the body, where training held {seen.lesion_of_body:.0%} at most')

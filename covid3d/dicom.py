@@ -658,8 +658,8 @@ def _check_coded(x, s):
     try: kind,*size,bits,sign = _coded_size(x)
     except IndexError: raise _damaged(s.path, 'its compressed pixels are damaged') from None
     if kind!=_coded_as[s.syntax]: raise _damaged(s.path, 'its pixels are not compressed in the way that its transfer syntax says')  # C15
-    if kind=='J2K' and not 0<_tiles(x)<=1024: raise _damaged(s.path, 'its compressed pixels are divided into very many tiles')
     if size!=[g['Rows'],g['Columns'],1] or not g['BitsStored']<=bits<=16: raise other_size
+    if kind=='J2K' and not 0<_tiles(x)<=1024: raise _damaged(s.path, 'its compressed pixels are divided into very many tiles')
     if sign is not None and sign!=g['PixelRepresentation']:  # C13
         raise _damaged(s.path, 'its header and its compressed pixels disagree on whether the numbers are signed')
 

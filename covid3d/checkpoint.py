@@ -242,6 +242,8 @@ def _check_learner(learn, state, tensors):
     "`Misfit` unless a checkpoint is of this network, optimiser and scaler"
     _need(_form(_below('model.', tensors))==_form(bare_model(learn.model).state_dict()), 'weights')
     _check_opt(learn.opt, state, tensors)
+    known = ['model.', *(f'opt.{i}.' for i,_ in enumerate(learn.opt.all_params())), *(f'{c.name}.' for c in _holders(learn.cbs))]
+    _need(all(k.startswith(tuple(known)) for k in tensors), 'tensors')
     scaler = getattr(learn, 'scaler', None)
     kept,own = state.get('scaler'),scaler.state_dict() if scaler else None
     _need(kept is None or isinstance(kept, dict) and all(map(_is_number, kept.values())) and (own is None or {*kept}=={*own}), 'scaler')

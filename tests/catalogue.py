@@ -19,8 +19,8 @@ class Proof:
     promises: tuple# Keys of `kinds`
 
 def marks(node, kind) -> tuple:
-    "Arguments of all `pytest.mark.KIND(...)` below a node"
-    calls = [c for c in ast.walk(node) if isinstance(c, ast.Call) and isinstance(c.func, ast.Attribute) and c.func.attr == kind]
+    "Arguments of all `pytest.mark.KIND(...)`, or `KIND(...)`, below a node"
+    calls = [c for c in ast.walk(node) if isinstance(c, ast.Call) and kind in (getattr(c.func, 'attr', ''), getattr(c.func, 'id', ''))]
     return tuple(dict.fromkeys(a.value for c in calls for a in c.args if isinstance(a, ast.Constant)))
 
 def proofs() -> list:
@@ -34,7 +34,7 @@ def proofs() -> list:
             nodes = [*f.decorator_list, *(named[n.id] for d in f.decorator_list for n in ast.walk(d) if isinstance(n, ast.Name) and n.id in named)]
             nodes += [named[k] for k in ('pytestmark',) if k in named]
             got = {k: tuple(dict.fromkeys(m for n in nodes for m in marks(n, k))) for k in ('fault', 'promise')}
-            says = (ast.get_docstring(f) or '').split('\n')[0]
+            says = (ast.get_docstring(f) or '').split('\n')[0].rstrip('.')
             out.append(Proof(p.relative_to(tests).as_posix(), f.name, f.lineno, says, got['fault'], got['promise']))
     return out
 

@@ -308,6 +308,7 @@ def cohort(names=nasty):
 @pytest.mark.fault('S6')
 @pytest.mark.promise('executed')
 def test_nothing_in_a_report_runs(tmp_path):
+    "A report runs no script, whatever cases, titles and folders are called"
     keep = Extremes(2)
     for n in nasty[:4]: keep(dict(case=n, dice=.5), grid, *masks('near'))
     df = cohort(); at = write_report(df, tmp_path/'r', nasty[1], keep, {nasty[2]:df}, {nasty[1]:nasty[2]}, name=nasty[1])

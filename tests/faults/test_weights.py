@@ -187,6 +187,7 @@ def test_K11_a_newer_or_unknown_description_is_refused(good, tmp_path, change, s
 @pytest.mark.promise('silent')
 @each('value', [math.nan, math.inf, -math.inf])
 def test_K12_weights_that_are_not_finite(good, tmp_path, value):
+    "Weights that hold NaN or infinity are refused and named"
     w = load_file(good); k = next(k for k in w if w[k].ndim>1); w[k][0] = value
     refused(lambda: load_model(forged(good, tmp_path/'m.safetensors', w)), k, 'NaN or infinite')
 

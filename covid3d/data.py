@@ -274,6 +274,8 @@ def prepare_table(
     with locked(out):
         mine = Outputs(out, 'cases.csv', 'spec.json', 'sources.json')
         mine.require(overwrite=True)
+        if 'cases.csv' in mine.listed and 'spec.json' not in mine.listed:
+            raise CTError(out/'cases.csv', 'is the table of another command', 'Choose another --out')
         done = CaseReader(spec, out).prepare(usable, workers)
         keep = [c for c,d in zip(usable, done) if isinstance(d, Prepared)]
         tidy(out, keep, spec)

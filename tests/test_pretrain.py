@@ -35,12 +35,6 @@ def test_global_seeds_play_no_part():
     a = shapes(7)[0]; np.random.seed(3); random.seed(3); torch.manual_seed(3)
     assert (a==shapes(7)[0]).all()
 
-def test_a_volume_costs_little():
-    "Of a training step, a hundredth or so: the fastest of twenty, so that a busy machine does not matter"
-    shapes(0); cost = []
-    for seed in range(20): start = time.process_time(); shapes(seed); cost.append(time.process_time()-start)
-    assert min(cost)<.015
-
 @given(vectors, vectors, st.floats(2,30))
 @settings(max_examples=60)
 def test_segment_is_all_that_is_near(start, end, radius):

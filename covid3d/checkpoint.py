@@ -238,11 +238,11 @@ def _check_recorder(s):
     good = isinstance(s, dict) and all(_numbers(s.get(k)) for k in ('lrs','iters','losses')) and isinstance(s.get('values'), list)
     _need(good and all(map(_is_row, s['values'])) and _is_int(s.get('count')) and _is_number(s.get('smooth')), 'recorder')
 
-def _check_learner(learn, state, tensors):
+def _check_learner(learn, state, tensors, cbs):
     "`Misfit` unless a checkpoint is of this network, optimiser and scaler"
     _need(_form(_below('model.', tensors))==_form(bare_model(learn.model).state_dict()), 'weights')
     _check_opt(learn.opt, state, tensors)
-    known = ['model.', *(f'opt.{i}.' for i,_ in enumerate(learn.opt.all_params())), *(f'{c.name}.' for c in _holders(learn.cbs))]
+    known = ['model.', *(f'opt.{i}.' for i,_ in enumerate(learn.opt.all_params())), *(f'{c.name}.' for c in _holders([*learn.cbs, *cbs]))]
     _need(all(k.startswith(tuple(known)) for k in tensors), 'tensors')
     scaler = getattr(learn, 'scaler', None)
     kept,own = state.get('scaler'),scaler.state_dict() if scaler else None
@@ -261,11 +261,12 @@ def _set_recorder(r, s):
 def set_learner(
     learn,       # `Learner` of the same network and optimiser
     state:dict,  # From `learner_state`
-    tensors:dict # From `learner_state`
+    tensors:dict, # From `learner_state`
+    cbs=() # Callbacks that are not with the learner
 ):
     "Put back what a learner had gathered"
     if learn.opt is None: learn.create_opt()
-    _check_learner(learn, state, tensors)
+    _check_learner(learn, state, tensors, cbs)
     bare_model(learn.model).load_state_dict({k[6:]:v for k,v in tensors.items() if k.startswith('model.')})
     for i,((p,_,s,_),new) in enumerate(zip(learn.opt.all_params(), state['opt'])):
         s.clear(); s.update(new | {k[len(f'opt.{i}.'):]:_like(p, t) for k,t in tensors.items() if k.startswith(f'opt.{i}.')})
@@ -571,7 +572,7 @@ def restore(self:Checkpoint,
     with self._fitting():
         set_callbacks(cbs, self.at.get('callbacks'), self.tensors, learn.model)
         if self.at['finished']: return
-        set_learner(learn, self.at, self.tensors)
+        set_learner(learn, self.at, self.tensors, cbs)
         rand = self.at.get('random')
         _need(isinstance(rand, list) and len(rand)==place()[1], 'random')
         set_random(rand[place()[0]], learn.dls)

@@ -18,7 +18,7 @@ from typing import Annotated
 from fastcore.script import anno_parser, store_true
 
 from . import __version__
-from .files import Outputs, locked
+from .files import Outputs, locked, no_links
 from .volume import CTError, plain, temp_beside, temps_here
 
 # %% ../nbs/30_cli.ipynb #41df06f2
@@ -54,7 +54,7 @@ def writable(
     out # Folder to write to, may not exist yet
 ):
     "Refuse a place that cannot be written to, before any work is done"
-    if out is None: raise CTError('out', 'no folder to write to', 'Add --out FOLDER')
+    if not out: raise CTError('out', 'no folder to write to', 'Add --out FOLDER')
     try: p = next(o for o in (Path(out).absolute(), *Path(out).absolute().parents) if o.exists())
     except (OSError,ValueError) as e:
         fault = f'cannot be written to ({getattr(e, "strerror", None) or e})'
@@ -181,6 +181,7 @@ def cases(
     if kind in ('folder','coronacases'): options |= dict(already_windowed=already_windowed, layout=layout)
     elif already_windowed or layout: raise CTError('already_windowed' if already_windowed else 'layout', f'{kind} has no such option', 'Leave it out')
     if kind=='ricord':
+        no_links(out.parent, f'{out.stem}_masks/')
         if agree<1: raise CTError('agree', f'{agree} readers cannot agree', 'Give 1 or more')
         options |= dict(masks=out.parent/f'{out.stem}_masks', annotations=annotations or None, agree=agree, **(dict(labels=labels.split(',')) if labels else {}))
     with locked(out):
@@ -314,17 +315,23 @@ def train(
                   loss_func=find_loss(loss), width=width, norm=norm, up=up, decoder=numbers(decoder, int, 'decoder'), memory=memory, overwrite=overwrite)
     if folds: return _train_folds(table, out, folds, fold, recipe)
     learn = train(table, out, **recipe)
-    if _rank(): return
+    if _started()[0]: return
     print(f'wrote {runs[0]/"model.safetensors"} · whole-scan Dice on valid {learn.kept.best:.3f}')
 
 # %% ../nbs/30_cli.ipynb #50716aa3
+def _started()->tuple:
+    "The number of this process, and how many torchrun started; (0, 1) if it is alone"
+    if not {'RANK','WORLD_SIZE'} & {*os.environ}: return 0,1
+    from covid3d.distributed import started
+    return started()
+
 def _runs(out, folds, fold)->list:
     "Folders of the trainings to come"
     if folds is None and fold is None: return [Path(out)]
     if folds is None: raise CTError('fold', 'is of no use without --folds', 'Give both, for example --folds 5 --fold 0')
     if not 2<=folds<=1000: raise CTError('folds', f'{folds} is no number of folds', 'Give 2 or more, for example --folds 5')
     if fold is not None and not 0<=fold<folds: raise CTError('fold', f'{fold} is not one of {folds} folds', f'Give 0 to {folds-1}')
-    if fold is None and int(os.environ.get('WORLD_SIZE', 1))>1: raise CTError('folds', 'several processes train one fold at a time', 'Add --fold 0, then 1, …')
+    if fold is None and _started()[1]>1: raise CTError('folds', 'several processes train one fold at a time', 'Add --fold 0, then 1, …')
     return [Path(out)/f'fold_{i}' for i in (range(folds) if fold is None else [fold])]
 
 def _absent_run(run, resume, overwrite, file='model.safetensors', what='training'):
@@ -339,7 +346,7 @@ def _train_folds(table, out, folds, fold, recipe):
     "Train, score, and say how it went"
     from covid3d.folds import missing_folds, train_folds
     df = train_folds(table, out, folds, None if fold is None else [fold], **recipe)
-    if _rank(): return
+    if _started()[0]: return
     left = missing_folds(out, folds)
     print(f'mean whole-scan Dice {df.dice.mean():.3f} over {df.dice.notna().sum()} cases'+(f' · folds still to train: {", ".join(map(str, left))}' if left else f' · wrote {Path(out)/"report"}'))
     return int((df.error!='').any())
@@ -583,13 +590,14 @@ def clear_demo(
 ):
     "Remove a former demo; refuse a folder that holds anything else"
     from covid3d.evaluate import report_files
-    from covid3d.learner import run_files, run_outputs
+    from covid3d.learner import run_outputs
     from covid3d.phantom import phantom_outputs
     mine,data,scores = Outputs(out, 'demo.png', 'phantom_*_lesion.nii.gz'),phantom_outputs(out/'data'),Outputs(out/'scores', *report_files)
     if not mine.listed and any(not o.name.startswith('.covid3d') for o in out.iterdir()):
         raise CTError(out, 'exists already and is not the folder of a demo', 'Choose another --out')
     if mine.listed and not overwrite: raise CTError(out, 'exists already', 'Choose another --out, or add --overwrite to replace a former demo')
-    for o in (mine, data, scores, Outputs(out/'run', *run_files)): o.require(True)
+    no_links(out, 'data/', 'run/', 'scores/')
+    for o in (mine, data, scores, run_outputs(out/'run')): o.require(True)
     mine.add('demo.png')
     for o in (data, scores, run_outputs(out/'run')): o.clear()
     for k in mine.listed: (out/k).unlink(missing_ok=True)
@@ -709,11 +717,6 @@ def _lead_nowhere():
     for fd in (1,2): os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 # %% ../nbs/30_cli.ipynb #8ba37917
-def _rank()->int:
-    "The number of this process among those that torchrun started; 0 if it is alone"
-    try: return int(os.environ['RANK']) if int(os.environ['WORLD_SIZE'])>1 else 0
-    except (KeyError,ValueError): return 0
-
 def _say(line):
     "A line on stderr, if that can still be written to"
     try: print(plain(line), file=sys.stderr, flush=True)
@@ -761,7 +764,7 @@ def _command(argv, debug)->int:
     except BrokenPipeError: raise
     except Exception as e:
         if debug: raise
-        if name=='train' and _rank() and isinstance(e, CTError) and not hasattr(e, 'joined'): return 2  # process 0 tells it
+        if name=='train' and _started()[0] and isinstance(e, CTError) and not hasattr(e, 'joined'): return 2  # process 0 tells it
         _say(f'covid3d {name}: {one_line(e, f)}')
         return 2 if isinstance(e, (CTError,OSError)) or _is_scarce(e) else 3
 

@@ -21,7 +21,7 @@ import numpy as np, pandas as pd
 
 from .cases import Case, columns, parse_window, read_cases, spine_in_front, told
 from .dicom import ct_datasets, digest, find_series, pseudonym, save_dicom, survey, volume_of
-from .files import Outputs, locked, read_json, sweep
+from .files import Outputs, locked, no_links, read_json, sweep
 from .show import track
 from .volume import CTError, case_name, plain, save_mask, save_volume, temp_beside, temps_here, to_canonical, write_atomic
 
@@ -829,6 +829,7 @@ def download(
     if lost: raise CTError(record, f'the record has no {lost[0]}', 'Update covid3d, or download the files by hand')
     with locked(out):
         for name in (k for k in _wanted if not (out/Path(k).stem).exists()):
+            no_links(out, f'.{name}.part')
             _fetch(out, name, *files[name])
             unpack(out/name, out/Path(name).stem)
             (out/name).unlink()

@@ -32,10 +32,12 @@ def place()->tuple: # Number of this process, number of processes
 
 # %% ../nbs/16_distributed.ipynb #2afbd762
 def started()->tuple: # Number of this process, number of processes
-    "What `torchrun` says of this process; (0, 1) when it is alone"
+    "What `torchrun` says of this process; (0, 1) when it is alone, and then nothing of it stays in the environment"
     try: rank,n = (int(os.environ[k]) for k in ('RANK','WORLD_SIZE'))
-    except (KeyError,ValueError): return 0,1
-    return (rank,n) if n>1 and 0<=rank<n and {'MASTER_ADDR','MASTER_PORT'}<={*os.environ} else (0,1)
+    except (KeyError,ValueError): rank,n = 0,1
+    if n>1 and 0<=rank<n and {'MASTER_ADDR','MASTER_PORT'}<={*os.environ}: return rank,n
+    for k in ('RANK','WORLD_SIZE'): os.environ.pop(k, None)
+    return 0,1
 
 # %% ../nbs/16_distributed.ipynb #fb659df7
 def _gather_bytes(mine, group=None)->list:

@@ -13,12 +13,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pandas as pd
-from fastai.torch_core import num_distrib, rank_distrib
 
 from .checkpoint import case_digests, described, require_same, weights_digest
 from .data import CTDataLoaders, stratified_folds
+from .distributed import started
 from .evaluate import read_scores, report_files, score_cases, scores_csv, write_report
-from .files import Outputs, locked, read_json
+from .files import Outputs, locked, no_links, read_json
 from .learner import check_recipe, run_files, run_outputs, train
 from .volume import CTError, write_atomic
 
@@ -98,7 +98,7 @@ def _lock_folds(out, k, todo, anew, held):
 def _train_fold(table, out, i, k, keep, overlap, resume, **kwargs):
     "Train and score fold `i`, unless that is done"
     at,scores = out/f'fold_{i}',Outputs(out/f'fold_{i}', 'scores.csv')
-    first = num_distrib()<2 or not rank_distrib()
+    first = not started()[0]
     if resume and (at/'scores.csv').exists(): return
     if first: scores.require(True); scores.clear()
     learn = train(table, at, fold=(i,k), keep=keep, resume=resume and (not first or (at/'checkpoint.safetensors').exists()), **kwargs)
@@ -130,7 +130,8 @@ def train_folds(
     check_recipe(keep=keep, **kwargs)
     if odd := [i for i in todo if not 0<=i<k]: raise CTError(f'fold {odd[0]}', f'there is no such fold of {k}', f'Give 0 to {k-1}')
     about = {a:v for a,v in kwargs.items() if a not in ('device','examples','plot','log','workers','overwrite')}
-    first,anew = num_distrib()<2 or not rank_distrib(),folds is None and not resume
+    first,anew = not started()[0],folds is None and not resume
+    no_links(out, 'fold_*/', 'report/')
     with ExitStack() as held:
         if first:
             _lock_folds(out, k, todo, anew, held)

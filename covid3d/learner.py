@@ -44,7 +44,7 @@ from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock
 from .dicom import open_scan, save_seg
 from .distributed import joined, once, own_random, place, split_map, split_training, spread
 from .encoder import build_of, encoder3d, unfinished
-from .files import Outputs, locked, sweep
+from .files import Outputs, locked, no_links, sweep
 from .inference import NetSpec, Seen, load_model, out_of_memory, read_seen, save_model, segment, sliding_window
 from .losses import DiceCELoss, DiceFocalLoss, soft_dice
 from .memory import apply_plan, plan_memory
@@ -440,6 +440,7 @@ def _take(out, held, resume, overwrite):
     held.enter_context(locked(out, folder=True))
     may = overwrite or resume and (out/'checkpoint.safetensors').exists()
     remedy = 'Add --resume to go on with a training that was interrupted, choose another --out, or add --overwrite'
+    no_links(out, 'tensorboard/', 'wandb/')
     Outputs(out, *run_files).require(may, remedy)
 
 def _begin(out, resume, plot):

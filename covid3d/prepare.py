@@ -232,7 +232,7 @@ def located(
 
 def _restamp(folder, p, stamp):
     "Note the present paths and times of the files a case was made from"
-    if p.info['stamp']==stamp: return p
+    if p.info['stamp']==stamp or folder.is_symlink(): return p
     info = p.info|dict(stamp=stamp)
     sweep(folder)
     try: write_atomic(folder/'info.json', json.dumps(info).encode())

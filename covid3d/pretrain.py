@@ -27,7 +27,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, Metric
-from fastai.torch_core import default_device, num_distrib, set_seed
+from fastai.torch_core import default_device, set_seed
 from fastcore.basics import patch
 from safetensors.torch import save
 from scipy.ndimage import gaussian_filter
@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from .augment import Augment3d, ct_aug_transforms, light_aug_transforms, spline_weights
 from .checkpoint import Checkpoint, StopOnNaN, case_digests, described, require_same, weights_digest
 from .data import CTDataLoaders
+from .distributed import started
 from .encoder import download, encoder3d, encoder_info, encoder_state, find_arch, kinetics, read_weights, weights_width, unfinished
 from .files import Outputs, locked, read_json
 from .learner import ScanDice, WhileTraining, check_recipe, thaw, unet_learner_3d
@@ -379,7 +380,7 @@ def one_process(
     what:str # Is going to be done, for the message
 ):
     "Refuse to do in several processes what one does"
-    if num_distrib()>1: raise CTError(what,f'is work for one process, and {num_distrib()} were started','Start it without torchrun')
+    if (n := started()[1])>1: raise CTError(what,f'is work for one process, and {n} were started','Start it without torchrun')
 
 # %% ../nbs/19_pretrain.ipynb #9b2cc539
 def _begin(out,resume,overwrite):

@@ -14,7 +14,7 @@ __all__ = ['titles', 'published', 'recipes', 'run_files', 'table_head', 'stateme
            'check_out', 'sweep_all', 'about_run', 'evaluate_all', 'reproduce', 'start_run', 'run_stages']
 
 # %% ../nbs/24_reproduce.ipynb #ecb7b5b7
-import hashlib, html, json, os, re, shutil, sys, time
+import glob, hashlib, html, json, os, re, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
@@ -33,7 +33,7 @@ from .dicom import open_scan
 from .distributed import place
 from .evaluate import (Extremes, Snapshot, as_table, bullets, counts, html_table, least_patients, many, pack, page, read_scores, row_from, score_cases, scores_csv, section,
     snapshot, summarise, to_json, unpack, why_failed, write_report)
-from .files import Outputs, locked, manifest, read_bytes, read_json, sweep
+from .files import Outputs, locked, manifest, no_links, read_bytes, read_json, sweep
 from .inference import NetSpec, load_model, segment
 from .learner import train, unet_learner_3d
 from .losses import DiceCELoss
@@ -651,8 +651,8 @@ def check_out(
 def sweep_all(
     out:Path # Folder of the run
 ):
-    "Remove from all folders of a run what processes that no longer exist were writing there"
-    for d in [out, *(p for p in out.rglob('*') if p.is_dir() and not p.is_symlink())]: sweep(d)
+    "Remove from all folders of a run what processes that no longer exist were writing there; refuse links among them"
+    for d,inner,_ in os.walk(out): no_links(d, *map(glob.escape, inner)); sweep(d)
 
 # %% ../nbs/24_reproduce.ipynb #5bb349c4
 def _digest(path)->str:

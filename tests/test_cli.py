@@ -259,15 +259,16 @@ def test_advice_names_options_that_exist():
 
 @pytest.mark.promise('silent')
 def test_no_error_is_swallowed(monkeypatch, capfd, tmp_path):
-    "A RANK that is set in the environment silences no error: only of processes that train together the first speaks for all."
+    "A RANK that is set in the environment silences no error: only of processes that torchrun started the first speaks for all."
     def failing(*a, **k): raise CTError('nowhere.csv', 'no such case table', 'Write one')
     monkeypatch.setattr('covid3d.learner.train', failing)
-    for env in (dict(RANK='1'), dict(RANK='x'), dict(RANK='1', WORLD_SIZE='1'), dict(RANK='1', WORLD_SIZE='2')):
-        for k in ('RANK','WORLD_SIZE'): monkeypatch.delenv(k, raising=False)
+    torchrun = dict(RANK='1', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')
+    for env in (dict(RANK='1'), dict(RANK='x'), dict(RANK='1', WORLD_SIZE='1'), dict(RANK='1', WORLD_SIZE='2'), dict(WORLD_SIZE='y'), torchrun):
+        for k in torchrun: monkeypatch.delenv(k, raising=False)
         for k,v in env.items(): monkeypatch.setenv(k, v)
         refused(capfd, ['predict','nowhere.nii.gz','--weights','w','--out',tmp_path/'m'], 'nowhere.nii.gz')
         assert main(['train','nowhere.csv','--weights','random','--device','cpu','--out',str(tmp_path/'r')])==2
-        assert ('nowhere.csv' in capfd.readouterr().err)==(env.get('WORLD_SIZE')!='2')
+        assert ('nowhere.csv' in capfd.readouterr().err)==(env!=torchrun)
 
 @pytest.mark.fault('X13')
 def test_statuses_of_signals(monkeypatch, capfd):

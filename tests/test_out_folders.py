@@ -1,5 +1,5 @@
 "Folders that commands write to: what covid3d did not write is never touched, one process works at a time, and a refusal comes before the work"
-import os, resource, signal, subprocess, sys
+import json, os, resource, shutil, signal, subprocess, sys
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import covid3d.learner
 from covid3d.cli import main
 from covid3d.files import Outputs, manifest
 from covid3d.learner import CTSpec, train, write_phantoms
+from covid3d.volume import host_name
 
 spec,grid = CTSpec(spacing=(9,7,7), patch=(16,32,32)),dict(shape=(32,96,96), spacing=(9,3.7,3.7))
 small = ['--spacing','9,7,7','--patch','16,32,32','--device','cpu']
@@ -56,6 +57,59 @@ def test_what_is_not_ours_is_never_replaced(table, tmp_path, capfd, name):
         told(capfd, [*argv,*more], 'exists already' if name=='demo' else 'was not written by covid3d', tmp_path/'out')
         assert content(tmp_path)==before
 
+linked = dict(train=('examples','tensorboard','wandb'), folds=('fold_0','fold_1','report'), phantom=('ct','infection_mask'), mosmed=('studies','masks'),
+              ricord=('MIDRC-RICORD-1A',), demo=('data','run','scores'))
+
+@pytest.mark.fault('X1')
+@pytest.mark.promise('executed')
+@pytest.mark.parametrize('name,folder', [(k,o) for k,v in linked.items() for o in v])
+@pytest.mark.parametrize('missing', [False,True])
+def test_no_link_leads_out_of_the_folder(table, tmp_path, capfd, name, folder, missing):
+    "A subfolder of --out that is a link is refused before any work: nothing is written, replaced or removed behind it"
+    argv,file = commands(table, tmp_path/'out')[name]
+    victim,listed = tmp_path/'victim',['history.csv','examples/epoch_000.png','folds.json','cases.csv','demo.png','ct/phantom_000.nii.gz']
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out'/manifest).write_text(json.dumps(dict(files=listed)))
+    if not missing:
+        victim.mkdir(); draft = victim/f'.covid3d-{host_name}-{2**22+1}-0123abcd.tmp'; draft.mkdir(); (draft/'thesis.tex').touch()
+        for k in ('history.csv','epoch_000.png','phantom_000.nii.gz'): (victim/k).write_bytes(b'mine')
+    (tmp_path/'out'/folder).symlink_to(victim)
+    before = content(tmp_path/'victim')
+    for more in ([], ['--overwrite'])[name=='demo':]: told(capfd, [*argv,*more], f'{tmp_path}/out/{folder}: is a link', 'Remove the link')
+    assert content(tmp_path/'victim')==before and victim.exists()!=missing
+
+@pytest.mark.promise('silent')
+@pytest.mark.parametrize('env', [dict(RANK='1', WORLD_SIZE='2'), dict(WORLD_SIZE='y'), dict(RANK='3', WORLD_SIZE='many')])
+def test_what_only_looks_like_torchrun(table, tmp_path, monkeypatch, env):
+    "A process with half of torchrun's environment is alone: it trains, and says and writes what a lone process does"
+    for k,v in env.items(): monkeypatch.setenv(k, v)
+    assert call(commands(table, tmp_path/'out')['folds'][0])==0
+    assert all((tmp_path/'out'/o).exists() for o in ('fold_0/history.csv','fold_1/model.safetensors','report/index.html'))
+
+def test_out_may_be_a_link(table, tmp_path):
+    "--out itself may be a link; drafts of processes that are gone are swept behind it"
+    (tmp_path/'disk').mkdir(); (tmp_path/'out').symlink_to(tmp_path/'disk')
+    draft = tmp_path/'disk'/f'.covid3d-{host_name}-{2**22+1}-0123abcd.tmp'; draft.touch()
+    assert call(['phantom',tmp_path/'out','--n','1'])==0
+    assert (tmp_path/'disk'/'cases.csv').exists() and not draft.exists()
+
+def test_a_linked_prepared_case_is_read_and_not_written(table, tmp_path):
+    "A link to a prepared case elsewhere is opened as it is"
+    work = tmp_path/'work'
+    shutil.copytree(table.parent, work)
+    assert call(['prepare',work/'cases.csv','--out',tmp_path/'a',*small[:4]])==0
+    case = next(p for p in (tmp_path/'a').iterdir() if p.is_dir())
+    shutil.move(case, tmp_path/'there'); case.symlink_to(tmp_path/'there'); before = content(tmp_path/'there')
+    for p in (work/'ct').iterdir(): os.utime(p, (1,1))  # which the case would note
+    call(['prepare',work/'cases.csv','--out',tmp_path/'a',*small[:4]])
+    assert content(tmp_path/'there')==before and case.is_symlink()
+
+@pytest.mark.parametrize('argv', [['phantom',''], ['demo','--out',''], ['train','cases.csv','--out','','--weights','random'], ['predict','.','--out','']])
+def test_an_empty_name_is_no_folder(argv, tmp_path, capfd, monkeypatch):
+    "An empty --out, as an unset variable of a script gives it, is refused, not taken for the current folder"
+    monkeypatch.chdir(tmp_path)
+    told(capfd, argv, 'no folder to write to'); assert content(tmp_path)=={}
+
 @pytest.mark.promise('lost')
 def test_train_in_the_folder_of_your_work(table, tmp_path, capfd, monkeypatch):
     "train --out . beside your own examples/, tensorboard/, drafts and notes, and again with --overwrite: all of them stay"
@@ -78,8 +132,7 @@ def test_a_list_from_a_stranger_removes_nothing_else(table, tmp_path):
     "A list of files that came with a folder removes nothing outside it, and nothing that a training does not write"
     out = tmp_path/'run'; (out/'sub').mkdir(parents=True)
     for o in ('../dear.txt','sub/dear.txt','notes.txt'): (out/o).write_bytes(b'mine')
-    (tmp_path/'else').mkdir(); (tmp_path/'else'/'epoch_000.png').write_bytes(b'mine'); (out/'examples').symlink_to(tmp_path/'else')
-    (out/manifest).write_text('{"files": ["../dear.txt", "sub/dear.txt", "notes.txt", "examples/epoch_000.png", "examples/../../dear.txt", "/etc/passwd"]}')
+    (out/manifest).write_text('{"files": ["../dear.txt", "sub/dear.txt", "notes.txt", "examples/../../dear.txt", "/etc/passwd"]}')
     before = content(tmp_path)
     train(table, out, spec, **tiny|dict(examples=0))
     now = content(tmp_path)

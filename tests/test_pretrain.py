@@ -174,7 +174,7 @@ def test_passed_epochs_write_nothing(tmp_path, monkeypatch):
     assert before==[(tmp_path/o).read_bytes() for o in ('encoder.safetensors','history.csv')]
 
 def test_one_process_alone(tmp_path, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
+    for k,v in dict(RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29500').items(): monkeypatch.setenv(k, v)
     with pytest.raises(CTError, match='pretraining: is work for one process, and 2 were started'): pretrain_encoder(tmp_path/'a', steps=2, **tiny)
     with pytest.raises(CTError, match='transfer study: is work for one process'): transfer_study('t.csv', 'e.safetensors', tmp_path/'a')
     assert not (tmp_path/'a').exists()

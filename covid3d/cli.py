@@ -116,7 +116,7 @@ def _write_layout(layout, out, n, seed, overwrite):
     "Phantoms as another data set has them; only what we wrote is replaced"
     from covid3d import datasets
     from covid3d.phantom import phantom
-    out,mine,draft = Path(out),Outputs(out, *_trees[layout]),temp_beside(Path(out)/'draft')
+    out,mine,draft = Path(out),Outputs(out, 'phantom', *_trees[layout]),temp_beside(Path(out)/'draft')
     with locked(out, folder=True):
         mine.require(overwrite)
         try:
@@ -334,12 +334,12 @@ def _runs(out, folds, fold)->list:
     if fold is None and _started()[1]>1: raise CTError('folds', 'several processes train one fold at a time', 'Add --fold 0, then 1, …')
     return [Path(out)/f'fold_{i}' for i in (range(folds) if fold is None else [fold])]
 
-def _absent_run(run, resume, overwrite, file='model.safetensors', what='training'):
+def _absent_run(run, resume, overwrite, command='train', file='model.safetensors'):
     "Refuse to replace a training"
     if resume and overwrite: raise CTError('resume', 'it contradicts --overwrite', 'Give one of the two')
     may = overwrite or resume and (run/'checkpoint.safetensors').exists()
-    remedy = f'Add --resume to go on with a {what} that was interrupted, choose another --out, or add --overwrite'
-    Outputs(run, 'checkpoint.safetensors', file).require(may, remedy)
+    remedy = f'Add --resume to go on with a run that was interrupted, choose another --out, or add --overwrite'
+    Outputs(run, command, 'checkpoint.safetensors', file).require(may, remedy)
 
 # %% ../nbs/30_cli.ipynb #627e173d
 def _train_folds(table, out, folds, fold, recipe):
@@ -371,7 +371,7 @@ def pretrain(
     overwrite:store_true=False # Replace an encoder that is there
 ):
     "Train an encoder on made-up shapes and chests; start a training from it with train --weights."
-    writable(out); _absent_run(Path(out), resume, overwrite, 'encoder.safetensors', 'pretraining')
+    writable(out); _absent_run(Path(out), resume, overwrite, 'pretrain', 'encoder.safetensors')
     at_least_one(width=width, steps=steps, bs=bs, phantoms=phantoms); check_lr(lr)
     if phantoms>10_000: raise CTError('phantoms', f'{phantoms} are too many', 'Give 24')
     if not 0<=share<=1: raise CTError('share', f'{share} is not in 0…1', 'Give 0.5')
@@ -592,7 +592,7 @@ def clear_demo(
     from covid3d.evaluate import report_files
     from covid3d.learner import run_outputs
     from covid3d.phantom import phantom_outputs
-    mine,data,scores = Outputs(out, 'demo.png', 'phantom_*_lesion.nii.gz'),phantom_outputs(out/'data'),Outputs(out/'scores', *report_files)
+    mine,data,scores = Outputs(out, 'demo', 'demo.png', 'phantom_*_lesion.nii.gz'),phantom_outputs(out/'data'),Outputs(out/'scores', 'evaluate', *report_files)
     if not mine.listed and any(not o.name.startswith('.covid3d') for o in out.iterdir()):
         raise CTError(out, 'exists already and is not the folder of a demo', 'Choose another --out')
     if mine.listed and not overwrite: raise CTError(out, 'exists already', 'Choose another --out, or add --overwrite to replace a former demo')
@@ -608,7 +608,7 @@ def _show_one(model, spec, case, score, out):
     from covid3d.learner import open_ct, save_figure, save_mask, segment, show_slices
     ct = open_ct(case.ct)
     mask = segment(model, spec, ct)['lesion']
-    Outputs(out, 'phantom_*_lesion.nii.gz').add(f'{case.name}_lesion.nii.gz')
+    Outputs(out, 'demo', 'phantom_*_lesion.nii.gz').add(f'{case.name}_lesion.nii.gz')
     save_mask(mask, ct, out/f'{case.name}_lesion.nii.gz')
     save_figure(show_slices(ct, dict(reference=case.open_mask('lesion', ct), prediction=mask), n=5, title=f'{case.name}: Dice {score:.2f}'), out/'demo.png')
 

@@ -272,10 +272,8 @@ def prepare_table(
     usable = [c for c in cases if all(k in c.masks for k in spec.classes)]
     if not usable: raise CTError(table if isinstance(table, (str,Path)) else 'table', f'no case has a mask of {", ".join(spec.classes)}', 'Add masks')
     with locked(out):
-        mine = Outputs(out, 'cases.csv', 'spec.json', 'sources.json')
+        mine = Outputs(out, 'prepare', 'cases.csv', 'spec.json', 'sources.json')
         mine.require(overwrite=True)
-        if 'cases.csv' in mine.listed and 'spec.json' not in mine.listed:
-            raise CTError(out/'cases.csv', 'is the table of another command', 'Choose another --out')
         done = CaseReader(spec, out).prepare(usable, workers)
         keep = [c for c,d in zip(usable, done) if isinstance(d, Prepared)]
         tidy(out, keep, spec)

@@ -482,7 +482,7 @@ def _lesion_file(series, outlines, agree, path)->str:
 # %% ../nbs/05_datasets.ipynb #513337b2
 def _draw_masks(rows, series, outlines, agree, home, notes):
     "Write the masks of the outlined series into the folder `home`"
-    masks = Outputs(home, '*_lesion.nii.gz')
+    masks = Outputs(home, 'cases', '*_lesion.nii.gz')
     with locked(home):
         masks.require(overwrite=True)
         for row,(path,s,drawn) in zip(track(rows, 'drawing masks'), series):

@@ -907,7 +907,7 @@ def write_report(
 
 def open_report(out:Path, overwrite)->Outputs:
     "The list of the report's files in `out`, which is made; refuses files of somebody else, and ours unless `overwrite`"
-    mine = Outputs(out, *report_files)
+    mine = Outputs(out, 'evaluate', *report_files)
     mine.require(overwrite)
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise CTError(out, f'cannot be written ({e.strerror or e})', 'Choose another --out') from None

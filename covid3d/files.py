@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .volume import CTError, host_name, temps_here, write_atomic
+from .volume import CTError, host_name, plain, temps_here, write_atomic
 
 # %% ../nbs/02_files.ipynb #3aedfe74
 _again = 'Copy it again, or write it again with the command that made it'
@@ -177,14 +177,16 @@ def _fits(name, patterns) -> bool:
         all(map(fnmatch.fnmatchcase, parts, p.split('/'))) for p in patterns)
 
 class Outputs:
-    "What covid3d wrote into `folder`, of the files that match `patterns`"
+    "What a command wrote into `folder`, of the files that match `patterns`"
     def __init__(self,
         folder: str|Path, # May not exist
-        *patterns: str    # Names that the command can write, relative to the folder, such as `examples/*.png`
-    ): self.folder,self.patterns = Path(folder),patterns
+        command: str,     # Who writes, such as `train`; None for whoever did
+        *patterns: str    # Names that it can write, relative to the folder, such as `examples/*.png`
+    ): self.folder,self.command,self.patterns = Path(folder),command,patterns
 
     @property
-    def listed(self) -> list: return sorted(k for k in self._all() if _fits(k, self.patterns))
+    def listed(self) -> list:
+        return sorted(k for k,c in self._all().items() if self.command in (c,None) and _fits(k, self.patterns))
     @property
     def present(self) -> list:
         "Names of files in the folder that match, whoever wrote them"
@@ -193,10 +195,10 @@ class Outputs:
     @property
     def foreign(self) -> list: return sorted({*self.present}-{*self.listed})
 
-    def _all(self) -> list:
-        if not os.path.lexists(self.folder/manifest): return []
-        names = read_json(self.folder/manifest, remedy='Choose another --out').get('files')
-        if isinstance(names, list) and all(isinstance(k, str) for k in names): return names
+    def _all(self) -> dict: # Name → command
+        if not os.path.lexists(self.folder/manifest): return {}
+        files = read_json(self.folder/manifest, remedy='Choose another --out').get('files')
+        if isinstance(files, dict) and all(isinstance(c, str) for c in files.values()): return files
         raise CTError(self.folder/manifest, 'is not the list of a folder of covid3d', 'Choose another --out')
 
 # %% ../nbs/02_files.ipynb #d6ec30cf
@@ -204,8 +206,8 @@ class Outputs:
 def _check_links(self:Outputs, names): no_links(self.folder, *(k.rpartition('/')[0] for k in names))
 
 @patch
-def _save(self:Outputs, names):
-    text = json.dumps(dict(covid3d=_what, format=1, files=sorted(names)), indent=1)
+def _save(self:Outputs, files):
+    text = json.dumps(dict(covid3d=_what, format=1, files=files), indent=1, sort_keys=True)
     write_atomic(self.folder/manifest, text.encode())
 
 @patch
@@ -216,8 +218,8 @@ def add(self:Outputs,
     odd = next((k for k in names if not _fits(k, self.patterns)), None)
     if odd: raise ValueError(f'{odd} is none of {", ".join(self.patterns)}')
     self._check_links(names)
-    old = self._all()
-    if {*names}-{*old}: self._save({*names,*old})
+    old,new = self._all(),dict.fromkeys(names, self.command)
+    if not new.items()<=old.items(): self._save(old|new)
 
 # %% ../nbs/02_files.ipynb #22568e7d
 @patch
@@ -231,7 +233,7 @@ def clear(self:Outputs):
     for p in {p.parent for p in files}-{self.folder}:
         try: p.rmdir()
         except OSError: pass  # it holds something else
-    rest = {*self._all()}-{*mine}
+    rest = {k:c for k,c in self._all().items() if k not in mine}
     if rest: self._save(rest)
     else: (self.folder/manifest).unlink(missing_ok=True)
 
@@ -244,6 +246,8 @@ def require(self:Outputs,
     "`CTError` if a file stands in the way, or a link"
     self._check_links(self.patterns)
     if odd := self.foreign:
-        raise CTError(self.folder/odd[0], 'is there already and was not written by covid3d, which replaces only its own files',
+        other = self._all().get(odd[0])
+        who = f'was written by covid3d {plain(other)}' if other else 'was not written by covid3d'
+        raise CTError(self.folder/odd[0], f'is there already and {who}; a command replaces only its own files',
                       'Choose another --out, or move it away')
     if (found := self.present) and not overwrite: raise CTError(self.folder/found[0], 'exists already', remedy)

@@ -51,7 +51,7 @@ def same_study(
     "Note what all folds share; refuse a fold of another study"
     f = out/'folds.json'
     now = {a:weights_digest(v) if a=='pretrained' else described(v) for a,v in about.items()}
-    Outputs(out, 'folds.json').require(True)
+    Outputs(out, 'folds', 'folds.json').require(True)
     if f.exists():
         try: require_same(f, read_json(f, remedy='Choose another --out'), now)
         except CTError as e:
@@ -59,7 +59,7 @@ def same_study(
             if not what: raise
             raise CTError(f, f'is of another cross-validation: {what}', 'Give what it was started with, or choose another --out') from None
     else:
-        Outputs(out, 'folds.json').add('folds.json')
+        Outputs(out, 'folds', 'folds.json').add('folds.json')
         write_atomic(f, json.dumps(now, indent=1).encode())
 
 # %% ../nbs/23_folds.ipynb #d08f756b
@@ -70,9 +70,9 @@ def _old_folds(out) -> list:
 
 def _clear_study(out, folds, overwrite):
     "Remove what a former cross-validation wrote"
-    parts = [(Outputs(out, 'folds.json'), True), (Outputs(out/'report', *report_files), True)]
+    parts = [(Outputs(out, 'folds', 'folds.json'), True), (Outputs(out/'report', 'evaluate', *report_files), True)]
     for i in folds:
-        parts += [(Outputs(out/f'fold_{i}', *run_files), overwrite), (Outputs(out/f'fold_{i}', 'scores.csv'), overwrite)]
+        parts += [(Outputs(out/f'fold_{i}', 'train', *run_files), overwrite), (Outputs(out/f'fold_{i}', 'folds', 'scores.csv'), overwrite)]
     for o,may in parts: o.require(may)
     for i in folds: run_outputs(out/f'fold_{i}').clear()
     for o,_ in reversed(parts): o.clear()
@@ -97,7 +97,7 @@ def _lock_folds(out, k, todo, anew, held):
 # %% ../nbs/23_folds.ipynb #2a67c16f
 def _train_fold(table, out, i, k, keep, overlap, resume, **kwargs):
     "Train and score fold `i`, unless that is done"
-    at,scores = out/f'fold_{i}',Outputs(out/f'fold_{i}', 'scores.csv')
+    at,scores = out/f'fold_{i}',Outputs(out/f'fold_{i}', 'folds', 'scores.csv')
     first = not started()[0]
     if resume and (at/'scores.csv').exists(): return
     if first: scores.require(True); scores.clear()

@@ -259,7 +259,7 @@ def run_outputs(
     out # Folder of a training
 ) -> Outputs:
     "What `train` writes into its folder"
-    return Outputs(out, *run_files, 'tensorboard/events.out.tfevents.*')
+    return Outputs(out, 'train', *run_files, 'tensorboard/events.out.tfevents.*')
 
 # %% ../nbs/18_learner.ipynb #11dece33
 class Pictures(WhileTraining):
@@ -441,7 +441,7 @@ def _take(out, held, resume, overwrite):
     may = overwrite or resume and (out/'checkpoint.safetensors').exists()
     remedy = 'Add --resume to go on with a training that was interrupted, choose another --out, or add --overwrite'
     no_links(out, 'tensorboard/', 'wandb/')
-    Outputs(out, *run_files).require(may, remedy)
+    Outputs(out, 'train', *run_files).require(may, remedy)
 
 def _begin(out, resume, plot):
     "Remove a former training, unless it is resumed, and list what this one writes"

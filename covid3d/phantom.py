@@ -519,7 +519,7 @@ _row = 'case','patient','ct','lesion','lung','dataset','split','already_windowed
 
 def phantom_outputs(out) -> Outputs:
     "What `write_phantoms` writes"
-    return Outputs(out, 'cases.csv', *(f'{d}/phantom_*.nii.gz' for d in _homes.values()))
+    return Outputs(out, 'phantom', 'cases.csv', *(f'{d}/phantom_*.nii.gz' for d in _homes.values()))
 
 # %% ../nbs/03_phantom.ipynb #2cb87dc8
 def write_phantoms(

@@ -54,7 +54,7 @@ def _below(p, notes) -> list:
 # %% ../nbs/21_predict.ipynb #d55030f9
 def _in_folder(p, notes) -> list:
     "Cases of a folder"
-    try: masks = Outputs(p, '*.nii.gz').listed
+    try: masks = Outputs(p, None, '*.nii.gz').listed
     except CTError: masks = []
     files = sorted(o for o in p.iterdir() if is_nifti(o) and o.name[0]!='.' and o.name not in masks)
     return [Case(case_name(f), f) for f in files] or _below(p, notes)
@@ -228,12 +228,12 @@ def _is_done(old, row, names, out, overwrite) -> bool:
 # %% ../nbs/21_predict.ipynb #36e0e871
 def _claim(out, names, made, overwrite):
     "List the files to come, which `made` (weights and settings) make; `CTError` if one is in the way"
-    own = Outputs(out, record, '*.nii.gz', '*.dcm')
+    own = Outputs(out, 'predict', record, '*.nii.gz', '*.dcm')
     listed = {*own.listed}
     there = {k:plain(scan) for scan,ks in names.items() for k in ks if os.path.lexists(out/k)}
     odd = next((k for k in (record,*there) if k not in listed and os.path.lexists(out/k)), None)
     if odd:
-        fault = 'is there already and was not written by covid3d, which replaces only its own files'
+        fault = 'is there already and was not written by covid3d predict, which replaces only its own files'
         raise CTError(out/odd, fault, _away)
     rows = _read_rows(out/record)
     for k,scan in there.items():

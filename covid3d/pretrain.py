@@ -385,7 +385,7 @@ def one_process(
 # %% ../nbs/19_pretrain.ipynb #9b2cc539
 def _begin(out,resume,overwrite):
     "Remove a former pretraining, unless it is resumed; refuse to replace what is not to be replaced"
-    mine = Outputs(out,'checkpoint.safetensors','encoder.safetensors','history.csv')
+    mine = Outputs(out,'pretrain','checkpoint.safetensors','encoder.safetensors','history.csv')
     resumed = resume and (out/'checkpoint.safetensors').exists()
     mine.require(overwrite or resumed,'Add --resume to go on with a pretraining that was interrupted, choose another --out, or add --overwrite')
     if not resumed: mine.clear()
@@ -617,7 +617,7 @@ def transfer_study(
     one_process('transfer study'); check_recipe(**kwargs)
     for o in seeds: check_recipe(seed=o)
     with locked(out,folder=True):
-        files,mine = study_files(weights),Outputs(out,'transfer.csv','study.json','transfer.png')
+        files,mine = study_files(weights),Outputs(out,'transfer-study','transfer.csv','study.json','transfer.png')
         mine.require(True)
         kwargs = one_build(files)|kwargs
         about = study_about(table,files,folds,kwargs)

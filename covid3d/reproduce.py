@@ -139,7 +139,7 @@ def begin(
     about:dict # What decides about the result
 )->bool: # Whether a run is gone on with
     "Mark the folder of a run; refuse to go on with other arguments or data"
-    f,now,mine = out/'run.json',json.loads(as_json(about)),Outputs(out, *run_files)
+    f,now,mine = out/'run.json',json.loads(as_json(about)),Outputs(out, 'reproduce', *run_files)
     if not f.exists():
         if out.exists() and any(not o.name.startswith('.') and o.name!=manifest for o in out.iterdir()):
             raise CTError(out, 'is not empty, and holds no run of this kind', 'Choose another --out')

@@ -132,7 +132,7 @@ def test_ctrl_c_before_the_first_epoch(tmp_path, monkeypatch):
     def interrupted(*_): raise KeyboardInterrupt
     monkeypatch.setattr(module.PretrainLog, 'before_fit', interrupted)
     encoder_file(tmp_path/'encoder.safetensors'); (tmp_path/'history.csv').write_text('of a former one')
-    Outputs(tmp_path, '*').add('encoder.safetensors', 'history.csv')
+    Outputs(tmp_path, 'pretrain', '*').add('encoder.safetensors', 'history.csv')
     with pytest.raises(KeyboardInterrupt): pretrain_encoder(tmp_path, steps=2, **tiny)
     assert sorted(o.name for o in tmp_path.iterdir())==['checkpoint.safetensors','covid3d.json']
 

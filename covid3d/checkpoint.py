@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from struct import unpack_from
 
 import numpy as np, torch
 from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler
 from fastai.distributed import DistributedDL
 from fastai.optimizer import Optimizer
 from fastcore.basics import noop, patch
@@ -78,12 +80,25 @@ def write_checkpoint(
         temps_here.discard(new.name)
 
 # %% ../nbs/17_checkpoint.ipynb #f3c9d17d
+def _check_sizes(path, cure, most, parts, size):
+    "Refuse a file that is larger than a training's, or whose header has more parts"
+    if not Path(path).is_file(): return  # `open_tensors` says it
+    n = Path(path).stat().st_size
+    if n>8+most+size: raise CTError(path, f'has {n} bytes, more than this training writes', cure)
+    with open(path, 'rb') as f: head = f.read(min(int.from_bytes(f.read(8), 'little'), most))
+    n = head.count(b'{')+head.count(b'[')
+    if n>parts: raise CTError(path, f'its header has {n} parts, of at most {parts}', cure)
+
 def read_checkpoint(
-    path # From `write_checkpoint`
+    path, # From `write_checkpoint`
+    most:int=2**22, # Bytes that its header may have
+    parts:int=2**16,# Tensors, lists and dicts in it, at most; a tensor counts as three
+    size:float=math.inf # Bytes that the tensors may have
 )->tuple: # State, tensors by name
     "State and tensors of a checkpoint"
     cure = 'Give the folder of a training that was interrupted, or start anew with --overwrite'
-    with open_tensors(path, cure, most=10**8) as f: tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
+    _check_sizes(path, cure, most, parts, size)
+    with open_tensors(path, cure, most=most) as f: tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
     if 'covid3d_run' not in meta: raise CTError(path, 'is no checkpoint of `covid3d train`', cure)
     if _crc(meta['covid3d_run'], tensors)!=meta.get('crc'): raise CTError(path, 'the checkpoint is damaged: its checksum is wrong', cure)
     try: return json.loads(meta['covid3d_run']),tensors
@@ -98,6 +113,7 @@ def _need(ok, what):
 
 def _is_int(v, low=0, high=2**63)->bool: return type(v) is int and low<=v<high
 def _is_number(v)->bool: return type(v) in (int,float) and not (type(v) is int and abs(v)>2**63)
+def _is_finite(v)->bool: return _is_number(v) and math.isfinite(v)
 def _numbers(v, most=10**7)->bool: return isinstance(v, list) and len(v)<=most and all(map(_is_number, v))
 
 # %% ../nbs/17_checkpoint.ipynb #d68b3874
@@ -119,19 +135,38 @@ def get_random(
 def _is_python(s)->bool:
     "Whether `s` is the state of Python's generator"
     return isinstance(s, list) and len(s)==3 and s[0]==3 and isinstance(s[1], list) and len(s[1])==625 \
-        and all(_is_int(o, 0, 2**32) for o in s[1]) and s[1][-1]<=624 and (s[2] is None or _is_number(s[2]))
+        and all(_is_int(o, 0, 2**32) for o in s[1]) and any(s[1][:-1]) and s[1][-1]<=624 \
+        and (s[2] is None or _is_finite(s[2]))
 
 def _is_hex(s, n)->bool: return isinstance(s, str) and len(s)==2*n and re.fullmatch('[0-9a-f]*', s) is not None
 
+def _is_torch(raw)->bool:
+    "Whether torch's generator of the CPU stays within its 624 numbers, and the next normal one is finite"
+    if len(raw)!=5056: return True  # of a PyTorch with another layout
+    left,_,at = unpack_from('<iiQ', raw, 8)
+    return ((left,at)==(1,0) or 1<=left<=624 and at==625-left) and any(raw[24:5016]) \
+        and all(map(math.isfinite, unpack_from('<ddd', raw, 5016)+unpack_from('<f', raw, 5048)))
+
+def _try_random(s):
+    "Let generators that nobody uses take a state"
+    torch.Generator().set_state(_hex_seed(s['torch']))
+    if s['gpu'] and torch.cuda.is_available(): torch.Generator('cuda').set_state(_hex_seed(s['gpu']))
+    np.random.RandomState().set_state(tuple(s['numpy']))
+    for o in (s['python'],*s['loaders']): random.Random().setstate(_python_state(o))
+
 def _check_random(s, dls):
     "`Misfit` unless `s` has the form that `get_random` gives"
-    _need(isinstance(s, dict) and _is_hex(s.get('torch'), len(torch.get_rng_state())), 'random')
-    _need(s.get('gpu') is None or isinstance(s['gpu'], str) and _is_hex(s['gpu'], len(s['gpu'])//2) and len(s['gpu'])<1e5, 'random')
-    n = s.get('numpy')
+    _need(isinstance(s, dict) and {*s}=={'torch','gpu','numpy','python','loaders'}, 'random')
+    _need(_is_hex(s['torch'], len(torch.get_rng_state())) and _is_torch(bytes.fromhex(s['torch'])), 'random')
+    _need(s['gpu'] is None or isinstance(s['gpu'], str) and _is_hex(s['gpu'], len(s['gpu'])//2) and 0<len(s['gpu'])<1e5, 'random')
+    n = s['numpy']
     _need(isinstance(n, list) and len(n)==5 and n[0]=='MT19937' and isinstance(n[1], list) and len(n[1])==624, 'random')
-    _need(all(_is_int(o, 0, 2**32) for o in n[1]) and _is_int(n[2], 0, 625) and n[3] in (0,1) and _is_number(n[4]), 'random')
-    ls = s.get('loaders')
-    _need(_is_python(s.get('python')) and isinstance(ls, list) and len(ls)==len(_loaders(dls)) and all(map(_is_python, ls)), 'random')
+    _need(all(_is_int(o, 0, 2**32) for o in n[1]) and any(n[1]) and _is_int(n[2], 0, 625), 'random')
+    _need(_is_int(n[3], 0, 2) and _is_finite(n[4]), 'random')
+    ls = s['loaders']
+    _need(_is_python(s['python']) and isinstance(ls, list) and len(ls)==len(_loaders(dls)) and all(map(_is_python, ls)), 'random')
+    try: _try_random(s)
+    except (RuntimeError,TypeError,ValueError,OverflowError): raise Misfit('random') from None
 
 def _python_state(s): return (s[0],tuple(s[1]),s[2])
 
@@ -174,24 +209,34 @@ def _is_kept(new, old)->bool:
 def _form(tensors)->dict: return {k:(v.dtype,tuple(v.shape)) for k,v in tensors.items()}
 def _below(prefix, tensors)->dict: return {k[len(prefix):]:v for k,v in tensors.items() if k.startswith(prefix)}
 
+def _check_callbacks(cbs, state, tensors, model=None, learn=None, done=None):
+    "`Misfit` unless each callback gets what it declares, and nobody else gets anything"
+    _need(isinstance(state, dict) and all(isinstance(v, dict) for v in state.values()), 'callbacks')
+    _need({*state}^{c.name for c in _keepers(cbs)} <= {'steps'}, 'callbacks')
+    for c in _holders(cbs):
+        mine = _form(_below(f'{c.name}.', tensors or {}))
+        _need(not mine or model is None or mine==_form(bare_model(model).state_dict()), f'tensors of {c.name}')
+    for c in (o for o in _keepers(cbs) if o.name in state):
+        kept = state[c.name]
+        _need({*kept}=={*c.keeps} and all(_is_kept(kept[k], getattr(c, k)) for k in c.keeps), f'callback {c.name}')
+        fits = learn is None or not hasattr(type(c), 'fits') or c.fits(learn, done, tensors, **kept)
+        _need(fits, f'callback {c.name}')
+
 def set_callbacks(
     cbs,       # Callbacks
     state:dict,# From `callback_state`
-    tensors:dict={}, # From `learner_state`
-    model=None # Network, whose tensors those of callbacks must be like
+    tensors:dict={}, # From `learner_state`; None once they are gone, when a training has finished
+    model=None,# Network, whose tensors those of callbacks must be like
+    learn=None,# `Learner`, for callbacks that look whether what they get `fits`
+    done:int=None # Epochs that were finished, in all phases; None if unknown
 ):
     "Give callbacks what they kept: the attributes that they declare, and no others"
     cbs = list(cbs)
-    _need(isinstance(state, dict) and all(isinstance(v, dict) for v in state.values()), 'callbacks')
-    for c in (found := [c for c in _keepers(cbs) if c.name in state]):
-        kept = state[c.name]
-        _need({*kept}=={*c.keeps} and all(_is_kept(kept[k], getattr(c, k)) for k in c.keeps), f'callback {c.name}')
-    for c in _holders(cbs):
-        mine = _form(_below(f'{c.name}.', tensors))
-        _need(not mine or model is None or mine==_form(bare_model(model).state_dict()), f'tensors of {c.name}')
-    for c in found:
+    _check_callbacks(cbs, state, tensors, model, learn, done)
+    for c in (o for o in _keepers(cbs) if o.name in state):
         for k in c.keeps: setattr(c, k, state[c.name][k])
-    for c in _holders(cbs): setattr(c, c.keeps_tensors, {k:v.clone() for k,v in _below(f'{c.name}.', tensors).items()})  # not the file's
+    for c in _holders(cbs):  # copies, as the originals are the file's
+        setattr(c, c.keeps_tensors, {k:v.clone() for k,v in _below(f'{c.name}.', tensors or {}).items()})
 
 # %% ../nbs/17_checkpoint.ipynb #980fbe4b
 def bare_model(
@@ -222,32 +267,87 @@ def learner_state(
         scaler=scaler.state_dict() if scaler else None, recorder=_recorder_state(learn.recorder), callbacks=callback_state(learn.cbs)),tensors
 
 # %% ../nbs/17_checkpoint.ipynb #5d688bb6
-def _check_opt(opt, state, tensors):
-    "`Misfit` unless hyper-parameters and state are those of this optimiser's parameters"
-    params,hypers = list(opt.all_params()),state.get('hypers')
-    good = isinstance(hypers, list) and len(hypers)==len(opt.hypers)
-    _need(good and all(isinstance(h, dict) and {*h}=={*o} and all(map(_is_number, h.values())) for h,o in zip(hypers, opt.hypers)), 'hypers')
-    _need(isinstance(state.get('opt'), list) and len(state['opt'])==len(params), 'opt')
-    for i,((p,*_),new) in enumerate(zip(params, state['opt'])):
-        own = _below(f'opt.{i}.', tensors)
-        _need(isinstance(new, dict) and all(isinstance(v, bool) or _is_number(v) for v in new.values()), f'opt {i}')
-        _need(all(re.fullmatch('[a-z][a-z_]{0,31}', k) for k in [*new,*own]), f'opt {i}')
-        _need(all(v.is_floating_point() and (v.shape==p.shape or v.numel()==1) for v in own.values()), f'opt {i}')
+def _update_form(opt, p, own, hyper)->dict:
+    "What a step of the optimiser keeps of a parameter, tried on zeros in its place"
+    q,state = torch.zeros_like(p, requires_grad=False),dict(own)
+    q.grad = torch.zeros_like(q)
+    for f in opt.cbs:
+        if isinstance(new := f(q, **state|hyper), dict): state.update(new)
+    return {k:v for k,v in state.items() if k not in own}
 
-def _check_recorder(s):
-    good = isinstance(s, dict) and all(_numbers(s.get(k)) for k in ('lrs','iters','losses')) and isinstance(s.get('values'), list)
-    _need(good and all(map(_is_row, s['values'])) and _is_int(s.get('count')) and _is_number(s.get('smooth')), 'recorder')
+def _is_like(new, old)->bool:
+    "Whether `new` may be the optimiser's state where a step gives `old`"
+    if isinstance(new, torch.Tensor):
+        same = isinstance(old, torch.Tensor) and (new.shape,new.dtype)==(old.shape,old.dtype)
+        return same or new.dim()==0 and new.is_floating_point() and type(old) is float
+    if type(old) is int: return _is_int(new, 1, 2**53)
+    return _is_finite(new) and (not isinstance(old, torch.Tensor) or old.dim()==0)
+
+def _is_sound(k, t)->bool:
+    "Whether the numbers of a tensor are finite, and variances and counts not negative"
+    if t.is_floating_point() and not bool(torch.isfinite(t).all()): return False
+    return not k.endswith(('sqr_avg','running_var','num_batches_tracked')) or bool((t>=0).all())
+
+# %% ../nbs/17_checkpoint.ipynb #7a2adcdc
+def _is_hyper(k, v)->bool: return _is_finite(v) and v>=0 and (v<=1 or not k.endswith('mom'))
+
+def _check_hypers(learn, hypers):
+    "`Misfit` unless hyper-parameters are possible and, if no schedule changes them, those of now"
+    own,n = learn.opt.hypers,len(learn.opt.hypers)
+    scheduled = {k for c in learn.cbs if isinstance(c, ParamScheduler) for k in c.scheds} or {'lr','mom','wd'}
+    _need(isinstance(hypers, list) and len(hypers)==n and all(isinstance(h, dict) for h in hypers), 'hypers')
+    for h,o in zip(hypers, own):
+        _need({*h}=={*o} and all(_is_hyper(k, v) for k,v in h.items()), 'hypers')
+        _need(all(h[k]==o[k] for k in o if k not in scheduled), 'hypers')
+
+def _check_opt(opt, state, tensors, trained):
+    "`Misfit` unless the state is what this optimiser keeps of its parameters"
+    params,seen,new = list(opt.all_params()),0,state.get('opt')
+    _need(isinstance(new, list) and len(new)==len(params) and all(isinstance(o, dict) for o in new), 'opt')
+    for i,(p,_,s,hyper) in enumerate(params):
+        own = {k:s[k] for k in opt._keep_on_clear if k in s}
+        mine = _below(f'opt.{i}.', tensors)
+        _need({k:v for k,v in new[i].items() if k in own}==own and not {*mine}&{*new[i]}, f'opt {i}')
+        kept = {k:v for k,v in (new[i]|mine).items() if k not in own}
+        if not kept: continue  # no step was taken
+        form,seen = _update_form(opt, p, own, hyper),seen+1
+        _need({*kept}=={*form} and all(_is_like(v, form[k]) for k,v in kept.items()), f'opt {i}')
+    _need(seen or not trained, 'opt')
+
+# %% ../nbs/17_checkpoint.ipynb #20497f7f
+def _is_loss(v)->bool: return type(v) is float and abs(v)<=torch.finfo(torch.float32).max
+
+def _check_recorder(s, epoch=None):
+    "`Misfit` unless there is a loss for each step, and a row for each of `epoch` epochs"
+    _need(isinstance(s, dict) and {*s}=={'lrs','iters','losses','values','count','smooth'}, 'recorder')
+    lists = [s[k] for k in ('lrs','losses','iters','values')]
+    _need(all(isinstance(o, list) for o in lists) and _is_int(s['count']) and _is_loss(s['smooth']), 'recorder')
+    lrs,losses,iters,values = lists
+    _need(len(lrs)==len(losses)==s['count'] and all(map(_is_finite, lrs)) and all(map(_is_loss, losses)), 'recorder')
+    _need(len(values)==len(iters) and epoch in (None,len(values)), 'recorder')
+    _need(all(_is_int(o, 0, s['count']+1) for o in iters) and iters==sorted(iters), 'recorder')
+    _need(all(isinstance(v, list) and all(o is None or _is_number(o) for o in v) for v in values), 'recorder')
+    _need(len({*map(len, values)})<=1, 'recorder')
+
+def _check_scaler(own, kept):
+    "`Misfit` unless mixed precision is as it was, and its scale is one"
+    if own is None or kept is None: _need(own is kept, 'scaler'); return
+    _need(isinstance(kept, dict) and {*kept}=={*own} and all(map(_is_finite, kept.values())), 'scaler')
+    fixed = [k for k in own if k not in ('scale','_growth_tracker')]
+    _need(all(kept[k]==own[k] for k in fixed) and 0<kept.get('scale', 1)<=2**100, 'scaler')
+    _need(_is_int(kept.get('_growth_tracker', 0), 0, own.get('growth_interval', 1)+1), 'scaler')
 
 def _check_learner(learn, state, tensors, cbs):
     "`Misfit` unless a checkpoint is of this network, optimiser and scaler"
     _need(_form(_below('model.', tensors))==_form(bare_model(learn.model).state_dict()), 'weights')
-    _check_opt(learn.opt, state, tensors)
     known = ['model.', *(f'opt.{i}.' for i,_ in enumerate(learn.opt.all_params())), *(f'{c.name}.' for c in _holders([*learn.cbs, *cbs]))]
     _need(all(k.startswith(tuple(known)) for k in tensors), 'tensors')
+    _need(all(_is_sound(k, v) for k,v in tensors.items()), 'tensors')
+    _check_hypers(learn, state.get('hypers'))
     scaler = getattr(learn, 'scaler', None)
-    kept,own = state.get('scaler'),scaler.state_dict() if scaler else None
-    _need(kept is None or isinstance(kept, dict) and all(map(_is_number, kept.values())) and (own is None or {*kept}=={*own}), 'scaler')
-    _check_recorder(state.get('recorder'))
+    _check_scaler(scaler.state_dict() if scaler else None, state.get('scaler'))
+    _check_opt(learn.opt, state, tensors, trained=state.get('epoch') and not scaler)
+    _check_recorder(state.get('recorder'), state.get('epoch'))
 
 # %% ../nbs/17_checkpoint.ipynb #b0d78492
 def _like(p, t)->torch.Tensor:
@@ -349,9 +449,15 @@ class Checkpoint(Callback):
     order = 100
     def __init__(self,
         path,      # `.safetensors`
-        about:dict # Arguments of the training, which must be the same when it is resumed
+        about:dict,# Arguments of the training, which must be the same when it is resumed
+        epochs:int=None, # Of all phases together, if known
+        steps:int=10**5, # Of each phase, at most; a file that tells of more is not read
+        model=None       # Network; a file much larger than it and an optimiser's averages is not read
     ):
         self.file,self.about,self.phase,self.start,self.at,self.tensors = Path(path),about,-1,0,{},{}
+        self.epochs,self.steps,self.before = epochs,steps,0
+        weights = model.state_dict().values() if model is not None else ()
+        self.size = 2**24+16*sum(t.numel()*t.element_size() for t in weights) if weights else math.inf
         self.ran = self.last = self.stop = self.ctrl_c = self.validating = self.waits = False
 
 # %% ../nbs/17_checkpoint.ipynb #b0dc6f69
@@ -365,21 +471,35 @@ def _write(self:Checkpoint, state=None, tensors=None, **kwargs)->dict:
 
 @patch
 def finish(self:Checkpoint,
-    cbs # Callbacks whose state is kept
+    cbs,       # Callbacks whose state is kept
+    check=noop # Called before, to look whether all is there
 ):
     "Mark the training as finished"
+    with self._fitting(): _need(self.at.get('phase', 0)<=max(0, self.phase), 'phase')
+    check()
     once(lambda: self._write(callbacks=callback_state(cbs), finished=True) and None)
 
 # %% ../nbs/17_checkpoint.ipynb #465b4c2e
-def _check_state(s):
+_always = {'about','made_by','threads','phase','epoch','finished'}
+_learned = {'opt','hypers','scaler','recorder','callbacks','random'}
+
+def _check_within(w):
+    "`Misfit` unless `w` is what is noted within an epoch, or None"
+    _need(w is None or isinstance(w, dict) and {*w}=={'step','pct_train','train_iter','began'}
+          and _is_int(w['step'], 1, 10**9) and _is_finite(w['pct_train']) and _is_int(w['train_iter'], 0, 10**12), 'within')
+
+def _check_state(s, tensors):
     "`Misfit` unless `s` is what `Checkpoint` writes, as far as that can be told without the learner"
     _need(isinstance(s, dict) and isinstance(s.get('about'), dict), 'about')
     _need(isinstance(s.get('made_by'), str) and re.fullmatch(r'[\w .,+-]{1,100}', s['made_by']), 'made_by')
     _need(_is_int(s.get('threads'), 1, max(64, 4*(os.cpu_count() or 1))), 'threads')
     _need(_is_int(s.get('phase'), 0, 100) and _is_int(s.get('epoch'), 0, 10**6) and isinstance(s.get('finished'), bool), 'phase and epoch')
-    within = s.get('within')
-    _need(within is None or isinstance(within, dict) and {*within}=={'step','pct_train','train_iter','began'}
-          and _is_int(within['step'], 0, 10**9) and _is_number(within['pct_train']) and _is_int(within['train_iter'], 0, 10**12), 'within')
+    _check_within(w := s.get('within'))
+    begun = s['epoch']>0 or w is not None
+    _need(not begun if s['finished'] else begun or not s['phase'], 'phase and epoch')
+    _need(bool(tensors)==begun, 'tensors')
+    more = {'callbacks'} if s['finished'] else _learned if begun else set()
+    _need({*s}==_always|more|({'within'} if w else set()), 'list of parts')
 
 _dtypes = {str(o)[6:]:o for o in (torch.float64,torch.float32,torch.float16,torch.bfloat16,torch.int64)}
 
@@ -388,8 +508,9 @@ _dtypes = {str(o)[6:]:o for o in (torch.float64,torch.float32,torch.float16,torc
 def _fitting(self:Checkpoint):
     "A part that does not fit, in one line"
     try: yield
-    except Misfit as e:
-        raise CTError(self.file, f'is no checkpoint of this training: its part {e} does not fit', 'Start anew with --overwrite, or give the folder of this training') from None
+    except (Misfit,RecursionError) as e:
+        part = e if isinstance(e, Misfit) else 'about'  # nested too deep
+        raise CTError(self.file, f'is no checkpoint of this training: its part {part} does not fit', 'Start anew with --overwrite, or give the folder of this training') from None
 
 @patch
 def _tell(self:Checkpoint, state):
@@ -399,16 +520,23 @@ def _tell(self:Checkpoint, state):
     print(f'{self.file}: {done}{note}', flush=True)
 
 @patch
+def _room(self:Checkpoint)->dict:
+    "How long the header of a checkpoint of this training may be, and how many parts it may have"
+    about,epochs = json.dumps(self.about, default=_plain),1000 if self.epochs is None else self.epochs
+    return dict(size=self.size, most=2**22 + 2**17*place()[1] + 2*len(about) + 4000*epochs + 64*self.steps,
+                parts=2**16 + 8*epochs + about.count('{')+about.count('['))
+
+@patch
 def _open(self:Checkpoint, resume)->dict:
     sweep(self.file.parent)  # what a killed run was writing
     if not resume or not self.file.exists():
         if resume: print(f'no checkpoint in {self.file.parent}: the training begins anew', flush=True)
         return self._write()
-    state,self.tensors = read_checkpoint(self.file)
+    state,self.tensors = read_checkpoint(self.file, **self._room())
     with self._fitting():
-        _check_state(state)
+        _check_state(state, self.tensors)
         _need(all(str(v.dtype)[6:] in _dtypes for v in self.tensors.values()), 'tensors')
-    require_same(self.file, state['about'], self.about)
+        require_same(self.file, state['about'], self.about)
     self._tell(state)
     return state|dict(shapes={k:[str(v.dtype)[6:],list(v.shape)] for k,v in self.tensors.items()})
 
@@ -515,7 +643,7 @@ def before_train(self:Checkpoint):
     rand = _now(dls)
     self.began,self.done = (w['began'],w['step']) if w else (rand,0)
     if w:
-        with self._fitting(): set_random(w['began'], dls)
+        set_random(w['began'], dls)
         _pass_over(dls.train, w['step']*dls.train.bs, lambda: set_random(rand, dls))
         self.learn.pct_train,self.learn.train_iter = w['pct_train'],w['train_iter']
     self._mark(rand)
@@ -544,6 +672,13 @@ def _to_be_resumed():
         raise CTError(e.what, e.fault, f'{e.cure}, then go on with --resume') from None
 
 @patch
+def _require_room(self:Checkpoint, n_epoch, steps):
+    "Refuse to train for longer than a checkpoint is read of"
+    if steps>self.steps or n_epoch>(1000 if self.epochs is None else self.epochs):
+        fault = f'{n_epoch} epochs of {steps} steps are more than its checkpoint was told of'
+        raise CTError('epochs', fault, 'Give Checkpoint their number: epochs, steps')
+
+@patch
 def fit(self:Checkpoint,
     learn,    # `Learner`
     n_epoch,  # Of this phase
@@ -553,29 +688,46 @@ def fit(self:Checkpoint,
 ):
     "`learn.fit_one_cycle`, from where it was left"
     self.phase += 1
+    self._require_room(n_epoch, n_epoch*len(learn.dls.train))
     here = self.at.get('phase', 0)
     self.start = self.at.get('epoch', 0) if self.phase==here else 0
     self.waits = self.phase==here and bool(self.tensors)
     with self._fitting(): _need(self.start<=n_epoch, 'epoch')
-    if self.phase<here: return
-    if self.start==n_epoch: learn.model.to(learn.dls.device); self.restore(learn, cbs)
+    if self.phase<here: self.before += n_epoch; return
+    if self.start==n_epoch: self.waits = False; learn.model.to(learn.dls.device); self.restore(learn, cbs)
     else:
         with self._on_sigterm(learn.dls), _to_be_resumed(): learn.fit_one_cycle(n_epoch, *args, cbs=[*cbs, self], start_epoch=self.start, **kwargs)
 
 # %% ../nbs/17_checkpoint.ipynb #5a677783
+@patch
+def _check_place(self:Checkpoint, learn):
+    "`Misfit` unless the random numbers, and the place within the epoch, are of this training"
+    rand,w,steps = self.at['random'],self.at.get('within'),len(learn.dls.train)
+    _need(isinstance(rand, list) and len(rand)==place()[1], 'random')
+    for o in rand: _check_random(o, learn.dls)
+    if w is None: return
+    _check_random(w['began'], learn.dls)
+    _need(len(rand)==1 and self.waits and w['step']<=min(steps, w['train_iter']), 'within')
+    done = self.at['epoch']+w['step']/steps
+    _need(w['train_iter']<=done*steps+.5 and abs(w['pct_train']-done/learn.n_epoch)<1e-6, 'within')
+
 @patch
 def restore(self:Checkpoint,
     learn, # `Learner`
     cbs    # Its callbacks
 ):
     "Put back the state of the checkpoint; of a finished training, that of the callbacks"
+    at = self.at
     with self._fitting():
-        set_callbacks(cbs, self.at.get('callbacks'), self.tensors, learn.model)
-        if self.at['finished']: return
-        set_learner(learn, self.at, self.tensors, cbs)
-        rand = self.at.get('random')
-        _need(isinstance(rand, list) and len(rand)==place()[1], 'random')
-        set_random(rand[place()[0]], learn.dls)
+        if at['finished']: set_callbacks(cbs, at['callbacks'], None, learn.model, learn, self.epochs); return
+        if learn.opt is None: learn.create_opt()
+        cbs,done = [*learn.cbs, *(c for c in cbs if c not in learn.cbs)],self.before+at['epoch']
+        _check_callbacks(cbs, at['callbacks'], self.tensors, learn.model, learn, done)
+        _check_learner(learn, at, self.tensors, cbs)
+        self._check_place(learn)
+        set_callbacks(cbs, at['callbacks'], self.tensors)
+        set_learner(learn, at, self.tensors, cbs)
+        set_random(at['random'][place()[0]], learn.dls)
     self.tensors = {}
 
 @patch
@@ -627,6 +779,9 @@ class StopOnNaN(Callback):
     "End a training whose loss or weights are no longer finite"
     order,keeps = 51,('steps','epochs')  # after the recorder, whose loss is that of all processes
     def __init__(self): self.steps = self.epochs = 0
+    def fits(self, learn, done, tensors, steps, epochs)->bool:
+        "Whether there were so many epochs, and steps"
+        return done is None or epochs<=done and steps<=(done+1)*10**7
     def after_batch(self):
         if not self.training: return
         self.steps += 1

@@ -195,6 +195,13 @@ class KeepBest(WhileTraining):
         last:bool=False,   # Keep the weights of the last epoch instead, for a cross-validation: nothing is chosen then
         seen:Seen=None     # What the training holds; kept with the weights
     ): self.file,self.monitor,self.last,self.seen,self.best,self.best_epoch = Path(path),monitor,last,seen,-math.inf,None
+    def fits(self, learn, done, tensors, best, best_epoch)->bool:
+        "Whether these are a score and its epoch; the weights must be there"
+        if best_epoch is None: return best==-math.inf
+        good = not math.isinf(best) and (self.last or best<=1 or self.monitor!='scan_dice')
+        if not (good and type(best_epoch) is int and 0<=best_epoch<(10**6 if done is None else done)): return False
+        once(lambda: self._weights(learn.model) and None)
+        return True
     def before_train(self):
         super().before_train()
         if self.monitor not in self.recorder.metric_names: raise CTError('metrics', f'{self.monitor} is not among them', 'Add ScanDice() to the metrics')
@@ -212,14 +219,25 @@ class KeepBest(WhileTraining):
         spread(learn.model.state_dict().values())
     def _load(self, model):
         if self.best_epoch is None: raise CTError(self.file, 'no epoch gave a whole-scan Dice, so no weights were kept', 'Look at history.csv: was the loss NaN? Try a lower learning rate')
-        best,_,_ = load_model(self.file)
-        model.load_state_dict(best.state_dict())
+        model.load_state_dict(self._weights(model))
+    def _weights(self, model)->dict:
+        "The weights that were kept, if they are of this network"
+        best,own = load_model(self.file)[0].state_dict(),bare_model(model).state_dict()
+        if {k:v.shape for k,v in best.items()}!={k:v.shape for k,v in own.items()}:
+            raise CTError(self.file, 'holds the weights of another network', 'Start anew with --overwrite')
+        return best
 
 # %% ../nbs/18_learner.ipynb #9a61e254
 class History(WhileTraining):
     "Write the table of epochs, whole after each epoch, one table over several fits"
     order,keeps = 62,('rows',)
     def __init__(self, path): self.file,self.rows = Path(path),[]
+    def fits(self, learn, done, tensors, rows)->bool:
+        "Whether there is a row for each epoch, as long as those that come"
+        n = len(getattr(learn.recorder, 'metric_names', ())) or 4+len(learn.metrics)
+        def good(i, r): return isinstance(r, list) and len(r)==n and type(r[0]) is int and r[0]==i \
+            and not any(isinstance(o, str) for o in r[:-1])
+        return done in (None,len(rows)) and all(good(i, r) for i,r in enumerate(rows))
     def after_epoch(self):
         if not self.trains: return
         self.rows.append([len(self.rows), *self.recorder.log[1:]])
@@ -234,6 +252,9 @@ class WeightAverage(WhileTraining):
     def __init__(self,
         decay:float=.99 # d, in (0, 1)
     ): self.decay,self.n,self.mean,self.own = decay,0,{},None
+    def fits(self, learn, done, tensors, n)->bool:
+        "Whether there is a mean of `n` steps; a finished training needs it no more"
+        return tensors is None or (n>0)==any(k.startswith(f'{self.name}.') for k in tensors)
     def _state(self): return bare_model(self.learn.model).state_dict()
     def after_step(self):  # of the optimiser; with accumulated gradients not after every batch
         if not self.trains: return
@@ -550,12 +571,15 @@ def train(
         elif torch.device(dls.device).type=='cuda': learn.to_fp16()
         seen = seen_by(dls.reader, [*dict.fromkeys(dls.train_ds.items)])
         learn.kept,frozen = KeepBest(out/'model.safetensors', last=keep=='last', seen=seen),bool(pretrained) and frozen_epochs>0
-        cbs,ck = _callbacks(learn, out, clip, average, examples, plot, log, args),Checkpoint(out/'checkpoint.safetensors', args|once(lambda: _about(learn, pretrained, aug, kwargs|dict(memory=memory))))
+        about = args|once(lambda: _about(learn, pretrained, aug, kwargs|dict(memory=memory)))
+        phases,steps = [frozen_epochs]*frozen+[epochs],len(dls.train)
+        cbs = _callbacks(learn, out, clip, average, examples, plot, log, args)
+        ck = Checkpoint(out/'checkpoint.safetensors', about, sum(phases), max(phases)*steps, learn.model)
         once(lambda: _begin(out, resume, plot))
         own_random(seed)
         if ck.begin(resume): ck.restore(learn, cbs); learn.kept.put_back(learn); return learn
         with split_training(learn), _explained(learn):
             if frozen: learn.freeze(); ck.fit(learn, frozen_epochs, frozen_lr or lr, cbs=cbs)
             ck.fit(learn, epochs, thaw(learn, pretrained, lr, frozen_stages, lr_ratio), cbs=cbs)
-        ck.finish(cbs)
+        ck.finish(cbs, lambda: learn.kept.put_back(learn))  # the file that the training is for is there
     return learn

@@ -299,6 +299,17 @@ class PretrainLog(WhileTraining):
         every:int,# Steps of an epoch
         info:dict # For `save_encoder`
     ): self.out,self.every,self.info,self.rows,self.minutes = Path(out),every,info,[],0.
+    def fits(self, learn, done, tensors, rows, minutes)->bool:
+        "Whether there is a row for each epoch, and the encoder"
+        names = ['step',*getattr(learn.recorder,'metric_names',())[1:-1],'minutes']
+        def good(i, r): return isinstance(r,dict) and r.get('step')==(i+1)*self.every \
+            and (len(names)==2 or [*r]==names) and not any(isinstance(o,str) for o in r.values())
+        if rows: self.require()
+        return len(rows)==done and all(good(i,r) for i,r in enumerate(rows)) and 0<=minutes<math.inf
+    def require(self):
+        "Refuse to go on, or to end, without the encoder"
+        file = self.out/'encoder.safetensors'
+        if not file.is_file(): raise CTError(file,'no such file','Start anew with --overwrite')
     def before_train(self):
         super().before_train()
         self.start = time.monotonic()
@@ -332,6 +343,8 @@ def pretrain_loaders(
     return DataLoaders(*[DataLoader(o,bs=bs,device=torch.device(device or default_device()),**kwargs) for o in (train,fixed)])
 
 # %% ../nbs/19_pretrain.ipynb #0119e69e
+def _net(arch, width, **kwargs): return DynamicUnet3d(encoder3d(arch,False,width,**kwargs),list(classes),decoder=max(4,width//4))
+
 def pretrain_learner(
     dls,             # `pretrain_loaders`
     arch='r3d_18',   # Encoder
@@ -339,7 +352,7 @@ def pretrain_learner(
     **kwargs         # For `encoder3d`: `norm`
 )->Learner:
     "A `Learner` of lesions, lungs and kinds around a new encoder"
-    net = DynamicUnet3d(encoder3d(arch,False,width,**kwargs),list(classes),decoder=max(4,width//4))
+    net = _net(arch,width,**kwargs)
     learn = Learner(dls,net,loss_func=KnownLoss(),metrics=[KnownDice(['lesion']),KnownDice(['lung']),KnownDice(['object']),KnownDice(kinds,'kinds')])
     if torch.device(dls.device).type=='cuda': learn.to_fp16()
     else: net.to(memory_format=torch.channels_last_3d)
@@ -373,7 +386,7 @@ def fit_or_stop(
     except KeyboardInterrupt:
         if not log.rows: raise
         print(f'stopped after {log.rows[-1]["step"]} of {epochs*log.every} steps; --resume goes on from there',flush=True)
-    else: ck.finish([log])
+    else: ck.finish([log],log.require)
 
 # %% ../nbs/19_pretrain.ipynb #8d5f11e8
 def one_process(
@@ -416,10 +429,13 @@ def pretrain_encoder(
     epochs = math.ceil(steps/every)
     info = dict(encoder=getattr(arch,'__name__',arch),width=width,norm='batch')|kwargs|dict(seed=seed,bs=bs,lr=lr,share=share,phantoms=phantoms,
         spacing=spec.spacing,window=spec.window,patch=spec.patch,steps=epochs*every)
-    ck = Checkpoint(out/'checkpoint.safetensors',info|dict(every=every,grid=grid,device=device.type))
+    with torch.device('meta'): like = _net(arch,width,**kwargs)  # for its size
+    about = info|dict(every=every,grid=grid,device=device.type)
+    ck = Checkpoint(out/'checkpoint.safetensors',about,epochs,epochs*every,like)
     with locked(out,folder=True):
         _begin(out,resume,overwrite)
-        if not ck.begin(resume):
+        if ck.begin(resume): PretrainLog(out,every,info).require()
+        else:
             set_seed(seed,reproducible=True)
             n = phantoms+max(1,phantoms//6)
             scans = [phantom_scan(10_000*(seed+1)+i,spec,**(grid or {})) for i in track(range(n),'phantoms')]

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from scipy.spatial.transform import Rotation
 
 import covid3d.pretrain as module
+from covid3d.checkpoint import read_checkpoint, write_checkpoint
 from covid3d.encoder import encoder3d
 from covid3d.files import Outputs
 from covid3d.phantom import write_phantoms
@@ -172,6 +173,26 @@ def test_passed_epochs_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(module.PretrainLog, 'before_train', stop)
     pretrain_encoder(tmp_path, steps=6, every=2, resume=True, **tiny)
     assert before==[(tmp_path/o).read_bytes() for o in ('encoder.safetensors','history.csv')]
+
+@pytest.mark.promise('silent')
+def test_a_forged_checkpoint_gives_no_encoder(tmp_path):
+    "A pretraining whose checkpoint tells of more epochs, or of an encoder that is not there, is refused"
+    def finish(): raise KeyboardInterrupt
+    ck,file = tmp_path/'checkpoint.safetensors',pretrain_encoder(tmp_path, steps=4, every=2, **tiny)
+    file.rename(tmp_path/'gone')
+    with pytest.raises(CTError, match='encoder.safetensors: no such file'): pretrain_encoder(tmp_path, steps=4, every=2, resume=True, **tiny)
+    (tmp_path/'gone').rename(file); ck.unlink()
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(module.Checkpoint, 'after_fit', lambda *_: finish())
+        pretrain_encoder(tmp_path, steps=4, every=2, **tiny)
+    good,tensors = read_checkpoint(ck)
+    assert (good['epoch'],len(good['callbacks']['pretrain_log']['rows']))==(1,1)
+    first, = good['callbacks']['pretrain_log']['rows']
+    for log in (dict(rows=[]), dict(rows=[first]*2), dict(rows=[first|dict(step=4)]), dict(rows=[{'step':2}]), dict(rows=[first|dict(kinds='00:01')]), dict(rows=[[1.,2.]]), dict(minutes=float('nan')), dict(minutes=-1.)):
+        write_checkpoint(ck, good|dict(callbacks=good['callbacks']|dict(pretrain_log=good['callbacks']['pretrain_log']|log)), tensors)
+        with pytest.raises(CTError, match='callback pretrain_log does not fit'): pretrain_encoder(tmp_path, steps=4, every=2, resume=True, **tiny)
+    write_checkpoint(ck, good, tensors)
+    assert pretrain_encoder(tmp_path, steps=4, every=2, resume=True, **tiny)==file and len(pd.read_csv(tmp_path/'history.csv'))==2
 
 def test_one_process_alone(tmp_path, monkeypatch):
     for k,v in dict(RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29500').items(): monkeypatch.setenv(k, v)

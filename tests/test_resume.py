@@ -1,5 +1,5 @@
 "Nothing is lost: trainings killed at random moments, while they write, and on a full disk go on and end bit-equal"
-import csv, json, os, random, shutil, signal, subprocess, sys, time
+import csv, json, math, os, random, shutil, signal, subprocess, sys, time
 from multiprocessing import active_children
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from safetensors.torch import load_file, save_file
 
-from covid3d.checkpoint import Checkpoint, read_checkpoint
+from covid3d.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from covid3d.encoder import encoder3d
 from covid3d.phantom import write_phantoms
 
@@ -194,6 +194,37 @@ def test_what_is_there_already(data, worker, broken, straight, tmp_path):
     res = worker(words(data, straight[0]/'run', '--resume'))
     assert res['status']==0 and 'it had finished' in res['out'] and (straight[0]/'run'/'model.safetensors').read_bytes()==before
     assert 'begins anew' in worker(words(data, tmp_path/'new', '--resume'), writing=2)['out']
+
+def at_the_end(s):
+    "Make a state say that all epochs are done, with tables to match, though no weights were kept"
+    rows,r = s['callbacks']['history']['rows'],s['recorder']
+    rows += [[i,*rows[0][1:]] for i in range(len(rows), 4)]
+    r.update(iters=[r['count']]*3, values=r['values'][:1]*3)
+    s['callbacks']['keep_best'].update(best=-math.inf, best_epoch=None)
+    s.update(phase=1, epoch=3)
+
+@pytest.mark.promise('silent')
+@pytest.mark.parametrize('forge,gone,said', [(at_the_end, True, 'no weights were kept'), (at_the_end, False, 'no weights were kept'), (lambda s: s.update(epoch=3, phase=1), False, 'does not fit'), (lambda s: s.update(phase=7), False, 'does not fit'),
+    (lambda s: None, True, 'no such file')], ids=['end','end_with_file','epoch','phase','gone'])
+def test_no_file_is_reported_that_was_not_written(data, worker, broken, tmp_path, forge, gone, said):
+    "A forged checkpoint does not make a training end with success and name weights that were never kept"
+    shutil.copytree(broken, tmp_path/'run')
+    ck = tmp_path/'run'/'checkpoint.safetensors'
+    state,tensors = read_checkpoint(ck)
+    forge(state); write_checkpoint(ck, state, tensors)
+    if gone: (tmp_path/'run'/'model.safetensors').unlink()
+    refused(worker, words(data, tmp_path/'run', '--resume'), said)
+    assert not read_checkpoint(ck)[0]['finished'] and (tmp_path/'run'/'model.safetensors').exists()!=gone
+
+@pytest.mark.promise('silent')
+def test_a_training_is_not_finished_because_its_checkpoint_says_so(data, worker, broken, tmp_path):
+    "A checkpoint that says the training had finished, after one epoch of four, is refused"
+    shutil.copytree(broken, tmp_path/'run')
+    ck = tmp_path/'run'/'checkpoint.safetensors'
+    state,_ = read_checkpoint(ck)
+    for k in ('opt','hypers','scaler','recorder','random'): del state[k]
+    write_checkpoint(ck, state|dict(finished=True, phase=0, epoch=0), {})
+    refused(worker, words(data, tmp_path/'run', '--resume'), 'callback history does not fit')
 
 def test_nan(data, worker, tmp_path):
     "The loss is no number: one line with step and cases; no checkpoint with NaN"

@@ -309,9 +309,11 @@ def run(folder, resume=False, *more):
     learn = Learner(dls, nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)), loss_func=nn.MSELoss())
     keep = KeepBest(folder/'model.safetensors', last=True)
     keep.after_epoch = keep.after_fit = keep.before_train = lambda: None
-    ck = Checkpoint(folder/'checkpoint.safetensors', dict(lr=.1))
-    with redirect_stdout(io.StringIO()): ck.begin(resume)
-    with learn.no_bar(), learn.no_logging(): ck.fit(learn, 2, .01, cbs=[History(folder/'history.csv'), WeightAverage(.9), keep, *more])
+    ck,cbs = Checkpoint(folder/'checkpoint.safetensors', dict(lr=.1), epochs=2),[History(folder/'history.csv'), WeightAverage(.9), keep, *more]
+    with redirect_stdout(io.StringIO()): finished = ck.begin(resume)
+    if finished: ck.restore(learn, cbs); return learn
+    with learn.no_bar(), learn.no_logging(): ck.fit(learn, 2, .01, cbs=cbs)
+    ck.finish(cbs)
     return learn
 
 @pytest.fixture
@@ -386,6 +388,176 @@ def test_K6_tensors_of_another_training(stopped, change):
     change(tensors)
     write_checkpoint(path, state, tensors)
     refused(lambda: run(stopped, True), 'checkpoint.safetensors')
+
+def torch_state(**fields):
+    "torch's random state with other numbers at some places, by their offset"
+    raw = bytearray(torch.get_rng_state().numpy().tobytes())
+    for at,(form,v) in fields.items(): struct.pack_into(form, raw, int(at[1:]), v)
+    return raw.hex()
+
+def at(path, value):
+    "A change that sets what is at 'a.0.b' within the state of a checkpoint"
+    return lambda s, t: put(s, path, value)
+
+def each_forgery(**changes):
+    return each('change', changes.values(), ids=list(changes))
+
+def forgery_is_refused(stopped, change, *said):
+    "A resumed training ends in one line after `change` of state and tensors, and no file is touched"
+    path = stopped/'checkpoint.safetensors'
+    state,tensors = read_checkpoint(path)
+    state,tensors = json.loads(json.dumps(state)),{k:v.clone() for k,v in tensors.items()}
+    change(state, tensors)
+    write_checkpoint(path, state, tensors)
+    before = {o.name:o.read_bytes() for o in stopped.iterdir()}
+    refused(lambda: run(stopped, True), '.safetensors', *said)
+    assert {o.name:o.read_bytes() for o in stopped.iterdir()}==before
+
+@pytest.mark.promise('executed')
+@each_forgery(ones=at('random.0.torch', 'ff'*5056), past_the_end=at('random.0.torch', torch_state(_8=('<i', 624), _16=('<Q', 600))), zeros=at('random.0.torch', torch_state(_8=('<i', 1), _16=('<Q', 0))[:48]+'00'*5032),
+    nan=at('random.0.torch', torch_state(_5024=('<d', math.nan))), numpy_zeros=at('random.0.numpy.1', [0]*624), numpy_nan=at('random.0.numpy.4', math.nan), numpy_gauss=at('random.0.numpy.3', 1.),
+    python_zeros=at('random.0.python.1', [0]*624+[624]), python_nan=at('random.0.python.2', math.nan), loader_zeros=at('random.0.loaders.0.1', [0]*624+[624]), more=at('random.0.surprise', 1))
+def test_a_forged_random_state_is_one_line(stopped, change):
+    "A random state that a generator refuses, that makes torch read past its end, or that gives only zeros or NaN is refused"
+    forgery_is_refused(stopped, change, 'part random does not fit')
+
+def scalar(v): return lambda s, t: t.update({'opt.0.grad_avg':torch.tensor(v)})
+def nan_at(k, v=math.nan): return lambda s, t: t[k].view(-1)[:1].fill_(v)
+def without(*starts):
+    def change(s, t):
+        for k in [k for k in t if k.startswith(starts)]: del t[k]
+    return change
+
+@pytest.mark.fault('K6')
+@pytest.mark.promise('silent')
+@each_forgery(scalar=scalar(.5), one=lambda s, t: t.update({'opt.0.grad_avg':torch.zeros(1)}), double=lambda s, t: t.update({'opt.0.grad_avg':torch.zeros(3,2).double()}), more=lambda s, t: t.update({'opt.0.more':torch.zeros(3,2)}),
+    twice=lambda s, t: t.update({'opt.0.step':torch.tensor(1.)}), missing=lambda s, t: t.pop('opt.0.grad_avg'), flag=lambda s, t: t.update({'opt.1.do_wd':torch.zeros(3)}), step_gone=lambda s, t: s['opt'][0].pop('step'),
+    step_zero=at('opt.0.step', 0), step_back=at('opt.0.step', -1), step_float=at('opt.0.step', 1.5), step_nan=at('opt.0.step', math.nan), step_huge=at('opt.0.step', 2**63), key=at('opt.0.surprise', 1.), wd=at('opt.2.do_wd', True))
+def test_K6_what_the_optimiser_keeps_has_the_form_of_a_step(stopped, change):
+    "The optimiser's averages and counts have the names, shapes and types that a step gives them, and counts begin at 1"
+    forgery_is_refused(stopped, change, 'part opt')
+
+@pytest.mark.fault('K12')
+@pytest.mark.promise('silent')
+@each_forgery(weight=nan_at('model.0.weight'), infinite=nan_at('model.0.weight', math.inf), average=nan_at('weight_average.0.weight'), moment=nan_at('opt.0.grad_avg'), negative=nan_at('opt.0.sqr_avg', -1.),
+    variance=nan_at('model.1.running_var', -1.), count=nan_at('model.1.num_batches_tracked', -1))
+def test_K12_tensors_of_a_checkpoint_are_finite(stopped, change):
+    "NaN and infinity in a checkpoint, and variances and counts below 0, are refused before they spoil a training"
+    forgery_is_refused(stopped, change, 'part tensors does not fit')
+
+def no_optimiser(s, t): without('opt.')(s, t); s['opt'] = [{k:v for k,v in o.items() if k=='do_wd'} for o in s['opt']]
+
+@pytest.mark.fault('K6')
+@pytest.mark.promise('lost','silent')
+@each_forgery(all=without(''), weights=without('model.'), optimiser=no_optimiser, average=without('weight_average.'))
+def test_K6_a_checkpoint_without_its_tensors_is_refused(stopped, change):
+    "A training that has begun does not begin anew, or with a fresh optimiser or average, when its checkpoint has lost the tensors"
+    forgery_is_refused(stopped, change, 'does not fit')
+
+@pytest.mark.promise('silent')
+@each_forgery(epoch=at('epoch', 2), epoch_zero=at('epoch', 0), phase=at('phase', 1), last_phase=at('phase', 99), finished=at('finished', True),
+    finished_alone=lambda s, t: (t.clear(), s.update(finished=True, epoch=0), [s.pop(k) for k in ('opt','hypers','scaler','recorder','random')]))
+def test_a_forged_place_is_refused(stopped, change):
+    "An epoch, a phase or an end that the checkpoint's own tables do not bear out is refused"
+    forgery_is_refused(stopped, change, 'does not fit')
+
+def row(change): return lambda s, t: s['callbacks']['history'].update(rows=change(s['callbacks']['history']['rows']))
+
+@pytest.mark.promise('silent')
+@each_forgery(long=row(lambda r: [r[0]+[1.]]), short=row(lambda r: [r[0][:-1]]), empty=row(lambda r: [[]]), none=row(lambda r: []), two=row(lambda r: r*2), number=row(lambda r: [[7,*r[0][1:]]]),
+    half=row(lambda r: [[0.,*r[0][1:]]]), time=row(lambda r: [[0,'00:01',*r[0][2:]]]), named=row(lambda r: [dict(zip('abcde', r[0]))]), flat=row(lambda r: [1.]))
+def test_a_row_of_history_fits_the_table(stopped, change):
+    "History has one row for each epoch, numbered from 0 and as long as the rows to come"
+    forgery_is_refused(stopped, change, 'callback history does not fit')
+
+@pytest.mark.promise('silent')
+@each_forgery(evil=at('callbacks.evil', {}), named=at('callbacks.evil', dict(rows=[])), gone=lambda s, t: s['callbacks'].pop('weight_average'), part=at('evil', 1), shapes=at('shapes', {}), part_gone=lambda s, t: s.pop('scaler'),
+    recorder=at('recorder.evil', []), within=at('within', None))
+def test_unknown_and_missing_parts_are_refused(stopped, change):
+    "A checkpoint has the parts that this training writes, no more and no fewer"
+    forgery_is_refused(stopped, change, 'does not fit')
+
+wrong = dict(count=at('recorder.count', 10**18), count_zero=at('recorder.count', 0), losses=at('recorder.losses', [1.]), loss_nan=at('recorder.losses', [math.nan]*3), loss_whole=at('recorder.losses', [1,1,1]),
+    loss_huge=at('recorder.losses', [1e300]*3), loss_overflow=at('recorder.losses', [2**63]*3), smooth_whole=at('recorder.smooth', 1), smooth_nan=at('recorder.smooth', math.nan), smooth_overflow=at('recorder.smooth', 2**63),
+    lrs=at('recorder.lrs', [math.inf]*3), iters=at('recorder.iters', [99]), iters_float=at('recorder.iters', [1.5]), values=at('recorder.values', []), values_two=at('recorder.values', [[1.],[1.]]),
+    values_text=at('recorder.values', [['00:01']]), values_named=at('recorder.values', [{'a':1.}])) | {f'hypers_{k}_{v}':at(f'hypers.0.{k}', v) for k,vs in dict(lr=[math.nan,math.inf,-1.], mom=[1.5,-.1,math.nan],
+    sqr_mom=[1.5,.5], wd=[-1.,math.inf], eps=[math.nan,0.,1e30,-1e-5]).items() for v in vs} | {f'best_{a}_{b}':lambda s, t, a=a, b=b: s['callbacks']['keep_best'].update(best=a, best_epoch=b)
+    for a,b in ((.5,None), (math.inf,0), (math.nan,None), (.5,7), (.5,.5), (.5,-1))} | dict(average=at('callbacks.weight_average.n', 0), scaler=at('scaler', {}), scale=at('scaler', dict(scale=-1.)))
+
+@pytest.mark.promise('silent')
+@each_forgery(**wrong)
+def test_numbers_that_no_training_has_are_refused(stopped, change):
+    "Losses, counts, hyper-parameters and scores that are NaN, infinite, negative, of another type, or not those of this training are refused"
+    forgery_is_refused(stopped, change, 'does not fit')
+
+def within(**kwargs):
+    def change(s, t): s['within'] = dict(step=1, pct_train=.5+1/6, train_iter=4, began=json.loads(json.dumps(s['random'][0]))) | kwargs
+    return change
+
+@pytest.mark.promise('silent')
+@each_forgery(step=within(step=4), zero=within(step=0), pct=within(pct_train=.9), nan=within(pct_train=math.nan), more=within(train_iter=10**11), fewer=within(train_iter=0), began=within(began={}), key=within(more=1),
+    random=lambda s, t: (within()(s, t), put(s, 'within.began.torch', 'ff'*5056)), done=lambda s, t: (within()(s, t), s.update(epoch=2)))
+def test_a_forged_place_within_an_epoch_is_refused(stopped, change):
+    "A place within an epoch that is not one of its steps, or whose random state is none, is refused before anything is trained"
+    forgery_is_refused(stopped, change, 'does not fit')
+
+def test_a_good_place_within_an_epoch_resumes(stopped):
+    path = stopped/'checkpoint.safetensors'
+    state,tensors = read_checkpoint(path)
+    within()(state, tensors); write_checkpoint(path, state, tensors)
+    run(stopped, True)
+    assert read_checkpoint(path)[0]['finished']
+
+@pytest.mark.promise('silent')
+@each('harm', ['missing','cut','other'])
+def test_weights_that_were_kept_are_there(stopped, good, harm):
+    "A checkpoint that tells of weights that were kept is refused unless they are there, whole, and of this network"
+    if harm!='missing': (stopped/'model.safetensors').write_bytes(good.read_bytes()[:None if harm=='other' else -9])
+    forgery_is_refused(stopped, lambda s, t: s['callbacks']['keep_best'].update(best=.5, best_epoch=0), 'model.safetensors')
+
+def nested(n):
+    o = {}
+    for _ in range(n): o = {'a':o}
+    return o
+
+@pytest.mark.promise('executed')
+@each('n', [300, 480, 900])
+def test_arguments_nested_too_deep_are_refused(stopped, n):
+    "Arguments nested hundreds of levels deep are refused in one line"
+    text = json.dumps(read_checkpoint(stopped/'checkpoint.safetensors')[0]|dict(about='HERE')).replace('"HERE"', '{"a":'*n+'1'+'}'*n)
+    save_file({}, stopped/'checkpoint.safetensors', dict(covid3d_run=text, crc=covid3d.checkpoint._crc(text, {})))
+    refused(lambda: run(stopped, True), 'checkpoint.safetensors')
+
+def raw_checkpoint(path, tensors, text='{}'):
+    entries = ','.join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(tensors))
+    head = f'{{"__metadata__":{json.dumps(dict(covid3d_run=text, crc="0"))}{","*bool(tensors)}{entries}}}'.encode()
+    path.write_bytes(struct.pack('<Q', len(head))+head)
+
+@pytest.mark.fault('K7')
+@pytest.mark.promise('executed')
+def test_K7_a_header_of_a_million_tensors_takes_no_memory(good, tmp_path):
+    "A checkpoint whose header names a million tensors, or whose text holds millions of lists, is refused within seconds and for less than 100 MB"
+    for name,args in dict(million=(10**6,), many=(40_000,), lists=(0, '['+'[],'*10**6+'0]'), long=(0, '['+'0,'*10**7+'0]')).items(): raw_checkpoint(tmp_path/f'{name}.safetensors', *args)
+    mb,secs = cost("for p in root.glob('*.safetensors'): told(lambda: read_checkpoint(p))", good, tmp_path)
+    assert mb<100 and secs<4, (mb,secs)
+
+@pytest.mark.promise('executed')
+def test_a_checkpoint_that_claims_gigabytes_takes_no_memory(good, tmp_path):
+    "A checkpoint that claims gigabytes of tensors, though it takes no room on the disk, is refused before they are read"
+    n,path = 2**31,tmp_path/'checkpoint.safetensors'
+    head = json.dumps(dict(a=dict(dtype='F32', shape=[n//4], data_offsets=[0,n]))).encode()
+    with path.open('wb') as f: f.write(struct.pack('<Q', len(head))+head); f.truncate(8+len(head)+n)
+    mb,secs = cost("from covid3d.checkpoint import Checkpoint\nck = Checkpoint(root/'checkpoint.safetensors', {}, model=torch.nn.Linear(2, 1)); told(lambda: ck.begin(True))", good, tmp_path)
+    assert mb<100 and secs<4, (mb,secs)
+
+@pytest.mark.promise('lost')
+def test_a_training_longer_than_its_checkpoint_is_read_of_does_not_begin(tmp_path):
+    "A training whose checkpoint would be too long to be read again is refused before it starts"
+    dls = DataLoaders(*[DataLoader(Data(), bs=2) for _ in range(2)], device=torch.device('cpu'))
+    learn = Learner(dls, nn.Linear(2, 1), loss_func=nn.MSELoss())
+    for limits in (dict(epochs=1), dict(steps=5)):
+        ck = Checkpoint(tmp_path/'checkpoint.safetensors', {}, **limits); ck.begin()
+        refused(lambda: ck.fit(learn, 2, .01), '2 epochs of 6 steps', 'epochs, steps')
 
 # One process of several
 

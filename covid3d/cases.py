@@ -11,7 +11,7 @@ __all__ = ['splits', 'columns', 'source_columns', 'levels', 'inside_line', 'pars
            'report_table', 'report_json']
 
 # %% ../nbs/04_cases.ipynb #412059ba
-import io, math, os, re, warnings
+import csv, io, math, os, re, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -157,10 +157,13 @@ def _read_csv(path) -> pd.DataFrame:
     if not os.path.lexists(p): raise CTError(p, 'no such case table', 'Write one with `covid3d cases`')
     text = _table_text(p)
     head = next((o for o in text.splitlines() if o.strip()), '')
+    sep = max(',;\t', key=head.count)
+    if twice := [o for o,n in Counter(next(csv.reader([head], delimiter=sep), ())).items() if n>1 and o]:
+        raise CTError(p, f'has two columns called {plain(twice[0])[:60]!r}', 'Rename or remove one')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('error', pd.errors.ParserWarning)  # a line longer than the header would push the columns along
-            df = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, sep=max(',;\t', key=head.count), engine='python', index_col=False)
+            df = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, sep=sep, engine='python', index_col=False)
     except Exception as e: raise CTError(p, f'is no CSV ({type(e).__name__})', _rewrite) from None
     return df.map(lambda s: s[1:] if isinstance(s, str) and re.match("'[=+@\t\r-]", s) else s)  # what `safe_cell` put before it
 
@@ -180,8 +183,9 @@ def _table_faults(df, p):
         if re.search(r'[/\\\0]', str(c)) or c in ('.','..') or plain(c)!=c or len(os.fsencode(c))>200:
             yield CTError(p, f'case {plain(c)[:60]!r} cannot be the name of a file', 'Rename it: masks are called after their case')
     for c in df.case[df.case.duplicated()].unique(): yield CTError(p, f'case {c!r} stands there twice', 'Give each scan a name of its own')
-    for _,g in df.groupby(df.ct.map(os.path.normpath)):
-        if len(g)>1: yield CTError(p, f'cases {g.case.iloc[0]!r} and {g.case.iloc[1]!r} are the same scan',
+    at = df.ct.map(os.path.normpath)
+    for _,g in df[at.duplicated(keep=False)].groupby(at):
+        yield CTError(p, f'cases {g.case.iloc[0]!r} and {g.case.iloc[1]!r} are the same scan',
                                    'Keep one: a scan in train and in test flatters the score')
     for o in sorted({*df.get('split', ())}-{*splits,''}):
         yield CTError(p, f'split {o!r} is unknown', f'Use {", ".join(splits)}, or nothing for a scan that is not used')
@@ -190,10 +194,11 @@ def _table_faults(df, p):
 def _split_patients(df, p):
     "Patients in two splits: a network recognises a chest it was trained on"
     if not {'patient','split'}<={*df}: return
-    for _,g in df[(df.patient!='') & (df.split!='')].groupby('patient'):
-        if g.split.nunique()>1:
-            cases,found = ', '.join(map(repr, g.case[:3])),' and '.join(sorted(g.split.unique()))
-            yield CTError(p, f'cases {cases} are of one patient but in {found}', 'Put all scans of a patient into one split')  # F5
+    df = df[(df.patient!='') & (df.split!='')]
+    several = df.groupby('patient').split.transform('nunique')>1
+    for _,g in df[several].groupby('patient'):
+        cases,found = ', '.join(map(repr, g.case[:3])),' and '.join(sorted(g.split.unique()))
+        yield CTError(p, f'cases {cases} are of one patient but in {found}', 'Put all scans of a patient into one split')  # F5
 
 # %% ../nbs/04_cases.ipynb #f0370a30
 source_columns = ('scan','source (may name patients: keep this file with the data)','left out')
@@ -263,7 +268,7 @@ def safe_cell(
 )->str: # The same, unable to run in a spreadsheet
     "Text of a cell that no spreadsheet takes for a formula"
     if isinstance(o, float): return '' if np.isnan(o) else f'{o:.4f}'
-    s = re.sub('[\r\n]+', ' ', str(o))
+    s = plain(o)
     return "'"+s if re.match('[=+@\t\r-]', s) and not re.fullmatch(r'-?[\d.]+(:-?[\d.]+)?', s) else s
 
 # %% ../nbs/04_cases.ipynb #590df6d7

@@ -497,7 +497,7 @@ def _seen(weights)->set:
     "Digests of the scans that trained or chose weights; None where a file does not tell"
     from covid3d import inference
     paths = weights.split(',') if ',' in weights and not Path(weights).exists() else weights
-    found = [inference.read_seen(p) for p in inference._weights_in(paths)]
+    found = [inference.read_seen(p) for p in inference.weights_in(paths)]
     return {d for o in found for d in o.scans} if all(o and o.scans for o in found) else None
 
 def _model(weights, device):

@@ -10,14 +10,14 @@ __all__ = ['counts_of', 'row_names', 'least_patients', 'shares', 'too_few', 'abo
            'score_cases', 'counts', 'per_patient', 'ratio', 'ratio_se', 'ratio_interval', 'mean_interval', 'quantiles',
            'bounds_of', 'summarise', 'signed', 'many', 'span', 'headline', 'check_same_cases', 'compare',
            'paired_tests', 'holm', 'scores_csv', 'read_scores', 'plot_scores', 'label_of', 'agreement', 'plot_volumes',
-           'Snapshot', 'Extremes', 'snapshot', 'crop_body', 'plot_snapshot', 'network_digest', 'pair_digest', 'to_json',
-           'row_from', 'pack', 'unpack', 'read_journal', 'Journal', 'begin_journal', 'fmt', 'html_table',
-           'summary_rows', 'statements', 'cards', 'case_rows', 'compare_rows', 'compare_text', 'compared',
-           'compare_html', 'figure', 'section', 'bullets', 'page', 'draw_all', 'keep_inputs', 'report_page',
-           'write_report', 'open_report', 'evaluate_cases', 'class_note', 'seen_note']
+           'Snapshot', 'Extremes', 'snapshot', 'crop_body', 'plot_snapshot', 'pair_digest', 'to_json', 'row_from',
+           'pack', 'unpack', 'read_journal', 'Journal', 'begin_journal', 'fmt', 'html_table', 'summary_rows',
+           'statements', 'cards', 'case_rows', 'compare_rows', 'compare_text', 'compared', 'compare_html', 'figure',
+           'section', 'bullets', 'page', 'draw_all', 'keep_inputs', 'report_page', 'write_report', 'open_report',
+           'evaluate_cases', 'class_note', 'seen_note']
 
 # %% ../nbs/20_evaluate.ipynb #0e3d4645
-import base64, hashlib, html, json, math, os, re, stat, sys, tempfile, zlib
+import base64, hashlib, html, io, json, math, os, re, stat, sys, tempfile, zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -29,7 +29,7 @@ from scipy.stats import bootstrap, permutation_test, wilcoxon
 from . import __version__
 from .cases import safe_cell, told, without_paths
 from .files import Outputs, locked, read_bytes
-from .inference import segment
+from .inference import network_digest, segment
 from .metrics import score_names, scores
 from .show import lung_window, outline_colors, save_figure, show_slice, track
 from .transforms import CTSpec
@@ -322,7 +322,8 @@ def read_scores(
     cure = 'Give the scores.csv that `covid3d evaluate` wrote'
     if not path.is_file(): raise CTError(path, 'no such file', cure)
     text = ('case','patient','empty','error')
-    try: df = pd.read_csv(path, dtype=dict.fromkeys(text, object), keep_default_na=False, float_precision='round_trip', na_values={k:[''] for k in row_names if k not in text})
+    raw = read_bytes(path, 2**26, cure)
+    try: df = pd.read_csv(io.BytesIO(raw), dtype=dict.fromkeys(text, object), keep_default_na=False, float_precision='round_trip', na_values={k:[''] for k in row_names if k not in text})
     except (ValueError,UnicodeError) as e: raise CTError(path, f'not a table of scores ({" ".join(str(e).split())[:80]})', cure) from None
     if missing := [k for k in ('case','dice','tp','fp','fn','empty','error') if k not in df]: raise CTError(path, f'the column {", ".join(missing)} is missing', cure)
     for k in ('case','patient','error'):
@@ -470,18 +471,6 @@ def plot_snapshot(
     ax.text(.02, .98, 'R', color='white', fontsize=9, transform=ax.transAxes, va='top')
     fig.legend([plt.Line2D([],[],color=c) for c in outline_colors[:2]], ['reference','prediction'], loc='outside lower center', ncols=2, fontsize=8, frameon=False)
     return fig
-
-# %% ../nbs/20_evaluate.ipynb #96f4b10d
-def network_digest(
-    model,      # Network, or several as one
-    spec:CTSpec # What it was trained with
-)->str:
-    "The same for networks with the same weights and input, whatever files they come from"
-    h = hashlib.blake2b(f'{type(model).__name__} {json.dumps(asdict(spec))}'.encode(), digest_size=16)
-    for k,t in model.state_dict().items():
-        h.update(f'{k} {t.dtype} {tuple(t.shape)}'.encode())
-        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return h.hexdigest()
 
 # %% ../nbs/20_evaluate.ipynb #29d007af
 def pair_digest(

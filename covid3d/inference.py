@@ -6,7 +6,7 @@ Docs: https://covid3d.github.io/covid3d/inference.html.md"""
 
 # %% auto #0
 __all__ = ['weights_format', 'window_starts', 'blend_weights', 'sliding_window', 'out_of_memory', 'segment', 'NetSpec', 'Seen',
-           'save_model', 'load_model', 'read_seen', 'Ensemble', 'load_models']
+           'save_model', 'load_model', 'read_seen', 'Ensemble', 'load_models', 'weights_in', 'network_digest']
 
 # %% ../nbs/14_inference.ipynb #6ada0e46
 import hashlib, json, math, os, re
@@ -291,15 +291,17 @@ def load_models(
     device='cpu' # Where to put them
 )->tuple: # Network, or `Ensemble`, in eval mode; `CTSpec`
     "Open one saved model, or several as one"
-    paths = _weights_in(paths)
+    paths = weights_in(paths)
     if not paths: raise CTError('weights', 'no file was given', 'Give the model.safetensors that `covid3d train` wrote')
     loaded = [load_model(p, device) for p in paths]
     odd = next((p for p,(_,ct,_) in zip(paths, loaded) if ct!=loaded[0][1]), None)
     if odd: raise CTError(odd, f'was trained with another spacing, window, patch or classes than {paths[0]}', 'Average models that were trained alike')
     return (loaded[0][0] if len(loaded)==1 else Ensemble(m for m,_,_ in loaded).eval()),loaded[0][1]
 
-def _weights_in(paths)->list:
-    "Files of weights"
+def weights_in(
+    paths # One `.safetensors`, a list of them, or a folder that `covid3d train --folds` wrote
+)->list: # Files
+    "Which files of weights are meant"
     if not isinstance(paths, (str,Path)): return list(paths)
     f = Path(paths)/'folds.json'
     if not os.path.lexists(f): return [paths]
@@ -308,3 +310,15 @@ def _weights_in(paths)->list:
     left = next((i for i in range(k) if not (Path(paths)/f'fold_{i}'/'scores.csv').exists()), None)
     if left is not None: raise CTError(paths, f'fold {left} of {k} is not trained and scored yet', f'Train it with --folds {k} --fold {left}')
     return [Path(paths)/f'fold_{i}'/'model.safetensors' for i in range(k)]
+
+# %% ../nbs/14_inference.ipynb #4f835ca5
+def network_digest(
+    model,      # Network, or several as one
+    spec:CTSpec # What it was trained with
+)->str:
+    "The same for networks with the same weights and input, whatever files they come from"
+    h = hashlib.blake2b(f'{type(model).__name__} {json.dumps(asdict(spec))}'.encode(), digest_size=16)
+    for k,t in model.state_dict().items():
+        h.update(f'{k} {t.dtype} {tuple(t.shape)}'.encode())
+        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()

@@ -13,7 +13,7 @@ __all__ = ['solids', 'kinds', 'unknown', 'classes', 'study_colors', 'no_files', 
            'file_build', 'read_study', 'study_files', 'one_build', 'study_about', 'same_setting', 'transfer_study']
 
 # %% ../nbs/19_pretrain.ipynb #be6a8d59
-import json, math, os, random, time
+import io, json, math, os, random, time
 from collections import Counter
 from dataclasses import asdict
 from inspect import signature
@@ -39,7 +39,7 @@ from .checkpoint import Checkpoint, StopOnNaN, case_digests, described, require_
 from .data import CTDataLoaders
 from .distributed import started
 from .encoder import download, encoder3d, encoder_info, encoder_state, find_arch, kinetics, read_weights, weights_width, unfinished
-from .files import Outputs, locked, read_json
+from .files import Outputs, locked, read_bytes, read_json
 from .learner import ScanDice, WhileTraining, check_recipe, thaw, unet_learner_3d
 from .losses import soft_dice
 from .phantom import centred_mm, phantom, ring
@@ -546,8 +546,9 @@ def read_study(
 )->pd.DataFrame:
     "The rows of a study so far"
     if not Path(path).is_file(): return pd.DataFrame(columns=_study_row)
-    try: df = pd.read_csv(path)
-    except (OSError,ValueError) as e: raise CTError(path,f'is no table of a study ({type(e).__name__})','Choose another folder (--out)') from None
+    raw = read_bytes(path,2**26,'Choose another folder (--out)')
+    try: df = pd.read_csv(io.BytesIO(raw))
+    except ValueError as e: raise CTError(path,f'is no table of a study ({type(e).__name__})','Choose another folder (--out)') from None
     lacks = [k for k in _study_row if k not in df]
     if lacks: raise CTError(path,f'is no table of a study: it has no column {lacks[0]}','Choose another folder (--out)')
     return df

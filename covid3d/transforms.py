@@ -174,7 +174,7 @@ class CTSpec:
         if not self.whole and not all(1e-3<=s<=1e3 for s in self.spacing): raise CTError('spacing', f'{self.spacing} is not three lengths of 0.001 to 1000 mm', 'Give slice, row and column spacing')
         if not all(p==int(p)>=4 for p in self.patch): raise CTError('patch', f'{self.patch} is not three whole sizes of 4 voxels or more', 'Give slices, rows and columns')
         keep('patch', tuple(int(p) for p in self.patch))
-        if math.prod(self.patch)>2**28: raise CTError('patch', f'{self.patch} is more than {2**28:,} voxels', 'Give a smaller one')
+        if math.prod(self.patch)>2**24: raise CTError('patch', f'{self.patch} is more than {2**24:,} voxels', 'Give a smaller one')
         low,high = self.window
         if not -1e5<=low<high<=1e5 or high-low<1e-3: raise CTError('window', f'{self.window} is not (low, high) in HU', 'Give the lower first')
 
@@ -187,8 +187,10 @@ class CTSpec:
         "(slice, row, column) of a voxel in mm; where it differs from scan to scan, that of a chest of 320×350×350 mm"
         return tuple(n/p for n,p in zip((320,350,350), self.patch)) if self.whole else self.spacing
     def size(self, vol:Volume)->tuple:
-        "Voxels of `vol` along each axis as the network sees it"
-        return self.patch if self.whole else size_at(vol, self.spacing)
+        "Voxels of `vol` along each axis as the network sees it; `CTError` if they are more than 2²⁸, 1 GiB of numbers"
+        size = self.patch if self.whole else size_at(vol, self.spacing)
+        if math.prod(size)<=2**28: return size
+        raise CTError('spacing', f'{"×".join(f"{s:g}" for s in self.spacing)} mm would make {"×".join(map(str, size))} voxels of this scan', 'Use a coarser spacing, or crop the scan')
     def prepare(self, vol:Volume)->torch.Tensor:
         "HU of `vol` as the network's input, (1, slice, row, column)"
         return apply_window(resample_image(vol, self.size(vol)), *self.window)[None]

@@ -6,11 +6,12 @@ Docs: https://covid3d.github.io/covid3d/volume.html.md"""
 
 # %% auto #0
 __all__ = ['canonical_axes', 'max_bytes', 'air', 'host_name', 'temps_here', 'plain', 'CTError', 'canonical_affine', 'Source',
-           'Volume', 'scan_digest', 'to_canonical', 'from_canonical', 'case_name', 'HUProfile', 'hu_profile', 'to_hu',
-           'open_ct', 'check_same_grid', 'open_mask', 'temp_beside', 'write_atomic', 'save_volume', 'save_mask']
+           'Volume', 'scan_digest', 'to_canonical', 'from_canonical', 'case_name', 'unread', 'HUProfile', 'hu_profile',
+           'to_hu', 'open_ct', 'check_same_grid', 'open_mask', 'temp_beside', 'write_atomic', 'save_volume',
+           'save_mask']
 
 # %% ../nbs/00_volume.ipynb #a587902e
-import hashlib, os, platform, re, secrets, struct
+import errno, hashlib, os, platform, re, secrets, struct
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,14 +133,25 @@ def _find_file(p)->Path:
     return p
 
 # %% ../nbs/00_volume.ipynb #459c8f7d
+def unread(
+    path, # A file
+    e: OSError # What the operating system said
+) -> CTError: # To be raised
+    "A file that may be sound, and could not be read"
+    cure = 'Raise the limit with ulimit -n' if e.errno in (errno.EMFILE,errno.ENFILE) else 'Check its permissions and its disk'
+    return CTError(path, f'cannot be read ({e.strerror or e})', cure)
+
+# %% ../nbs/00_volume.ipynb #ea73fb7f
 class _File:
     "The bytes of a `.nii` or `.nii.gz`, unpacked straight to where they belong, and checked"
     def __init__(self, path):
         self.path = _find(path)
         try:
-            self.size = self.path.stat().st_size
+            info = self.path.stat()
             with self.path.open('rb') as f: magic = f.read(2)
-        except OSError as e: raise CTError(self.path, f'cannot be read ({e.strerror})', 'Check the permissions') from None
+        except OSError as e: raise unread(self.path, e) from None
+        self.size = info.st_size
+        self.stored = min(self.size, 512*getattr(info, 'st_blocks', 0) or self.size)  # bytes on the disk: few if the file has holes
         if self.size>max_bytes: raise CTError(self.path, f'the file is larger than {max_bytes/2**30:g} GiB', 'Give a single CT')
         if not magic: raise CTError(self.path, 'the file is empty', 'Copy or download it again')
         self.packed = self.path.name.lower().endswith('.gz')
@@ -159,8 +171,8 @@ class _File:
                 while n<len(view) and (k:=f.readinto(view[n:n+2**22])): n += k
                 return n,f.read(2**20) if n==len(view) else b''  # reading on to the end is what compares the checksum
         except (OSError,EOFError,isal_zlib.error) as e:
-            fault = f'the gzip stream is damaged or cut short ({e})' if self.packed else f'cannot be read ({e})'
-            raise CTError(self.path, fault, 'Copy or download it again') from None
+            if getattr(e, 'errno', None): raise unread(self.path, e) from None
+            raise CTError(self.path, f'the gzip stream is damaged or cut short ({e})', 'Copy or download it again') from None
 
     def first(self, n)->bytes:
         "The first `n` bytes, fewer where the file is shorter"
@@ -215,8 +227,9 @@ def _check_size(hdr, f:_File, need:int, packing):
     says = f'the header declares {need/2**20:,.0f} MiB, '
     if need>max_bytes or need>f.capacity+2**16 and f.packed: raise CTError(f.path, says+'more than the file can hold', 'Copy or export it again')  # H18
     most,ratio = packing
-    if f.packed and max(need, 4*int(np.prod(_shape(hdr), dtype=object)))>most and need>ratio*f.size:
-        raise CTError(f.path, says+f'more than {ratio} times its packed size', 'Do not trust this file; if it is your own, unpack it first')  # D4
+    if max(need, 4*int(np.prod(_shape(hdr), dtype=object)))>most and need>ratio*f.stored:
+        cure = 'unpack it first' if f.packed else 'copy it with `cp --sparse=never`'
+        raise CTError(f.path, says+f'more than {ratio} times what the disk holds of it', f'Do not trust this file; if it is your own, {cure}')  # D4
 
 def _shape(hdr)->tuple:
     "Shape in the file, trailing axes of length 1 included"

@@ -114,6 +114,7 @@ def _need(ok, what):
 def _is_int(v, low=0, high=2**63)->bool: return type(v) is int and low<=v<high
 def _is_number(v)->bool: return type(v) in (int,float) and not (type(v) is int and abs(v)>2**63)
 def _is_finite(v)->bool: return _is_number(v) and math.isfinite(v)
+def _is_normal(v)->bool: return _is_number(v) and abs(v)<64  # no generator draws a normal number beyond 14
 def _numbers(v, most=10**7)->bool: return isinstance(v, list) and len(v)<=most and all(map(_is_number, v))
 
 # %% ../nbs/17_checkpoint.ipynb #d68b3874
@@ -136,16 +137,16 @@ def _is_python(s)->bool:
     "Whether `s` is the state of Python's generator"
     return isinstance(s, list) and len(s)==3 and s[0]==3 and isinstance(s[1], list) and len(s[1])==625 \
         and all(_is_int(o, 0, 2**32) for o in s[1]) and any(s[1][:-1]) and s[1][-1]<=624 \
-        and (s[2] is None or _is_finite(s[2]))
+        and (s[2] is None or _is_normal(s[2]))
 
 def _is_hex(s, n)->bool: return isinstance(s, str) and len(s)==2*n and re.fullmatch('[0-9a-f]*', s) is not None
 
 def _is_torch(raw)->bool:
-    "Whether torch's generator of the CPU stays within its 624 numbers, and the next normal one is finite"
+    "Whether torch's generator of the CPU stays within its 624 numbers, and its normal ones are possible"
     if len(raw)!=5056: return True  # of a PyTorch with another layout
     left,_,at = unpack_from('<iiQ', raw, 8)
     return ((left,at)==(1,0) or 1<=left<=624 and at==625-left) and any(raw[24:5016]) \
-        and all(map(math.isfinite, unpack_from('<ddd', raw, 5016)+unpack_from('<f', raw, 5048)))
+        and all(map(_is_normal, unpack_from('<ddd', raw, 5016)+unpack_from('<f', raw, 5048)))
 
 def _try_random(s):
     "Let generators that nobody uses take a state"
@@ -162,7 +163,7 @@ def _check_random(s, dls):
     n = s['numpy']
     _need(isinstance(n, list) and len(n)==5 and n[0]=='MT19937' and isinstance(n[1], list) and len(n[1])==624, 'random')
     _need(all(_is_int(o, 0, 2**32) for o in n[1]) and any(n[1]) and _is_int(n[2], 0, 625), 'random')
-    _need(_is_int(n[3], 0, 2) and _is_finite(n[4]), 'random')
+    _need(_is_int(n[3], 0, 2) and _is_normal(n[4]), 'random')
     ls = s['loaders']
     _need(_is_python(s['python']) and isinstance(ls, list) and len(ls)==len(_loaders(dls)) and all(map(_is_python, ls)), 'random')
     try: _try_random(s)
@@ -323,7 +324,7 @@ def _check_recorder(s, epoch=None):
     lists = [s[k] for k in ('lrs','losses','iters','values')]
     _need(all(isinstance(o, list) for o in lists) and _is_int(s['count']) and _is_loss(s['smooth']), 'recorder')
     lrs,losses,iters,values = lists
-    _need(len(lrs)==len(losses)==s['count'] and all(map(_is_finite, lrs)) and all(map(_is_loss, losses)), 'recorder')
+    _need(len(lrs)==len(losses)==s['count'] and all(_is_hyper('lr', o) for o in lrs) and all(map(_is_loss, losses)), 'recorder')
     _need(len(values)==len(iters) and epoch in (None,len(values)), 'recorder')
     _need(all(_is_int(o, 0, s['count']+1) for o in iters) and iters==sorted(iters), 'recorder')
     _need(all(isinstance(v, list) and all(o is None or _is_number(o) for o in v) for v in values), 'recorder')

@@ -254,6 +254,7 @@ class WeightAverage(WhileTraining):
     ): self.decay,self.n,self.mean,self.own = decay,0,{},None
     def fits(self, learn, done, tensors, n)->bool:
         "Whether there is a mean of `n` steps; a finished training needs it no more"
+        if done is not None and n>(done+1)*10**7: return False
         return tensors is None or (n>0)==any(k.startswith(f'{self.name}.') for k in tensors)
     def _state(self): return bare_model(self.learn.model).state_dict()
     def after_step(self):  # of the optimiser; with accumulated gradients not after every batch

@@ -416,7 +416,8 @@ def forgery_is_refused(stopped, change, *said):
 @pytest.mark.promise('executed')
 @each_forgery(ones=at('random.0.torch', 'ff'*5056), past_the_end=at('random.0.torch', torch_state(_8=('<i', 624), _16=('<Q', 600))), zeros=at('random.0.torch', torch_state(_8=('<i', 1), _16=('<Q', 0))[:48]+'00'*5032),
     nan=at('random.0.torch', torch_state(_5024=('<d', math.nan))), numpy_zeros=at('random.0.numpy.1', [0]*624), numpy_nan=at('random.0.numpy.4', math.nan), numpy_gauss=at('random.0.numpy.3', 1.),
-    python_zeros=at('random.0.python.1', [0]*624+[624]), python_nan=at('random.0.python.2', math.nan), loader_zeros=at('random.0.loaders.0.1', [0]*624+[624]), more=at('random.0.surprise', 1))
+    python_zeros=at('random.0.python.1', [0]*624+[624]), python_normal=at('random.0.python.2', 1e308), numpy_normal=at('random.0.numpy.4', -1e9), normal=at('random.0.torch', torch_state(_5024=('<d', 1e30))),
+    python_nan=at('random.0.python.2', math.nan), loader_zeros=at('random.0.loaders.0.1', [0]*624+[624]), more=at('random.0.surprise', 1))
 def test_a_forged_random_state_is_one_line(stopped, change):
     "A random state that a generator refuses, that makes torch read past its end, or that gives only zeros or NaN is refused"
     forgery_is_refused(stopped, change, 'part random does not fit')
@@ -479,10 +480,10 @@ def test_unknown_and_missing_parts_are_refused(stopped, change):
 
 wrong = dict(count=at('recorder.count', 10**18), count_zero=at('recorder.count', 0), losses=at('recorder.losses', [1.]), loss_nan=at('recorder.losses', [math.nan]*3), loss_whole=at('recorder.losses', [1,1,1]),
     loss_huge=at('recorder.losses', [1e300]*3), loss_overflow=at('recorder.losses', [2**63]*3), smooth_whole=at('recorder.smooth', 1), smooth_nan=at('recorder.smooth', math.nan), smooth_overflow=at('recorder.smooth', 2**63),
-    lrs=at('recorder.lrs', [math.inf]*3), iters=at('recorder.iters', [99]), iters_float=at('recorder.iters', [1.5]), values=at('recorder.values', []), values_two=at('recorder.values', [[1.],[1.]]),
+    lrs=at('recorder.lrs', [math.inf]*3), lr_below=at('recorder.lrs', [-.1]*3), iters=at('recorder.iters', [99]), iters_float=at('recorder.iters', [1.5]), values=at('recorder.values', []), values_two=at('recorder.values', [[1.],[1.]]),
     values_text=at('recorder.values', [['00:01']]), values_named=at('recorder.values', [{'a':1.}])) | {f'hypers_{k}_{v}':at(f'hypers.0.{k}', v) for k,vs in dict(lr=[math.nan,math.inf,-1.], mom=[1.5,-.1,math.nan],
     sqr_mom=[1.5,.5], wd=[-1.,math.inf], eps=[math.nan,0.,1e30,-1e-5]).items() for v in vs} | {f'best_{a}_{b}':lambda s, t, a=a, b=b: s['callbacks']['keep_best'].update(best=a, best_epoch=b)
-    for a,b in ((.5,None), (math.inf,0), (math.nan,None), (.5,7), (.5,.5), (.5,-1))} | dict(average=at('callbacks.weight_average.n', 0), scaler=at('scaler', {}), scale=at('scaler', dict(scale=-1.)))
+    for a,b in ((.5,None), (math.inf,0), (math.nan,None), (.5,7), (.5,.5), (.5,-1))} | dict(average=at('callbacks.weight_average.n', 0), average_steps=at('callbacks.weight_average.n', 10**18), scaler=at('scaler', {}), scale=at('scaler', dict(scale=-1.)))
 
 @pytest.mark.promise('silent')
 @each_forgery(**wrong)

@@ -92,6 +92,67 @@ def test_D4_huge_file(plain):
     with open(path, 'r+b') as f: f.truncate(max_bytes+1)
     cheap(path, 'larger than 8 GiB')
 
+def header(shape, code, bits):
+    raw = bytearray(nifti(hu())[:352])
+    raw[40:56],raw[70:74] = struct.pack('<8h', 3, *shape, 1, 1, 1, 1),struct.pack('<2h', code, bits)
+    return bytes(raw)
+
+def hollow(path, shape, code=4, bits=16):
+    "A valid header, and voxels that are a hole: some kilobytes on the disk"
+    path.write_bytes(header(shape, code, bits)); os.truncate(path, 352+int(np.prod(shape))*bits//8)
+    return path
+
+@pytest.mark.fault('D4')
+@pytest.mark.promise('silent')
+@pytest.mark.skipif(not hasattr(os, 'SEEK_DATA'), reason='this system does not tell holes from data')
+@each('opener', [open_ct, open_mask])
+@each('code,bits', [(4,16), (64,64)])
+def test_D4_sparse_file(tmp_path, opener, code, bits):
+    "A file of gigabytes of which some kilobytes are stored is refused before memory is taken"
+    path = hollow(tmp_path/'scan.nii', (2048,1024,2048*12//bits), code, bits)
+    assert path.stat().st_size>2.5*2**30
+    cheap(path, 'sparse file', opener)
+
+@pytest.mark.fault('D4')
+def test_D4_holes_behind_a_stream(tmp_path):
+    "A hole behind the gzip stream does not make a bomb look large enough"
+    path = tmp_path/'scan.nii.gz'
+    zeros_gz(path, header((2048,1024,1024), 2, 8), 2**31); os.truncate(path, 2**28)
+    cheap(path, 'times its packed size')
+
+@pytest.mark.fault('D4')
+def test_D4_a_sparse_copy_of_a_scan_opens(tmp_path):
+    "`cp --sparse=always` makes holes of the zeros of a mask; such a copy opens"
+    x = np.zeros((256,256,64), np.uint8); x[10:20,10:20,10:20] = 1
+    path = tmp_path/'mask.nii'; path.write_bytes(nifti(x)[:352]); os.truncate(path, 352+x.nbytes)
+    with path.open('r+b') as f: f.seek(352); f.write(x.tobytes('F')[:256*256*20])
+    assert open_mask(path).data.sum()==1000
+
+@pytest.mark.fault('D14')
+@pytest.mark.promise('silent')
+@each('name', ['scan.nii', 'scan.nii.gz'])
+def test_D14_more_than_is_left(tmp_path, monkeypatch, name):
+    "A scan that needs more memory than the machine has left is refused before it is read, with both numbers"
+    path,shape = tmp_path/name,(512,512,300)
+    if name.endswith('gz'): zeros_gz(path, header(shape, 16, 32), 300*2**20)
+    else: hollow(path, shape, 16, 32)
+    monkeypatch.setattr(volume, 'memory_left', lambda: 2**28)
+    cheap(path, r'needs 600 MiB of memory, and 256 MiB are left')
+
+def group(folder, **files):
+    "A control group"
+    folder.mkdir(parents=True)
+    for k,v in files.items(): (folder/k.replace('_in_', '§').replace('__', '.').replace('§', '_in_')).write_text(v)
+
+@pytest.mark.fault('D14')
+@each('limit,want', [('max', float('inf')), ('1000', 700)])
+def test_D14_limit_of_a_container(tmp_path, limit, want):
+    "What is left in a container is its limit less its use, and its cached files count as left"
+    group(tmp_path/'v2', memory__max=limit, memory__current='500', memory__stat='anon 300\ninactive_file 150\nactive_file 50\n')
+    assert volume._left_in(tmp_path/'v2')==want and volume._left_in(tmp_path/'none')==float('inf')
+    group(tmp_path/'v1', memory__limit_in_bytes='1000', memory__usage_in_bytes='900', memory__stat='total_inactive_file 30\ntotal_active_file 20\n')
+    assert volume._left_in(tmp_path/'v1')==150 and 0<volume.memory_left()
+
 def zeros_gz(path, header, n):
     "A gzip of `header` and `n` zeros, packed a thousand to one, made in no time: one MiB of zeros, repeated as a full-flushed block"
     z = zlib.compressobj(9, zlib.DEFLATED, -15)

@@ -6,9 +6,9 @@ Docs: https://covid3d.github.io/covid3d/cases.html.md"""
 
 # %% auto #0
 __all__ = ['splits', 'columns', 'source_columns', 'levels', 'inside_line', 'parse_window', 'parse_flip', 'flipped', 'Case',
-           'without_paths', 'told', 'sources_path', 'read_cases', 'safe_cell', 'write_cases', 'require_table',
-           'Finding', 'CaseReport', 'spine_in_front', 'check_case', 'check_cases', 'check_table', 'require_ok',
-           'report_table', 'report_json']
+           'without_paths', 'told', 'csv_text', 'require_single', 'bare_cell', 'sources_path', 'read_cases',
+           'safe_cell', 'write_cases', 'require_table', 'Finding', 'CaseReport', 'spine_in_front', 'check_case',
+           'check_cases', 'check_table', 'require_ok', 'report_table', 'report_json']
 
 # %% ../nbs/04_cases.ipynb #412059ba
 import csv, io, math, os, re, warnings
@@ -22,7 +22,7 @@ import numpy as np, pandas as pd
 from .dicom import is_nifti, open_scan
 from .files import locked, read_bytes
 from .show import track
-from .volume import CTError, Source, Volume, open_mask, plain, scan_digest, write_atomic
+from .volume import CTError, Scarce, Source, Volume, open_mask, plain, scan_digest, unreadable, write_atomic
 
 # %% ../nbs/04_cases.ipynb #6cadbb8f
 splits = ('train','valid','test')
@@ -130,46 +130,66 @@ def told(
 ) -> CTError: # The same, with the case's name in place of paths
     "An error as one line that names the case and no path"
     clean = lambda s: without_paths(str(s), case)
+    if isinstance(e, OSError) and isinstance(t := unreadable(case.ct, e), Scarce): e = t
     if isinstance(e, CTError):
         masks = {Path(p):k for k,p in case.masks.items()}
         own = f'{case.name} ({masks[e.what]+" mask" if e.what in masks else "scan"})' if isinstance(e.what, Path) else clean(e.what)
-        return CTError(own, clean(e.fault), clean(e.cure))
+        return (Scarce if isinstance(e, Scarce) else CTError)(own, clean(e.fault), clean(e.cure))
     if isinstance(e, MemoryError):
         return CTError(case.name, 'working on it needs more memory than there is', 'Close other programs, or leave the case out')
     fault = e.strerror if isinstance(e, OSError) and e.strerror else clean(f'{type(e).__name__}: {" ".join(str(e).split())}')[:240]
     return CTError(case.name, fault, 'Look at the scan, or leave the case out')
 
 # %% ../nbs/04_cases.ipynb #88ed24ac
-_most_bytes,_most_line = 2**24,2**16 # of a table, and of one line of it
+_most_bytes,_most_line,_most_cases = 2**24,2**16,10**5 # of a table, of one line of it, and how many
 _rewrite = 'Save the sheet as CSV (UTF-8), or write one with `covid3d cases`'
 
-def _table_text(p) -> str:
+def csv_text(
+    p,                     # A file
+    most:int=_most_bytes,  # Bytes it may hold
+    remedy:str=_rewrite    # For the message
+) -> str:
     "The text of a CSV, if it is one"
-    raw = read_bytes(p, _most_bytes, _rewrite)
-    if b'\0' in raw: raise CTError(p, 'is no CSV in UTF-8', _rewrite)
-    if max(map(len, raw.splitlines() or [b'']))>_most_line: raise CTError(p, f'holds a line of more than {_most_line:,} bytes', _rewrite)
+    raw = read_bytes(p, most, remedy)
+    if b'\0' in raw: raise CTError(p, 'is no CSV in UTF-8', remedy)
+    if max(map(len, raw.splitlines() or [b'']))>_most_line: raise CTError(p, f'holds a line of more than {_most_line:,} bytes', remedy)
     try: return raw.decode('utf-8-sig')
-    except UnicodeDecodeError: raise CTError(p, 'is no CSV in UTF-8', _rewrite) from None
+    except UnicodeDecodeError: raise CTError(p, 'is no CSV in UTF-8', remedy) from None
+
+def require_single(
+    names, # Of columns
+    p      # The table, for the message
+):
+    "`CTError` if a column stands there twice: nobody can know which is meant"
+    twice = next((k for k,n in Counter(names).items() if n>1 and k!=''), None)
+    if twice is not None: raise CTError(p, f'has two columns called {plain(twice)[:60]!r}', 'Rename or remove one')
+
+def bare_cell(
+    s:str # Text of a cell
+) -> str:
+    "The text without the `'` that `safe_cell` put before it"
+    return s[1:] if re.match("' *[=+@＝＋－＠\t\r-]", s) else s
 
 def _read_csv(path) -> pd.DataFrame:
     "A CSV as text; commas, semicolons, tabs, a byte-order mark and Windows line ends are all right"
     p = Path(path)
     if not os.path.lexists(p): raise CTError(p, 'no such case table', 'Write one with `covid3d cases`')
-    text = _table_text(p)
+    text = csv_text(p)
     head = next((o for o in text.splitlines() if o.strip()), '')
     sep = max(',;\t', key=head.count)
-    if twice := [o for o,n in Counter(next(csv.reader([head], delimiter=sep), ())).items() if n>1 and o]:
-        raise CTError(p, f'has two columns called {plain(twice[0])[:60]!r}', 'Rename or remove one')
+    require_single(next((o for o in csv.reader(io.StringIO(text), delimiter=sep) if any(o)), ()), p)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('error', pd.errors.ParserWarning)  # a line longer than the header would push the columns along
             df = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, sep=sep, engine='python', index_col=False)
     except Exception as e: raise CTError(p, f'is no CSV ({type(e).__name__})', _rewrite) from None
-    return df.map(lambda s: s[1:] if isinstance(s, str) and re.match("'[=+@\t\r-]", s) else s)  # what `safe_cell` put before it
+    if len(df)>_most_cases: raise CTError(p, f'holds {len(df):,} lines, and {_most_cases:,} at most can be worked on', 'Divide it')
+    return df.map(lambda s: bare_cell(s) if isinstance(s, str) else s)
 
 # %% ../nbs/04_cases.ipynb #e8a693bc
 def _need_columns(df, p, need):
     "Refuse a table that lacks a column, or a name or scan in a line"
+    require_single(df, p)
     missing = [o for o in need if o not in df]
     if missing: raise CTError(p, f'the column {", ".join(missing)} is missing (found {", ".join(df)})', f'Wanted: {", ".join(need)}')
     if not len(df): raise CTError(p, 'the table holds no case', 'Add cases')
@@ -186,7 +206,7 @@ def _table_faults(df, p):
     at = df.ct.map(os.path.normpath)
     for _,g in df[at.duplicated(keep=False)].groupby(at):
         yield CTError(p, f'cases {g.case.iloc[0]!r} and {g.case.iloc[1]!r} are the same scan',
-                                   'Keep one: a scan in train and in test flatters the score')
+                      'Keep one: a scan in train and in test flatters the score')
     for o in sorted({*df.get('split', ())}-{*splits,''}):
         yield CTError(p, f'split {o!r} is unknown', f'Use {", ".join(splits)}, or nothing for a scan that is not used')
     yield from _split_patients(df, p)
@@ -242,6 +262,7 @@ def _open_table(table, need)->tuple:
     else: df,root,name = _read_csv(table),Path(table).parent,table
     df = df.astype(object).where(df.notna(), '')
     _need_columns(df, name, ('case','ct',*need))
+    df = df.assign(**{k:df[k].map(plain) for k in ('patient','dataset') if k in df})  # they go into tables, pages and the terminal
     return (df if isinstance(table, pd.DataFrame) else _resolve(df, table)),root,name
 
 # %% ../nbs/04_cases.ipynb #6ff679fd
@@ -269,7 +290,7 @@ def safe_cell(
     "Text of a cell that no spreadsheet takes for a formula"
     if isinstance(o, float): return '' if np.isnan(o) else f'{o:.4f}'
     s = plain(o)
-    return "'"+s if re.match('[=+@\t\r-]', s) and not re.fullmatch(r'-?[\d.]+(:-?[\d.]+)?', s) else s
+    return "'"+s if re.match(' *[=+@＝＋－＠-]', s) and not re.fullmatch(r'-?[\d.]+(:-?[\d.]+)?', s) else s
 
 # %% ../nbs/04_cases.ipynb #590df6d7
 def _relative(p, root) -> str: return Path(os.path.relpath(p, root)).as_posix() if p else ''
@@ -437,11 +458,12 @@ def check_case(
     case:Case,             # From `read_cases`
     need:tuple=('lesion',) # Masks that a case with a split must have
 )->CaseReport:
-    "Open everything a case names and say what was found; never raises"
+    "Open everything a case names and say what was found; raises nothing but `Scarce`"
     rep = CaseReport(case.name, case.split)
     try: _check_files(rep, case, need)
     except (CTError,MemoryError,OSError,RuntimeError) as e:
         if case.private or not isinstance(e, CTError): e = told(e, case)
+        if isinstance(e, Scarce): raise e from None
         rep.add('error', e.what, e.fault, e.cure)
     return rep
 

@@ -22,7 +22,8 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
 from . import __version__
-from .volume import CTError, Source, Volume, from_canonical, max_bytes, open_ct, to_canonical, to_hu, write_atomic
+from .volume import (CTError, Scarce, Source, Volume, from_canonical, max_bytes, open_ct, to_canonical, to_hu,
+                            unreadable, write_atomic)
 
 # %% ../nbs/01_dicom.ipynb #abd1edfd
 _tags = [pydicom.tag.Tag(o) for o in '''SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID PatientID
@@ -157,7 +158,7 @@ def _bytes(p, n=-1, at=0)->bytes:
     "`n` bytes of the file from byte `at`; all that follow if `n` is negative"
     try:
         with _open(p) as f: f.seek(at); return f.read(n)
-    except OSError as e: raise CTError(p, f'cannot be read ({e.strerror})', 'Check the permissions') from None
+    except OSError as e: raise unreadable(p, e) from None
 
 # %% ../nbs/01_dicom.ipynb #fcb5becd
 _vrs = {o.value for o in pydicom.valuerep.VR if len(o.value)==2} # those that the standard knows
@@ -424,6 +425,7 @@ def read_slices(
         if _named_dicom(p.name): raise _damaged(p, 'this is not DICOM, although its name says so') from None
         return [],'file that is not DICOM'
     try: return _slices_of(ds, at, p)
+    except Scarce: raise
     except CTError as e: fault = e
     except Exception as e: fault = _failed(p, 'the DICOM header is damaged', e)
     fault.series = _series_of(ds)
@@ -449,7 +451,8 @@ def _listed(folder)->tuple:
     "Files of a folder that may be DICOM; and a Counter of what has such a name but cannot be"
     try: entries = sorted(os.scandir(folder), key=lambda o: o.name)
     except (OSError,ValueError) as e:
-        fault = f'cannot be read ({getattr(e, "strerror", None) or "no valid path"})'
+        if isinstance(e, OSError): raise unreadable(folder, e) from None
+        fault = 'cannot be read (no valid path)'
         raise CTError(folder, fault, 'Check the path and the permissions') from None
     home = os.path.realpath(folder)+os.sep
     kinds = [(Path(o.path),_why_not(o, home)) for o in entries if _may_be_dicom(o.name)]
@@ -497,12 +500,14 @@ def _grouped(folder, groups, skipped, damaged)->list:
 def survey(
     folder:str|Path # Holds DICOM files, of one series or several
 )->Survey:
-    "The CT series of a folder and whatever else lies there; raises nothing"
+    "The CT series of a folder and whatever else lies there; raises nothing but `Scarce`"
     groups,damaged = {},[]
     try: paths,skipped = _listed(folder)
+    except Scarce: raise
     except CTError as e: return Survey([], Counter(), [e])
     for p in paths:
         try: slices,kind = read_slices(p)
+        except Scarce: raise
         except CTError as e: damaged.append(e); continue
         if kind: skipped[kind] += 1
         for s in slices: groups.setdefault(s.series, []).append(s)
@@ -718,7 +723,7 @@ def read_pixels(
     "The numbers of a slice before their rescale"
     g = s.grid
     try: x = _native_pixels(s) if s.syntax in _native else _decoded_pixels(s, {} if coded is None else coded)
-    except OSError as e: raise CTError(s.path, f'cannot be read ({e.strerror})', 'Check the permissions') from None
+    except OSError as e: raise unreadable(s.path, e) from None
     if x.size!=g['Rows']*g['Columns'] or x.dtype.kind not in 'iu': raise _damaged(s.path, 'its pixels do not fit its rows and columns')
     signed,spare = g['PixelRepresentation'],16-g['BitsStored']
     x = x.astype(np.int16 if signed else np.uint16, copy=False).reshape(g['Rows'], g['Columns'])
@@ -856,7 +861,7 @@ def open_scan(
     "Open a CT of any kind"
     p = Path(path)
     try: there = p.exists()
-    except OSError as e: raise CTError(p, f'cannot be read ({e.strerror or e})', 'Check the path and its permissions') from None
+    except OSError as e: raise unreadable(p, e) from None
     if is_nifti(p) or not there: return open_ct(p, already_windowed)
     if already_windowed is not None: raise CTError(p, 'already_windowed was given for a DICOM series, which is in HU', 'Leave it out')
     return open_series(p)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.hub import get_dir
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 from torchvision.models.video.resnet import VideoResNet
-from .volume import CTError
+from .volume import CTError, unreadable
 
 # %% ../nbs/10_encoder.ipynb #2e1a1ded
 def grey_weights(
@@ -225,7 +225,9 @@ def open_tensors(
         with open(path, 'rb') as f: size = int.from_bytes(f.read(8), 'little')
         if most < size < path.stat().st_size: raise CTError(path, f'its header has more than {most} bytes', remedy)
         with safe_open(path, 'pt') as f: yield f
-    except (SafetensorError, OSError) as e: raise CTError(path, f'damaged or cut short ({one_line(e)})', remedy) from None
+    except (SafetensorError, OSError) as e:
+        if getattr(e, 'errno', None): raise unreadable(path, e) from None
+        raise CTError(path, f'damaged or cut short ({one_line(e)})', remedy) from None
 
 # %% ../nbs/10_encoder.ipynb #826b3405
 def _torch_names(path: Path) -> set: # of a file that `torch.save` wrote; such as 'torch FloatStorage'

@@ -11,13 +11,13 @@ __all__ = ['counts_of', 'row_names', 'least_patients', 'shares', 'too_few', 'abo
            'bounds_of', 'summarise', 'signed', 'many', 'span', 'headline', 'check_same_cases', 'compare',
            'paired_tests', 'holm', 'scores_csv', 'read_scores', 'plot_scores', 'label_of', 'agreement', 'plot_volumes',
            'Snapshot', 'Extremes', 'snapshot', 'crop_body', 'plot_snapshot', 'pair_digest', 'to_json', 'row_from',
-           'pack', 'unpack', 'read_journal', 'Journal', 'begin_journal', 'fmt', 'html_table', 'summary_rows',
+           'pack', 'unpack', 'read_journal', 'Journal', 'begin_journal', 'esc', 'fmt', 'html_table', 'summary_rows',
            'statements', 'cards', 'case_rows', 'compare_rows', 'compare_text', 'compared', 'compare_html', 'figure',
            'section', 'bullets', 'page', 'draw_all', 'keep_inputs', 'report_page', 'write_report', 'open_report',
            'evaluate_cases', 'class_note', 'seen_note']
 
 # %% ../nbs/20_evaluate.ipynb #0e3d4645
-import base64, hashlib, html, io, json, math, os, re, stat, sys, tempfile, zlib
+import base64, csv, hashlib, html, io, json, math, os, re, stat, sys, tempfile, zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -27,13 +27,13 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from scipy.stats import bootstrap, permutation_test, wilcoxon
 
 from . import __version__
-from .cases import safe_cell, told, without_paths
+from .cases import bare_cell, csv_text, require_single, safe_cell, told, without_paths
 from .files import Outputs, locked, read_bytes
 from .inference import network_digest, segment
 from .metrics import score_names, scores
 from .show import lung_window, outline_colors, save_figure, show_slice, track
 from .transforms import CTSpec
-from .volume import CTError, plain, scan_digest, write_atomic
+from .volume import CTError, Scarce, plain, scan_digest, write_atomic
 
 # %% ../nbs/20_evaluate.ipynb #c220663c
 counts_of = ('lesions','lesions_found','lesions_predicted','lesions_right','tp','fp','fn','tn')
@@ -111,7 +111,9 @@ def score_cases(
     def one(case):
         try: return score_case(model, spec, case, overlap, tolerance, len(cases)==1, each, klass, journal)
         except Unkept: raise
-        except Exception as e: return dict(case=case.name, patient=case.patient, tolerance_mm=tolerance, error=why_failed(e, case))
+        except Exception as e:
+            if isinstance(t := told(e, case), Scarce): raise t from None
+            return dict(case=case.name, patient=case.patient, tolerance_mm=tolerance, error=why_failed(e, case))
     return as_table([one(c) for c in track(cases, 'scoring')])
 
 # %% ../nbs/20_evaluate.ipynb #0f4ec1ec
@@ -320,14 +322,14 @@ def read_scores(
     "Scores from a file"
     path = Path(path)/'scores.csv' if Path(path).is_dir() else Path(path)
     cure = 'Give the scores.csv that `covid3d evaluate` wrote'
-    if not path.is_file(): raise CTError(path, 'no such file', cure)
-    text = ('case','patient','empty','error')
-    raw = read_bytes(path, 2**26, cure)
-    try: df = pd.read_csv(io.BytesIO(raw), dtype=dict.fromkeys(text, object), keep_default_na=False, float_precision='round_trip', na_values={k:[''] for k in row_names if k not in text})
+    if not os.path.lexists(path): raise CTError(path, 'no such file', cure)
+    content,text = csv_text(path, 2**26, cure),('case','patient','empty','error')
+    require_single(next(csv.reader(io.StringIO(content)), ()), path)
+    try: df = pd.read_csv(io.StringIO(content), usecols=lambda k: k in row_names, dtype=dict.fromkeys(text, object), keep_default_na=False, float_precision='round_trip', na_values={k:[''] for k in row_names if k not in text})
     except (ValueError,UnicodeError) as e: raise CTError(path, f'not a table of scores ({" ".join(str(e).split())[:80]})', cure) from None
     if missing := [k for k in ('case','dice','tp','fp','fn','empty','error') if k not in df]: raise CTError(path, f'the column {", ".join(missing)} is missing', cure)
     for k in ('case','patient','error'):
-        if k in df: df[k] = df[k].str.replace(r"^'(?=[=+@\t\r-])", '', regex=True)
+        if k in df: df[k] = df[k].map(bare_cell, na_action='ignore').map(plain, na_action='ignore')
     try: return as_table(df)
     except (ValueError,TypeError): raise CTError(path, 'a score is no number', cure) from None
 
@@ -620,6 +622,10 @@ def begin_journal(
     return True
 
 # %% ../nbs/20_evaluate.ipynb #3d1b905f
+def esc(o)->str:
+    "Text for a page: one line without control characters, and nothing in it is HTML"
+    return html.escape(plain(o))
+
 def fmt(
     x,              # A number
     score:str='dice'# Of `about_scores`
@@ -633,7 +639,7 @@ def html_table(
     rows  # Lists of texts, the first of each is its name
 )->str:
     "A table; all texts are escaped"
-    cells = lambda tag,row: ''.join(f'<{tag}>{html.escape(str(o))}</{tag}>' for o in row)
+    cells = lambda tag,row: ''.join(f'<{tag}>{esc(o)}</{tag}>' for o in row)
     return f'<div class="wide"><table><thead><tr>{cells("th",head)}</tr></thead><tbody>'+''.join(f'<tr>{cells("td",r)}</tr>\n' for r in rows)+'</tbody></table></div>'
 
 summary_head = ('Score','n','Mean','95 % interval of the mean','sd','Median','Quartiles')
@@ -678,7 +684,7 @@ def cards(
         ('HD95, median', fmt(t.loc['hd95','median'],'hd95')+' mm'*bool(t.loc['hd95','n']), f'quartiles {fmt(t.loc["hd95","q1"],"hd95")} to {fmt(t.loc["hd95","q3"],"hd95")}'),
         ('Lesion F1', fmt(t.loc['lesion_f1','mean']), spread('lesion_f1')),
         ('Volume, bias', signed(lim['bias'],1)+' ml' if lim['n'] else '—', f'limits of agreement {signed(lim["low"],1)} to {signed(lim["high"],1)}' if lim['n']>1 else 'no limits')]
-    e = html.escape
+    e = esc
     return '<div class="cards">'+''.join(f'<div><span>{e(a)}</span><b>{e(b)}</b><small>{e(c)}</small></div>' for a,b,c in items)+'</div>'
 
 def case_rows(
@@ -735,7 +741,7 @@ def compare_html(
     found # A value of `compared`
 )->str:
     "A comparison as a reader wants it"
-    p = lambda s: f'<p>{html.escape(s)}</p>'
+    p = lambda s: f'<p>{esc(s)}</p>'
     if isinstance(found, str): return p(found)
     made = [c for c in found if 'p' in c]
     return html_table(compare_head, compare_rows(made))+p(compare_text(made[0]))+''.join(p(f'{label_of(c["score"])}: {c["reason"]}') for c in found if 'reason' in c)
@@ -764,15 +770,15 @@ def figure(
     caption:str, # Below it, and read aloud in its place
 )->str:
     "A picture within the page"
-    e = html.escape(caption)
+    e = esc(caption)
     return f'<figure><img alt="{e}" src="data:image/png;base64,{base64.b64encode(png).decode()}"><figcaption>{e}</figcaption></figure>'
 
 def section(title:str, *parts)->str:
     "A heading and what belongs to it; empty if nothing does"
     body = ''.join(o for o in parts if o)
-    return f'<section><h2>{html.escape(title)}</h2>{body}</section>\n' if body else ''
+    return f'<section><h2>{esc(title)}</h2>{body}</section>\n' if body else ''
 
-def bullets(items)->str: return '<ul>'+''.join(f'<li>{html.escape(o)}</li>' for o in items)+'</ul>' if items else ''
+def bullets(items)->str: return '<ul>'+''.join(f'<li>{esc(o)}</li>' for o in items)+'</ul>' if items else ''
 
 def page(
     title:str, # Of the report
@@ -780,7 +786,7 @@ def page(
     *parts     # HTML
 )->str:
     "A whole HTML file that loads nothing and runs nothing"
-    e = html.escape
+    e = esc
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'"><title>{e(title)}</title><style>{css}</style></head>\n'
             f'<body><header><h1>{e(title)}</h1><p class="soft">{e(lead)}</p></header>\n{"".join(parts)}</body></html>\n')

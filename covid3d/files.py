@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .volume import CTError, host_name, plain, temps_here, write_atomic
+from .volume import CTError, host_name, plain, temps_here, unreadable, write_atomic
 
 # %% ../nbs/02_files.ipynb #3aedfe74
 _again = 'Copy it again, or write it again with the command that made it'
@@ -31,7 +31,7 @@ def read_bytes(
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode): raise CTError(path, 'is not a regular file', remedy)
             raw = f.read(most+1) if info.st_size>most else f.read()  # which takes no more memory than the file is long
-    except OSError as e: raise CTError(path, f'cannot be read ({e.strerror})', remedy) from None
+    except OSError as e: raise unreadable(path, e, remedy) from None
     if len(raw)>most: raise CTError(path, f'is larger than {most/2**20:g} MiB', remedy)
     return raw
 

@@ -6,7 +6,8 @@ Docs: https://covid3d.github.io/covid3d/inference.html.md"""
 
 # %% auto #0
 __all__ = ['weights_format', 'window_starts', 'blend_weights', 'sliding_window', 'out_of_memory', 'segment', 'NetSpec', 'Seen',
-           'save_model', 'load_model', 'read_seen', 'Ensemble', 'load_models', 'weights_in', 'network_digest']
+           'save_model', 'load_model', 'read_seen', 'Ensemble', 'window_bytes', 'load_models', 'weights_in',
+           'network_digest']
 
 # %% ../nbs/14_inference.ipynb #6ada0e46
 import hashlib, json, math, os, re
@@ -24,7 +25,7 @@ from .files import read_json
 from .show import track
 from .transforms import CTSpec, crop, resize
 from .unet import DynamicUnet3d
-from .volume import CTError, Volume, write_atomic
+from .volume import CTError, Volume, check_memory, memory_left, stored_bytes, write_atomic
 
 # %% ../nbs/14_inference.ipynb #68500e88
 def window_starts(
@@ -47,6 +48,10 @@ def blend_weights(
     return axes[0][:,None,None]*axes[1][:,None]*axes[2]
 
 # %% ../nbs/14_inference.ipynb #5d7b9e31
+def _at_once(patch, windows=4)->int:
+    "How many windows are computed at a time: `windows`, fewer where they are large"
+    return max(1, min(windows, 2**22//math.prod(patch)))
+
 def sliding_window(
     model,              # (batch, 1, slice, row, column) → logits (batch, class, slice, row, column)
     x:torch.Tensor,     # Prepared scan, (1, slice, row, column)
@@ -64,6 +69,7 @@ def sliding_window(
     total,seen = x.new_zeros(classes, *(n+p for n,p in zip(x.shape[1:], pad))),x.new_zeros([n+p for n,p in zip(x.shape[1:], pad)])
     off = [-min(0, window_starts(n,p)[0]) for n,p in zip(x.shape[1:], patch)]
     starts = list(product(*(window_starts(n,p,overlap) for n,p in zip(x.shape[1:], patch))))
+    windows = _at_once(patch, windows)
     groups = [starts[i::-(-len(starts)//windows)] for i in range(-(-len(starts)//windows))]
     for group in track(groups, 'segmenting') if bar else groups:
         logits = model(torch.stack([crop(x, start, patch) for start in group])).float()
@@ -94,7 +100,8 @@ def segment(
     if not 0<threshold<1: raise CTError('threshold', f'{threshold} is not between 0 and 1', 'Give 0.5')
     device,training,name = next(model.parameters()).device,model.training,ct.source.path if ct.source else ct
     try:
-        if math.prod(spec.size(ct))>2**30: raise MemoryError
+        arrays = 2+2*len(spec.classes) if device.type=='cpu' else 2  # float32, of the resampled scan
+        check_memory(name, 4*(arrays*math.prod(spec.size(ct))+math.prod(ct.shape)), 'Close other programs, or use weights of a coarser spacing')
         prob = sliding_window(model.eval(), spec.prepare(ct).to(device), spec.patch, overlap, len(spec.classes), bar)
         return {k:(resize(p, ct.shape)>=threshold).cpu().numpy().astype(np.uint8) for k,p in zip(spec.classes, prob)}
     except (MemoryError,RuntimeError) as e:
@@ -213,14 +220,10 @@ def _named(cls, d, path):
     return cls(**d)
 
 def _require_plain(d):
-    "`ValueError` unless the numbers of a `CTSpec` are numbers within bounds, and its classes can be names of files and columns"
-    low,high = dict(spacing=.05, window=-1e5, patch=4),dict(spacing=100, window=1e5, patch=1024)
-    for k in low:
+    "`ValueError` unless the JSON of a `CTSpec` has numbers where numbers belong; their bounds are those of `CTSpec`, the same as in training"
+    for k in ('spacing','window','patch'):
         if k=='spacing' and d[k] is None: continue
-        if not isinstance(d[k], list) or not all(type(v) in (int,float) and low[k]<=v<=high[k] for v in d[k]): raise ValueError(f'{k} is out of bounds')
-    if math.prod(d['patch'])>2**27: raise ValueError('the patch is too large')
-    good = isinstance(d['classes'], list) and len(d['classes'])<=32
-    if not good or not all(isinstance(c, str) and re.fullmatch('[A-Za-z][A-Za-z0-9_]{0,39}', c) for c in d['classes']): raise ValueError('a class has no plain name')
+        if not isinstance(d[k], list) or not all(type(v) in (int,float) for v in d[k]): raise ValueError(f'{k} is no list of numbers')
 
 def _specs(text, path)->tuple:
     "Specifications and what the training held, from their JSON text"
@@ -254,11 +257,18 @@ def _fitting(path, ct, net, have)->nn.Module:
     fault = f'{misfit[:80]} is {say(have.get(misfit), "missing")}, a {net.encoder} of width {net.width} needs {say(need.get(misfit), "none")}'
     raise CTError(path, f'weights of another network: {fault}', 'Give the file as `covid3d train` wrote it')
 
+def _check_file(path):
+    "`CTError` where a file of weights is mostly holes, or larger than the memory that is left"
+    size = (p := _weights_file(path)).stat().st_size
+    if size>2**29 and size>50*stored_bytes(p, size//50+1): raise CTError(path, 'is a sparse file, mostly holes', _again)
+    check_memory(path, 2*size, 'Use a machine with more memory')
+
 def load_model(
     path,          # `.safetensors` from `save_model`
     device='cpu'   # Where to put it
 )->tuple: # Network in eval mode, `CTSpec`, `NetSpec`
     "Open a saved model; nothing in it can run code"
+    _check_file(path)
     meta,have = _read(path, _header)
     ct,net,_ = _specs(meta.get('covid3d'), path)
     model = _fitting(path, ct, net, have)
@@ -286,6 +296,27 @@ class Ensemble(nn.Module):
         l = torch.stack([m(x) for m in self.models])
         return F.logsigmoid(l).logsumexp(0)-F.logsigmoid(-l).logsumexp(0)
 
+def window_bytes(
+    model, # Network
+    patch, # Window, (slice, row, column)
+    n=1    # Windows at a time
+)->int: # Bytes
+    "What the forward pass of windows needs at its peak, counted without numbers"
+    from covid3d.memory import LiveBytes, on_meta
+    meta = on_meta(model).eval()
+    with torch.no_grad(), LiveBytes() as live: meta(torch.empty(n, 1, *patch, device='meta'))
+    return live.peak
+
+def _check_window(path, model, spec, device):
+    "`CTError` where the weights ask for windows that do not fit in memory"
+    n,widest = _at_once(spec.patch),max(p.shape[0] for p in model.parameters())
+    if 4*n*math.prod(spec.patch)*widest<2**30: return  # an upper bound, and most networks stay below it
+    device,need = torch.device(device),window_bytes(model, spec.patch, n)
+    left = torch.cuda.mem_get_info(device)[0] if device.type=='cuda' else memory_left()
+    if need<left: return
+    fault = f'a window of {"×".join(map(str, spec.patch))} voxels needs {need/2**20:,.0f} MiB of memory, and {left/2**20:,.0f} MiB are left'
+    raise CTError(path, fault, 'Use a machine with more memory, or weights of a smaller patch')
+
 def load_models(
     paths,       # One `.safetensors`, a list of them, or a folder that `covid3d train --folds` wrote
     device='cpu' # Where to put them
@@ -296,6 +327,7 @@ def load_models(
     loaded = [load_model(p, device) for p in paths]
     odd = next((p for p,(_,ct,_) in zip(paths, loaded) if ct!=loaded[0][1]), None)
     if odd: raise CTError(odd, f'was trained with another spacing, window, patch or classes than {paths[0]}', 'Average models that were trained alike')
+    for p,(m,spec,_) in zip(paths, loaded): _check_window(p, m, spec, device)
     return (loaded[0][0] if len(loaded)==1 else Ensemble(m for m,_,_ in loaded).eval()),loaded[0][1]
 
 def weights_in(

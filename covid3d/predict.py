@@ -12,16 +12,16 @@ import csv, errno, hashlib, io, os, re, unicodedata
 from collections import Counter
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 
-from .cases import Case, flipped, read_cases, safe_cell, without_paths
+from .cases import Case, bare_cell, flipped, read_cases, safe_cell, without_paths
 from .datasets import dicom_series
 from .dicom import is_nifti, open_scan, pseudonym, read_slices, save_seg
 from .files import Outputs, locked, read_bytes
 from .inference import Seen, load_models, network_digest, out_of_memory, read_seen, segment, weights_in
 from .transforms import body_ml
-from .volume import (CTError, case_name, max_bytes, plain, save_mask, scan_digest,
-                            write_atomic)
+from .volume import (CTError, Scarce, case_name, max_bytes, plain, save_mask, scan_digest,
+                            unreadable, write_atomic)
 
 # %% ../nbs/21_predict.ipynb #74d680b9
 def _series_name(files) -> str:
@@ -29,6 +29,7 @@ def _series_name(files) -> str:
     seen = Counter()
     for p in files:
         try: seen.update(s.series or s.uid for s in read_slices(p)[0])
+        except Scarce: raise
         except CTError: pass
     return pseudonym(seen.most_common(1)[0][0] if seen else os.path.realpath(files[0]))
 
@@ -150,7 +151,7 @@ _private = 'sources may name patients: keep this table with the scans'
 
 def _bare(s) -> str:
     "A cell without what `safe_cell` put before it"
-    return s[1:] if re.match("'[=+@\t\r-]", s or '') else s or ''
+    return bare_cell(s or '')
 
 def _read_rows(path) -> dict:
     "Scan → its last row in a table of scans, {} if there is none"
@@ -280,8 +281,8 @@ def _as_error(e, case) -> CTError:
         remedy = 'Use --device cpu, close other programs, or use weights of a coarser spacing'
         return CTError(case.ct, 'it needs more memory than there is', remedy)
     if isinstance(e, OSError):
-        many = 'Raise the limit with ulimit -n' if e.errno==errno.EMFILE else ''
-        remedy = many or 'Check its permissions and the free space'
+        remedy = 'Check its permissions and the free space'
+        if isinstance(t := unreadable(case.ct, e), Scarce) or e.errno==errno.EIO: return t
         return CTError(e.filename or case.ct, f'the operating system refuses ({e.strerror or e})', remedy)
     return CTError(case.ct, f'{type(e).__name__} ({str(e)[:200]})', 'Try --device cpu')
 
@@ -302,6 +303,7 @@ def _scan(case, names, job) -> dict:
         if records.rows.get(row['scan'])!=row: records.add(dict(row))
     except (CTError,MemoryError,OSError,RuntimeError) as e:
         e = _as_error(e, case)
+        if isinstance(e, Scarce): raise Scarce(case.name, e.fault, e.cure) from None  # no fault of this scan
         state,line,old = 'failed',_line(e, case),records.rows.get(row['scan'])
         row = (old if old and old['masks'] else row)|dict(error=str(e))
         try: records.add(dict(row))

@@ -22,7 +22,7 @@ from .dicom import is_nifti
 from .files import read_json, sweep
 from .show import track
 from .transforms import CTSpec, body_ml, resample_mask
-from .volume import CTError, Volume, canonical_affine, scan_digest, temp_beside, temps_here, write_atomic
+from .volume import CTError, Scarce, Volume, canonical_affine, scan_digest, stored_bytes, temp_beside, temps_here, unreadable, write_atomic
 
 # %% ../nbs/08_prepare.ipynb #8d3a5011
 version = 2  # of the layout; a new one makes all prepared cases stale
@@ -34,7 +34,7 @@ def _files(path)->list:
         series = p if p.is_dir() else None if is_nifti(p) else p.parent  # any file of a series stands for it
         if series is None and p.is_file(): return [p]
         if series is not None and p.exists(): return [p]*p.is_file()+sorted(o for o in series.iterdir() if o.is_file())
-    except OSError as e: raise CTError(p, f'cannot be read ({e.strerror})', 'Check the permissions') from None
+    except OSError as e: raise unreadable(p, e) from None
     raise CTError(p, 'no such file', 'Correct the path in the case table')
 
 def _stat(f)->list: return [str(f.absolute()), (s := f.stat()).st_size, s.st_mtime_ns]
@@ -60,7 +60,7 @@ def _digest(case, spec, of)->str:
     try:
         files = dict(ct=about(case.ct), masks=[about(case.masks[k]) for k in spec.classes],
                      lung=about(case.masks['lung']) if 'lung' in case.masks else None)
-    except OSError as e: raise CTError(case.name, f'its files cannot be read ({e.strerror})', 'Check the permissions') from None
+    except OSError as e: raise unreadable(case.name, e) from None
     return hashlib.blake2b(json.dumps(made_by | files).encode(), digest_size=8).hexdigest()
 
 def fingerprint(
@@ -91,7 +91,7 @@ _whole = lambda v, most: type(v) is int and 0<=v<=most
 _number = lambda v: type(v) in (int,float) and math.isfinite(v) and v>=0
 _hex = lambda n: lambda v: isinstance(v, str) and bool(re.fullmatch(f'[0-9a-f]{{{n}}}', v))
 _fields = dict(covid3d=lambda v: v=='prepared case', version=lambda v: v==version, case=lambda v: isinstance(v, str),
-    shape=lambda v: isinstance(v, list) and len(v)==3 and all(_whole(o, 2**31) and o for o in v) and math.prod(v)<=2**33,
+    shape=lambda v: isinstance(v, list) and len(v)==3 and all(_whole(o, 2**30) and o for o in v) and math.prod(v)<=2**30,
     lesion_ml=_number, body_ml=_number, digest=_hex(32), stamp=_hex(16),
     at=lambda v: isinstance(v, dict) and {*v}=={'lesion','body'} and all(_whole(o, _most) for o in v.values()),
     crc=lambda v: isinstance(v, dict) and {*v}=={*_arrays_of} and all(_whole(o, 2**32-1) for o in v.values()))
@@ -119,7 +119,9 @@ def _map(path, dtype, shape)->np.ndarray:
             there = np.lib.format.read_array_header_1_0(f, max_header_size=1024)
             n = math.prod(shape)*np.dtype(dtype).itemsize
             if there!=(shape,False,np.dtype(dtype)) or os.fstat(f.fileno()).st_size!=f.tell()+n: raise ValueError('another array')
+            if n>2**29 and n>300*stored_bytes(path, n//300+1): raise ValueError('a sparse file, mostly holes')
             return np.memmap(f, dtype, 'c', f.tell(), shape) if n else np.empty(shape, dtype)  # c: copy on write
+    except OSError as e: raise unreadable(path, e, _anew) from None
     except Exception as e:  # NumPy's reader of headers ends in many ways
         raise CTError(path, f'is damaged ({type(e).__name__}: {str(e)[:60]})', _anew) from None
 
@@ -150,6 +152,7 @@ def open_prepared(
 )->Prepared: # None if it is not there or damaged
     "Open a prepared case"
     try: return _load(folder, check)
+    except Scarce: raise  # it may be sound
     except CTError: return None
 
 # %% ../nbs/08_prepare.ipynb #92d69b4b
@@ -169,8 +172,6 @@ def _arrays(case, spec)->tuple:
     "What is kept of a case: arrays by name, and its info"
     ct = case.open_ct()
     size = spec.size(ct)
-    if np.prod(size, dtype=object)>2**33:
-        raise CTError('spacing', f'{spec.mm} mm would make {"×".join(map(str,size))} voxels of {case.name}', 'Use a coarser spacing')
     with ThreadPoolExecutor(1) as beside:  # the digest takes as long as reading the masks, on another processor
         about = beside.submit(lambda: dict(digest=scan_digest(ct), body_ml=body_ml(ct)))
         masks = [case.open_mask(k, ct).data for k in spec.classes]
@@ -213,6 +214,7 @@ def _put(tmp, target):
 # %% ../nbs/08_prepare.ipynb #e99c7da8
 def _stamp_of(folder):
     try: return _read_info(folder)['stamp']
+    except Scarce: raise
     except CTError: return None
 
 def _locate(case, spec, out)->tuple:
@@ -288,6 +290,7 @@ def _find(case, spec, out, check)->tuple:
     stamp,at = _locate(case, spec, out)
     if at is None or not os.path.lexists(at): return None,None
     try: return _restamp(at, _load(at, check), stamp),None
+    except Scarce: raise
     except CTError as e: return None,e
 
 def find_prepared(
@@ -321,7 +324,9 @@ def prepare_cases(
     "Prepare cases; one that fails, or is too large for the memory, stops nothing"
     def one(case):
         try: return prepare_case(case, spec, out)
-        except (CTError,MemoryError,OSError,RuntimeError) as e: return told(e, case)
+        except (CTError,MemoryError,OSError,RuntimeError) as e:
+            if isinstance(t := told(e, case), Scarce): raise t from None
+            return t
     sweep(out)
     with ThreadPoolExecutor(workers or 2) as pool:
         done = pool.map(one, cases)

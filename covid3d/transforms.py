@@ -20,7 +20,7 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from .show import pick_slices, plane_of, show_slice
-from .volume import CTError, Volume
+from .volume import CTError, Volume, check_memory
 
 # %% ../nbs/06_transforms.ipynb #34320f7e
 class TensorCT(TensorImageBase):
@@ -158,6 +158,8 @@ def _class_names(classes)->tuple:
     return names
 
 # %% ../nbs/06_transforms.ipynb #f1f25676
+_chest = (320,350,350) # mm, (slice, row, column)
+
 @dataclass(frozen=True)
 class CTSpec:
     "How scans are prepared for a network, and what it tells apart"
@@ -171,12 +173,18 @@ class CTSpec:
         keep('classes', _class_names(self.classes))
         for k,n in dict(spacing=3, window=2, patch=3).items():
             if (k,self.spacing)!=('spacing',None): keep(k, _finite_numbers(k, getattr(self, k), n))
-        if not self.whole and not all(1e-3<=s<=1e3 for s in self.spacing): raise CTError('spacing', f'{self.spacing} is not three lengths of 0.001 to 1000 mm', 'Give slice, row and column spacing')
+        if not self.whole: self._check_spacing()
         if not all(p==int(p)>=4 for p in self.patch): raise CTError('patch', f'{self.patch} is not three whole sizes of 4 voxels or more', 'Give slices, rows and columns')
         keep('patch', tuple(int(p) for p in self.patch))
-        if math.prod(self.patch)>2**24: raise CTError('patch', f'{self.patch} is more than {2**24:,} voxels', 'Give a smaller one')
+        if max(self.patch)>1024 or math.prod(self.patch)>2**24: raise CTError('patch', f'{self.patch} is more than {2**24:,} voxels (256×256×256), or 1024 along an axis', 'Give a smaller one')
         low,high = self.window
         if not -1e5<=low<high<=1e5 or high-low<1e-3: raise CTError('window', f'{self.window} is not (low, high) in HU', 'Give the lower first')
+
+    def _check_spacing(self):
+        "Lengths that can be voxels, not so small that a chest fills the memory"
+        if not all(.05<=s<=100 for s in self.spacing): raise CTError('spacing', f'{self.spacing} is not three lengths of 0.05 to 100 mm', 'Give slice, row and column spacing')
+        voxels = math.prod(_chest)/math.prod(self.spacing)
+        if voxels>2**28: raise CTError('spacing', f'{self.spacing} makes {voxels/1e6:,.0f} million voxels of a chest, and {2**28/1e6:.0f} million at most can be worked on', 'Give a coarser one')
 
     @property
     def whole(self)->bool:
@@ -185,7 +193,7 @@ class CTSpec:
     @property
     def mm(self)->tuple:
         "(slice, row, column) of a voxel in mm; where it differs from scan to scan, that of a chest of 320×350×350 mm"
-        return tuple(n/p for n,p in zip((320,350,350), self.patch)) if self.whole else self.spacing
+        return tuple(n/p for n,p in zip(_chest, self.patch)) if self.whole else self.spacing
     def size(self, vol:Volume)->tuple:
         "Voxels of `vol` along each axis as the network sees it; `CTError` if they are more than 2²⁸, 1 GiB of numbers"
         size = self.patch if self.whole else size_at(vol, self.spacing)
@@ -193,7 +201,8 @@ class CTSpec:
         raise CTError('spacing', f'{"×".join(f"{s:g}" for s in self.spacing)} mm would make {"×".join(map(str, size))} voxels of this scan', 'Use a coarser spacing, or crop the scan')
     def prepare(self, vol:Volume)->torch.Tensor:
         "HU of `vol` as the network's input, (1, slice, row, column)"
-        return apply_window(resample_image(vol, self.size(vol)), *self.window)[None]
+        check_memory(vol.source.path if vol.source else vol, 8*math.prod(size := self.size(vol)), 'Close other programs, or use a coarser spacing')
+        return apply_window(resample_image(vol, size), *self.window)[None]
 
 # %% ../nbs/06_transforms.ipynb #012d3c05
 def crop(

@@ -242,7 +242,9 @@ def _resolve(df, table) -> pd.DataFrame:
         raise CTError(p, f'is missing: it says where {len(open_)} scan{"s"[:len(open_)>1]} of {Path(table).name} lie', remedy)
     found = _read_csv(p).reindex(columns=source_columns, fill_value='')
     scan,source,out = source_columns
-    at = {r[scan]:r[source] for r in found.to_dict('records') if not r[out] and r[source]}
+    found = found[(found[out]=='') & (found[source]!='')].drop_duplicates()
+    if (twice := found[scan][found[scan].duplicated()]).any(): raise CTError(p, f'has two sources for {twice.iloc[0]}', remedy)
+    at = dict(zip(found[scan], found[source]))
     for r in open_:
         if r['case'] not in at: raise CTError(p, f'has no line for {r["case"]}', remedy)
     known = {r['case']:at[r['case']] for r in open_}

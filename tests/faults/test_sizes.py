@@ -136,6 +136,14 @@ def test_a_table_of_too_many_rows(tmp_path):
     refused(lambda: read_cases(tmp_path/'t.csv'), 't.csv', '100,001 lines', 'Divide it')
 
 @pytest.mark.promise('silent')
+def test_two_sources_of_one_scan(tmp_path):
+    "A table of sources that gives two places for one scan is refused, not read as one of them"
+    from covid3d.cases import source_columns
+    (tmp_path/'t.csv').write_text('case,ct\na,a\n')
+    (tmp_path/'t_sources.csv').write_text(','.join(source_columns)+'\na,x.nii,\na,y.nii,\n')
+    refused(lambda: read_cases(tmp_path/'t.csv'), 't_sources.csv', 'two sources for a')
+
+@pytest.mark.promise('silent')
 def test_two_columns_of_one_name(tmp_path):
     "A case table with two columns called ct is refused, not read as one of them"
     for sep in ',;\t':

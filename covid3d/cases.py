@@ -200,7 +200,7 @@ def _need_columns(df, p, need):
 def _table_faults(df, p):
     "The `CTError`s of a table as a whole"
     for c in df.case:
-        if re.search(r'[/\\\0]', str(c)) or c in ('.','..') or plain(c)!=c or len(os.fsencode(c))>200:
+        if re.search(r'[/\\\0]', str(c)) or c in ('.','..') or plain(c)!=c or len(c.encode('utf8', 'surrogatepass'))>200:
             yield CTError(p, f'case {plain(c)[:60]!r} cannot be the name of a file', 'Rename it: masks are called after their case')
     for c in df.case[df.case.duplicated()].unique(): yield CTError(p, f'case {c!r} stands there twice', 'Give each scan a name of its own')
     at = df.ct.map(os.path.normpath)

@@ -301,6 +301,7 @@ def test_a_bad_scan_costs_only_itself(world, weights, tmp_path, capfd, monkeypat
     err = [o for o in capfd.readouterr().err.splitlines() if 'segmenting' not in o]
     line = next(o for o in err if words in o)
     assert line.startswith(f'{jane}: ') and '--patch' not in line and '--bs' not in line and '1 of 3 scans failed' in err[-1]
+    assert all('JANE' not in r['error'] for r in rows(tmp_path/'m'))  # only the column `source` may name a patient
     assert len(masks(tmp_path/'m'))==2 and [bool(r['error']) for r in rows(tmp_path/'m')]==[r['scan']==jane for r in rows(tmp_path/'m')]
     monkeypatch.undo()
     assert run(world/'tree', world/'A', '--weights', weights, '--out', tmp_path/'m')==0 and len(masks(tmp_path/'m'))==3 and not any(r['error'] for r in rows(tmp_path/'m'))

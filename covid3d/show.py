@@ -12,10 +12,9 @@ __all__ = ['lung_window', 'outline_colors', 'planes', 'pick_slices', 'plane_of',
 import io, sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt, numpy as np
+import numpy as np
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
-from matplotlib.text import Text
 
 from .volume import Volume, plain, write_atomic
 
@@ -61,6 +60,7 @@ def show_slice(
     title:str=None      # Above the picture
 ):
     "Draw one slice with its masks outlined"
+    import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(3,3))[1]
     ax.imshow(img, cmap='gray', vmin=window[0], vmax=window[1], aspect=aspect, interpolation='nearest')
     for m,c in zip(masks, outline_colors):
@@ -81,6 +81,7 @@ def show_slices(
     title:str=None       # Above the figure
 ):
     "Slices of a scan side by side, masks outlined"
+    import matplotlib.pyplot as plt
     masks = {k:getattr(m,'data',m) for k,m in (masks or {}).items()}
     first = next(iter(masks.values()), np.zeros(ct.shape, bool))
     if slices is None: slices = pick_slices(np.moveaxis(np.asarray(first), planes[plane], 0), n)
@@ -100,6 +101,7 @@ def _figsize(ct, plane, n, size):
 
 def _legend(fig, masks):
     "Name the outlines below the figure"
+    import matplotlib.pyplot as plt
     if not masks: return
     lines = [plt.Line2D([],[],color=c) for _,c in zip(masks, outline_colors)]
     names = [plain(k) for k in masks]
@@ -113,6 +115,8 @@ def save_figure(
     dpi:int=110   # Pixels an inch
 ):
     "Write `fig` to `path` and close it"
+    import matplotlib.pyplot as plt
+    from matplotlib.text import Text
     buf = io.BytesIO()
     for t in fig.findobj(Text): t.set_usetex(False)
     try:

@@ -343,3 +343,8 @@ def test_a_name_that_the_locale_cannot_write(tmp_path):
     env = {k:v for k,v in os.environ.items() if not k.startswith(('LC_','LANG'))}|dict(LC_ALL='POSIX', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
     res = subprocess.run([sys.executable,'-m','covid3d','check',str(tmp_path/'t.csv')], env=env, capture_output=True)
     assert res.returncode==1 and b'unexpected' not in res.stderr and b'no such file' in res.stdout+res.stderr, res
+
+def test_tables_need_no_plots_and_no_torch():
+    "Writing and checking a case table loads neither matplotlib nor PyTorch"
+    code = "import sys, covid3d.cli, covid3d.cases, covid3d.datasets; print({*sys.modules} & {'matplotlib','torch','fastai'})"
+    assert subprocess.run([sys.executable,'-c',code], capture_output=True, text=True).stdout=='set()\n'

@@ -200,7 +200,7 @@ def _need_columns(df, p, need):
 def _table_faults(df, p):
     "The `CTError`s of a table as a whole"
     for c in df.case:
-        if re.search(r'[/\\\0]', str(c)) or c in ('.','..') or plain(c)!=c or len(os.fsencode(c))>200:
+        if re.search(r'[/\\\0]', str(c)) or c in ('.','..') or plain(c)!=c or len(c.encode('utf8', 'surrogatepass'))>200:
             yield CTError(p, f'case {plain(c)[:60]!r} cannot be the name of a file', 'Rename it: masks are called after their case')
     for c in df.case[df.case.duplicated()].unique(): yield CTError(p, f'case {c!r} stands there twice', 'Give each scan a name of its own')
     at = df.ct.map(os.path.normpath)
@@ -242,7 +242,9 @@ def _resolve(df, table) -> pd.DataFrame:
         raise CTError(p, f'is missing: it says where {len(open_)} scan{"s"[:len(open_)>1]} of {Path(table).name} lie', remedy)
     found = _read_csv(p).reindex(columns=source_columns, fill_value='')
     scan,source,out = source_columns
-    at = {r[scan]:r[source] for r in found.to_dict('records') if not r[out] and r[source]}
+    found = found[(found[out]=='') & (found[source]!='')].drop_duplicates()
+    if (twice := found[scan][found[scan].duplicated()]).any(): raise CTError(p, f'has two sources for {twice.iloc[0]}', remedy)
+    at = dict(zip(found[scan], found[source]))
     for r in open_:
         if r['case'] not in at: raise CTError(p, f'has no line for {r["case"]}', remedy)
     known = {r['case']:at[r['case']] for r in open_}

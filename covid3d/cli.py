@@ -489,8 +489,10 @@ def print_scores(
     df,       # From `score_cases`
     indent='' # Before each line
 ):
-    "A line a case"
-    for r in df.itertuples(): print(indent+plain(r.error or f'{r.case}  Dice {r.dice:.3f}  {r.predicted_ml:.0f} ml, reference {r.reference_ml:.0f} ml'))
+    "A line a case; what failed goes to stderr"
+    for r in df.itertuples():
+        line = r.error or f'{r.case}  Dice {r.dice:.3f}  {r.predicted_ml:.0f} ml, reference {r.reference_ml:.0f} ml'
+        print(indent+plain(line), file=sys.stderr if r.error else sys.stdout)
 
 # %% ../nbs/30_cli.ipynb #95d77b94
 def _seen(segmenter) -> set:

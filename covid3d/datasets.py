@@ -755,7 +755,7 @@ class Resume:
                     for data in _body(r, self.size-self.have, self.part.name[1:].removesuffix('.part')): f.write(data)
         except requests.HTTPError as e: self.fault = f'the server answered {e.response.status_code}'
         except requests.RequestException: self.fault = 'the connection was cut'  # the next try asks for what is missing
-        except OSError as e: raise CTError(self.part, f'cannot be written ({e.strerror})', 'Check the folder and the free space') from None
+        except OSError as e: raise CTError(self.part, f'cannot be written ({e.strerror or e})', 'Check the folder and the free space') from None
 
 # %% ../nbs/05_datasets.ipynb #9977a13c
 _most = 64*2**30 # bytes that an archive may unpack to
@@ -798,7 +798,7 @@ def unpack(
     except _damage as e: raise CTError(path, f'the archive is damaged ({type(e).__name__})', 'Download it again') from None
     except OSError as e:  # without a number, or EINVAL: a seek to nowhere, or bz2's own
         if e.errno in (None,errno.EINVAL): raise CTError(path, f'the archive is damaged ({e})', 'Download it again') from None
-        raise CTError(folder, f'cannot be written ({e.strerror})', 'Check the folder and the free space') from None
+        raise CTError(folder, f'cannot be written ({e.strerror or e})', 'Check the folder and the free space') from None
     finally: shutil.rmtree(tmp, ignore_errors=True); temps_here.discard(tmp.name)
 
 # %% ../nbs/05_datasets.ipynb #a825ed20

@@ -41,7 +41,7 @@ def _no_constant(name): raise ValueError(f'{name} is not JSON')
 def read_json(
     path: str|Path, # A file
     kind: type = dict, # What must stand at the top
-    most: int = 2**26, # Bytes it may hold
+    most: int = 2**24, # Bytes it may hold
     remedy: str = _again # For the message
 ):
     "The JSON of a regular file: an object of type `kind`; `CTError` for anything else"

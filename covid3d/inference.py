@@ -328,7 +328,7 @@ def window_bytes(
 
 def _check_window(path, model, spec, device):
     "`CTError` where the weights ask for windows that do not fit in memory"
-    n,widest = _at_once(spec.patch),max(p.shape[0] for p in model.parameters())
+    n,widest = _at_once(spec.patch),max(p.shape[0] for p in model.parameters() if p.ndim)
     if 4*n*math.prod(spec.patch)*widest<2**30: return  # an upper bound, and most networks stay below it
     device,need = torch.device(device),window_bytes(model, spec.patch, n)
     left = torch.cuda.mem_get_info(device)[0] if device.type=='cuda' else memory_left()

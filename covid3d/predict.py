@@ -113,7 +113,7 @@ def _check_names(cases, classes, format):
             if key in seen:
                 fault = f'the masks of {seen[key]!r} and {c.name!r} would be one file'
                 raise CTError(k, fault, 'Rename one scan, or use two runs')
-            if len(os.fsencode(k))>255:
+            if len(k.encode('utf8', 'surrogatepass'))>255:
                 raise CTError(f'{k[:60]}…', 'the name of this mask is longer than 255 bytes', 'Rename the scan')
             seen[key] = c.name
 
@@ -306,7 +306,7 @@ def _scan(case, names, job) -> dict:
         e = _as_error(e, case)
         if isinstance(e, Scarce): raise Scarce(case.name, e.fault, e.cure) from None  # no fault of this scan
         state,line,old = 'failed',_line(e, case),records.rows.get(row['scan'])
-        row = (old if old and old['masks'] else row)|dict(error=str(e))
+        row = (old if old and old['masks'] else row)|dict(error=line)
         try: records.add(dict(row))
         except OSError: pass  # a full disk: the line tells it
     return row|dict(state=state, line=line)

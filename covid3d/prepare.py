@@ -199,10 +199,10 @@ def _remove(folder):
     "Remove the files of a prepared case, and its folder; `CTError` if something else is in it"
     if folder.is_symlink() or not folder.is_dir(): raise CTError(folder, 'is in the way of a prepared case', 'Move it away')
     sweep(folder)
-    for k in _names:
-        if not (folder/k).is_dir(): (folder/k).unlink(missing_ok=True)
-    try: folder.rmdir()
-    except OSError: raise CTError(folder, 'holds something that covid3d did not write', 'Move it away') from None
+    odd = [p for p in folder.iterdir() if p.name not in _names or p.is_dir()]
+    if odd: raise CTError(odd[0], 'was not written by covid3d, and lies in a prepared case that is damaged', 'Move it away')
+    for k in _names: (folder/k).unlink(missing_ok=True)
+    folder.rmdir()
 
 def _put(tmp, target):
     "Rename a complete folder to its name; one that is whole and there already is kept, a damaged one is replaced"
@@ -254,7 +254,7 @@ def _make(case, spec, out, stamp)->Path:
         draft.mkdir()
         _write(draft, arrays, _sealed(arrays, info, stamp)); _put(draft, target)
     except OSError as e:
-        raise CTError(f'{case.name}, prepared', f'cannot be written ({e.strerror})', 'Check --out, its permissions and the free space') from None
+        raise CTError(f'{case.name}, prepared', f'cannot be written ({e.strerror or e})', 'Check --out, its permissions and the free space') from None
     finally:
         for k in _names: (draft/k).unlink(missing_ok=True)
         if draft.exists(): draft.rmdir()

@@ -14,7 +14,7 @@ __all__ = ['titles', 'published', 'recipes', 'run_files', 'table_head', 'stateme
            'check_out', 'sweep_all', 'about_run', 'evaluate_all', 'reproduce', 'start_run', 'run_stages']
 
 # %% ../nbs/24_reproduce.ipynb #ecb7b5b7
-import glob, hashlib, html, json, os, re, shutil, sys, time
+import glob, hashlib, html, io, json, os, re, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
@@ -25,7 +25,7 @@ import numpy as np, pandas as pd, torch
 from fastai.learner import Learner
 
 from . import __version__
-from .cases import CaseReport, Finding, check_case, read_cases, report_table, sources_path, without_paths, write_cases
+from .cases import CaseReport, Finding, check_case, csv_text, read_cases, report_table, sources_path, without_paths, write_cases
 from .checkpoint import require_same
 from .data import prepare_table
 from .datasets import choose_splits, coronacases, mosmed, ricord
@@ -261,7 +261,7 @@ def used_cases(
     left_out=()   # Dicts with `case`
 )->list: # Of (name of the data set, `Case`)
     "Cases of the table with a split, but for those left out"
-    data = pd.read_csv(out/'cases.csv', dtype=str, keep_default_na=False).dataset
+    data = pd.read_csv(io.StringIO(csv_text(out/'cases.csv')), dtype=str, keep_default_na=False).dataset
     gone = {o['case'] for o in left_out}
     return [(k,c) for k,c in zip(data, read_cases(out/'cases.csv')) if c.split and c.name not in gone]
 
@@ -305,7 +305,7 @@ def prepare_all(
 )->dict: # `left_out`
     "Prepare the scans that train and tune"
     used = {c.name:(k,c) for k,c in used_cases(out, left_out) if c.split in ('train','valid')}
-    df = pd.read_csv(out/'cases.csv', dtype=str, keep_default_na=False)
+    df = pd.read_csv(io.StringIO(csv_text(out/'cases.csv')), dtype=str, keep_default_na=False)
     df = df[df.case.isin(used)]
     for s in ('train','valid'):
         if not (df.split==s).any(): raise _none_left(s, left_out)

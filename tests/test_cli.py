@@ -336,3 +336,10 @@ def test_odd_words(capfd, tmp_path, weights):
         err = capfd.readouterr().err
         assert '\x1b' not in err and err.count('\n')==1 and 'unexpected' not in err, err
     assert not list(tmp_path.iterdir())
+
+def test_a_name_that_the_locale_cannot_write(tmp_path):
+    "A case name that an ASCII locale cannot encode is no unexpected error"
+    (tmp_path/'t.csv').write_text('case,ct,lesion,split\né,s.nii.gz,m.nii.gz,test\n', encoding='utf8')
+    env = {k:v for k,v in os.environ.items() if not k.startswith(('LC_','LANG'))}|dict(LC_ALL='POSIX', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    res = subprocess.run([sys.executable,'-m','covid3d','check',str(tmp_path/'t.csv')], env=env, capture_output=True)
+    assert res.returncode==1 and b'unexpected' not in res.stderr and b'no such file' in res.stdout+res.stderr, res

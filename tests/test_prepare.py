@@ -177,8 +177,8 @@ def test_nothing_of_others_is_removed(root, tmp_path):
     rewrite(root/'lung_mask'/'phantom_000.nii.gz', lambda x: x[::-1].copy())
     prepare_case(case, spec, p); tidy(p, [case], spec)
     assert all(o.read_text()=='years of work' for o in theirs) and (root/'cases.csv').exists()
-    (root/'lung_mask'/'phantom_000.nii.gz').write_bytes(lung)  # as it was: its folder is needed again
-    with pytest.raises(CTError, match='did not write'): prepare_case(case, spec, p)
+    (root/'lung_mask'/'phantom_000.nii.gz').write_bytes(lung)  # as it was: its folder is needed again, and whole
+    prepare_case(case, spec, p); assert (f/'ct.npy').exists() and (f/'notes.txt').exists()
 
 prepare = '''
 import sys, covid3d.prepare as p, time
@@ -386,3 +386,15 @@ def test_small_lesions_keep_their_volume_at_the_training_spacing(spacing):
         size = [round(n*s/t) for n,s,t in zip(fine.shape, (3,1.4,1.4), spacing)]
         ratio.append(float(resample_mask(fine, size).sum())*np.prod([a/b for a,b in zip(fine.shape, size)])/fine.sum())
     assert abs(np.mean(ratio)-1)<.1 and min(ratio)>.3
+
+@pytest.mark.promise('lost')
+def test_a_foreign_file_in_a_damaged_case(tmp_path):
+    "A prepared case that is damaged, and in which somebody put a file, loses nothing: it is refused as it is"
+    table = write_phantoms(tmp_path/'data', n=1, shape=(32,96,96), spacing=(9,3.7,3.7))
+    case,small = read_cases(table)[0],CTSpec(spacing=(9,5,5), patch=(16,48,48))
+    prepare_case(case, small, tmp_path/'p')
+    home = next((tmp_path/'p').iterdir())
+    (home/'ct.npy').write_bytes(b'x'); (home/'notes.txt').write_bytes(b'mine')
+    before = {p.name:p.read_bytes() for p in home.iterdir()}
+    with pytest.raises(CTError, match='notes.txt: was not written by covid3d'): prepare_case(case, small, tmp_path/'p')
+    assert {p.name:p.read_bytes() for p in home.iterdir()}==before

@@ -289,7 +289,8 @@ def test_malformed_folds(tmp_path, text):
 def test_a_scan_too_large_is_named(monkeypatch):
     "A scan for which memory does not suffice is named, whether the computer or a bound says so"
     ct = phantom(0, shape=(32,48,48), spacing=(9,7,7)).ct
-    refused(lambda: Segmenter(Broken(0.), replace(spec, spacing=(.05,.05,.05)))(ct), '0.05×0.05×0.05 mm would make 5760×6720×6720 voxels')
+    wide = replace(ct, affine=ct.affine@np.diag([1,3,3,1]))
+    refused(lambda: Segmenter(Broken(0.), replace(spec, spacing=(.6,.6,.6)))(wide), '0.6×0.6×0.6 mm would make 480×1680×1680 voxels')
     refused(lambda: Segmenter(Broken(0.), replace(spec, spacing=(1,1,1), patch=(4,4,4)), overlap=.9)(ct), 'windows would have to be computed')
 
 # Checkpoints

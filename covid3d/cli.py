@@ -437,7 +437,8 @@ def evaluate(
     for o in others.values(): check_same_cases([c.name for c in cases], o.case)
     about = dict(weights=', '.join(Path(o).name for o in weights.split(',')), table=Path(table).name, split=split, overlap=overlap, **{'class':klass})
     check = lambda: _told_before(cases, klass, segmenter)
-    df,page,kept = evaluate_cases(segmenter, cases, out, tolerance, klass, pictures, overwrite, check, title=title, against=others, about=about)
+    told = dict(title=title, against=others, about=about)
+    df,page,kept = evaluate_cases(segmenter, cases, out, tolerance, klass, pictures, overwrite, check, **told)
     if kept: print(f'{kept} of {len(cases)} cases were scored before and are kept')
     print_scores(df)
     for o in [class_note(segmenter.spec, klass), *_differences(compared(df, others)), f'{headline(df)} · wrote {page}']:

@@ -913,7 +913,7 @@ def evaluate_cases(
     klass: str = None,        # Class to score; the first of `segmenter` if None
     pictures: int = 3,        # Of the worst and of the best cases
     overwrite: bool = False,  # Replace a report on other weights or settings
-    check = None,             # Called before the first case is scored; what it returns is said on the page
+    check = None,             # Called before the first case is scored; the page says what it returns
     **kwargs                  # For `write_report`: `title`, `against`, `about`
 ) -> tuple: # Table of scores, the page, and how many cases were scored by a former run
     "Score cases and write their report; resumes a run that was interrupted"

@@ -315,6 +315,7 @@ class Ensemble(nn.Module):
         l = torch.stack([m(x) for m in self.models])
         return F.logsigmoid(l).logsumexp(0)-F.logsigmoid(-l).logsumexp(0)
 
+# %% ../nbs/14_inference.ipynb #f02f74bd
 def window_bytes(
     model, # Network
     patch, # Window, (slice, row, column)
@@ -336,15 +337,7 @@ def _check_window(path, model, spec, device):
     fault = f'a window of {"×".join(map(str, spec.patch))} voxels needs {need/2**20:,.0f} MiB of memory, and {left/2**20:,.0f} MiB are left'
     raise CTError(path, fault, 'Use a machine with more memory, or weights of a smaller patch')
 
-def _load(paths, device)->tuple:
-    "The network of these files, or their `Ensemble`, in eval mode, and its `CTSpec`"
-    if not paths: raise CTError('weights', 'no file was given', 'Give the model.safetensors that `covid3d train` wrote')
-    loaded = [load_model(p, device) for p in paths]
-    odd = next((p for p,(_,ct,_) in zip(paths, loaded) if ct!=loaded[0][1]), None)
-    if odd: raise CTError(odd, f'was trained with another spacing, window, patch or classes than {paths[0]}', 'Average models that were trained alike')
-    for p,(m,spec,_) in zip(paths, loaded): _check_window(p, m, spec, device)
-    return (loaded[0][0] if len(loaded)==1 else Ensemble(m for m,_,_ in loaded).eval()),loaded[0][1]
-
+# %% ../nbs/14_inference.ipynb #4bbe2cb0
 def weights_in(
     paths # One `.safetensors`, a list of them, or a folder that `covid3d train --folds` wrote
 )->list: # Files
@@ -357,6 +350,16 @@ def weights_in(
     left = next((i for i in range(k) if not (Path(paths)/f'fold_{i}'/'scores.csv').exists()), None)
     if left is not None: raise CTError(paths, f'fold {left} of {k} is not trained and scored yet', f'Train it with --folds {k} --fold {left}')
     return [Path(paths)/f'fold_{i}'/'model.safetensors' for i in range(k)]
+
+# %% ../nbs/14_inference.ipynb #d6e1342a
+def _load(paths, device)->tuple:
+    "The network of these files, or their `Ensemble`, in eval mode, and its `CTSpec`"
+    if not paths: raise CTError('weights', 'no file was given', 'Give the model.safetensors that `covid3d train` wrote')
+    loaded = [load_model(p, device) for p in paths]
+    odd = next((p for p,(_,ct,_) in zip(paths, loaded) if ct!=loaded[0][1]), None)
+    if odd: raise CTError(odd, f'was trained with another spacing, window, patch or classes than {paths[0]}', 'Average models that were trained alike')
+    for p,(m,spec,_) in zip(paths, loaded): _check_window(p, m, spec, device)
+    return (loaded[0][0] if len(loaded)==1 else Ensemble(m for m,_,_ in loaded).eval()),loaded[0][1]
 
 # %% ../nbs/14_inference.ipynb #4f835ca5
 def network_digest(
@@ -391,7 +394,9 @@ class Segmentation:
     kept: dict = None               # Class → float32 probabilities, if the segmenter keeps them
 
     @property
-    def ml(self) -> dict: return {k:float(m.sum()*self.ct.ml_per_voxel) for k,m in self.masks.items()}
+    def ml(self) -> dict:
+        "Class → volume of its mask in ml"
+        return {k:float(m.sum()*self.ct.ml_per_voxel) for k,m in self.masks.items()}
     @property
     def notes(self) -> tuple: return self.ct.notes
 
@@ -399,7 +404,7 @@ class Segmentation:
         volumes = ', '.join(f'{k} {v:.1f} ml' for k,v in self.ml.items())
         return f'{volumes} of a {"×".join(map(str, self.ct.shape))} scan'
     def probabilities(self) -> dict:
-        "Class → float32 probability of each voxel; takes as long as the masks did, unless it was kept"
+        "Class → float32 probability of each voxel; as slow as the masks were, unless it was kept"
         return self.kept or self.segmenter.probabilities(self.ct)
 
 # %% ../nbs/14_inference.ipynb #2056564a
@@ -419,7 +424,8 @@ def save(self:Segmentation,
     "Write a mask on the grid of the file that the scan was read from"
     klass = next(iter(self.masks)) if klass is None else klass
     if klass not in self.masks:
-        raise CTError(path, f'there is no mask of class {klass!r}', f'Give {" or ".join(self.masks)}')
+        remedy = f'Give {" or ".join(self.masks)}'
+        raise CTError(path, f'there is no mask of class {klass!r}', remedy)
     save_mask(self.masks[klass], self.ct, path)
 
 # %% ../nbs/14_inference.ipynb #15c871a9
@@ -476,7 +482,7 @@ def _each(self:Segmenter, ct, finish, bar):
 # %% ../nbs/14_inference.ipynb #fca3e8fb
 @patch(cls_method=True)
 def load(cls:Segmenter,
-    paths,          # One `.safetensors`, a list of them, or a folder that `covid3d train --folds` wrote
+    paths,          # One `.safetensors`, a list of them, or a folder of `covid3d train --folds`
     device = None,  # Where to put them: `cpu`, `cuda`, …; the best there is if None
     **kwargs        # For `Segmenter`: `overlap`, `threshold`, `keep`
 ) -> Segmenter:

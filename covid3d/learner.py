@@ -46,8 +46,8 @@ from .dicom import open_scan, save_seg
 from .distributed import joined, once, own_random, place, split_map, split_training, spread
 from .encoder import build_of, encoder3d, unfinished
 from .files import Outputs, locked, no_links, sweep
-from .inference import (NetSpec, Seen, Segmentation, Segmenter, load_model, out_of_memory, read_seen, save_model,
-                               segment, sliding_window)
+from .inference import (NetSpec, Seen, Segmentation, Segmenter, load_model, out_of_memory,
+                               read_seen, save_model, segment, sliding_window)
 from .losses import DiceCELoss, DiceFocalLoss, soft_dice
 from .memory import apply_plan, plan_memory
 from .metrics import PatchDice, dice
@@ -62,7 +62,8 @@ _all_ = ['r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'ope
          'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms', 'light_aug_transforms', 'apply_window', 'resample_image', 'resample_mask',
          'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases',
          'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'DiceFocalLoss', 'soft_dice', 'dice', 'PatchDice',
-         'NetSpec', 'save_model', 'load_model', 'Segmenter', 'Segmentation', 'segment', 'sliding_window', 'set_seed']
+         'NetSpec', 'save_model', 'load_model', 'Segmenter', 'Segmentation', 'segment',
+         'sliding_window', 'set_seed']
 
 # %% ../nbs/18_learner.ipynb #ec5521fb
 def plain_log(

@@ -355,7 +355,8 @@ def score_all(
     "Scores of the cases of one data set"
     def one(case):
         shot = []
-        row = score_cases(segmenter(), [case], tolerance, each=lambda *o: shot.append(snapshot(*o))).iloc[0].to_dict()
+        each = lambda *o: shot.append(snapshot(*o))
+        row = score_cases(segmenter(), [case], tolerance, each).iloc[0].to_dict()
         for s in shot: keep_picture(s, out/'scores'/f'{case.name}.picture')
         return {k:None if v is pd.NA else v for k,v in row.items()}
     df = as_table(each_case(cases, out/'scores', one, 'scoring', back=row_from))
@@ -525,7 +526,8 @@ def try_scan(
         box = np.zeros(ct.shape, bool); box[tuple(slice(s//3, s//2+1) for s in ct.shape)] = True
         prep,x = _seconds(lambda: segmenter.spec.prepare(ct))
         score,_ = _seconds(lambda: (segmenter(ct), scores(np.roll(box, 1, 2), box, ct.spacing)))
-        return Trial(n, int(np.prod(ct.shape)), x.numel()*(1+len(segmenter.classes)), read, prep, score)
+        prepared = x.numel()*(1+len(segmenter.classes))
+        return Trial(n, int(np.prod(ct.shape)), prepared, read, prep, score)
 
 # %% ../nbs/24_reproduce.ipynb #e0113e82
 def try_step(
@@ -729,6 +731,10 @@ def start_run(out, plan, line, rec, device):
     if plan[1]['disk']>free: raise CTError(out, f'about {show_bytes(plan[1]["disk"])} are needed, {show_bytes(free)} are free', 'Make room, or choose another --out')
 
 # %% ../nbs/24_reproduce.ipynb #55d5bd3e
+def _opened(weights, device, score):
+    model,spec,_ = load_model(weights, device)
+    return Segmenter(model, spec, score['overlap'])
+
 def run_stages(out, about, data, rec, trained, weights, against, how, score)->pd.DataFrame:
     "Every stage, or what is left of them"
     begun = begin(out, about); sweep_all(out)
@@ -738,13 +744,13 @@ def run_stages(out, about, data, rec, trained, weights, against, how, score)->pd
     if trained:
         lost = lost+stage(out, 'prepare', lambda: prepare_all(out, rec.spec, lost))['left_out']
         stage(out, 'train', lambda: train_all(out, rec.train|how))
-    def opened(): return Segmenter(*load_model(weights or out/'train'/'model.safetensors', how['device'])[:2], score['overlap'])
-    segmenter = cache(opened)
+    segmenter = cache(lambda: _opened(weights or out/'train'/'model.safetensors', how['device'], score))
     method = f'weights {Path(weights).name}' if weights else rec.title
     pages = {'recipe':method, 'changed settings':', '.join(rec.changed) or 'none', 'network input':json.dumps(asdict(segmenter().spec) if weights else about['spec']), 'training':'none here' if weights else as_json(rec.train),
         'seed':how['seed'], 'device':str(how['device']), 'scores':json.dumps(score), 'covid3d':__version__, 'torch':torch.__version__}
     say('evaluate …')
-    df,failed,notes = evaluate_all(out, trained, lost, method, segmenter, pages, against, tolerance=score['tolerance'])
+    df,failed,notes = evaluate_all(out, trained, lost, method, segmenter, pages, against,
+                                   tolerance=score['tolerance'])
     notes = [*first['notes'], *([f'{checked["warnings"]} warnings of the check: check.csv'] if checked['warnings'] else []), *notes]
     df.attrs['left_out'] = lost+failed
     at = write_table(df, out, 'The paper’s table, measured again', pages, df.attrs['left_out'], notes)

@@ -11,7 +11,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt, torch
 
 from covid3d.evaluate import score_cases
-from covid3d.learner import CTDataLoaders, dice, load_model, read_cases, segment
+from covid3d.inference import Segmenter
+from covid3d.learner import CTDataLoaders, dice, load_model, read_cases
 from covid3d.show import outline_colors, pick_slices, show_slice
 
 here = Path(__file__).parent
@@ -43,15 +44,17 @@ def ours(out, weights, seed):
     spent = cpu(resource.RUSAGE_CHILDREN)-start
     model,spec,net = load_model(out/'run'/'model.safetensors')
     epochs = len((out/'run'/'history.csv').read_text().splitlines())-1
-    add_row(f'covid3d {net.encoder} of width {net.width}'+', pretrained'*(weights!='random'), model, seed, spent, epochs*steps_an_epoch(out), score_cases(model, spec, read_cases(out/'cases.csv', 'test')))
-    if seed==0: picture(model, spec, read_cases(out/'cases.csv', 'test'))
+    segmenter,cases = Segmenter(model, spec),read_cases(out/'cases.csv', 'test')
+    add_row(f'covid3d {net.encoder} of width {net.width}'+', pretrained'*(weights!='random'), model, seed, spent, epochs*steps_an_epoch(out), score_cases(segmenter, cases))
+    if seed==0: picture(segmenter, cases)
 
-def picture(model, spec, cases):
+def picture(segmenter, cases):
     "CT, human mask and prediction of the test scans"
     fig,axs = plt.subplots(len(cases), 4, figsize=(11,6.1), layout='constrained')
     for row,case in zip(axs, cases):
-        ct = case.open_ct()
-        human,pred = case.open_mask('lesion', ct).data,segment(model, spec, ct)['lesion']
+        seg = segmenter(case)
+        ct,pred = seg.ct,seg.masks['lesion']
+        human = case.open_mask('lesion', ct).data
         for ax,i in zip(row, pick_slices(human, 4)): show_slice(ct.data[i], [human[i],pred[i]], ax, (-1000,20), title=f'{case.name}, axial {i}')
         row[0].text(.03, .97, 'R', color='white', fontsize=9, transform=row[0].transAxes, va='top')
         row[-1].text(1.02, .5, f'Dice {dice(pred,human):.2f}', rotation=90, va='center', transform=row[-1].transAxes)

@@ -19,7 +19,7 @@ from fastai.learner import Learner
 
 from budget import Budget, add_row, budget_name, done, here, peak_mb, reset_peak, seven_scans, versions
 from covid3d.evaluate import as_table, compare, mean_interval, score_cases
-from covid3d.inference import segment
+from covid3d.inference import Segmenter
 from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, thaw, unet_learner_3d
 from memory import nnunet
 
@@ -65,8 +65,9 @@ def run(table, name, fold, seed, budget, lr, encoder):
     reset_peak()
     with learn.no_bar(), learn.no_logging(): learn.fit(10**6, cbs=b)
     peak,model = peak_mb(),learn.model.eval()
-    t = time.process_time(); segment(model, s, dls.valid_cases[0].open_ct(), .25); t = time.process_time()-t
-    df = score_cases(model, s, dls.valid_cases, .25)
+    segmenter = Segmenter(model, s, .25)
+    t = time.process_time(); segmenter(dls.valid_cases[0]); t = time.process_time()-t
+    df = score_cases(segmenter, dls.valid_cases)
     each = lambda k: ' '.join(f'{c[-3:]}:{v:.3f}' for c,v in zip(df.case, df[k]))
     return dict(network=name, budget=budget_name(budget), lr=lr, fold=fold, seed=seed, dice=f'{df.dice.mean():.3f}', nsd=f'{df.nsd.mean():.3f}', cases=each('dice'), nsd_cases=each('nsd'), patches=b.seen, cpu_seconds=f'{b.spent:.0f}',
         step=f'{b.spent*bs/b.seen:.3f}', inference=f'{t:.1f}', peak_mb=f'{peak:.0f}', parameters=sum(p.numel() for p in model.parameters()), **versions(), encoder=digest(name, encoder))

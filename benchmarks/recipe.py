@@ -20,6 +20,7 @@ from covid3d import losses
 from covid3d.augment import Augment3d, Blur3d, Brightness3d, Contrast3d, Flip3d, Gamma3d, Noise3d, Sharpen3d
 from covid3d.encoder import encoder3d
 from covid3d.evaluate import score_cases
+from covid3d.inference import Segmenter
 from covid3d.learner import CTDataLoaders, CTSpec, light_aug_transforms, r3d_18, set_seed
 from covid3d.phantom import write_phantoms
 from covid3d.unet import DynamicUnet3d, logit_conv, param_groups, resize
@@ -127,7 +128,7 @@ def run(data, table, name, fold, seed, budget, encoder):
     b = Budget(slice(c['lr']/c['ratio'], c['lr']) if c['ratio']!=1 else c['lr'], **budget)
     cbs = [b]+[EMA(c['ema'])]*bool(c['ema'])+[Thaw(c['frozen'], b)]*bool(c['frozen'])+[BFloat16()]*c['bf16']+[GradientClip(c['clip'])]*bool(c['clip'])
     with learn.no_bar(), learn.no_logging(): learn.fit(10**6, cbs=cbs)
-    df = score_cases(learn.model.eval(), spec, dls.valid_cases, .25)
+    df = score_cases(Segmenter(learn.model.eval(), spec, .25), dls.valid_cases)
     return dict(data=data, choice=name, budget=budget_name(budget), fold=fold, seed=seed, dice=f'{df.dice.mean():.3f}', cases=' '.join(f'{k[-3:]}:{v:.3f}' for k,v in zip(df.case, df.dice)), patches=b.seen, cpu_seconds=f'{b.spent:.0f}',
         settings=json.dumps(choices[name]), **versions(), encoder=digest(name, encoder))
 

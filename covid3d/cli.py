@@ -430,17 +430,18 @@ def evaluate(
     writable(out); check_overlap(overlap); _check_scoring(tolerance, split, pictures)
     files = _labels([p for p in compare.split(',') if p])
     others = {k:read_scores(p) for k,p in files.items()}
-    model,spec = _model(weights, device)
-    klass = _class_of(spec, score_class)
-    cases = read_cases(table, split, dict.fromkeys((*spec.classes,'lung')), (klass,))
+    segmenter = _segmenter(_weight_files(weights), device, overlap)
+    klass = _class_of(segmenter.spec, score_class)
+    cases = read_cases(table, split, dict.fromkeys((*segmenter.classes,'lung')), (klass,))
     keep_inputs(out, [table, *files.values(), *weights.split(','), *(p for c in cases for p in (c.ct, *c.masks.values()))])
     for o in others.values(): check_same_cases([c.name for c in cases], o.case)
     about = dict(weights=', '.join(Path(o).name for o in weights.split(',')), table=Path(table).name, split=split, overlap=overlap, **{'class':klass})
-    check = lambda: _told_before(cases, klass, weights)
-    df,page,kept = evaluate_cases(model, spec, cases, out, overlap, tolerance, klass, pictures, overwrite, check, title=title, against=others, about=about)
+    check = lambda: _told_before(cases, klass, segmenter)
+    told = dict(title=title, against=others, about=about)
+    df,page,kept = evaluate_cases(segmenter, cases, out, tolerance, klass, pictures, overwrite, check, **told)
     if kept: print(f'{kept} of {len(cases)} cases were scored before and are kept')
     print_scores(df)
-    for o in [class_note(spec, klass), *_differences(compared(df, others)), f'{headline(df)} · wrote {page}']:
+    for o in [class_note(segmenter.spec, klass), *_differences(compared(df, others)), f'{headline(df)} · wrote {page}']:
         if o: print(o)
     return int((df.error!='').any())
 
@@ -455,13 +456,13 @@ def _class_of(spec, klass)->str:
     if klass is None or klass in spec.classes: return klass or spec.classes[0]
     raise CTError('score-class', f'the weights do not find {klass!r}', f'Give {" or ".join(spec.classes)}')
 
-def _told_before(cases, klass, weights)->str:
+def _told_before(cases, klass, segmenter)->str:
     "Print the warnings of the check; say which cases the weights know"
     from covid3d.cases import check_cases
     from covid3d.evaluate import seen_note
     reports = check_cases(cases, (klass,))
     for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f, file=sys.stderr)
-    seen = _seen(weights)
+    seen = _seen(segmenter)
     note = seen_note({r.case:r.digest for r in reports if r.digest}, seen)
     if note and seen is not None: print(f'warning: {note}', file=sys.stderr)
     return note
@@ -495,17 +496,15 @@ def print_scores(
         print(indent+plain(line), file=sys.stderr if r.error else sys.stdout)
 
 # %% ../nbs/30_cli.ipynb #95d77b94
-def _seen(weights)->set:
+def _seen(segmenter) -> set:
     "Digests of the scans that trained or chose weights; None where a file does not tell"
-    from covid3d import inference
-    paths = weights.split(',') if ',' in weights and not Path(weights).exists() else weights
-    found = [inference.read_seen(p) for p in inference.weights_in(paths)]
-    return {d for o in found for d in o.scans} if all(o and o.scans for o in found) else None
+    if not segmenter.seen or not all(o and o.scans for o in segmenter.seen): return None
+    return {d for o in segmenter.seen for d in o.scans}
 
-def _model(weights, device):
-    "The network, or several as one, and its spec, on a device"
-    from covid3d.inference import load_models
-    return load_models(_weight_files(weights), find_device(device))
+def _segmenter(files, device, overlap):
+    "The network of `_weight_files`, or several as one, on a device"
+    from covid3d.inference import Segmenter
+    return Segmenter.load(files, find_device(device), overlap=overlap)
 
 def _weight_files(weights):
     "What `--weights` names: a file or folder, or a list of files"
@@ -576,7 +575,8 @@ def predict(
     from covid3d.predict import predict_scans
     found = find_scans(ct, notes)
     for n in notes: print('note:', n, file=sys.stderr)
-    df = predict_scans(found, files, out, format, overlap, .5, find_device(device), window, overwrite, _tell_scan, bar=True)
+    segmenter = _segmenter(files, device, overlap)
+    df = predict_scans(found, segmenter, out, format, window, overwrite, _tell_scan, bar=True)
     n = df.state.value_counts().to_dict()
     print(', '.join(f'{n[k]} {k}' for k in ('written','kept','failed') if k in n), f'· {Path(out)/"scans.csv"} says which scan is which; keep it with the scans')
     if k := n.get('failed'): print(f'{k} of {len(df)} scans failed', file=sys.stderr)
@@ -605,14 +605,14 @@ def clear_demo(
     for k in mine.listed: (out/k).unlink(missing_ok=True)
 
 # %% ../nbs/30_cli.ipynb #93d7bbf7
-def _show_one(model, spec, case, score, out):
+def _show_one(segmenter, case, score, out):
     "Segment a scan, write its mask and its picture"
-    from covid3d.learner import open_ct, save_figure, save_mask, segment, show_slices
-    ct = open_ct(case.ct)
-    mask = segment(model, spec, ct)['lesion']
+    from covid3d.learner import save_figure, show_slices
+    seg = segmenter(case)
     Outputs(out, 'demo', 'phantom_*_lesion.nii.gz').add(f'{case.name}_lesion.nii.gz')
-    save_mask(mask, ct, out/f'{case.name}_lesion.nii.gz')
-    save_figure(show_slices(ct, dict(reference=case.open_mask('lesion', ct), prediction=mask), n=5, title=f'{case.name}: Dice {score:.2f}'), out/'demo.png')
+    seg.save(out/f'{case.name}_lesion.nii.gz')
+    masks = dict(reference=case.open_mask('lesion', seg.ct), prediction=seg.masks['lesion'])
+    save_figure(show_slices(seg.ct, masks, n=5, title=f'{case.name}: Dice {score:.2f}'), out/'demo.png')
 
 # %% ../nbs/30_cli.ipynb #dd9ada83
 @command
@@ -641,10 +641,11 @@ def _demo(out, n, seed, start, spacing, patch, **recipe):
     learn = train(table, out/'run', spec, pretrained=False, seed=seed, **recipe)
     print('3  scores on unseen scans, each on its own grid')
     test = read_cases(table, 'test')
-    df = score_cases(learn.model, spec, test, each=keep)
+    segmenter = learn.segmenter()
+    df = score_cases(segmenter, test, each=keep)
     page = write_report(df, out/'scores', 'Demo: synthetic chests', keep)
     print_scores(df, '   ')
-    _show_one(learn.model, spec, test[0], df.dice[0], out)
+    _show_one(segmenter, test[0], df.dice[0], out)
     print(f'   mean whole-scan Dice {df.dice.mean():.3f} over {df.dice.notna().sum()} unseen phantoms')
     print(f'4  wrote {out/"demo.png"}, {out/f"{test[0].name}_lesion.nii.gz"} and {out/"run"/"model.safetensors"}; report: {page} · {time.time()-start:.0f} s')
     return int((df.error!='').any())

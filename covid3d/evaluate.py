@@ -29,7 +29,7 @@ from scipy.stats import bootstrap, permutation_test, wilcoxon
 from . import __version__
 from .cases import bare_cell, csv_text, require_single, safe_cell, told, without_paths
 from .files import Outputs, locked, read_bytes
-from .inference import network_digest, segment
+from .inference import Segmenter
 from .metrics import score_names, scores
 from .show import lung_window, outline_colors, save_figure, show_slice, track
 from .transforms import CTSpec
@@ -53,21 +53,19 @@ def score_masks(
 
 # %% ../nbs/20_evaluate.ipynb #acf13090
 def score_case(
-    model,           # Network, or an ensemble that answers with logits like one
-    spec:CTSpec,     # What it was trained with
-    case,            # `Case` with a mask of the class
-    overlap:float=.5,# Of neighbouring windows, 0 to below 1
-    tolerance:float=3., # Of the surface Dice, mm
-    bar:bool=False,  # Show a progress bar
-    each=None,       # Called with the row, the scan, prediction and reference
-    klass:str=None,  # Class to score; the first of `spec` if None
-    journal=None     # `Journal` that may hold the row already, and keeps a new one
-)->dict: # One value for each of `row_names`
+    segmenter: Segmenter,   # Network and settings to score
+    case,                   # `Case` with a mask of the class
+    tolerance: float = 3.,  # Of the surface Dice, mm
+    bar: bool = False,      # Show a progress bar
+    each = None,            # Called with the row, the scan, prediction and reference
+    klass: str = None,      # Class to score; the first of `segmenter` if None
+    journal = None          # `Journal` that may hold the row already, and keeps a new one
+) -> dict: # One value for each of `row_names`
     "Segment a scan and score it on its own grid"
-    ct,klass = case.open_ct(),klass or spec.classes[0]
+    ct,klass = case.open_ct(),klass or segmenter.classes[0]
     mask = case.open_mask(klass, ct).data
     if journal and (row := journal.find(case, ct, mask)): return row
-    pred = segment(model, spec, ct, overlap, bar=bar)[klass]
+    pred = segmenter(ct, bar).masks[klass]
     row = score_masks(case, ct, pred, mask, tolerance)
     if each: each(row, ct, pred, mask)
     if journal: journal.add(row, ct, mask, each)
@@ -98,18 +96,16 @@ class Unkept(CTError): "A row cannot be written to the journal"
 
 # %% ../nbs/20_evaluate.ipynb #20d54e34
 def score_cases(
-    model,            # Network
-    spec:CTSpec,      # What it was trained with
-    cases,            # `Case`s
-    overlap:float=.5, # Of neighbouring windows, 0 to below 1
-    tolerance:float=3.,  # Of the surface Dice, mm
-    each=None,        # Called with each row, its scan, prediction and reference
-    klass:str=None,   # Class to score; the first of `spec` if None
-    journal=None      # `Journal`, see below
-)->pd.DataFrame: # One row a case
+    segmenter: Segmenter,   # Network and settings to score
+    cases,                  # `Case`s
+    tolerance: float = 3.,  # Of the surface Dice, mm
+    each = None,            # Called with each row, its scan, prediction and reference
+    klass: str = None,      # Class to score; the first of `segmenter` if None
+    journal = None          # `Journal`, see below
+) -> pd.DataFrame: # One row per case
     "Score each case; a case that fails is noted, the rest goes on"
     def one(case):
-        try: return score_case(model, spec, case, overlap, tolerance, len(cases)==1, each, klass, journal)
+        try: return score_case(segmenter, case, tolerance, len(cases)==1, each, klass, journal)
         except Unkept: raise
         except Exception as e:
             if isinstance(t := told(e, case), Scarce): raise t from None
@@ -910,27 +906,27 @@ def open_report(out:Path, overwrite)->Outputs:
 
 # %% ../nbs/20_evaluate.ipynb #e4cc5fa5
 def evaluate_cases(
-    model, spec:CTSpec, # Network and what it was trained with
-    cases,              # `Case`s, each with a mask of the class
-    out,                # Folder of the report
-    overlap:float=.5,   # Of neighbouring windows, 0 to below 1
-    tolerance:float=3., # Of the surface Dice, mm
-    klass:str=None,     # Class to score; the first of `spec` if None
-    pictures:int=3,     # Of the worst and of the best cases
-    overwrite:bool=False, # Replace a report on other weights or settings
-    check=None,         # Called before the first case is scored; what it returns is said on the page
-    **kwargs            # For `write_report`: `title`, `against`, `about`
-)->tuple: # Table of scores, the page, and how many cases were scored by a former run
+    segmenter: Segmenter,     # Network and settings to score
+    cases,                    # `Case`s, each with a mask of the class
+    out,                      # Folder of the report
+    tolerance: float = 3.,    # Of the surface Dice, mm
+    klass: str = None,        # Class to score; the first of `segmenter` if None
+    pictures: int = 3,        # Of the worst and of the best cases
+    overwrite: bool = False,  # Replace a report on other weights or settings
+    check = None,             # Called before the first case is scored; the page says what it returns
+    **kwargs                  # For `write_report`: `title`, `against`, `about`
+) -> tuple: # Table of scores, the page, and how many cases were scored by a former run
     "Score cases and write their report; resumes a run that was interrupted"
-    out,keep,klass = Path(out),Extremes(pictures),klass or spec.classes[0]
+    out,keep,klass = Path(out),Extremes(pictures),klass or segmenter.classes[0]
+    settings = dict(overlap=segmenter.overlap, tolerance=tolerance, threshold=segmenter.threshold)
     mine = open_report(out, True)
     with locked(out):
-        j = Journal(out/'scores.jsonl', dict(weights=network_digest(model, spec), overlap=overlap, tolerance=tolerance, threshold=.5, **{'class':klass}))
+        j = Journal(out/'scores.jsonl', dict(weights=segmenter.digest) | settings | {'class':klass})
         if not (out/'scores.jsonl').exists(): mine.require(overwrite)
         mine.add('scores.jsonl')
         begin_journal(j, [c.name for c in cases], overwrite, keep)
-        notes = [class_note(spec, klass), check() if check else '']
-        df = score_cases(model, spec, cases, overlap, tolerance, keep, klass, j)
+        notes = [class_note(segmenter.spec, klass), check() if check else '']
+        df = score_cases(segmenter, cases, tolerance, keep, klass, j)
         return df,write_report(df, out, extremes=keep, notes=[o for o in notes if o], **kwargs),j.kept
 
 # %% ../nbs/20_evaluate.ipynb #80ba3019

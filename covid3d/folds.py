@@ -104,7 +104,7 @@ def _train_fold(table, out, i, k, keep, overlap, resume, **kwargs):
     learn = train(table, at, fold=(i,k), keep=keep, resume=resume and (not first or (at/'checkpoint.safetensors').exists()), **kwargs)
     if not first: return
     scores.add('scores.csv')
-    write_atomic(at/'scores.csv', scores_csv(score_cases(learn.model, learn.spec, learn.dls.valid_cases, overlap)))
+    write_atomic(at/'scores.csv', scores_csv(score_cases(learn.segmenter(overlap=overlap), learn.dls.valid_cases)))
 
 def _join_folds(out, k, keep) -> pd.DataFrame:
     "The scores of the folds that are done, and the report when all are"

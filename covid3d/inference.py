@@ -6,8 +6,8 @@ Docs: https://covid3d.github.io/covid3d/inference.html.md"""
 
 # %% auto #0
 __all__ = ['weights_format', 'window_starts', 'blend_weights', 'sliding_window', 'out_of_memory', 'segment', 'NetSpec', 'Seen',
-           'save_model', 'load_model', 'read_seen', 'Ensemble', 'window_bytes', 'load_models', 'weights_in',
-           'network_digest']
+           'save_model', 'load_model', 'read_seen', 'Ensemble', 'window_bytes', 'weights_in', 'network_digest',
+           'as_volume', 'Segmentation', 'Segmenter']
 
 # %% ../nbs/14_inference.ipynb #6ada0e46
 import hashlib, json, math, os, re
@@ -16,16 +16,19 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np, torch
+from fastcore.basics import patch
 from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
+from .dicom import open_scan
 from .encoder import encoder3d, open_tensors
 from .files import read_json
 from .show import track
 from .transforms import CTSpec, crop, resize
 from .unet import DynamicUnet3d
-from .volume import CTError, Volume, check_memory, memory_left, stored_bytes, write_atomic
+from .volume import (CTError, Volume, check_memory, memory_left, save_mask, stored_bytes,
+                            write_atomic)
 
 # %% ../nbs/14_inference.ipynb #68500e88
 def window_starts(
@@ -87,28 +90,44 @@ def out_of_memory(
     "Whether memory ran out, on the CPU or on a GPU"
     return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and any(o in str(e) for o in ('out of memory','allocate memory'))
 
+# %% ../nbs/14_inference.ipynb #dc15e8e7
+def _check_scan(name, ct, spec, device, full):
+    "`CTError` where too little memory is left for a scan and `full` arrays of its size"
+    arrays = 2+2*len(spec.classes) if device.type=='cpu' else 2  # float32, of the resampled scan
+    need = 4*(arrays*math.prod(spec.size(ct))+full*math.prod(ct.shape))
+    check_memory(name, need, 'Close other programs, or use weights of a coarser spacing')
+
 @torch.inference_mode()
-def segment(
-    model,             # Network
-    spec:CTSpec,       # What it was trained with
-    ct:Volume,         # Scan in HU
-    overlap:float=.5,  # Share of a window that the next one covers again
-    threshold:float=.5,# Probability from which a voxel is set
-    bar:bool=False     # Show a progress bar
-)->dict: # Class → uint8 mask, canonical axes, shape of `ct`
-    "Masks of a whole scan, on its own voxels"
-    if not 0<threshold<1: raise CTError('threshold', f'{threshold} is not between 0 and 1', 'Give 0.5')
-    device,training,name = next(model.parameters()).device,model.training,ct.source.path if ct.source else ct
+def _whole_scan(model, spec, ct, overlap, bar, finish, full: int = 1) -> dict:
+    "Class → what `finish` makes of its probabilities on the grid of `ct`"
+    name = ct.source.path if ct.source else ct
+    device,training = next(model.parameters()).device,model.training
     try:
-        arrays = 2+2*len(spec.classes) if device.type=='cpu' else 2  # float32, of the resampled scan
-        check_memory(name, 4*(arrays*math.prod(spec.size(ct))+math.prod(ct.shape)), 'Close other programs, or use weights of a coarser spacing')
-        prob = sliding_window(model.eval(), spec.prepare(ct).to(device), spec.patch, overlap, len(spec.classes), bar)
-        return {k:(resize(p, ct.shape)>=threshold).cpu().numpy().astype(np.uint8) for k,p in zip(spec.classes, prob)}
+        _check_scan(name, ct, spec, device, full)
+        x = spec.prepare(ct).to(device)
+        prob = sliding_window(model.eval(), x, spec.patch, overlap, len(spec.classes), bar)
+        return {k:finish(resize(p, ct.shape)) for k,p in zip(spec.classes, prob)}
     except (MemoryError,RuntimeError) as e:
         if not out_of_memory(e): raise
-        raise CTError(name, 'segmenting it needs more memory than there is', 'Use --device cpu, or weights of a coarser spacing') from None
+        remedy = 'Use --device cpu, or weights of a coarser spacing'
+        raise CTError(name, 'segmenting it needs more memory than there is', remedy) from None
     except CTError as e: raise CTError(name, e.fault, e.cure) if e.what=='logits' else e from None
     finally: model.train(training)
+
+# %% ../nbs/14_inference.ipynb #588f8595
+def segment(
+    model,                  # Network
+    spec: CTSpec,           # What it was trained with
+    ct: Volume,             # Scan in HU
+    overlap: float = .5,    # Fraction of a window that the next one covers again
+    threshold: float = .5,  # Probability from which a voxel is set
+    bar: bool = False       # Show a progress bar
+) -> dict: # Class → uint8 mask, canonical axes, shape of `ct`
+    "Masks of a whole scan, on its own voxels"
+    if not 0<threshold<1: raise CTError('threshold', f'{threshold} is not between 0 and 1', 'Give 0.5')
+    return _whole_scan(model, spec, ct, overlap, bar, lambda p: _cut(p, threshold))
+
+def _cut(p, threshold) -> np.ndarray: return (p>=threshold).cpu().numpy().astype(np.uint8)
 
 # %% ../nbs/14_inference.ipynb #a9da6b0d
 def _one_of(*names): return lambda v: v in names
@@ -296,6 +315,7 @@ class Ensemble(nn.Module):
         l = torch.stack([m(x) for m in self.models])
         return F.logsigmoid(l).logsumexp(0)-F.logsigmoid(-l).logsumexp(0)
 
+# %% ../nbs/14_inference.ipynb #f02f74bd
 def window_bytes(
     model, # Network
     patch, # Window, (slice, row, column)
@@ -317,19 +337,7 @@ def _check_window(path, model, spec, device):
     fault = f'a window of {"×".join(map(str, spec.patch))} voxels needs {need/2**20:,.0f} MiB of memory, and {left/2**20:,.0f} MiB are left'
     raise CTError(path, fault, 'Use a machine with more memory, or weights of a smaller patch')
 
-def load_models(
-    paths,       # One `.safetensors`, a list of them, or a folder that `covid3d train --folds` wrote
-    device='cpu' # Where to put them
-)->tuple: # Network, or `Ensemble`, in eval mode; `CTSpec`
-    "Open one saved model, or several as one"
-    paths = weights_in(paths)
-    if not paths: raise CTError('weights', 'no file was given', 'Give the model.safetensors that `covid3d train` wrote')
-    loaded = [load_model(p, device) for p in paths]
-    odd = next((p for p,(_,ct,_) in zip(paths, loaded) if ct!=loaded[0][1]), None)
-    if odd: raise CTError(odd, f'was trained with another spacing, window, patch or classes than {paths[0]}', 'Average models that were trained alike')
-    for p,(m,spec,_) in zip(paths, loaded): _check_window(p, m, spec, device)
-    return (loaded[0][0] if len(loaded)==1 else Ensemble(m for m,_,_ in loaded).eval()),loaded[0][1]
-
+# %% ../nbs/14_inference.ipynb #4bbe2cb0
 def weights_in(
     paths # One `.safetensors`, a list of them, or a folder that `covid3d train --folds` wrote
 )->list: # Files
@@ -343,6 +351,16 @@ def weights_in(
     if left is not None: raise CTError(paths, f'fold {left} of {k} is not trained and scored yet', f'Train it with --folds {k} --fold {left}')
     return [Path(paths)/f'fold_{i}'/'model.safetensors' for i in range(k)]
 
+# %% ../nbs/14_inference.ipynb #d6e1342a
+def _load(paths, device)->tuple:
+    "The network of these files, or their `Ensemble`, in eval mode, and its `CTSpec`"
+    if not paths: raise CTError('weights', 'no file was given', 'Give the model.safetensors that `covid3d train` wrote')
+    loaded = [load_model(p, device) for p in paths]
+    odd = next((p for p,(_,ct,_) in zip(paths, loaded) if ct!=loaded[0][1]), None)
+    if odd: raise CTError(odd, f'was trained with another spacing, window, patch or classes than {paths[0]}', 'Average models that were trained alike')
+    for p,(m,spec,_) in zip(paths, loaded): _check_window(p, m, spec, device)
+    return (loaded[0][0] if len(loaded)==1 else Ensemble(m for m,_,_ in loaded).eval()),loaded[0][1]
+
 # %% ../nbs/14_inference.ipynb #4f835ca5
 def network_digest(
     model,      # Network, or several as one
@@ -354,3 +372,122 @@ def network_digest(
         h.update(f'{k} {t.dtype} {tuple(t.shape)}'.encode())
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
+
+# %% ../nbs/14_inference.ipynb #f5dade0b
+def as_volume(
+    scan # A `Volume`, a `Case`, or the path of a NIfTI file, a DICOM folder or a file in it
+) -> Volume: # HU, canonical axes
+    "The scan itself, whatever stands for it"
+    if isinstance(scan, Volume): return scan
+    if hasattr(scan, 'open_ct'): return scan.open_ct()
+    if isinstance(scan, (str,os.PathLike)): return open_scan(scan)
+    remedy = 'Give a Volume, a Case, or the path of a NIfTI file or a DICOM folder'
+    raise CTError('scan', f'an object of type {type(scan).__name__} is no scan', remedy)
+
+# %% ../nbs/14_inference.ipynb #86e06c7e
+@dataclass(frozen=True, eq=False, repr=False)
+class Segmentation:
+    "The masks of one scan, on the scan's own grid"
+    ct: Volume                      # The scan, in HU
+    masks: dict                     # Class → uint8 mask, canonical axes, shape of `ct`
+    segmenter: 'Segmenter' = None   # What made them
+    kept: dict = None               # Class → float32 probabilities, if the segmenter keeps them
+
+    @property
+    def ml(self) -> dict:
+        "Class → volume of its mask in ml"
+        return {k:float(m.sum()*self.ct.ml_per_voxel) for k,m in self.masks.items()}
+    @property
+    def notes(self) -> tuple: return self.ct.notes
+
+    def __repr__(self):
+        volumes = ', '.join(f'{k} {v:.1f} ml' for k,v in self.ml.items())
+        return f'{volumes} of a {"×".join(map(str, self.ct.shape))} scan'
+    def probabilities(self) -> dict:
+        "Class → float32 probability of each voxel; as slow as the masks were, unless it was kept"
+        return self.kept or self.segmenter.probabilities(self.ct)
+
+# %% ../nbs/14_inference.ipynb #2056564a
+@patch
+def show(self:Segmentation,
+    **kwargs # For `show_slices`: `n`, `plane`, `slices`, `window`, `size`, `title`
+):
+    "Slices of the scan, masks outlined"
+    from covid3d.show import show_slices
+    return show_slices(self.ct, self.masks, **kwargs)
+
+@patch
+def save(self:Segmentation,
+    path,               # `.nii` or `.nii.gz`
+    klass: str = None   # Class of the mask; the first if None
+):
+    "Write a mask on the grid of the file that the scan was read from"
+    klass = next(iter(self.masks)) if klass is None else klass
+    if klass not in self.masks:
+        remedy = f'Give {" or ".join(self.masks)}'
+        raise CTError(path, f'there is no mask of class {klass!r}', remedy)
+    save_mask(self.masks[klass], self.ct, path)
+
+# %% ../nbs/14_inference.ipynb #15c871a9
+class Segmenter:
+    "A network and its settings: call it with a scan, and it answers with a `Segmentation`"
+    def __init__(self,
+        model,                  # Network, or an `Ensemble`
+        spec: CTSpec,           # What it was trained with
+        overlap: float = .5,    # Fraction of a window that the next one covers again, 0 to below 1
+        threshold: float = .5,  # Probability from which a voxel is set, between 0 and 1
+        keep: bool = False,     # Keep the probabilities: 4 bytes per class and voxel of the scan
+        seen: tuple = ()        # `Seen` of each file of the weights, None where a file does not say
+    ):
+        for k,v,ok in (('overlap',overlap,0<=overlap<1), ('threshold',threshold,0<threshold<1)):
+            if not ok: raise CTError(k, f'{v} is not between 0 and 1', 'Give 0.5')  # NaN too
+        self.model,self.spec,self.overlap,self.threshold = model,spec,overlap,threshold
+        self.keep,self.seen = keep,tuple(seen)
+
+    @property
+    def classes(self) -> tuple: return self.spec.classes
+    @property
+    def device(self) -> torch.device: return next(self.model.parameters()).device
+    @property
+    def digest(self) -> str: return network_digest(self.model, self.spec)
+    def __repr__(self):
+        how = f'overlap {self.overlap:g}, threshold {self.threshold:g}, {self.device}'
+        return f'Segmenter of {", ".join(self.classes)} ({how})'
+
+# %% ../nbs/14_inference.ipynb #be3d723b
+@patch
+def __call__(self:Segmenter,
+    scan,               # A `Volume`, a `Case`, or the path of a NIfTI file or a DICOM folder
+    bar: bool = False   # Show a progress bar
+) -> Segmentation:
+    "Segment a whole scan"
+    ct,how = as_volume(scan),(self.overlap,self.threshold,bar)
+    if not self.keep: return Segmentation(ct, segment(self.model, self.spec, ct, *how), self)
+    both = self._each(ct, lambda p: (_cut(p, self.threshold),p.cpu().numpy()), bar)
+    masks,kept = ({k:v[i] for k,v in both.items()} for i in (0,1))
+    return Segmentation(ct, masks, self, kept)
+
+@patch
+def probabilities(self:Segmenter,
+    scan,               # As for a call
+    bar: bool = False   # Show a progress bar
+) -> dict: # Class → float32, canonical axes, shape of the scan
+    "The probability of each voxel of a scan"
+    return self._each(as_volume(scan), lambda p: p.cpu().numpy(), bar)
+
+@patch
+def _each(self:Segmenter, ct, finish, bar):
+    return _whole_scan(self.model, self.spec, ct, self.overlap, bar, finish, len(self.classes))
+
+# %% ../nbs/14_inference.ipynb #fca3e8fb
+@patch(cls_method=True)
+def load(cls:Segmenter,
+    paths,          # One `.safetensors`, a list of them, or a folder of `covid3d train --folds`
+    device = None,  # Where to put them: `cpu`, `cuda`, …; the best there is if None
+    **kwargs        # For `Segmenter`: `overlap`, `threshold`, `keep`
+) -> Segmenter:
+    "Open one saved model, or several as one; nothing in them can run code"
+    if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    paths = weights_in(paths)
+    model,spec = _load(paths, device)
+    return cls(model, spec, seen=[read_seen(p) for p in paths], **kwargs)

@@ -13,7 +13,8 @@ __all__ = ['argmax_metrics', 'run_files', 'plain_log', 'CTLearner', 'unet_learne
            'ct_aug_transforms', 'light_aug_transforms', 'apply_window', 'resample_image', 'resample_mask', 'Case',
            'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases',
            'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'DiceFocalLoss', 'soft_dice', 'dice',
-           'PatchDice', 'NetSpec', 'save_model', 'load_model', 'segment', 'sliding_window', 'set_seed']
+           'PatchDice', 'NetSpec', 'save_model', 'load_model', 'Segmenter', 'Segmentation', 'segment', 'sliding_window',
+           'set_seed']
 
 # %% ../nbs/18_learner.ipynb #fe9f8fe1
 import csv, io, math, os, re, time
@@ -45,7 +46,8 @@ from .dicom import open_scan, save_seg
 from .distributed import joined, once, own_random, place, split_map, split_training, spread
 from .encoder import build_of, encoder3d, unfinished
 from .files import Outputs, locked, no_links, sweep
-from .inference import NetSpec, Seen, load_model, out_of_memory, read_seen, save_model, segment, sliding_window
+from .inference import (NetSpec, Seen, Segmentation, Segmenter, load_model, out_of_memory,
+                               read_seen, save_model, segment, sliding_window)
 from .losses import DiceCELoss, DiceFocalLoss, soft_dice
 from .memory import apply_plan, plan_memory
 from .metrics import PatchDice, dice
@@ -60,7 +62,8 @@ _all_ = ['r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'ope
          'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms', 'light_aug_transforms', 'apply_window', 'resample_image', 'resample_mask',
          'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases',
          'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'DiceFocalLoss', 'soft_dice', 'dice', 'PatchDice',
-         'NetSpec', 'save_model', 'load_model', 'segment', 'sliding_window', 'set_seed']
+         'NetSpec', 'save_model', 'load_model', 'Segmenter', 'Segmentation', 'segment',
+         'sliding_window', 'set_seed']
 
 # %% ../nbs/18_learner.ipynb #ec5521fb
 def plain_log(
@@ -93,13 +96,17 @@ class CTLearner(Learner):
             name = getattr(odd, '__name__', None) or getattr(getattr(odd, 'func', type(odd)), '__name__', odd)
             raise CTError('metrics', f'{name} of fastai compares channels, and a mask has one channel for each class', 'Use PatchDice')
         Learner.metrics.fset(self, v)
+    def segmenter(self,
+        **kwargs            # For `Segmenter`: `overlap`, `threshold`, `keep`
+    ) -> Segmenter:
+        "The network as it is now, with its specification"
+        return Segmenter(self.model, self.spec, **kwargs)
     def predict(self,
         scan,               # A `Volume`, a `Case`, or a path of NIfTI or DICOM
-        overlap: float = .5 # Of neighbouring windows, 0 to below 1
-    ) -> dict: # Class → uint8 mask, (slice, row, column), on the grid of the scan
+        **kwargs            # For `Segmenter`: `overlap`, `threshold`, `keep`
+    ) -> Segmentation: # Masks on the grid of the scan
         "Segment a whole scan"
-        ct = scan if isinstance(scan, Volume) else scan.open_ct() if isinstance(scan, Case) else open_scan(scan)
-        return segment(self.model, self.spec, ct, overlap)
+        return self.segmenter(**kwargs)(scan)
 
 # %% ../nbs/18_learner.ipynb #979d7fbc
 def unet_learner_3d(
@@ -176,7 +183,8 @@ class ScanDice(Metric):
     def score(self, case)->float:
         "Dice of the first class"
         ct,klass = case.open_ct(),self.learn.spec.classes[0]
-        return dice(segment(self.learn.model, self.learn.spec, ct, self.overlap)[klass], case.open_mask(klass, ct).data)
+        found = Segmenter(self.learn.model, self.learn.spec, self.overlap)(ct).masks[klass]
+        return dice(found, case.open_mask(klass, ct).data)
 
 # %% ../nbs/18_learner.ipynb #e00379b2
 class WhileTraining(Callback):

@@ -10,15 +10,16 @@ __all__ = ['record', 'beyond', 'find_scans', 'mask_files', 'predict_scans']
 # %% ../nbs/21_predict.ipynb #86635256
 import csv, errno, hashlib, io, os, re, unicodedata
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from .cases import Case, bare_cell, flipped, read_cases, safe_cell, without_paths
+from .cases import Case, bare_cell, read_cases, safe_cell, without_paths
 from .datasets import dicom_series
-from .dicom import is_nifti, open_scan, pseudonym, read_slices, save_seg
+from .dicom import is_nifti, pseudonym, read_slices, save_seg
 from .files import Outputs, locked, read_bytes
-from .inference import Seen, load_models, network_digest, out_of_memory, read_seen, segment, weights_in
+from .inference import Seen, Segmenter, out_of_memory
 from .transforms import body_ml
 from .volume import (CTError, Scarce, case_name, max_bytes, plain, save_mask, scan_digest,
                             unreadable, write_atomic)
@@ -237,9 +238,9 @@ def _claim(out, names, made, overwrite):
 # %% ../nbs/21_predict.ipynb #47c1e069
 beyond = 1.5  # times the largest lesion of the training, from which a scan gets a warning
 
-def _most_seen(weights) -> Seen:
-    "What the trainings of all these weights held at most; None where none says"
-    found = [s for p in weights_in(weights) if (s := read_seen(p))]
+def _most_seen(seen) -> Seen:
+    "What the trainings of all weights held at most; None where none says"
+    found = [s for s in seen if s]
     most = lambda k: max(getattr(s, k) for s in found)
     return Seen(lesion_ml=most('lesion_ml'), lesion_of_body=most('lesion_of_body')) if found else None
 
@@ -256,20 +257,20 @@ def _unlike(masks, ct, seen) -> list:
 # %% ../nbs/21_predict.ipynb #204da7a9
 def _do(case, row, names, job) -> str:
     "Segment a scan and write its masks, unless that is done; fills the row"
-    ct = flipped(open_scan(case.ct, job['window'] or case.already_windowed), case.flip)
+    ct = replace(case, already_windowed=job['window'] or case.already_windowed).open_ct()
     row |= dict(digest=scan_digest(ct), grid=_grid_digest(ct), notes=' · '.join(ct.notes))
     old = job['record'].rows.get(row['scan'])
     if _is_done(old, row, names, job['out'], job['overwrite']):
         row |= old|dict(error='')
         return 'kept'
-    masks = segment(job['model'], job['spec'], ct, job['overlap'], job['threshold'], job['bar'])
-    row |= {f'{k}_ml':f'{m.sum()*ct.ml_per_voxel:.4f}' for k,m in masks.items()}
-    row['notes'] = ' · '.join((*ct.notes, *_unlike(masks, ct, job['seen'])))
+    seg = job['segmenter'](ct, job['bar'])
+    row |= {f'{k}_ml':f'{v:.4f}' for k,v in seg.ml.items()}
+    row['notes'] = ' · '.join((*ct.notes, *_unlike(seg.masks, ct, job['seen'])))
     row |= dict(masks=' / '.join(map(plain, names)), written='', error='')
     job['record'].add(dict(row))
-    if job['format']=='seg': save_seg(masks, ct, job['out']/names[0])
+    if job['format']=='seg': save_seg(seg.masks, ct, job['out']/names[0])
     else:
-        for m,k in zip(masks.values(), names): save_mask(m, ct, job['out']/k)
+        for m,k in zip(seg.masks.values(), names): save_mask(m, ct, job['out']/k)
     row['written'] = ' / '.join(_mask_digest(job['out']/k) for k in names)
     return 'written'
 
@@ -311,11 +312,6 @@ def _scan(case, names, job) -> dict:
     return row|dict(state=state, line=line)
 
 # %% ../nbs/21_predict.ipynb #1024cbbb
-def _check_settings(overlap, threshold):
-    "Both are fractions; NaN is none"
-    for k,v,ok in (('overlap',overlap,0<=overlap<1), ('threshold',threshold,0<threshold<1)):
-        if not ok: raise CTError(k, f'{v} is not between 0 and 1', 'Give 0.5')
-
 def _names(cases, classes, format, out) -> dict:
     "Name of a case → its files, after all checks that need no scan"
     _check_names(cases, classes, format)
@@ -328,7 +324,7 @@ def _run(cases, names, job, each) -> list:
     rows = []
     with locked(job['out']):
         _claim(job['out'], names, job['made'], job['overwrite'])
-        job |= dict(record=_Record(job['out'], job['spec'].classes))
+        job |= dict(record=_Record(job['out'], job['segmenter'].classes))
         for c in cases:
             rows.append(_scan(c, names[c.name], job))
             if each: each(rows[-1])
@@ -337,26 +333,21 @@ def _run(cases, names, job, each) -> list:
 
 # %% ../nbs/21_predict.ipynb #51601471
 def predict_scans(
-    cases: list,   # Of `Case`, from `find_scans` or `read_cases`
-    weights,       # `model.safetensors`, a list of them, or a folder of folds
-    out: str|Path, # Folder for the masks and `scans.csv`
-    format: str = 'nifti',   # `nifti`, or `seg` for DICOM Segmentation
-    overlap: float = .5,     # Of neighbouring windows, 0 to below 1
-    threshold: float = .5,   # Probability from which a voxel is set
-    device = 'cpu',          # Where the network runs
-    already_windowed: tuple = None, # (low, high) in HU of grey levels; that of each case if None
-    overwrite: bool = False, # Replace masks that other weights or settings made
-    each = None,   # Called with the row of each scan as it is finished
-    bar: bool = False        # Show a progress bar
+    cases: list,                     # Of `Case`, from `find_scans` or `read_cases`
+    segmenter: Segmenter,            # What makes the masks
+    out: str|Path,                   # Folder for the masks and `scans.csv`
+    format: str = 'nifti',           # `nifti`, or `seg` for DICOM Segmentation
+    already_windowed: tuple = None,  # (low, high) in HU of grey levels; that of each case if None
+    overwrite: bool = False,         # Replace masks that other weights or settings made
+    each = None,                     # Called with the row of each scan as it is finished
+    bar: bool = False                # Show a progress bar
 ) -> pd.DataFrame: # A row a scan: that of `scans.csv`, `state` (written, kept or failed) and `line`
     "Write the masks of scans; what is done is kept, and a scan that fails costs only itself"
     out = Path(out)
-    _check_settings(overlap, threshold); _check_format(cases, format)
-    model,spec = load_models(weights, device)
-    names = _names(cases, spec.classes, format, out)
-    settings = f'overlap={overlap:g} threshold={threshold:g} format={format}'
-    made = dict(weights=network_digest(model, spec), settings=settings)
-    job = dict(model=model, spec=spec, out=out, format=format, overlap=overlap, threshold=threshold,
-               bar=bar, window=already_windowed, overwrite=overwrite, made=made,
-               seen=_most_seen(weights))
+    _check_format(cases, format)
+    names = _names(cases, segmenter.classes, format, out)
+    settings = f'overlap={segmenter.overlap:g} threshold={segmenter.threshold:g} format={format}'
+    made = dict(weights=segmenter.digest, settings=settings)
+    job = dict(segmenter=segmenter, out=out, format=format, bar=bar, window=already_windowed,
+               overwrite=overwrite, made=made, seen=_most_seen(segmenter.seen))
     return pd.DataFrame(_run(cases, names, job, each))

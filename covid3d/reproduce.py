@@ -34,7 +34,7 @@ from .distributed import place
 from .evaluate import (Extremes, Snapshot, as_table, bullets, counts, html_table, least_patients, many, pack, page, read_scores, row_from, score_cases, scores_csv, section,
     snapshot, summarise, to_json, unpack, why_failed, write_report)
 from .files import Outputs, locked, manifest, no_links, read_bytes, read_json, sweep
-from .inference import NetSpec, load_model, segment
+from .inference import NetSpec, Segmenter, load_model
 from .learner import train, unet_learner_3d
 from .losses import DiceCELoss
 from .memory import show_bytes
@@ -349,14 +349,14 @@ def read_picture(
 def score_all(
     out:Path,        # Folder of the run
     cases,           # `Case`s of one data set
-    model,           # Network, or a function that opens it when it is needed; with its `CTSpec`
-    overlap:float=.5,# Of neighbouring windows, 0 to below 1
+    segmenter,       # Function that opens the `Segmenter`, called when it is needed
     tolerance:float=3. # Of the surface Dice, mm
 )->tuple: # Table as of `score_cases`, and `Extremes` for its pictures
     "Scores of the cases of one data set"
     def one(case):
         shot = []
-        row = score_cases(*model(), [case], overlap, tolerance, each=lambda *o: shot.append(snapshot(*o))).iloc[0].to_dict()
+        each = lambda *o: shot.append(snapshot(*o))
+        row = score_cases(segmenter(), [case], tolerance, each).iloc[0].to_dict()
         for s in shot: keep_picture(s, out/'scores'/f'{case.name}.picture')
         return {k:None if v is pd.NA else v for k,v in row.items()}
     df = as_table(each_case(cases, out/'scores', one, 'scoring', back=row_from))
@@ -516,18 +516,18 @@ class Trial:
     score:float   # Seconds to segment it and to score the mask
 
 def try_scan(
-    scans:list, # From `expected_scans`
-    model,      # Untrained network
-    spec:CTSpec # Of the recipe
+    scans:list,         # From `expected_scans`
+    segmenter:Segmenter # Of an untrained network and the recipe
 )->Trial: # None if none of them opens
     "Read, prepare, segment and score the largest scan"
     for path,n,_ in sorted(scans, key=lambda o: -o[1]):
         try: read,ct = _seconds(lambda: open_scan(path, (-1250,250) if 'radiopaedia' in str(path) else None))
         except CTError: continue
         box = np.zeros(ct.shape, bool); box[tuple(slice(s//3, s//2+1) for s in ct.shape)] = True
-        prep,x = _seconds(lambda: spec.prepare(ct))
-        score,_ = _seconds(lambda: (segment(model, spec, ct), scores(np.roll(box, 1, 2), box, ct.spacing)))
-        return Trial(n, int(np.prod(ct.shape)), x.numel()*(1+len(spec.classes)), read, prep, score)
+        prep,x = _seconds(lambda: segmenter.spec.prepare(ct))
+        score,_ = _seconds(lambda: (segmenter(ct), scores(np.roll(box, 1, 2), box, ct.spacing)))
+        prepared = x.numel()*(1+len(segmenter.classes))
+        return Trial(n, int(np.prod(ct.shape)), prepared, read, prep, score)
 
 # %% ../nbs/24_reproduce.ipynb #e0113e82
 def try_step(
@@ -631,7 +631,7 @@ def plan_run(
     scans = {k:expected_scans(k, root, trained) for k,root in data.items()}
     start = pretrained if isinstance(pretrained, (str,Path)) else False  # nothing is downloaded for an estimate
     model,spec = load_model(weights, device)[:2] if weights else (net_of(recipe, pretrained).build(recipe.spec.classes, start).to(device),recipe.spec)
-    def trial(k, v): say(f'{titles[k]}: {many(len(v),"scan")}; reading, preparing and segmenting the largest, to measure how long it takes …'); return try_scan(v, model.eval(), spec)
+    def trial(k, v): say(f'{titles[k]}: {many(len(v),"scan")}; reading, preparing and segmenting the largest, to measure how long it takes …'); return try_scan(v, Segmenter(model.eval(), spec))
     trials = {k:trial(k, v) for k,v in scans.items()}
     if trained: say('a training step, twice …')
     step = try_step(model.train(), spec, recipe.train.get('bs', 2)) if trained else 0.
@@ -676,7 +676,7 @@ def evaluate_all(
     trained,      # Name of the data set that was trained on, or None
     left_out,     # Dicts of what was left out before
     method:str,   # Title of the recipe, or which weights
-    model,        # Function that opens the network, with its spec
+    segmenter,    # Function that opens the `Segmenter`
     about:dict,   # How it was made, for the pages
     against=None, # Folder of another run
     **kwargs      # For `score_all`
@@ -686,7 +686,7 @@ def evaluate_all(
     more,other = other_run(against)
     for name in (k for k in titles if any(k==o for o,_ in used) or any(k==o['data'] for o in left_out)):
         cases = [c for k,c in used if k==name and c.split!='train']
-        df,few = score_all(out, cases, model, **kwargs)
+        df,few = score_all(out, cases, segmenter, **kwargs)
         lines += [measured(name, df, method, trained, sum(o['data']==name for o in left_out)), *(o for o in more if o['data']==name)]
         failed += [dict(data=name, stage='score', case=c, error=e) for c,e in zip(df.case, df.error) if e]
         notes += [o for o in [report_of(out, name, df, few, method, {'these scans':doubt(name, trained) or 'test only'}|about, other(name))] if o]
@@ -731,6 +731,10 @@ def start_run(out, plan, line, rec, device):
     if plan[1]['disk']>free: raise CTError(out, f'about {show_bytes(plan[1]["disk"])} are needed, {show_bytes(free)} are free', 'Make room, or choose another --out')
 
 # %% ../nbs/24_reproduce.ipynb #55d5bd3e
+def _opened(weights, device, score):
+    model,spec,_ = load_model(weights, device)
+    return Segmenter(model, spec, score['overlap'])
+
 def run_stages(out, about, data, rec, trained, weights, against, how, score)->pd.DataFrame:
     "Every stage, or what is left of them"
     begun = begin(out, about); sweep_all(out)
@@ -740,12 +744,13 @@ def run_stages(out, about, data, rec, trained, weights, against, how, score)->pd
     if trained:
         lost = lost+stage(out, 'prepare', lambda: prepare_all(out, rec.spec, lost))['left_out']
         stage(out, 'train', lambda: train_all(out, rec.train|how))
-    model = cache(lambda: load_model(weights or out/'train'/'model.safetensors', how['device'])[:2])
+    segmenter = cache(lambda: _opened(weights or out/'train'/'model.safetensors', how['device'], score))
     method = f'weights {Path(weights).name}' if weights else rec.title
-    pages = {'recipe':method, 'changed settings':', '.join(rec.changed) or 'none', 'network input':json.dumps(asdict(model()[1]) if weights else about['spec']), 'training':'none here' if weights else as_json(rec.train),
+    pages = {'recipe':method, 'changed settings':', '.join(rec.changed) or 'none', 'network input':json.dumps(asdict(segmenter().spec) if weights else about['spec']), 'training':'none here' if weights else as_json(rec.train),
         'seed':how['seed'], 'device':str(how['device']), 'scores':json.dumps(score), 'covid3d':__version__, 'torch':torch.__version__}
     say('evaluate …')
-    df,failed,notes = evaluate_all(out, trained, lost, method, model, pages, against, **score)
+    df,failed,notes = evaluate_all(out, trained, lost, method, segmenter, pages, against,
+                                   tolerance=score['tolerance'])
     notes = [*first['notes'], *([f'{checked["warnings"]} warnings of the check: check.csv'] if checked['warnings'] else []), *notes]
     df.attrs['left_out'] = lost+failed
     at = write_table(df, out, 'The paper’s table, measured again', pages, df.attrs['left_out'], notes)

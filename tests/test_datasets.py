@@ -403,7 +403,7 @@ def test_any_seed(root, tmp_path, seed, capfd):
 def test_predict_dicom_segmentation(archive, weights, tmp_path, capfd, monkeypatch):
     "`--format seg` writes one object a scan that refers to its slices; a NIfTI cannot have one"
     import highdicom as hd
-    monkeypatch.setattr('covid3d.predict.segment', lambda model, spec, ct, *a, **k: dict(lesion=((ct.data>-800)&(ct.data<-300)).astype(np.uint8)))
+    monkeypatch.setattr('covid3d.inference.segment', lambda model, spec, ct, *a, **k: dict(lesion=((ct.data>-800)&(ct.data<-300)).astype(np.uint8)))
     argv = ['predict', archive/'S0', '--weights', weights, '--device','cpu']
     assert run(*argv, '--out', tmp_path/'nii')==0 and run(*argv, '--out', tmp_path/'seg', '--format','seg')==0
     ct = open_series(archive/'S0')

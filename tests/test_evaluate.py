@@ -15,7 +15,7 @@ from covid3d.cases import Case, read_cases
 from covid3d.datasets import folder
 from covid3d.evaluate import (Extremes, as_table, compare, compared, counts, evaluate_cases, headline, holm, least_patients, mean_interval, paired_tests, per_patient, ratio_interval, read_scores, score_case, score_cases,
     score_masks, scores_csv, statements, summarise, write_report)
-from covid3d.inference import segment
+from covid3d.inference import Segmenter
 from covid3d.phantom import write_phantoms
 from covid3d.transforms import CTSpec
 from covid3d.volume import CTError, Volume, canonical_affine, write_atomic
@@ -50,9 +50,9 @@ def test_every_score_equals_its_oracle(cases):
     "A network, a whole scan, its own grid"
     for case in cases:
         seen = {}
-        row = score_case(Band(), spec, case, each=lambda row,ct,pred,mask: seen.update(pred=pred>0, mask=mask>0, ct=ct))
+        row = score_case(Segmenter(Band(), spec), case, each=lambda row,ct,pred,mask: seen.update(pred=pred>0, mask=mask>0, ct=ct))
         assert seen['pred'].shape==case.open_ct().shape and seen['pred'].any()
-        assert (seen['pred']==(segment(Band(), spec, case.open_ct())['lesion']>0)).all()
+        assert (seen['pred']==(Segmenter(Band(), spec)(case).masks['lesion']>0)).all()
         equals_oracle(row, seen['pred'], seen['mask'], seen['ct'].spacing)
 
 @pytest.mark.parametrize('seed', range(8))
@@ -65,7 +65,7 @@ def test_scores_of_given_masks_equal_their_oracle(seed):
 def test_real_scan_equals_the_oracle():
     df = folder(Path(os.environ['COVID3D_TEST_DATA'])/'coronacases_7', test=['coronacases_004'], already_windowed='-1000:20')
     case, = read_cases(df, 'test'); seen = {}
-    row = score_case(Band(.3,.6), CTSpec(spacing=(4,2.8,2.8), patch=(16,96,96)), case, 0., each=lambda row,ct,pred,mask: seen.update(pred=pred>0, mask=mask>0, ct=ct))
+    row = score_case(Segmenter(Band(.3,.6), CTSpec(spacing=(4,2.8,2.8), patch=(16,96,96)), 0.), case, each=lambda row,ct,pred,mask: seen.update(pred=pred>0, mask=mask>0, ct=ct))
     equals_oracle(row, seen['pred'], seen['mask'], seen['ct'].spacing)
 
 @pytest.mark.fault('X14')
@@ -79,14 +79,14 @@ def test_one_bad_case_never_stops_a_cohort(cases, tmp_path):
             return super().forward(x)
     m = Breaks(); m.bad = False
     bad = Case('broken', broken, cases[0].masks),Case('gone', tmp_path/'gone.nii', cases[0].masks),Case('unlabelled', cases[0].ct),Case('other_grid', cases[0].ct, dict(lesion=broken))
-    df = score_cases(m, spec, [cases[0],*bad,cases[1]])
+    df = score_cases(Segmenter(m, spec), [cases[0],*bad,cases[1]])
     assert (df.error!='').tolist()==[False]+[True]*4+[False] and not df.error.str.contains('\n').any() and df.dice.notna().tolist()==[True]+[False]*4+[True]
     assert counts(df)['failed']==4 and '4 failed' in headline(df) and summarise(df).loc['dice','n']==2
     m.bad = True
-    assert 'first line second line' in score_cases(m, spec, cases[:1]).error[0]
+    assert 'first line second line' in score_cases(Segmenter(m, spec), cases[:1]).error[0]
     class Stop(Band):
         def forward(self, x): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): score_cases(Stop(), spec, cases)
+    with pytest.raises(KeyboardInterrupt): score_cases(Segmenter(Stop(), spec), cases)
 
 @pytest.mark.fault('X15')
 @pytest.mark.promise('named')
@@ -100,7 +100,7 @@ def test_no_path_leaves_with_a_report(cases, tmp_path, monkeypatch, resolved):
         def forward(self, x): raise OSError(5, 'Input/output error', str(Path('DOE^JANE 1950').resolve()/'study'/'DOE_1.dcm'))
     good = cases[0]; mask = home/'mask_DOE.nii.gz'
     bad = [Case('c1', home/'study', good.masks),Case('c2', good.ct, dict(lesion=mask)),Case('c3', home/'gone.nii.gz', good.masks),Case('c4', home/'study'/'DOE_1.dcm', good.masks)]
-    df = pd.concat([score_cases(Band(), spec, bad), score_cases(Fails(), spec, [Case('c5', good.ct, good.masks)])], ignore_index=True)
+    df = pd.concat([score_cases(Segmenter(Band(), spec), bad), score_cases(Segmenter(Fails(), spec), [Case('c5', good.ct, good.masks)])], ignore_index=True)
     assert (df.error!='').all() and df.error[0].startswith('c1 (scan): ') and df.error[1].startswith('c2 (lesion mask): ') and df.error[2]=='c3 (scan): no such file. Check the path.'
     at = write_report(df, tmp_path/'r')
     for f in ('index.html','scores.csv','report.json'):
@@ -113,7 +113,7 @@ def test_one_scan_in_memory(cases):
     def each(row, ct, pred, mask):
         gc.collect(); assert all(r() is None for r in alive)
         alive.extend(weakref.ref(o) for o in (ct.data,pred,mask)); keep(row, ct, pred, mask)
-    score_cases(Band(), spec, cases, each=each)
+    score_cases(Segmenter(Band(), spec), cases, each=each)
     assert len(alive)==12 and len(keep.kept)==2 and all(o.img.base is None and o.img.ndim==2 for o in keep.kept)
 
 # intervals
@@ -453,11 +453,11 @@ def counting(cases):
 @pytest.mark.promise('lost')
 def test_X5_an_interrupted_evaluation_resumes_to_equal_scores(cases, tmp_path):
     "Stopped at any case, evaluate keeps every finished score and ends with the files of a run without a break"
-    model,whole = counting(cases),tmp_path/'whole'; df,_,kept = evaluate_cases(model, spec, cases, whole); windows = type(model).seen; assert kept==0 and windows>=len(cases)
+    model,whole = counting(cases),tmp_path/'whole'; df,_,kept = evaluate_cases(Segmenter(model, spec), cases, whole); windows = type(model).seen; assert kept==0 and windows>=len(cases)
     out = tmp_path/'run'
     for n in range(1, 50):
         type(model).seen,model.last = 0,2*windows//len(cases)
-        try: again,at,kept = evaluate_cases(model, spec, cases, out); break
+        try: again,at,kept = evaluate_cases(Segmenter(model, spec), cases, out); break
         except KeyboardInterrupt: assert len((out/'scores.jsonl').read_bytes().splitlines())==n+1 and not (out/'scores.csv').exists()
     assert n==len(cases) and kept==n-1
     pd.testing.assert_frame_equal(again, df); names = {o.name for o in whole.iterdir()}; assert {o.name for o in out.iterdir()}==names
@@ -468,8 +468,8 @@ def test_X5_an_interrupted_evaluation_resumes_to_equal_scores(cases, tmp_path):
 def test_X5_what_counts_is_content(cases, tmp_path):
     "A case is kept if its scan, reference, weights and settings are the same, whatever files and names they have; otherwise it is scored anew or refused"
     import nibabel as nib
-    out,model = tmp_path/'run',counting(cases); evaluate_cases(model, spec, cases[:3], out); n = type(model).seen
-    def again(part, *args, m=None, **kwargs): type(model).seen = 0; return (*evaluate_cases(m or model, spec, part, out, *args, **kwargs), type(model).seen)
+    out,model = tmp_path/'run',counting(cases); evaluate_cases(Segmenter(model, spec), cases[:3], out); n = type(model).seen
+    def again(part, *args, m=None, overlap=.5, **kwargs): type(model).seen = 0; return (*evaluate_cases(Segmenter(m or model, spec, overlap), part, out, *args, **kwargs), type(model).seen)
     img = nib.load(cases[0].ct); nib.save(nib.Nifti1Image(np.asarray(img.dataobj), img.affine), tmp_path/'copy.nii'); copy = Case(cases[0].name, tmp_path/'copy.nii', cases[0].masks)
     assert again([copy,*cases[1:3]])[2:]==(3,0)                                     # another file, the same voxels
     m = nib.load(cases[1].masks['lesion']); d = np.asarray(m.dataobj).copy(); d[tuple(np.argwhere(d>0)[0])] = 0; nib.save(nib.Nifti1Image(d, m.affine), tmp_path/'m.nii.gz')
@@ -477,18 +477,18 @@ def test_X5_what_counts_is_content(cases, tmp_path):
     assert df.tp[1]+df.fn[1]==(d>0).sum()
     assert again(cases[:4])[2:][0]==3                                              # one more case
     files = {o.name:o.read_bytes() for o in out.iterdir()}
-    for word,call in (('other weights',lambda: again(cases, m=Band(.3))), ('overlap 0.5 then, 0.25 now',lambda: again(cases, .25)), ('tolerance 3.0 then, 1.0 now',lambda: again(cases, .5, 1.)), ('that this table does not have',lambda: again(cases[:2]))):
+    for word,call in (('other weights',lambda: again(cases, m=Band(.3))), ('overlap 0.5 then, 0.25 now',lambda: again(cases, overlap=.25)), ('tolerance 3.0 then, 1.0 now',lambda: again(cases, 1.)), ('that this table does not have',lambda: again(cases[:2]))):
         with pytest.raises(CTError, match=word): call()
     assert {o.name:o.read_bytes() for o in out.iterdir()}==files
-    assert again(cases[:2], .25, overwrite=True)[2]==0 and len(read_scores(out))==2
+    assert again(cases[:2], overlap=.25, overwrite=True)[2]==0 and len(read_scores(out))==2
 
 @pytest.mark.fault('X5','K5')
 def test_X5_a_torn_journal_keeps_its_whole_lines(cases, tmp_path):
     "Whatever stands behind the last whole line is cut off, and the next row goes there"
-    out,model = tmp_path/'run',counting(cases); df,*_ = evaluate_cases(model, spec, cases[:1], out, pictures=0); f = out/'scores.jsonl'; whole = f.read_bytes()
+    out,model = tmp_path/'run',counting(cases); df,*_ = evaluate_cases(Segmenter(model, spec), cases[:1], out, pictures=0); f = out/'scores.jsonl'; whole = f.read_bytes()
     for tail in (b'{"key": "', b'\0'*500, b'{}\n{}\n', b'['*10**5+b'\n', b'{"key": 5, "row": 5}\n', json.dumps(dict(key='0'*32, row={})).encode()+b'\n'):
         f.write_bytes(whole+tail); settings,rows,good = ev.read_journal(f); assert len(rows)==1 and good==len(whole)
-    two,_,kept = evaluate_cases(model, spec, cases[:2], out, pictures=0); assert kept==1 and f.read_bytes().startswith(whole+b'{"key"') and len(ev.read_journal(f)[1])==2
+    two,_,kept = evaluate_cases(Segmenter(model, spec), cases[:2], out, pictures=0); assert kept==1 and f.read_bytes().startswith(whole+b'{"key"') and len(ev.read_journal(f)[1])==2
     pd.testing.assert_frame_equal(two[:1], df)
 
 @pytest.mark.fault('X6')
@@ -496,13 +496,13 @@ def test_X5_a_torn_journal_keeps_its_whole_lines(cases, tmp_path):
 def test_X6_a_journal_that_cannot_be_written_stops_at_once(cases, tmp_path):
     "A full disk while cases are scored ends the run in one line that says how to resume; finished rows stay"
     out,was = tmp_path/'run',resource.getrlimit(resource.RLIMIT_FSIZE)
-    evaluate_cases(Band(), spec, cases[:1], out, pictures=0); whole = (out/'scores.jsonl').read_bytes()
+    evaluate_cases(Segmenter(Band(), spec), cases[:1], out, pictures=0); whole = (out/'scores.jsonl').read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole)+100,was[1]))
     try:
-        with pytest.raises(CTError, match=r'scores.jsonl: cannot be written .*Make room, and give the same command again: it resumes.'): evaluate_cases(Band(), spec, cases, out, pictures=0)
+        with pytest.raises(CTError, match=r'scores.jsonl: cannot be written .*Make room, and give the same command again: it resumes.'): evaluate_cases(Segmenter(Band(), spec), cases, out, pictures=0)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, was)
     assert (out/'scores.jsonl').read_bytes()==whole and not list(out.glob('.*')) and len(read_scores(out))==1
-    assert evaluate_cases(Band(), spec, cases[:2], out, pictures=0)[2]==1
+    assert evaluate_cases(Segmenter(Band(), spec), cases[:2], out, pictures=0)[2]==1
 
 @pytest.mark.fault('X12')
 @pytest.mark.promise('lost')
@@ -511,7 +511,7 @@ def test_X12_two_evaluations_in_one_folder(cases, tmp_path):
     code = f"from covid3d.files import locked\nimport sys\nwith locked({str(tmp_path/'run')!r}): print('mine', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable,'-c',code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
         assert p.stdout.readline()=='mine\n'
-        for f in (lambda: evaluate_cases(Band(), spec, cases[:1], tmp_path/'run'), lambda: write_report(table('near'), tmp_path/'run')):
+        for f in (lambda: evaluate_cases(Segmenter(Band(), spec), cases[:1], tmp_path/'run'), lambda: write_report(table('near'), tmp_path/'run')):
             with pytest.raises(CTError, match='another process is writing there'): f()
         p.stdin.close()
     assert not (tmp_path/'run'/'scores.csv').exists()
@@ -519,15 +519,15 @@ def test_X12_two_evaluations_in_one_folder(cases, tmp_path):
 @pytest.mark.promise('executed')
 def test_a_journal_from_a_stranger_leads_nowhere(cases, tmp_path):
     "A link, a pipe or JSON of other types in the place of the journal is refused, and nothing outside the folder is written"
-    out,victim = tmp_path/'run',tmp_path/'victim'; evaluate_cases(Band(), spec, cases[:1], out); f = out/'scores.jsonl'; whole = f.read_bytes(); victim.write_bytes(whole)
+    out,victim = tmp_path/'run',tmp_path/'victim'; evaluate_cases(Segmenter(Band(), spec), cases[:1], out); f = out/'scores.jsonl'; whole = f.read_bytes(); victim.write_bytes(whole)
     f.unlink(); f.symlink_to(victim)
-    with pytest.raises(CTError, match='is a link'): evaluate_cases(Band(), spec, cases[:2], out)
+    with pytest.raises(CTError, match='is a link'): evaluate_cases(Segmenter(Band(), spec), cases[:2], out)
     f.unlink(); os.mkfifo(f)
-    with pytest.raises(CTError, match='is not a regular file'): evaluate_cases(Band(), spec, cases[:2], out)
+    with pytest.raises(CTError, match='is not a regular file'): evaluate_cases(Segmenter(Band(), spec), cases[:2], out)
     f.unlink()
     for text in (b'', b'[]', b'{"settings": 5}\n', b'['*10**5, b'\xff\n'):
         f.write_bytes(text)
-        with pytest.raises(CTError, match='scores.jsonl: is no journal of scores'): evaluate_cases(Band(), spec, cases[:2], out)
+        with pytest.raises(CTError, match='scores.jsonl: is no journal of scores'): evaluate_cases(Segmenter(Band(), spec), cases[:2], out)
     assert victim.read_bytes()==whole
 
 @pytest.mark.promise('silent')
@@ -536,10 +536,10 @@ def test_the_class_that_was_scored_is_named(cases, tmp_path):
     two = CTSpec(spacing=spec.spacing, patch=spec.patch, classes=('lesion','lung'))
     class Two(Band):
         def forward(self, x): return super().forward(x).repeat(1,2,1,1,1)
-    df,at,_ = evaluate_cases(Two(), two, cases[:1], tmp_path/'a'); other,at2,_ = evaluate_cases(Two(), two, cases[:1], tmp_path/'b', klass='lung')
+    df,at,_ = evaluate_cases(Segmenter(Two(), two), cases[:1], tmp_path/'a'); other,at2,_ = evaluate_cases(Segmenter(Two(), two), cases[:1], tmp_path/'b', klass='lung')
     assert 'about the class lesion. The weights also find lung, which was not scored here.' in at.read_text() and 'about the class lung. The weights also find lesion' in json.loads((tmp_path/'b'/'report.json').read_text())['notes'][0]
     assert df.reference_ml[0]!=other.reference_ml[0]
-    with pytest.raises(CTError, match='class lesion then, lung now'): evaluate_cases(Two(), two, cases[:1], tmp_path/'a', klass='lung')
+    with pytest.raises(CTError, match='class lesion then, lung now'): evaluate_cases(Segmenter(Two(), two), cases[:1], tmp_path/'a', klass='lung')
 
 @pytest.mark.fault('X14')
 def test_X14_bad_cases_are_named_and_only_they_are_tried_again(cases, tmp_path):
@@ -550,8 +550,8 @@ def test_X14_bad_cases_are_named_and_only_they_are_tried_again(cases, tmp_path):
             if errors: raise errors.pop(0)
             return super().forward(x)
     several = [*cases, Case('fifth', cases[0].ct, cases[0].masks)]
-    df,_,_ = evaluate_cases(Fails(), spec, several, tmp_path/'r', pictures=0); assert (df.error!='').tolist()==[True]*4+[False] and df.case.tolist()==[c.name for c in several]
-    df,_,kept = evaluate_cases(Fails(), spec, several, tmp_path/'r', pictures=0); assert (df.error=='').all() and kept==2   # the fifth is the first scan again
+    df,_,_ = evaluate_cases(Segmenter(Fails(), spec), several, tmp_path/'r', pictures=0); assert (df.error!='').tolist()==[True]*4+[False] and df.case.tolist()==[c.name for c in several]
+    df,_,kept = evaluate_cases(Segmenter(Fails(), spec), several, tmp_path/'r', pictures=0); assert (df.error=='').all() and kept==2   # the fifth is the first scan again
 
 
 def test_small_cohorts_make_a_page(tmp_path):

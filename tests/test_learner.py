@@ -216,9 +216,9 @@ def test_predict_segments_the_whole_scan(table, dls, tmp_path):
     "learn.predict of a case, a volume or a path gives the masks of the whole scan on its own grid, those of covid3d predict; fastai's would be those of a patch from its middle"
     learn,case = learner(dls),dls.valid_cases[0]
     ct = case.open_ct()
-    want = segment(learn.model, spec, ct)
+    want = segment(learn.model, spec, ct)  # what a Segmenter calls
     for scan in (case, ct, case.ct, str(case.ct)):
-        got = learn.predict(scan)
+        got = learn.predict(scan).masks
         assert got.keys()==want.keys()=={'lesion'} and got['lesion'].dtype==np.uint8 and (got['lesion']==want['lesion']).all() and got['lesion'].shape==ct.shape
     with pytest.raises(CTError, match='no such file'): learn.predict(tmp_path/'none.nii.gz')
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import nibabel as nib, numpy as np, pytest, torch
 from isal import igzip
 
-import covid3d.predict
+import covid3d.cases, covid3d.inference, covid3d.predict
 from covid3d.cli import main
 from covid3d.dicom import open_scan, pseudonym, save_dicom, write_series
 from covid3d.files import locked
-from covid3d.inference import NetSpec, Seen, save_model
+from covid3d.inference import NetSpec, Seen, Segmenter, save_model
 from covid3d.phantom import phantom
 from covid3d.predict import find_scans, predict_scans
 from covid3d.transforms import CTSpec
@@ -195,7 +195,8 @@ points = ['open', 'segment', 'about', 'first', 'second', 'row', 'table']
 
 def dying(at, scan):
     "Replace the step `at` of the scan number `scan` by a kill in its place, or just after it for `about` and `row`"
-    p,n = covid3d.predict,dict.fromkeys(('open_scan','segment','save_mask','add','rewrite'), -1)
+    p,i,c = covid3d.predict,covid3d.inference,covid3d.cases
+    n = dict.fromkeys(('open_scan','segment','save_mask','add','rewrite'), -1)
     kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
     def step(name, f, when, after=False):
         def g(*args, **kwargs):
@@ -206,8 +207,8 @@ def dying(at, scan):
             if hit: kill()
             return res
         return g
-    if at=='open': p.open_scan = step('open_scan', p.open_scan, scan)
-    if at=='segment': p.segment = step('segment', p.segment, scan)
+    if at=='open': c.open_scan = step('open_scan', c.open_scan, scan)
+    if at=='segment': i.segment = step('segment', i.segment, scan)
     if at in ('first','second'): p.save_mask = step('save_mask', p.save_mask, 2*scan+(at=='second'))
     if at in ('about','row'): p._Record.add = step('add', p._Record.add, 2*scan+(at=='row'), True)
     if at=='table': p._Record.rewrite = step('rewrite', p._Record.rewrite, 1)
@@ -262,9 +263,9 @@ def test_the_table_is_written_twice_not_once_a_scan(tmp_path, weights, cts, monk
     written = []
     write = covid3d.predict.write_atomic
     monkeypatch.setattr('covid3d.predict.write_atomic', lambda p, b: (written.append(p.name), write(p, b)))
-    monkeypatch.setattr('covid3d.predict.segment', lambda m, s, ct, *a, **k: dict(lesion=(ct.data>0).astype(np.uint8)))
+    monkeypatch.setattr('covid3d.inference.segment', lambda m, s, ct, *a, **k: dict(lesion=(ct.data>0).astype(np.uint8)))
     for i in range(12): save_volume(cts[i%3], tmp_path/'d'/f'{i}.nii.gz')
-    df = predict_scans(find_scans([tmp_path/'d']), weights, tmp_path/'m')
+    df = predict_scans(find_scans([tmp_path/'d']), Segmenter.load(weights, 'cpu'), tmp_path/'m')
     assert written==['scans.csv']*2 and [*df.state]==['written']*12 and len(rows(tmp_path/'m'))==12
 
 def test_masks_beside_the_scans(tmp_path, weights, cts, capfd):
@@ -291,11 +292,11 @@ def test_one_prediction_at_a_time_in_a_folder(tmp_path, weights, world, capfd):
     (OSError(5, 'Input/output error', 'x.nii'), 'Input/output error'), (RuntimeError('odd\nlines'), 'RuntimeError (odd lines)')], ids=lambda o: type(o).__name__)
 def test_a_bad_scan_costs_only_itself(world, weights, tmp_path, capfd, monkeypatch, error, words):
     "A scan that cannot be read, is too large for the memory, or fails in any foreseen way is named and counted; the others are segmented and the exit status is 1."
-    real = covid3d.predict.segment
+    real = covid3d.inference.segment
     def segment(model, spec, ct, *args):
         if 'JANE' in str(ct.source.path): raise error
         return real(model, spec, ct, *args)
-    monkeypatch.setattr('covid3d.predict.segment', segment)
+    monkeypatch.setattr('covid3d.inference.segment', segment)
     jane = find_scans([world/'tree'/'DOE^JANE'])[0].name
     assert run(world/'tree', world/'A', '--weights', weights, '--out', tmp_path/'m')==1
     err = [o for o in capfd.readouterr().err.splitlines() if 'segmenting' not in o]
@@ -321,7 +322,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_mask(world, weights, tmp_path, c
 # formats and odd paths
 
 def test_seg_of_nifti_is_refused_before_anything_is_segmented(world, weights, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr('covid3d.predict.segment', lambda *a, **k: pytest.fail('it was segmented'))
+    monkeypatch.setattr('covid3d.inference.segment', lambda *a, **k: pytest.fail('it was segmented'))
     assert run(world/'tree', world/'A', '--weights', weights, '--out', tmp_path/'m', '--format','seg')==2
     assert 'CT: was not read from DICOM' in capfd.readouterr().err and not (tmp_path/'m').exists()
     monkeypatch.setitem(sys.modules, 'highdicom', None)
@@ -356,12 +357,12 @@ def test_odd_names_of_scans(tmp_path, weights, cts, capfd):
 @pytest.mark.fault('X4')
 def test_settings_out_of_range(world, weights, tmp_path):
     for k,v in [('threshold',float('nan')), ('threshold',0), ('threshold',1), ('overlap',1), ('overlap',-.1), ('overlap',float('nan'))]:
-        with pytest.raises(CTError, match=f'{k}: .* is not between'): predict_scans(find_scans([world/'A']), weights, tmp_path/'m', **{k:v})
-    with pytest.raises(CTError, match='format'): predict_scans(find_scans([world/'A']), weights, tmp_path/'m', format='png')
+        with pytest.raises(CTError, match=f'{k}: .* is not between'): Segmenter.load(weights, 'cpu', **{k:v})
+    with pytest.raises(CTError, match='format'): predict_scans(find_scans([world/'A']), Segmenter.load(weights, 'cpu'), tmp_path/'m', format='png')
     assert not (tmp_path/'m').exists()
 
 def test_the_library_call_gives_what_the_table_holds(world, weights, tmp_path):
-    df = predict_scans(find_scans([world/'A']), weights, tmp_path/'m')
+    df = predict_scans(find_scans([world/'A']), Segmenter.load(weights, 'cpu'), tmp_path/'m')
     ct = open_scan(world/'A'/'CT.nii.gz')
     m = open_mask(tmp_path/'m'/df.masks[0], like=ct)
     assert float(df.lesion_ml[0])==pytest.approx(m.data.sum()*ct.ml_per_voxel, abs=1e-4) and m.data.any()

@@ -8,7 +8,7 @@ from covid3d.cli import main
 from covid3d.cases import read_cases, write_cases
 from covid3d.data import CTDataLoaders
 from covid3d.datasets import folder
-from covid3d.inference import segment
+from covid3d.inference import Segmenter
 from covid3d.learner import train, unet_learner_3d
 from covid3d.metrics import dice
 from covid3d.transforms import CTSpec
@@ -26,8 +26,8 @@ def table(tmp_path_factory):
     return path
 
 def scan_dice(model, case):
-    ct = case.open_ct()
-    return dice(segment(model, spec, ct)['lesion'], case.open_mask('lesion', ct).data)
+    seg = Segmenter(model, spec)(case)
+    return dice(seg.masks['lesion'], case.open_mask('lesion', seg.ct).data)
 
 def test_learns_lesions_of_real_scans(table, tmp_path):
     "A minute of training on four patients lifts the whole-scan Dice on two others far above the untrained network's; the masks lie on the scans' grids"

@@ -10,7 +10,7 @@ from covid3d.cases import read_cases
 from covid3d.data import CTDataLoaders, prepare_table
 from covid3d.datasets import write_coronacases, write_mosmed, write_ricord
 from covid3d.evaluate import read_scores, score_case
-from covid3d.inference import NetSpec, load_model, save_model, segment
+from covid3d.inference import NetSpec, Segmenter, load_model, save_model
 from covid3d.phantom import phantom, write_phantoms
 from covid3d.files import locked
 from covid3d.reproduce import reproduce, stage
@@ -29,11 +29,11 @@ class Grey(torch.nn.Module):
 @each('patch', [(12,40,44), (48,128,100)])
 def test_whole_scan_is_one_window_and_comes_back_to_its_own_grid(patch):
     ph,spec,net = phantom(2, shape=(32,96,96), spacing=(9,3.7,3.7)),CTSpec(None, patch=patch),Grey()
-    mask = segment(net, spec, ph.ct)['lesion']
+    mask = Segmenter(net, spec)(ph.ct).masks['lesion']
     assert net.seen==[(1,1,*patch)] and mask.shape==ph.ct.shape and mask.dtype==np.uint8
     want = resize((20*(spec.prepare(ph.ct)-.4)).sigmoid(), ph.ct.shape)[0]>=.5
     assert (mask!=want.numpy()).mean()<1e-4 and 0<mask.mean()<1
-    with pytest.raises(CTError, match='threshold'): segment(net, spec, ph.ct, threshold=1)
+    with pytest.raises(CTError, match='threshold'): Segmenter(net, spec, threshold=1)
 
 def test_weights_carry_that_there_is_no_spacing(tmp_path):
     "and files from before, with a spacing, still open"
@@ -132,7 +132,7 @@ def test_the_table(straight, data):
     assert {k:o['stage'] for k,o in lost.items()}==dict(ricord='tables', coronacases='check', mosmed='check') and lost['coronacases']['case']=='coronacases_002' and all('\n' not in o['error'] and str(data['ricord'].parent) not in o['error']+o['case'] for o in lost.values()) and lost['ricord']['case'].startswith(('folder_','scan_'))
     for k,names in dict(ricord=None, coronacases=['coronacases_001','coronacases_003'], mosmed=['study_0255','study_0257']).items():
         s = read_scores(out/k); assert (s.error=='').all() and abs(s.dice.mean()-float(mine.dice[k]))<1e-5 and (names is None or s.case.tolist()==names)
-        row = score_case(*load_model(out/'train'/'model.safetensors')[:2], next(c for c in read_cases(out/'cases.csv') if c.name==s.case[0])); assert abs(row['dice']-s.dice[0])<1e-5 and row['tp']==s.tp[0]
+        row = score_case(Segmenter.load(out/'train'/'model.safetensors', 'cpu'), next(c for c in read_cases(out/'cases.csv') if c.name==s.case[0])); assert abs(row['dice']-s.dice[0])<1e-5 and row['tp']==s.tp[0]
         assert 'data:image/png' in (out/k/'index.html').read_text()
     for where in (text, (out/'table.md').read_text(), (out/'index.html').read_text()): assert 'measured here' in where and 'published' in where and 'not the paper’s' in where
     assert 'about' in text and 'disk' in text and 'memory' in text

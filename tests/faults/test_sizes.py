@@ -77,9 +77,9 @@ def test_a_window_that_does_not_fit_is_told_with_its_weights(tmp_path, monkeypat
     "A window that needs more memory than is left is told before a scan is opened, with the file of the weights and both numbers"
     w = forged(tmp_path/'w.safetensors', NetSpec(width=32), patch=[192,256,256])
     monkeypatch.setattr(inference, 'memory_left', lambda: 2**29)
-    refused(lambda: inference.load_models(w), w, 'a window of 192×256×256 voxels needs', 'and 512 MiB are left')
+    refused(lambda: inference.Segmenter.load(w, 'cpu'), w, 'a window of 192×256×256 voxels needs', 'and 512 MiB are left')
     monkeypatch.setattr(inference, 'memory_left', lambda: 2**40)
-    assert inference.load_models(w)[1].patch==(192,256,256)
+    assert inference.Segmenter.load(w, 'cpu').spec.patch==(192,256,256)
 
 def test_windows_at_a_time_are_fewer_where_they_are_large():
     "The batch of the sliding window shrinks with the window, and its memory is counted as it is taken"

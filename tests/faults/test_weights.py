@@ -18,7 +18,7 @@ import covid3d.encoder, covid3d.inference
 from covid3d.checkpoint import Checkpoint, callback_state, read_checkpoint, write_checkpoint
 from covid3d.cli import main, one_line
 from covid3d.encoder import encoder3d, encoder_info, read_weights
-from covid3d.inference import NetSpec, Seen, load_model, load_models, read_seen, save_model, segment
+from covid3d.inference import NetSpec, Seen, Segmenter, load_model, read_seen, save_model
 from covid3d.learner import History, KeepBest, WeightAverage
 from covid3d.phantom import phantom
 from covid3d.transforms import CTSpec
@@ -69,7 +69,7 @@ def poisoned(tmp_path, kind, suffix):
 def test_K1_K3_K4_a_pickle_never_runs(tmp_path, kind, suffix, capfd):
     "A pickle given as weights, as an encoder, or as a checkpoint is refused before anything in it runs"
     path = poisoned(tmp_path, kind, suffix)
-    for f in (load_model, load_models, read_seen, read_checkpoint, read_weights, lambda p: encoder3d('r3d_18', p)): refused(lambda: f(path))
+    for f in (load_model, Segmenter.load, read_seen, read_checkpoint, read_weights, lambda p: encoder3d('r3d_18', p)): refused(lambda: f(path))
     scan = tmp_path/'ct.nii.gz'; save_volume(phantom(0, shape=(32,48,48), spacing=(9,7,7)).ct, scan)
     assert main(['predict',str(scan),'--weights',str(path),'--out',str(tmp_path/'out'),'--device','cpu'])==2
     assert not (tmp_path/'ran').exists()
@@ -174,7 +174,7 @@ def test_K7_hostile_headers(tmp_path, raw):
 def test_K11_networks_of_different_preparation_are_not_averaged(good, tmp_path, other):
     "Networks trained for another spacing, window, patch or class are not averaged"
     save_model(net.build(other.classes), tmp_path/'m.safetensors', other, net)
-    refused(lambda: load_models([good, tmp_path/'m.safetensors']), 'was trained with another spacing, window, patch or classes')
+    refused(lambda: Segmenter.load([good, tmp_path/'m.safetensors']), 'was trained with another spacing, window, patch or classes')
 
 @pytest.mark.fault('K11')
 @pytest.mark.promise('silent')
@@ -202,7 +202,7 @@ def test_K12_an_answer_that_is_not_finite_names_the_scan(tmp_path, value):
     "An answer that is NaN or infinite is an error that names the scan, not an empty mask"
     from covid3d.volume import open_ct
     save_volume(phantom(0, shape=(32,48,48), spacing=(9,7,7)).ct, tmp_path/'ct.nii.gz')
-    refused(lambda: segment(Broken(value), spec, open_ct(tmp_path/'ct.nii.gz')), 'ct.nii.gz', 'NaN or infinite')
+    refused(lambda: Segmenter(Broken(value), spec)(open_ct(tmp_path/'ct.nii.gz')), 'ct.nii.gz', 'NaN or infinite')
 
 @pytest.mark.fault('K14')
 def test_K14_what_is_saved_is_what_is_read(tmp_path):
@@ -216,7 +216,7 @@ def test_K14_what_is_saved_is_what_is_read(tmp_path):
     assert all(torch.equal(v, again.state_dict()[k]) for k,v in model.state_dict().items()) and not again.training
     save_model(again, tmp_path/'n.safetensors', ct, n, seen)
     assert (tmp_path/'m.safetensors').read_bytes()==(tmp_path/'n.safetensors').read_bytes()
-    assert set(segment(load_models([tmp_path/'m.safetensors']*2)[0], two, phantom(0, shape=(32,48,48), spacing=(9,7,7)).ct))=={'lesion','lung'}
+    assert set(Segmenter.load([tmp_path/'m.safetensors']*2)(phantom(0, shape=(32,48,48), spacing=(9,7,7)).ct).masks)=={'lesion','lung'}
 
 # No memory, no hanging
 
@@ -278,20 +278,20 @@ def test_names_that_weights_only_allows_are_not_needed(tmp_path, name):
 def test_a_pipe_is_no_file(good, tmp_path):
     "A pipe in the place of a file is refused and not waited for"
     for o in ('folds.json','m.safetensors','checkpoint.safetensors','w.pth'): os.mkfifo(tmp_path/o)
-    refused(lambda: load_models(tmp_path), 'folds.json', 'regular file')
+    refused(lambda: Segmenter.load(tmp_path), 'folds.json', 'regular file')
     for f,o in ((load_model,'m.safetensors'), (read_seen,'m.safetensors'), (read_checkpoint,'checkpoint.safetensors'), (read_weights,'w.pth'), (read_weights,'m.safetensors')): refused(lambda: f(tmp_path/o), o)
 
 @each('text', ['{"k":"2"}','{"k":1e9}','{"k":1000000000}','[2]','{}','nonsense','{"k":NaN}','['*10**5])
 def test_malformed_folds(tmp_path, text):
     (tmp_path/'folds.json').write_text(text)
-    refused(lambda: load_models(tmp_path), 'folds.json')
+    refused(lambda: Segmenter.load(tmp_path), 'folds.json')
 
 def test_a_scan_too_large_is_named(monkeypatch):
     "A scan for which memory does not suffice is named, whether the computer or a bound says so"
     ct = phantom(0, shape=(32,48,48), spacing=(9,7,7)).ct
     wide = replace(ct, affine=ct.affine@np.diag([1,3,3,1]))
-    refused(lambda: segment(Broken(0.), replace(spec, spacing=(.6,.6,.6)), wide), '0.6×0.6×0.6 mm would make 480×1680×1680 voxels')
-    refused(lambda: segment(Broken(0.), replace(spec, spacing=(1,1,1), patch=(4,4,4)), ct, overlap=.9), 'windows would have to be computed')
+    refused(lambda: Segmenter(Broken(0.), replace(spec, spacing=(.6,.6,.6)))(wide), '0.6×0.6×0.6 mm would make 480×1680×1680 voxels')
+    refused(lambda: Segmenter(Broken(0.), replace(spec, spacing=(1,1,1), patch=(4,4,4)), overlap=.9)(ct), 'windows would have to be computed')
 
 # Checkpoints
 

@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--only saved,pieces,peak,cuda]
 
-`saved`: megabytes kept for backward by the definition in nbs/15_memory.ipynb (storages that live for the gradient's sake, without parameters, buffers and input), one patch, float32, counted on the meta device.
+`saved`: megabytes kept for backward by the definition in nbs/13_memory.ipynb (storages that live for the gradient's sake, without parameters, buffers and input), one patch, float32, counted on the meta device.
 `pieces`: where to cut for activation checkpointing: kept, at the peak, and seconds of CPU for a step of two patches, median of 5 rounds that take turns.
 `peak`: growth of a process's resident memory (VmHWM) in a step, each in a process of its own after a small step of warming up, one thread, beside forward + backward + workspace of `step_bytes`.
 `cuda`: for budgets of 6, 8, 11 and 24 GB, in a process each, held to the budget by set_per_process_memory_fraction: the plan, peak allocated memory, seconds a step (of 4 patches, median of 10). Needs a CUDA device. cuDNN takes its quickest algorithms (`cudnn.benchmark`); `train` allows deterministic ones alone.

@@ -106,6 +106,15 @@ def body_ml(
     return sum(int(np.count_nonzero(o>-500)) for o in ct.data)*ct.ml_per_voxel
 
 # %% ../nbs/06_transforms.ipynb #9a699142
+def _not_empty(mask)->tuple:
+    "Slices of the box around all that is set; () if nothing is"
+    box = ()
+    for axis in range(3):
+        at = np.flatnonzero(mask[box].any(tuple({0,1,2}-{axis})))
+        if not len(at): return ()
+        box += (slice(int(at[0]), int(at[-1])+1),)
+    return box
+
 def _keep_volume(
     part,   # Share of each coarse voxel that a lesion fills
     ratio,  # Fine voxels in a coarse one
@@ -122,11 +131,13 @@ def resample_mask(
     size             # New (slice, row, column)
 )->torch.Tensor: # uint8
     "`mask` on a grid of `size` voxels, each lesion with its volume"
-    out = torch.zeros(tuple(size), dtype=torch.uint8)
-    labels = cc3d.connected_components(np.ascontiguousarray(mask), connectivity=26)
+    out,outer = torch.zeros(tuple(size), dtype=torch.uint8),_not_empty(mask)
+    if not outer: return out
+    labels = cc3d.connected_components(np.ascontiguousarray(mask[outer]), connectivity=26)
     step = [a/b for a,b in zip(mask.shape, size)]
-    for i,box in enumerate(ndimage.find_objects(labels), 1):
-        fine = torch.from_numpy(labels[box]==i)
+    for i,inner in enumerate(ndimage.find_objects(labels), 1):
+        fine = torch.from_numpy(labels[inner]==i)
+        box = [slice(o.start+s.start, o.start+s.stop) for o,s in zip(outer, inner)]
         new = tuple(slice(int(s.start/t), min(n, int(np.ceil(s.stop/t)))) for s,t,n in zip(box, step, size))
         part = fine.float()
         for axis,(s,o,n_in,n_out) in enumerate(zip(box, new, mask.shape, size)):

@@ -213,7 +213,7 @@ def _below(prefix, tensors)->dict: return {k[len(prefix):]:v for k,v in tensors.
 def _check_callbacks(cbs, state, tensors, model=None, learn=None, done=None):
     "`Misfit` unless each callback gets what it declares, and nobody else gets anything"
     _need(isinstance(state, dict) and all(isinstance(v, dict) for v in state.values()), 'callbacks')
-    _need({*state}^{c.name for c in _keepers(cbs)} <= {'steps'}, 'callbacks')
+    _need({*state}=={c.name for c in _keepers(cbs)}, 'callbacks')
     for c in _holders(cbs):
         mine = _form(_below(f'{c.name}.', tensors or {}))
         _need(not mine or model is None or mine==_form(bare_model(model).state_dict()), f'tensors of {c.name}')

@@ -306,7 +306,6 @@ def train(
     seed:int=0,             # Of weights, patches and augmentation
     examples:int=5,         # Epochs from one picture of predictions in OUT/examples to the next; 0 for none
     plot:store_true=False,  # Draw the curves into OUT/history.png after each epoch
-    log:str=None,           # Hand the numbers on to tensorboard or wandb
     workers:int=None,       # Processes that draw patches; none on a CPU, up to 8 on a GPU
     device:str=None,        # cpu or cuda; the best there is
     resume:store_true=False,   # Go on with a training that was interrupted, with the same arguments
@@ -326,7 +325,7 @@ def train(
     from covid3d.losses import find_loss
     recipe = dict(spec=spec, arch=encoder, pretrained=weight_words.get(weights, weights), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, frozen_stages=frozen_stages,
                   lr_ratio=lr_ratio, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every, aug=augment if augment!='none' else False, clip=clip, average=average,
-                  keep=keep or ('last' if folds else 'best'), seed=seed, device=find_device(device), resume=resume, examples=examples, plot=plot, log=log, workers=workers,
+                  keep=keep or ('last' if folds else 'best'), seed=seed, device=find_device(device), resume=resume, examples=examples, plot=plot, workers=workers,
                   loss_func=find_loss(loss), width=width, norm=norm, up=up, decoder=numbers(decoder, int, 'decoder'), memory=memory, overwrite=overwrite)
     if folds: return _train_folds(table, out, folds, fold, recipe)
     learn = train(table, out, **recipe)

@@ -129,7 +129,7 @@ def train_folds(
     out,todo = Path(out),[*range(k)] if folds is None else [*folds]
     check_recipe(keep=keep, **kwargs)
     if odd := [i for i in todo if not 0<=i<k]: raise CTError(f'fold {odd[0]}', f'there is no such fold of {k}', f'Give 0 to {k-1}')
-    about = {a:v for a,v in kwargs.items() if a not in ('device','examples','plot','log','workers','overwrite')}
+    about = {a:v for a,v in kwargs.items() if a not in ('device','examples','plot','workers','overwrite')}
     first,anew = not started()[0],folds is None and not resume
     no_links(out, 'fold_*/', 'report/')
     with ExitStack() as held:

@@ -6,18 +6,17 @@ Docs: https://covid3d.github.io/covid3d/learner.html.md"""
 
 # %% auto #0
 __all__ = ['argmax_metrics', 'run_files', 'plain_log', 'CTLearner', 'unet_learner_3d', 'ScanDice', 'WhileTraining', 'KeepBest',
-           'History', 'WeightAverage', 'run_outputs', 'Pictures', 'trackers', 'check_recipe', 'find_aug', 'thaw',
-           'seen_by', 'Awaited', 'why_stopped', 'train', 'r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError',
-           'open_ct', 'open_scan', 'open_mask', 'save_mask', 'save_seg', 'save_volume', 'show_slices', 'save_figure',
-           'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'Augment3d',
-           'ct_aug_transforms', 'light_aug_transforms', 'apply_window', 'resample_image', 'resample_mask', 'Case',
-           'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases',
-           'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss', 'DiceFocalLoss', 'soft_dice', 'dice',
-           'PatchDice', 'NetSpec', 'save_model', 'load_model', 'Segmenter', 'Segmentation', 'segment', 'sliding_window',
-           'set_seed']
+           'History', 'WeightAverage', 'run_outputs', 'Pictures', 'check_recipe', 'find_aug', 'thaw', 'seen_by',
+           'Awaited', 'why_stopped', 'train', 'r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct',
+           'open_scan', 'open_mask', 'save_mask', 'save_seg', 'save_volume', 'show_slices', 'save_figure', 'phantom',
+           'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms',
+           'light_aug_transforms', 'apply_window', 'resample_image', 'resample_mask', 'Case', 'CaseReader', 'CTBlock',
+           'LesionBlock', 'CTDataLoaders', 'read_cases', 'check_table', 'write_cases', 'encoder3d', 'DynamicUnet3d',
+           'param_groups', 'DiceCELoss', 'DiceFocalLoss', 'soft_dice', 'dice', 'PatchDice', 'NetSpec', 'save_model',
+           'load_model', 'Segmenter', 'Segmentation', 'segment', 'sliding_window', 'set_seed']
 
 # %% ../nbs/18_learner.ipynb #fe9f8fe1
-import csv, io, math, os, re, time
+import csv, io, math, re, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -45,7 +44,7 @@ from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock
 from .dicom import open_scan, save_seg
 from .distributed import joined, once, own_random, place, split_map, split_training, spread
 from .encoder import build_of, encoder3d, unfinished
-from .files import Outputs, locked, no_links, sweep
+from .files import Outputs, locked, sweep
 from .inference import (NetSpec, Seen, Segmentation, Segmenter, load_model, out_of_memory,
                                read_seen, save_model, segment, sliding_window)
 from .losses import DiceCELoss, DiceFocalLoss, soft_dice
@@ -289,7 +288,7 @@ def run_outputs(
     out # Folder of a training
 ) -> Outputs:
     "What `train` writes into its folder"
-    return Outputs(out, 'train', *run_files, 'tensorboard/events.out.tfevents.*')
+    return Outputs(out, 'train', *run_files)
 
 # %% ../nbs/18_learner.ipynb #11dece33
 class Pictures(WhileTraining):
@@ -336,49 +335,6 @@ def examples(self:Pictures):
     run_outputs(out).add(name)
     save_figure(axs[0].figure, out/name)
 
-# %% ../nbs/18_learner.ipynb #c77c6c63
-def _tensorboard(out, config):
-    from fastai.callback.tensorboard import TensorBoardCallback
-    class Steps(TensorBoardCallback):
-        keeps,steps = ('steps',),0
-        def after_step(self): self.steps += 1
-        def _setup_writer(self):
-            mine = run_outputs(out); was = {*mine.present}
-            super()._setup_writer()
-            mine.add(*{*mine.present}-was)
-            add = self.writer.add_scalar
-            self.writer.add_scalar = lambda name, value, _: add(name, value, self.steps)
-    return Steps(log_dir=out/'tensorboard', trace_model=False, log_preds=False)
-
-# %% ../nbs/18_learner.ipynb #c197b1b1
-_quiet_wandb = dict(WANDB_CONSOLE='off', WANDB_DISABLE_CODE='true', WANDB_DISABLE_GIT='true',
-                    WANDB_X_DISABLE_META='true', WANDB__DISABLE_META='true')
-
-def _wandb(out, config):
-    for k,v in _quiet_wandb.items(): os.environ.setdefault(k, v)
-    import wandb
-    from fastai.callback.wandb import WandbCallback
-    class NumbersOnly(WandbCallback):
-        def before_fit(self):
-            self.learn.gather_args = dict
-            super().before_fit()
-            del self.learn.gather_args
-    wandb.init(project='covid3d', dir=str(out), config=config)
-    return NumbersOnly(log_preds=False, log_model=False)
-
-# %% ../nbs/18_learner.ipynb #03569d24
-def trackers(
-    log: str, # `tensorboard`, `wandb`, or None
-    out,      # Folder of the run
-    **config  # What Weights & Biases shows as the configuration
-) -> list: # Callbacks
-    "fastai's callback for a tracker of experiments"
-    makers = dict(tensorboard=_tensorboard, wandb=_wandb)
-    if log not in (None, *makers): raise CTError('log', f'{log!r} is unknown', 'Give tensorboard or wandb')
-    if log is None or place()[0]: return []
-    try: return [makers[log](Path(out), config)]
-    except ImportError as e: raise CTError('log', f'{log} is not installed ({e})', f'pip install {log}') from None
-
 # %% ../nbs/18_learner.ipynb #14b6ff92
 _bounds = dict(epochs=(1,10**6), bs=(1,10**4), patches=(1,10**6), score_every=(1,10**6), width=(1,1024),
                frozen_epochs=(0,10**6), examples=(0,10**6), workers=(0,128))
@@ -398,14 +354,12 @@ def check_recipe(
     p_lesion: float = .7,   # See `train`
     clip: float = 12.,      # See `train`
     seed: int = 0,          # See `train`
-    log: str = None,        # See `train`
     **kwargs                # Counts and rates are looked at, others not
 ):
     "Refuse what no training can use"
     _check_counts(**kwargs); check_seed(seed)
     if not clip>0: raise CTError('clip', f'{clip} is not above 0', 'Give 12, or inf for none')
     if keep not in ('best','last'): raise CTError('keep', f'{keep!r} is unknown', 'Give best or last')
-    if log not in (None,'tensorboard','wandb'): raise CTError('log', f'{log!r} is unknown', 'Give tensorboard or wandb')
     if frozen_stages not in range(6): raise CTError('frozen_stages', f'{frozen_stages} is not in 0…5', 'Give 2 for the stem and layer 1, 0 for none')
     if not 1<=lr_ratio<math.inf: raise CTError('lr_ratio', f'{lr_ratio} is not 1 or more', 'Give 3, or 1 for one rate')
     if not 0<=average<1: raise CTError('average', f'{average} is not in 0…1', 'Give 0.99, or 0 for none')
@@ -470,8 +424,7 @@ def _take(out, held, resume, overwrite):
     held.enter_context(locked(out, folder=True))
     may = overwrite or resume and (out/'checkpoint.safetensors').exists()
     remedy = 'Add --resume to go on with a training that was interrupted, choose another --out, or add --overwrite'
-    no_links(out, 'tensorboard/', 'wandb/')
-    Outputs(out, 'train', *run_files).require(may, remedy)
+    run_outputs(out).require(may, remedy)
 
 def _begin(out, resume, plot):
     "Remove a former training, unless it is resumed, and list what this one writes"
@@ -525,10 +478,9 @@ def _explained(learn):
         raise
 
 # %% ../nbs/18_learner.ipynb #acebd432
-def _callbacks(learn, out, clip, average, examples, plot, log, args)->list:
+def _callbacks(learn, out, clip, average, examples, plot)->list:
     history = History(out/'history.csv')
-    return [learn.kept, history, Awaited(), StopOnNaN(), GradientClip(clip), *[WeightAverage(average)]*bool(average), Pictures(history, examples, plot),
-            *trackers(log, out, **args|dict(pretrained=Path(args['pretrained']).name))]
+    return [learn.kept, history, Awaited(), StopOnNaN(), GradientClip(clip), *[WeightAverage(average)]*bool(average), Pictures(history, examples, plot)]
 
 # %% ../nbs/18_learner.ipynb #8c03ba7d
 def train(
@@ -558,7 +510,6 @@ def train(
     keep:str='best',       # Weights of the epoch with the `best` whole-scan Dice, or of the `last`
     examples:int=5,        # Epochs from one picture of predictions to the next; 0 for none
     plot:bool=False,       # Draw `history.png` after each epoch
-    log:str=None,          # Hand the numbers on to `tensorboard` or `wandb`
     workers:int=None,      # Processes that draw patches; none on a CPU, up to 8 on a GPU, if None
     memory=None,           # What a step may take, such as '6GB'; batch, precision and recomputation are chosen to fit
     overwrite:bool=True,   # Replace a former training in `out`; files that covid3d did not write are never replaced
@@ -567,7 +518,7 @@ def train(
     "Train on a case table and keep the weights with the best whole-scan Dice"
     out,args = Path(out),dict(pretrained=str(pretrained), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, frozen_stages=frozen_stages, lr_ratio=lr_ratio,
         clip=clip, average=average, fold=fold, keep=keep, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every, aug=aug if isinstance(aug, (bool,str)) else type(aug).__name__, seed=seed)
-    check_recipe(examples=examples, workers=workers, width=width, log=log, **args)
+    check_recipe(examples=examples, workers=workers, width=width, **args)
     augment,more = find_aug(aug),{} if workers is None else dict(num_workers=workers)
     with joined(device) as device, ExitStack() as held:
         once(lambda: _take(out, held, resume, overwrite))
@@ -582,7 +533,7 @@ def train(
         learn.kept,frozen = KeepBest(out/'model.safetensors', last=keep=='last', seen=seen),bool(pretrained) and frozen_epochs>0
         about = args|once(lambda: _about(learn, pretrained, aug, kwargs|dict(memory=memory)))
         phases,steps = [frozen_epochs]*frozen+[epochs],len(dls.train)
-        cbs = _callbacks(learn, out, clip, average, examples, plot, log, args)
+        cbs = _callbacks(learn, out, clip, average, examples, plot)
         ck = Checkpoint(out/'checkpoint.safetensors', about, sum(phases), max(phases)*steps, learn.model)
         once(lambda: _begin(out, resume, plot))
         own_random(seed)

@@ -85,7 +85,7 @@ def find_recipe(
     if name not in recipes: raise CTError('recipe', f'{name!r} is unknown', f'Give {" or ".join(recipes)}')
     if bad := [k for k in kwargs if k not in _names]: raise CTError(bad[0], 'is no argument of train', 'Give one of its names')
     r = recipes[name]
-    spec,changed = spec or r.spec,(*(k for k in kwargs if k not in ('examples','plot','log','workers')), *['network input']*(spec not in (None,r.spec)))
+    spec,changed = spec or r.spec,(*(k for k in kwargs if k not in ('examples','plot','workers')), *['network input']*(spec not in (None,r.spec)))
     title = r.title.format(patch='×'.join(map(str, spec.patch)))+', settings changed'*bool(changed)
     return replace(r, title=title, spec=spec, train=r.train|kwargs, changed=changed)
 

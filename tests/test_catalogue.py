@@ -2,7 +2,6 @@
 import json
 
 import catalogue as cat
-import pytest
 
 def test_every_row_has_a_test():
     marked = {c for o in cat.proofs() for c in o.faults}

@@ -99,7 +99,6 @@ def test_memory_is_planned_and_said(data, tmp_path, capfd):
     assert '8 GB: 2 patches at a time, fp32, activations kept' in capfd.readouterr().out and (tmp_path/'a'/'history.png').stat().st_size>5000
     refused(capfd, ['train',data/'cases.csv','--out',tmp_path/'b',*small,'--memory','1MB'], 'memory=1MB', 'at the least')
     refused(capfd, ['train',data/'cases.csv','--out',tmp_path/'b',*small,'--memory','much'], 'much')
-    refused(capfd, ['train',data/'cases.csv','--out',tmp_path/'b',*small,'--log','mlflow'], 'Give tensorboard or wandb')
     assert not (tmp_path/'b'/'model.safetensors').exists()
 
 def test_training_again_gives_the_same_weights(data, tmp_path):

@@ -1,5 +1,5 @@
 "The four data sets in their true layouts, from phantoms through the command line: cases → check → train → evaluate; and DICOM in, masks out"
-import csv, json, os, random, stat
+import csv, json, os, stat
 from pathlib import Path
 
 import nibabel as nib, numpy as np, pydicom, pytest

@@ -1,9 +1,9 @@
 "Losses: MONAI's as the oracle, Lovász by its definition, gradients by finite differences, any logit, any precision"
-import copy, itertools
+import copy
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from monai import losses as monai
-from covid3d.losses import DiceCELoss, DiceFocalLoss, LovaszHingeLoss, SampleLoss, TverskyLoss, focal
+from covid3d.losses import DiceCELoss, DiceFocalLoss, LovaszHingeLoss, SampleLoss, TverskyLoss
 from covid3d.volume import CTError
 
 makers = dict(dice_ce=DiceCELoss, dice_focal=DiceFocalLoss, focal_below_1=lambda **k: DiceFocalLoss(gamma=.5, alpha=.8, **k), tversky=TverskyLoss, focal_tversky=lambda **k: TverskyLoss(gamma=4/3, **k),

@@ -1,6 +1,6 @@
 "Every score against an independent implementation on 200 pairs of masks, and properties that any definition must have"
 import itertools, math, warnings
-import numpy as np, pandas as pd, pytest, SimpleITK as sitk, surface_distance, torch
+import numpy as np, pytest, SimpleITK as sitk, surface_distance, torch
 from hypothesis import given, settings, strategies as st
 from scipy import ndimage
 from sklearn import metrics as skm

@@ -3,7 +3,7 @@ import json, os, resource, shutil, signal, subprocess, sys
 from contextlib import redirect_stderr
 from pathlib import Path
 
-import pytest, torch
+import pytest
 from fastai.callback.core import Callback
 
 import covid3d.learner
@@ -57,7 +57,7 @@ def test_what_is_not_ours_is_never_replaced(table, tmp_path, capfd, name):
         told(capfd, [*argv,*more], 'exists already' if name=='demo' else 'was not written by covid3d', tmp_path/'out')
         assert content(tmp_path)==before
 
-linked = dict(train=('examples','tensorboard','wandb'), folds=('fold_0','fold_1','report'), phantom=('ct','infection_mask'), mosmed=('studies','masks'),
+linked = dict(train=('examples',), folds=('fold_0','fold_1','report'), phantom=('ct','infection_mask'), mosmed=('studies','masks'),
               ricord=('MIDRC-RICORD-1A',), demo=('data','run','scores'))
 
 @pytest.mark.fault('X1')
@@ -124,9 +124,9 @@ def test_a_command_replaces_only_its_own_files(table, tmp_path, capfd):
 
 @pytest.mark.promise('lost')
 def test_train_in_the_folder_of_your_work(table, tmp_path, capfd, monkeypatch):
-    "train --out . beside your own examples/, tensorboard/, drafts and notes, and again with --overwrite: all of them stay"
+    "train --out . beside your own examples/, notes/, drafts and notes, and again with --overwrite: all of them stay"
     monkeypatch.chdir(tmp_path)
-    for o in ('examples/holiday.png','tensorboard/notes.txt','tensorboard/events.out.tfevents.1.mine','.draft.tmp','.covid3d-x.tmp','scores.csv','thesis.tex'):
+    for o in ('examples/holiday.png','notes/notes.txt','.draft.tmp','.covid3d-x.tmp','scores.csv','thesis.tex'):
         Path(o).parent.mkdir(exist_ok=True); Path(o).write_bytes(b'mine')
     before,argv = content('.'),commands(table, '.')['train'][0]
     for more in ([], ['--overwrite','--examples','0']):
@@ -160,15 +160,6 @@ def test_a_new_training_leaves_nothing_of_the_former(table, tmp_path):
     assert (out/'history.png').exists() and (out/'examples'/'epoch_000.png').exists()
     with pytest.raises(KeyboardInterrupt): train(table, out, spec, cbs=[Cut()], **tiny)
     assert sorted(o.name for o in out.iterdir())==['checkpoint.safetensors',manifest]
-
-def test_tensorboard_lists_its_files(table, tmp_path):
-    "Those of a former training are removed, those of somebody else are not"
-    pytest.importorskip('tensorboard')
-    out = tmp_path/'run'; (out/'tensorboard').mkdir(parents=True); (out/'tensorboard'/'events.out.tfevents.1.mine').write_bytes(b'mine')
-    def events(): return {p.name for p in (out/'tensorboard').iterdir()}-{'events.out.tfevents.1.mine'}
-    train(table, out, spec, log='tensorboard', **tiny); first = events()
-    train(table, out, spec, log='tensorboard', **tiny)
-    assert first and events() and not first&events() and (out/'tensorboard'/'events.out.tfevents.1.mine').read_bytes()==b'mine'
 
 def test_a_smaller_cross_validation_leaves_nothing_of_the_former(table, tmp_path, capfd):
     "Folds, report and settings of the former one go, with --overwrite alone, and your files between them stay"
@@ -268,7 +259,7 @@ def test_a_full_disk_leaves_no_draft(tmp_path):
 
 @pytest.mark.fault('X4')
 @pytest.mark.parametrize('more', [['--epochs','0'], ['--epochs','10000000'], ['--bs','-1'], ['--bs','0'], ['--bs','100000000'], ['--patches','1000000000000'], ['--seed','-1'],
-    ['--seed','1'+'0'*20], ['--workers','-1'], ['--workers','100000'], ['--width','1000000'], ['--log','mlflow'], ['--lr','nan'], ['--frozen-lr','-1'], ['--p-lesion','2'], ['--p-lesion','nan'],
+    ['--seed','1'+'0'*20], ['--workers','-1'], ['--workers','100000'], ['--width','1000000'], ['--lr','nan'], ['--frozen-lr','-1'], ['--p-lesion','2'], ['--p-lesion','nan'],
     ['--average','1'], ['--average','nan'], ['--clip','0'], ['--clip','nan'], ['--lr-ratio','inf'], ['--frozen-stages','9'], ['--frozen-epochs','-1'], ['--examples','-1'], ['--folds','1'],
     ['--folds','1000000000000'], ['--folds','2','--fold','2'], ['--keep','some'], ['--device','meta'], ['--device','tpu'], ['--score-every','0'], ['--loss','x'], ['--augment','x'], ['--up','x'], ['--norm','x']],
     ids=' '.join)

@@ -1,5 +1,5 @@
 "What the packages say: every import is declared with a lower bound, the source distribution builds, licences are listed"
-import ast, importlib.util, os, re, shutil, subprocess, sys, tarfile, zipfile
+import ast, importlib.util, re, shutil, subprocess, sys, tarfile, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -14,7 +14,7 @@ spec = importlib.util.spec_from_file_location('third_party', root/'nbs/_site/thi
 third_party = importlib.util.module_from_spec(spec); spec.loader.exec_module(third_party)
 
 module_of = {'connected-components-3d':'cc3d', 'plum-dispatch':'plum', 'python-gdcm':'gdcm'}  # where the names differ
-optional = {'wandb'}  # imported only on request, with an error that says how to install it
+optional = set()  # imported only on request, with an error that says how to install it
 
 def imported(path) -> set:
     "Top-level names of other packages that a module imports"

@@ -7,7 +7,7 @@ from isal import igzip
 
 import covid3d.cases, covid3d.inference, covid3d.predict
 from covid3d.cli import main
-from covid3d.dicom import open_scan, pseudonym, save_dicom, write_series
+from covid3d.dicom import open_scan, pseudonym, write_series
 from covid3d.files import locked
 from covid3d.inference import NetSpec, Seen, Segmenter, save_model
 from covid3d.phantom import phantom

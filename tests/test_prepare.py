@@ -2,7 +2,7 @@
 import json, os, random, shutil, signal, stat, subprocess, sys, time
 
 import nibabel as nib, numpy as np, pandas as pd, pytest, torch
-from fastai.data.all import DataBlock, IndexSplitter, RandomSplitter
+from fastai.data.all import DataBlock, RandomSplitter
 
 from covid3d.augment import ct_aug_transforms
 from covid3d.cases import read_cases
@@ -10,9 +10,9 @@ from covid3d.cli import main
 from covid3d.data import CaseReader, CTBlock, CTDataLoaders, LesionBlock, prepare_table, stratified_folds
 from covid3d.dicom import write_series
 from covid3d.phantom import phantom, write_phantoms
-from covid3d.prepare import Prepared, PreparedCase, find_prepared, fingerprint, open_prepared, prepare_case, prepare_cases, tidy
-from covid3d.transforms import CTSpec, RandomPatch, body_ml, resample_mask, size_at
-from covid3d.volume import CTError, save_volume, scan_digest, temp_beside
+from covid3d.prepare import Prepared, find_prepared, fingerprint, open_prepared, prepare_case, prepare_cases, tidy
+from covid3d.transforms import CTSpec, RandomPatch, body_ml, resample_mask
+from covid3d.volume import CTError, save_volume, scan_digest
 
 each,fault,promise = pytest.mark.parametrize,pytest.mark.fault,pytest.mark.promise
 spec = CTSpec(spacing=(9,5,5), patch=(16,48,48))

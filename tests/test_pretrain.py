@@ -1,5 +1,5 @@
 "Made-up volumes on any grid; a pretraining and a study that are cut off anywhere"
-import json, os, random, shutil, signal, subprocess, sys, time
+import os, random, shutil, signal, subprocess, sys
 
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st

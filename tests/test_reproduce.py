@@ -13,7 +13,7 @@ from covid3d.evaluate import read_scores, score_case
 from covid3d.inference import NetSpec, Segmenter, load_model, save_model
 from covid3d.phantom import phantom, write_phantoms
 from covid3d.files import locked
-from covid3d.reproduce import reproduce, stage
+from covid3d.reproduce import reproduce
 from covid3d.transforms import CTSpec, resize
 from covid3d.volume import CTError
 

@@ -1,5 +1,5 @@
 "Nothing is lost: trainings killed at random moments, while they write, and on a full disk go on and end bit-equal"
-import csv, json, math, os, random, shutil, signal, subprocess, sys, time
+import csv, json, math, os, random, shutil, signal, subprocess, sys
 from multiprocessing import active_children
 from pathlib import Path
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np, pydicom, pytest
 from pydicom.dataset import Dataset
-from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
+from pydicom.uid import JPEG2000Lossless, RLELossless
 
 import covid3d.dicom as cd
 from covid3d.dicom import find_series, open_scan, open_series, pseudonym, read_slices, require_seg, save_dicom, save_seg, survey, volume_of, write_series
-from covid3d.volume import CTError, Volume, save_volume
-from dicom_files import (by_simpleitk, encode, enhanced, in_file_order, jane, meta, native, noted, packed, quiet, refused, same_image, save_all, scan, sets_of)
+from covid3d.volume import CTError, save_volume
+from dicom_files import (by_simpleitk, encode, enhanced, jane, meta, native, noted, packed, quiet, refused, same_image, save_all, scan, sets_of)
 
 each = pytest.mark.parametrize
 pytestmark = pytest.mark.usefixtures('no_fsync')

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 
 from covid3d import datasets
-from covid3d.cases import Case, check_table, columns, read_cases, safe_cell, write_cases
+from covid3d.cases import check_table, columns, read_cases, safe_cell, write_cases
 from covid3d.cli import find_scans, main
 from covid3d.dicom import write_series
 from covid3d.evaluate import as_table, scores_csv

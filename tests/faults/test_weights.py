@@ -2,7 +2,6 @@
 import io, json, math, os, pickle, struct, subprocess, sys, zipfile
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 import covid3d.encoder, covid3d.inference
-from covid3d.checkpoint import Checkpoint, callback_state, read_checkpoint, write_checkpoint
+from covid3d.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from covid3d.cli import main, one_line
 from covid3d.encoder import encoder3d, encoder_info, read_weights
 from covid3d.inference import NetSpec, Seen, Segmenter, load_model, read_seen, save_model

@@ -10,7 +10,7 @@ __all__ = ['write_checkpoint', 'read_checkpoint', 'Misfit', 'get_random', 'set_r
            'Checkpoint', 'batch_names', 'StopOnNaN']
 
 # %% ../nbs/17_checkpoint.ipynb #c913e973
-import json, math, os, random, re, signal, threading, zlib
+import json, math, os, random, re, shutil, signal, threading, zlib
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -62,9 +62,10 @@ def write_checkpoint(
     "Put a checkpoint in the place of the last one"
     path,text = Path(path),json.dumps(state, default=_plain)
     tensors = {k:t.detach().cpu().contiguous() for k,t in tensors.items()}
-    new = temp_beside(path)
+    draft = temp_beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir(parents=True)  # a folder, since safetensors has a draft of its own beside the file
+        new = draft/path.name
         new.touch(); mode = new.stat().st_mode
         save_file(tensors, new, dict(covid3d_run=text, crc=_crc(text, tensors)))
         os.chmod(new, mode)  # safetensors makes files that only their owner reads
@@ -76,8 +77,8 @@ def write_checkpoint(
         fault = f'cannot be written ({why})'+'; the last one is intact'*path.exists()
         raise CTError(path, fault, 'Make room, then go on with --resume') from None
     finally:
-        if os.path.lexists(new): os.unlink(new)
-        temps_here.discard(new.name)
+        shutil.rmtree(draft, ignore_errors=True)
+        temps_here.discard(draft.name)
 
 # %% ../nbs/17_checkpoint.ipynb #f3c9d17d
 def _check_sizes(path, cure, most, parts, size):

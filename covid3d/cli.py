@@ -71,9 +71,9 @@ def there(
     remedy: str # For the message
 ):
     "Refuse an input that does not exist"
-    try: found = os.path.lexists(path)
-    except ValueError: return  # a name that no file can have is refused where it is opened
-    if not found: raise CTError(path, fault, remedy)
+    try: os.lstat(path)
+    except (FileNotFoundError,NotADirectoryError): raise CTError(path, fault, remedy) from None
+    except (OSError,ValueError): pass  # such as a name that no file can have: told where it is opened
 
 # %% ../nbs/30_cli.ipynb #179a6f77
 def check_overlap(

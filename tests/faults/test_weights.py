@@ -2,6 +2,7 @@
 import io, json, math, os, pickle, struct, subprocess, sys, zipfile
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
@@ -17,6 +18,7 @@ import covid3d.encoder, covid3d.inference
 from covid3d.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from covid3d.cli import main, one_line
 from covid3d.encoder import encoder3d, encoder_info, read_weights
+from covid3d.files import locked
 from covid3d.inference import NetSpec, Seen, Segmenter, load_model, read_seen, save_model
 from covid3d.learner import History, KeepBest, WeightAverage
 from covid3d.phantom import phantom
@@ -569,3 +571,16 @@ def test_a_leftover_RANK_swallows_no_error(good, tmp_path, monkeypatch, capfd, e
     for k,v in env.items(): monkeypatch.setenv(k, v)
     assert main(['train',str(tmp_path/'none.csv'),'--out',str(tmp_path/'run'),'--weights','random'])==2
     assert 'none.csv' in capfd.readouterr().err
+
+@pytest.mark.promise('lost')
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_a_kill_within_the_writer_leaves_nothing(tmp_path, monkeypatch):
+    "The draft that safetensors has of its own goes too, once a process that was killed within it is gone"
+    def cut(tensors, file, metadata): (Path(file).parent/'.tmpAbC123').write_bytes(b'half'); os.kill(os.getpid(), 9)
+    monkeypatch.setattr('covid3d.checkpoint.save_file', cut)
+    if not (pid := os.fork()):
+        try: write_checkpoint(tmp_path/'checkpoint.safetensors', {}, {})
+        finally: os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])==-9 and [*tmp_path.iterdir()]
+    with locked(tmp_path): pass
+    assert [*tmp_path.iterdir()]==[]

@@ -440,17 +440,19 @@ def evaluate(
 ):
     "Score each case on its scan's own grid: a report with intervals, tables and pictures. Resumes where it was interrupted."
     writable(out); check_overlap(overlap); _check_scoring(tolerance, split, pictures)
-    there(table, *no_table); _weight_files(weights)
+    there(table, *no_table)
+    paths = _weight_files(weights)
+    names = paths if isinstance(paths, list) else [paths]
     from covid3d.cases import read_cases
     from covid3d.evaluate import check_same_cases, class_note, compared, evaluate_cases, headline, keep_inputs, read_scores
     files = _labels([p for p in compare.split(',') if p])
     others = {k:read_scores(p) for k,p in files.items()}
-    segmenter = _segmenter(_weight_files(weights), device, overlap)
+    segmenter = _segmenter(paths, device, overlap)
     klass = _class_of(segmenter.spec, score_class)
     cases = read_cases(table, split, dict.fromkeys((*segmenter.classes,'lung')), (klass,))
-    keep_inputs(out, [table, *files.values(), *weights.split(','), *(p for c in cases for p in (c.ct, *c.masks.values()))])
+    keep_inputs(out, [table, *files.values(), *names, *(p for c in cases for p in (c.ct, *c.masks.values()))])
     for o in others.values(): check_same_cases([c.name for c in cases], o.case)
-    about = dict(weights=', '.join(Path(o).name for o in weights.split(',')), table=Path(table).name, split=split, overlap=overlap, **{'class':klass})
+    about = dict(weights=', '.join(Path(o).name for o in names), table=Path(table).name, split=split, overlap=overlap, **{'class':klass})
     check = lambda: _told_before(cases, klass, segmenter)
     told = dict(title=title, against=others, about=about)
     df,page,kept = evaluate_cases(segmenter, cases, out, tolerance, klass, pictures, overwrite, check, **told)

@@ -731,10 +731,6 @@ def start_run(out, plan, line, rec, device):
     if plan[1]['disk']>free: raise CTError(out, f'about {show_bytes(plan[1]["disk"])} are needed, {show_bytes(free)} are free', 'Make room, or choose another --out')
 
 # %% ../nbs/24_reproduce.ipynb #55d5bd3e
-def _opened(weights, device, score):
-    model,spec,_ = load_model(weights, device)
-    return Segmenter(model, spec, score['overlap'])
-
 def run_stages(out, about, data, rec, trained, weights, against, how, score)->pd.DataFrame:
     "Every stage, or what is left of them"
     begun = begin(out, about); sweep_all(out)
@@ -744,7 +740,8 @@ def run_stages(out, about, data, rec, trained, weights, against, how, score)->pd
     if trained:
         lost = lost+stage(out, 'prepare', lambda: prepare_all(out, rec.spec, lost))['left_out']
         stage(out, 'train', lambda: train_all(out, rec.train|how))
-    segmenter = cache(lambda: _opened(weights or out/'train'/'model.safetensors', how['device'], score))
+    trained_here = out/'train'/'model.safetensors'
+    segmenter = cache(lambda: Segmenter.load(weights or trained_here, how['device'], overlap=score['overlap']))
     method = f'weights {Path(weights).name}' if weights else rec.title
     pages = {'recipe':method, 'changed settings':', '.join(rec.changed) or 'none', 'network input':json.dumps(asdict(segmenter().spec) if weights else about['spec']), 'training':'none here' if weights else as_json(rec.train),
         'seed':how['seed'], 'device':str(how['device']), 'scores':json.dumps(score), 'covid3d':__version__, 'torch':torch.__version__}

@@ -157,7 +157,10 @@ def _open(p):
 def _bytes(p, n=-1, at=0)->bytes:
     "`n` bytes of the file from byte `at`; all that follow if `n` is negative"
     try:
-        with _open(p) as f: f.seek(at); return f.read(n)
+        with _open(p) as f:
+            left = max(os.fstat(f.fileno()).st_size-at, 0)
+            f.seek(at)
+            return f.read(left if n<0 else min(n, left))  # no larger buffer than the file fills
     except OSError as e: raise unreadable(p, e) from None
 
 # %% ../nbs/01_dicom.ipynb #fcb5becd

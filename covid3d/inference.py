@@ -390,7 +390,7 @@ class Segmentation:
     "The masks of one scan, on the scan's own grid"
     ct: Volume                      # The scan, in HU
     masks: dict                     # Class → uint8 mask, canonical axes, shape of `ct`
-    segmenter: 'Segmenter' = None   # What made them
+    segmenter: object = None        # The `Segmenter` that made them
     kept: dict = None               # Class → float32 probabilities, if the segmenter keeps them
 
     @property

@@ -408,21 +408,13 @@ def test_weights_are_looked_at_before_any_run(tmp_path, table, runs):
         with pytest.raises(CTError, match=fault): transfer_study(table, tmp_path/file, tmp_path/'s')
     assert runs.done==[] and not (tmp_path/'s').exists()
 
-def test_from_made_up_shapes_to_a_study(tmp_path, capsys):
-    "The commands, one after the other: pretrain, train from it, and the study"
+def test_from_shapes_to_a_training(tmp_path, capsys):
+    "The commands, one after the other: pretrain, and train from it"
     from covid3d.cli import main
     table,file = write_phantoms(tmp_path/'data', n=4, seed=1, shape=(32,96,96), spacing=(9,3.7,3.7)),tmp_path/'enc'/'encoder.safetensors'
     grid = ['--spacing','9,7,7','--patch','16,32,32']
     assert main(['pretrain','--out',str(tmp_path/'enc'),'--width','8','--steps','2','--phantoms','1','--device','cpu',*grid])==0
-    assert f'covid3d train cases.csv --weights {file}' in capsys.readouterr().out
+    assert f'covid3d train cases.csv --init {file}' in capsys.readouterr().out
     assert main(['pretrain','--out',str(tmp_path/'enc'),'--device','cpu'])==2 and 'exists already' in capsys.readouterr().err
-    assert main(['train',str(table),'--out',str(tmp_path/'run'),'--weights',str(file),'--epochs','1','--patches','2','--device','cpu',*grid])==0
+    assert main(['train',str(table),'--out',str(tmp_path/'run'),'--init',str(file),'--epochs','1','--patches','2','--device','cpu',*grid])==0
     assert (tmp_path/'run'/'model.safetensors').is_file() and list((tmp_path/'run'/'examples').glob('*.png'))
-    assert main(['prepare',str(table),'--out',str(tmp_path/'prepared'),*grid])==0
-    study = ['transfer-study',str(tmp_path/'prepared'),'--weights',str(file),'--out',str(tmp_path/'study'),'--folds','2','--patches','4','--moments','1','--device','cpu']
-    capsys.readouterr()
-    assert main(study)==0 and capsys.readouterr().out.count('fold')==4
-    rows = pd.read_csv(tmp_path/'study'/'transfer.csv')
-    assert main(study)==0 and 'fold' not in capsys.readouterr().out  # nothing is repeated
-    assert len(rows)==4 and set(rows.weights)=={'random','pretrained'} and (tmp_path/'study'/'transfer.png').is_file()
-    assert main([*study[:2],*study[4:]])==2 and 'Add --weights FILE' in capsys.readouterr().err

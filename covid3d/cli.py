@@ -21,12 +21,13 @@ from .files import Outputs, locked, no_links
 from .volume import CTError, plain, temp_beside, temps_here
 
 # %% ../nbs/30_cli.ipynb #41df06f2
-def _opt(kind, help, *names, panel=None, **limits):
+def _opt(kind, help, *names, **how):
     "The type of an option: what it takes, what `--help` says of it, and what may stand there"
-    how = {k:v for k,v in dict(metavar={int:'N', float:'X', bool:''}.get(kind)).items() if v is not None}|limits
-    return Annotated[kind|None, typer.Option(*names, help=help, rich_help_panel=panel, **how)]
+    short = {int:'N', float:'X', bool:''}.get(kind)
+    how = how if short is None else dict(metavar=short)|how
+    return Annotated[kind|None, typer.Option(*names, help=help, **how)]
 
-def _arg(kind, help, **limits): return Annotated[kind, typer.Argument(help=help, **limits)]
+def _arg(kind, help, **how): return Annotated[kind, typer.Argument(help=help, **how)]
 
 # %% ../nbs/30_cli.ipynb #2b1534cc
 def _numbers(kind, n=None, low=-math.inf, rising=False):
@@ -48,12 +49,12 @@ def _exists(fault, remedy, *words):
             if not p or p in words: continue
             try: os.lstat(p)
             except (FileNotFoundError,NotADirectoryError): raise CTError(p, fault, remedy) from None
-            except (OSError,ValueError): pass  # such as a name that no file can have: told where it is opened
+            except (OSError,ValueError): pass  # a name that no file can have: told when opened
         return value
     return check
 
 def _writable(out):
-    "A callback that refuses a folder that cannot be written to; it need not exist, but the nearest one above must"
+    "A callback that refuses a folder if it, or the nearest one above, cannot be written to"
     if out is None: return
     if not out: raise CTError('out', 'no folder to write to', 'Add --out FOLDER')
     try: p = next(o for o in (Path(out).absolute(), *Path(out).absolute().parents) if o.exists())
@@ -66,11 +67,13 @@ def _writable(out):
 # %% ../nbs/30_cli.ipynb #a02e149c
 _table_there = _exists('no such case table', 'Write one with `covid3d table`')
 _Table = _arg(str, 'Case table (CSV)', metavar='TABLE', callback=_table_there)
-_Cases = _arg(str, 'Case table (CSV), or a folder from covid3d prepare', metavar='TABLE', callback=_table_there)
+_Cases = _arg(str, 'Case table (CSV), or a folder from covid3d prepare', metavar='TABLE',
+    callback=_table_there)
 _Out = _opt(str, 'Folder to write', '-o', '--out', metavar='DIR', callback=_writable)
-_Weights = _opt(list[str], 'Trained model: model.safetensors of a run, or a folder of folds; repeat it for the mean of several', metavar='PATH',
-                callback=_exists('no such file', 'Give the model.safetensors that `covid3d train` wrote'))
-_Device = _opt(str, 'cpu, cuda or mps; the best there is if not given', metavar='NAME')
+_model = _exists('no such file', 'Give the model.safetensors that `covid3d train` wrote')
+_Weights = _opt(list[str], 'Trained model: a model.safetensors, or a folder of folds; repeat it '
+    'for the mean of several', metavar='PATH', callback=_model)
+_Device = _opt(str, 'cpu, cuda or mps (the best there is)', metavar='NAME')
 _Workers = _opt(int, 'Threads, each of which holds one scan in memory (2)', min=1, max=128)
 _Overwrite = _opt(bool, 'Replace what an earlier run of this command wrote', '--overwrite')
 _Resume = _opt(bool, 'Continue an interrupted run, with the same options', '--resume')
@@ -79,53 +82,76 @@ _Tolerance = _opt(float, 'Tolerance of the surface Dice, mm', min=.01, max=99)
 _Window = _opt(str, 'For scans of grey levels: what they show, LOW:HIGH in HU', metavar='LOW:HIGH')
 _Split = Literal['train','valid','test']
 _Seed = _opt(int, 'Of everything that is random', min=0, max=2**32-1)
-_Recipe = _opt(str, 'Recipe to start from: default, small, resize, or a JSON file; the options below change it', metavar='NAME|FILE',
-               callback=_exists('no such recipe', 'Give default, small, resize, or a JSON file', 'default', 'small', 'resize'))
 
 # %% ../nbs/30_cli.ipynb #9abd7de7
-_tail = _data,_net,_optim,_run = 'Data','Network','Optimisation','Run'  # panels that only --help-all shows
+_no_recipe = 'no such recipe','Give default, small, resize, or a JSON file'
+_Recipe = _opt(str, 'Recipe: default, small, resize, or a JSON file; other options change it',
+    metavar='NAME|FILE', callback=_exists(*_no_recipe, 'default', 'small', 'resize'))
 
+_no_init = 'no such file','Give kinetics, random, or a file of weights','kinetics','random'
 _essential = dict(
-    init=_opt(str, 'Where the encoder starts: kinetics (downloaded once), random, or a file of weights (kinetics)', metavar='kinetics|random|FILE',
-              callback=_exists('no such file', 'Give kinetics, random, or a file of weights', 'kinetics', 'random')),
+    init=_opt(str, 'Where the encoder starts: kinetics (downloaded once), random, or a file of '
+        'weights (kinetics)', metavar='kinetics|random|FILE', callback=_exists(*_no_init)),
     epochs=_opt(int, 'Epochs of the whole network (25)', min=1),
     lr=_opt(float, 'Highest learning rate (0.002)', min=1e-12),
-    memory=_opt(str, 'What a training step may take, such as 6GB: batch and precision are chosen to fit', metavar='SIZE'))
+    memory=_opt(str, 'What a step may take, such as 6GB: batch and precision are chosen to fit',
+        metavar='SIZE'))
 
 # %% ../nbs/30_cli.ipynb #eb3b96fa
-_spec_options = dict(
-    spacing=_opt(str, 'mm between slices, rows and columns, as the network sees them (4,2.8,2.8)', panel=_data, parser=_numbers(float, 3, .05), metavar='Z,Y,X'),
-    patch=_opt(str, 'Slices, rows and columns of a training patch (16,96,96)', panel=_data, parser=_numbers(int, 3, 4), metavar='Z,Y,X'),
-    window=_opt(str, 'HU that become black and white (-1000,400)', panel=_data, parser=_numbers(float, 2, -1e5, True), metavar='LOW,HIGH'),
-    classes=_opt(list[str], 'Mask to learn, a column of the table; repeat it for several (lesion)', panel=_data, metavar='NAME'))
+_tail = 'Data','Network','Optimisation','Run'
 
-_net_options = dict(
-    encoder=_opt(Literal['r3d_18','mc3_18','r2plus1d_18'], 'Video network that the encoder is (r3d_18)', panel=_net),
-    width=_opt(int, 'Channels of its first stage (those of the weights; 16 for random ones)', panel=_net, min=1, max=512),
-    norm=_opt(Literal['batch','frozen','group','instance'], 'Normalisation of the encoder (that of the weights)', panel=_net),
-    decoder=_opt(str, 'Channels of the decoder from coarse to fine, such as 128,64,32 (half the encoder’s)', panel=_net, parser=_numbers(int, None, 1), metavar='N,…'),
-    up=_opt(Literal['trilinear','transposed','shuffle'], 'Upsampling in the decoder (transposed)', panel=_net))
+def _panel(name, **options):
+    "Put options into a panel of the help"
+    for o in options.values(): o.__metadata__[0].rich_help_panel = name
+    return options
+
+_spec_options = _panel('Data',
+    spacing=_opt(str, 'mm between slices, rows and columns that the network sees (4,2.8,2.8)',
+        parser=_numbers(float, 3, .05), metavar='Z,Y,X'),
+    patch=_opt(str, 'Slices, rows and columns of a training patch (16,96,96)',
+        parser=_numbers(int, 3, 4), metavar='Z,Y,X'),
+    window=_opt(str, 'HU that become black and white (-1000,400)',
+        parser=_numbers(float, 2, -1e5, True), metavar='LOW,HIGH'),
+    classes=_opt(list[str], 'Mask to learn, a column of the table; repeat it for several (lesion)',
+        metavar='NAME'))
 
 # %% ../nbs/30_cli.ipynb #179a6f77
-_train_options = dict(
-    bs=_opt(int, 'Patches in a batch (2)', panel=_data, min=1),
-    patches=_opt(int, 'Patches of each training scan in an epoch (24)', panel=_data, min=1),
-    oversample_foreground=_opt(float, 'Fraction of these that are centred on a lesion (0.7)', panel=_data, min=0, max=1),
-    augment=_opt(Literal['none','light','full'], 'light: mirror, contrast, brightness; full: for long trainings (light)', panel=_data),
-    loss=_opt(Literal['dice-focal','dice-ce','tversky','lovasz'], 'Loss (dice-focal)', panel=_optim),
-    frozen_epochs=_opt(int, 'Epochs of the decoder alone, before; only from pretrained weights (1)', panel=_optim, min=0),
-    frozen_lr=_opt(float, 'Learning rate of these (that of --lr)', panel=_optim, min=1e-12),
-    frozen_stages=_opt(int, 'First stages of the encoder’s five that stay as pretrained (2)', panel=_optim, min=0, max=5),
-    lr_ratio=_opt(float, 'From pretrained weights: learning rate of the decoder over that of the stem (3.0)', panel=_optim, min=1),
-    wd=_opt(float, 'Weight decay (0.01)', panel=_optim, min=0, max=10),
-    clip=_opt(float, 'Largest L2 norm of all gradients together, 0 for any (12.0)', panel=_optim, min=0),
-    ema=_opt(float, 'Decay of a moving average of the weights, which is scored and kept; 0 for none (0.0)', panel=_optim, min=0, max=.999999),
-    score_every=_opt(int, 'Epochs from one score of whole validation scans to the next (5)', panel=_run, min=1),
-    keep=_opt(Literal['best','last'], 'Weights of the epoch with the best Dice on valid, or of the last (best; with --folds, last)', panel=_run),
-    reproducible=_opt(bool, 'Use only algorithms that give the same result each time (True)', panel=_run),
-    seed=_opt(int, 'Of weights, patches and augmentation (0)', panel=_run, min=0, max=2**32-1))
+_net_options = _panel('Network',
+    encoder=_opt(Literal['r3d_18','mc3_18','r2plus1d_18'], 'Video network (r3d_18)'),
+    width=_opt(int, 'Channels of its first stage (as in the weights; 16 if random)',
+        min=1, max=512),
+    norm=_opt(Literal['batch','frozen','group','instance'], 'Normalisation (as in the weights)'),
+    decoder=_opt(str, 'Channels of the decoder from coarse to fine, such as 128,64,32',
+        parser=_numbers(int, None, 1), metavar='N,…'),
+    up=_opt(Literal['trilinear','transposed','shuffle'], 'Upsampling in the decoder (transposed)'))
 
-_recipe_options = _essential|_spec_options|_net_options|_train_options
+_patch_options = _panel('Data',
+    bs=_opt(int, 'Patches in a batch (2)', min=1),
+    patches=_opt(int, 'Patches of each training scan in an epoch (24)', min=1),
+    oversample_foreground=_opt(float, 'Fraction of these that are centred on a lesion (0.7)',
+        min=0, max=1),
+    augment=_opt(Literal['none','light','full'], 'light: mirror, contrast, brightness; full: for '
+        'long trainings (light)'))
+
+# %% ../nbs/30_cli.ipynb #6f3d050e
+_optim_options = _panel('Optimisation',
+    loss=_opt(Literal['dice-focal','dice-ce','tversky','lovasz'], 'Loss (dice-focal)'),
+    frozen_epochs=_opt(int, 'Epochs of the decoder alone, before, if pretrained (1)', min=0),
+    frozen_lr=_opt(float, 'Learning rate of these (that of --lr)', min=1e-12),
+    frozen_stages=_opt(int, 'Stages of the encoder that stay as pretrained (2)', min=0, max=5),
+    lr_ratio=_opt(float, 'If pretrained: the decoder’s rate over the stem’s (3.0)', min=1),
+    wd=_opt(float, 'Weight decay (0.01)', min=0, max=10),
+    clip=_opt(float, 'Largest L2 norm of all gradients together, 0 for any (12.0)', min=0),
+    ema=_opt(float, 'Decay of a moving average of the weights, 0 for none (0.0)',
+        min=0, max=.999999))
+
+_run_options = _panel('Run',
+    score_every=_opt(int, 'Epochs from one score of whole validation scans to the next (5)', min=1),
+    keep=_opt(Literal['best','last'], 'Which epoch’s weights to keep (best; with --folds, last)'),
+    reproducible=_opt(bool, 'Only algorithms that give the same result each time (True)'),
+    seed=_opt(int, 'Of weights, patches and augmentation (0)', min=0, max=2**32-1))
+
+_recipe_options = _essential|_spec_options|_net_options|_patch_options|_optim_options|_run_options
 
 # %% ../nbs/30_cli.ipynb #7b70f046
 _loud = None  # while a command is quiet: the real standard output
@@ -148,8 +174,10 @@ def _check_args(args):
     "Refuse zero bytes, NaN and infinity"
     for k,v in args.items():
         for o in v if isinstance(v, (list,tuple)) else [v]:
-            if isinstance(o, str) and '\0' in o: raise CTError(ascii(o), 'no path has a zero byte in it', 'Check the argument')
-            if isinstance(o, float) and not math.isfinite(o): raise CTError(k, f'{o} is not a number that can be used', 'Give another')
+            if isinstance(o, str) and '\0' in o:
+                raise CTError(ascii(o), 'no path has a zero byte in it', 'Check the argument')
+            if isinstance(o, float) and not math.isfinite(o):
+                raise CTError(k, f'{o} is not a number that can be used', 'Give another')
 
 # %% ../nbs/30_cli.ipynb #5e2e15f5
 class _Command(TyperCommand):
@@ -158,7 +186,8 @@ class _Command(TyperCommand):
         tail = [p for p in self.params if getattr(p, 'rich_help_panel', None) in _tail]
         if len(self.params)<16 or ctx.meta.get('all'): tail = []
         for p in tail: p.hidden = True
-        self.epilog = f'{ctx.command_path} --help-all shows {len(tail)} more options.' if tail else None
+        more = f'{ctx.command_path} --help-all shows {len(tail)} more options.'
+        self.epilog = more if tail else None
         try: super().format_help(ctx, formatter)
         finally:
             for p in tail: p.hidden = False
@@ -170,25 +199,37 @@ def _show_all(ctx: typer.Context, value: bool):
     raise typer.Exit
 
 # %% ../nbs/30_cli.ipynb #34c40e57
-app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode='rich', context_settings=dict(help_option_names=['-h','--help']))
+_help_names = dict(help_option_names=['-h','--help'])
+app = typer.Typer(pretty_exceptions_enable=False, context_settings=_help_names)
 
-_common = dict(quiet=_opt(bool, 'Print nothing but the paths of the results', '-q', '--quiet'),
-               debug=_opt(bool, 'Show the traceback of an error', '--debug', hidden=True),
-               help_all=_opt(bool, 'Show all options', '--help-all', hidden=True, is_eager=True, callback=_show_all))
+_common = dict(
+    quiet=_opt(bool, 'Print nothing but the paths of the results', '-q', '--quiet'),
+    debug=_opt(bool, 'Show the traceback of an error', '--debug', hidden=True),
+    help_all=_opt(bool, '', '--help-all', hidden=True, is_eager=True, callback=_show_all))
 
+def _new(options, default):
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [inspect.Parameter(k, keyword, default=default, annotation=v) for k,v in options.items()]
+
+def _signature(f, recipe):
+    "The parameters of `f` with those of the recipe after the required ones, and the common ones"
+    own = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(f).parameters.values()
+           if p.kind is not p.VAR_KEYWORD]
+    first = [p for p in own if p.default is p.empty or p.name=='config']
+    rest = [p for p in own if p not in first]
+    options = _new({k:_recipe_options[k] for k in recipe}, None)
+    return inspect.Signature([*first, *options, *rest, *_new(_common, False)])
+
+# %% ../nbs/30_cli.ipynb #43fe7bbc
 def _command(panel, *recipe):
     "Make `_name` the command `name`, with these options of the recipe"
     def add(f):
-        own = [p for p in inspect.signature(f).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        first = [p for p in own if p.default is p.empty or p.name=='config']
-        new = lambda options, default: [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=v) for k,v in options.items()]
-        more = new({k:_recipe_options[k] for k in recipe}, None), new(_common, False)
         @functools.wraps(f)
         def run(quiet, debug, help_all, **args):
             _check_args(args)
-            with _hushed(quiet): return f(**{k:v for k,v in args.items() if k not in recipe or v is not None})
-        run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in first]+more[0]+
-                                              [p.replace(kind=p.KEYWORD_ONLY) for p in own if p not in first]+more[1])
+            args = {k:v for k,v in args.items() if k not in recipe or v not in (None,[])}
+            with _hushed(quiet): return f(**args)
+        run.__signature__ = _signature(f, recipe)
         app.command(f.__name__[1:], cls=_Command, rich_help_panel=panel)(run)
         return f
     return add
@@ -202,7 +243,8 @@ def _find_device(name):
         x = torch.ones(1, device=name)
         if (x+x).item()==2: return x.device  # `meta` has no values, and fails here
     except Exception: pass  # each kind of device that is missing has its own error
-    raise CTError('device', f'{name!r} is not available on this machine', 'Use --device cpu, or leave it out')
+    remedy = 'Use --device cpu, or leave it out'
+    raise CTError('device', f'{name!r} is not available on this machine', remedy)
 
 # %% ../nbs/30_cli.ipynb #a8dc381f
 def _clear_demo(out, overwrite):
@@ -210,10 +252,14 @@ def _clear_demo(out, overwrite):
     from covid3d.evaluate import report_files
     from covid3d.learner import run_outputs
     from covid3d.phantom import phantom_outputs
-    mine,data,scores = Outputs(out, 'demo', 'demo.png', 'phantom_*_lesion.nii.gz'),phantom_outputs(out/'data'),Outputs(out/'scores', 'evaluate', *report_files)
+    mine = Outputs(out, 'demo', 'demo.png', 'phantom_*_lesion.nii.gz')
+    data,scores = phantom_outputs(out/'data'),Outputs(out/'scores', 'evaluate', *report_files)
     if not mine.listed and any(not o.name.startswith('.covid3d') for o in out.iterdir()):
-        raise CTError(out, 'exists already and is not the folder of a demo', 'Choose another --out')
-    if mine.listed and not overwrite: raise CTError(out, 'exists already', 'Choose another --out, or add --overwrite to replace a former demo')
+        fault = 'exists already and is not the folder of a demo'
+        raise CTError(out, fault, 'Choose another --out')
+    if mine.listed and not overwrite:
+        remedy = 'Choose another --out, or add --overwrite to replace a former demo'
+        raise CTError(out, 'exists already', remedy)
     no_links(out, 'data/', 'run/', 'scores/')
     for o in (mine, data, scores, run_outputs(out/'run')): o.require(True)
     mine.add('demo.png')
@@ -227,7 +273,8 @@ def _show_one(segmenter, case, score, out):
     Outputs(out, 'demo', 'phantom_*_lesion.nii.gz').add(f'{case.name}_lesion.nii.gz')
     seg.save(out/f'{case.name}_lesion.nii.gz')
     masks = dict(reference=case.open_mask('lesion', seg.ct), prediction=seg.masks['lesion'])
-    save_figure(show_slices(seg.ct, masks, n=5, title=f'{case.name}: Dice {score:.2f}'), out/'demo.png')
+    fig = show_slices(seg.ct, masks, n=5, title=f'{case.name}: Dice {score:.2f}')
+    save_figure(fig, out/'demo.png')
 
 # %% ../nbs/30_cli.ipynb #dd9ada83
 @_command('Start here')
@@ -250,8 +297,10 @@ def _run_demo(out, n, seed, start):
     recipe,keep = Recipe.load('small').but(seed=seed),Extremes()
     print(f'1  synthetic scans: {n} of 96×256×256 voxels')
     table = write_phantoms(out/'data', n, seed)
-    spacing,patch = ('×'.join(f'{o:g}' for o in v) for v in (recipe.spec.spacing, recipe.spec.patch))
-    print(f'2  training: spacing {spacing} mm, patch {patch}, r3d_18 of width {recipe.network.width} (of 64), random weights')
+    spec = recipe.spec
+    spacing,patch = ('×'.join(f'{o:g}' for o in v) for v in (spec.spacing, spec.patch))
+    how = f'r3d_18 of width {recipe.network.width} (of 64), random weights'
+    print(f'2  training: spacing {spacing} mm, patch {patch}, {how}')
     learn = train(table, out/'run', **_as_arguments(recipe))
     print('3  scores on unseen scans, each on its own grid')
     test,segmenter = read_cases(table, 'test'),learn.segmenter()
@@ -259,25 +308,29 @@ def _run_demo(out, n, seed, start):
     page = write_report(df, out/'scores', 'Demo: synthetic chests', keep)
     _print_scores(df, '   ')
     _show_one(segmenter, test[0], df.dice[0], out)
-    print(f'   mean whole-scan Dice {df.dice.mean():.3f} over {df.dice.notna().sum()} unseen phantoms')
-    print(f'4  {out/f"{test[0].name}_lesion.nii.gz"} and {out/"run"/"model.safetensors"}; report: {page} · {time.time()-start:.0f} s')
+    mean = f'{df.dice.mean():.3f} over {df.dice.notna().sum()} unseen phantoms'
+    print(f'   mean whole-scan Dice {mean} · {time.time()-start:.0f} s')
+    print(f'4  {out/f"{test[0].name}_lesion.nii.gz"}, {out/"run"/"model.safetensors"} and {page}')
     _wrote(out/'demo.png')
     return int((df.error!='').any())
 
 # %% ../nbs/30_cli.ipynb #1eac9b46
 @_command('Data')
 def _download(
-    name: _arg(Literal['coronacases','ricord','mosmed','covid1920'], 'Data set: coronacases is downloaded (1.1 GB), for the others the steps are printed', metavar='NAME'),
+    name: _arg(Literal['coronacases','ricord','mosmed','covid1920'], 'Data set: coronacases is '
+        'downloaded (1.1 GB), for the others the steps are printed', metavar='NAME'),
     out: _Out
 ):
     "Get a public data set, or say how to."
     from covid3d.datasets import download, instructions
     if name in instructions: _result(instructions[name].format(out=out)); return
-    print('CoronaCases, licence CC BY-NC-SA 4.0; cite Ma et al., Zenodo 2020, 10.5281/zenodo.3757476')
+    print('CoronaCases, licence CC BY-NC-SA 4.0; cite Ma et al., Zenodo 2020, '
+          '10.5281/zenodo.3757476')
     _wrote(download(out), f' · next: covid3d table {out} -o cases.csv')
 
 # %% ../nbs/30_cli.ipynb #a7fc72ea
-_trees = dict(coronacases=[f'{d}/*.nii.gz' for d in ('COVID-19-CT-Seg_20cases','Infection_Mask','Lung_Mask')],
+_corona = 'COVID-19-CT-Seg_20cases','Infection_Mask','Lung_Mask'
+_trees = dict(coronacases=[f'{d}/*.nii.gz' for d in _corona],
               covid1920=['COVID-19-20_v2/*/volume-covid19-A-*.nii.gz'],
               mosmed=['studies/CT-[0-4]/study_*.nii.gz','masks/study_*_mask.nii.gz'],
               ricord=['MIDRC-RICORD-1A/MIDRC-RICORD-1A-419639-*/*/*/1-*.dcm',
@@ -288,24 +341,31 @@ def _write_layout(layout, out, n, seed, overwrite):
     from covid3d import datasets
     from covid3d.phantom import phantom
     mine,draft = Outputs(out, 'phantom', *_trees[layout]),temp_beside(out/'draft')
+    write = getattr(datasets, f'write_{layout}')
     with locked(out, folder=True):
         mine.require(overwrite)
         try:
-            getattr(datasets, f'write_{layout}')([phantom(seed+i) for i in range(n)], draft)
+            write([phantom(seed+i) for i in range(n)], draft)
             names = sorted(p.relative_to(draft).as_posix() for p in draft.rglob('*') if p.is_file())
             mine.clear(); mine.add(*names)
-            for k in names: (out/k).parent.mkdir(parents=True, exist_ok=True); os.replace(draft/k, out/k)
+            for k in names:
+                (out/k).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(draft/k, out/k)
         except OSError as e:
-            raise CTError(out, f'cannot be written ({e.strerror or e})', 'Check its permissions and the free space') from None
+            remedy = 'Check its permissions and the free space'
+            raise CTError(out, f'cannot be written ({e.strerror or e})', remedy) from None
         finally: shutil.rmtree(draft, ignore_errors=True); temps_here.discard(draft.name)
 
 # %% ../nbs/30_cli.ipynb #8a578822
+_layouts = Literal['folder','coronacases','mosmed','covid1920','ricord']
+
 @_command('Data')
 def _phantom(
     out: _Out,
     n: _opt(int, 'Scans to make', min=1, max=10_000) = 12,
-    seed: _opt(int, 'Seed of the first scan (0; another for each layout, so that no two data sets share a scan)', min=0, max=2**32-1) = None,
-    layout: _opt(Literal['folder','coronacases','mosmed','covid1920','ricord'], 'Data set to lay them out as') = 'folder',
+    seed: _opt(int, 'Seed of the first scan (0; another for each layout, so that no two data sets '
+        'share a scan)', min=0, max=2**32-1) = None,
+    layout: _opt(_layouts, 'Data set to lay them out as') = 'folder',
     overwrite: _Overwrite = False
 ):
     "Write synthetic chest CTs with lesions, their masks and their case table."
@@ -322,48 +382,60 @@ def _names_or_fraction(given):
     return given or None
 
 # %% ../nbs/30_cli.ipynb #3a74d492
-_part_of = dict(plain='folder', nnunet='folder', dicom='folder', zenodo='coronacases', kaggle='coronacases')
+_part_of = dict(plain='folder', nnunet='folder', dicom='folder', zenodo='coronacases',
+                kaggle='coronacases')
+_marks = dict(ricord=('MIDRC-RICORD-1*','*/MIDRC-RICORD-1*'), mosmed=('studies',),
+              covid1920=('Train',), coronacases=('COVID-19-CT-Seg_20cases','ct_scans'))
 
 def _data_set(root, layout):
     "The data set that lies in `root`, and which of its layouts, if `--layout` says so"
-    if layout: return _part_of.get(layout, layout),layout if layout in _part_of else ''
+    if layout: return _part_of.get(layout, layout),layout*(layout in _part_of)
     try: near = [Path(root), *(o for o in Path(root).iterdir() if o.is_dir())]
     except (OSError,ValueError): return 'folder',''
-    marks = dict(ricord=('MIDRC-RICORD-1*','*/MIDRC-RICORD-1*'), mosmed=('studies/CT-[0-4]','studies/*'), covid1920=('Train/*_ct.nii*','Train'),
-                 coronacases=('COVID-19-CT-Seg_20cases','ct_scans'))
-    found = (k for k,names in marks.items() for o in near for n in names if any(o.glob(n)))
+    found = (k for k,names in _marks.items() for o in near for n in names if any(o.glob(n)))
     return next(found, 'folder'),''
 
 # %% ../nbs/30_cli.ipynb #ee2e839f
+_any_layout = Literal['folder','plain','nnunet','dicom','coronacases','zenodo','kaggle','ricord',
+                      'mosmed','covid1920']
+
 @_command('Data')
 def _table(
-    root: _arg(str, 'Folder of the data: one of the public sets, ct/ + infection_mask/ (+ lung_mask/), nnU-Net’s layout, or any tree of DICOM', metavar='DIR'),
+    root: _arg(str, 'Folder of a public data set; or ct/ and infection_mask/; or nnU-Net’s layout; '
+        'or any tree of DICOM', metavar='DIR'),
     out: _opt(str, 'Case table to write', '-o', '--out', metavar='FILE') = 'cases.csv',
-    valid: _opt(list[str], 'Case for validation, repeat it for several; or a fraction of the patients, such as 0.2', metavar='CASE|FRACTION') = None,
-    test: _opt(list[str], 'The same for the final score; neither given: the paper’s split, or a fifth for validation', metavar='CASE|FRACTION') = None,
-    layout: _opt(Literal['folder','plain','nnunet','dicom','coronacases','zenodo','kaggle','ricord','mosmed','covid1920'],
-                 'What the folder holds; recognised if not given') = None,
+    valid: _opt(list[str], 'Case for validation, repeat it for several; or a fraction of the '
+        'patients, such as 0.2', metavar='CASE|FRACTION') = None,
+    test: _opt(list[str], 'The same for the final score; neither given: the paper’s split, or a '
+        'fifth for validation', metavar='CASE|FRACTION') = None,
+    layout: _opt(_any_layout, 'What it holds; recognised if not given', metavar='NAME') = None,
     already_windowed: _Window = '',
-    annotations: _opt(str, 'RICORD: the JSON of MD.ai, where it does not lie among the data', metavar='FILE') = None,
-    labels: _opt(list[str], 'RICORD: label that counts as lesion, repeat it for several (the infectious ones)', metavar='NAME') = None,
+    annotations: _opt(str, 'RICORD: JSON of MD.ai, if it lies elsewhere', metavar='FILE') = None,
+    labels: _opt(list[str], 'RICORD: label that counts as lesion, repeat it for several '
+        '(the infectious ones)', metavar='NAME') = None,
     agree: _opt(int, 'RICORD: readers that must have drawn a voxel (1)', min=1, max=9) = None,
-    seed: _Seed = 0,
-    overwrite: _Overwrite = False
+    seed: _Seed = 0, overwrite: _Overwrite = False
 ):
     "Write the case table of a folder: which scan has which mask, and its split."
     from covid3d.cases import require_table
     out = Path(out)
     _writable(out.parent); require_table(out, overwrite)
-    given = dict(already_windowed=already_windowed, annotations=annotations, labels=labels, agree=agree)
+    given = dict(already_windowed=already_windowed, annotations=annotations, labels=labels,
+                 agree=agree)
     kind,options = _table_options(root, out, layout, {k:v for k,v in given.items() if v})
-    _write_table(kind, root, out, valid=_names_or_fraction(valid), test=_names_or_fraction(test), seed=seed, **options)
+    splits = dict(valid=_names_or_fraction(valid), test=_names_or_fraction(test))
+    _write_table(kind, root, out, seed=seed, **splits, **options)
 
 # %% ../nbs/30_cli.ipynb #ea66ef70
+_own_options = dict(ricord=('annotations','labels','agree'), folder=('already_windowed',),
+                    coronacases=('already_windowed',))
+
 def _table_options(root, out, layout, given):
     "The data set, and the options that its function takes; refuses those of other sets"
     kind,layout = _data_set(root, layout)
-    mine = dict(ricord=('annotations','labels','agree'), folder=('already_windowed',), coronacases=('already_windowed',)).get(kind, ())
-    if odd := next((k for k in given if k not in mine), None): raise CTError(odd, f'{kind} has no such option', 'Leave it out')
+    mine = _own_options.get(kind, ())
+    if odd := next((k for k in given if k not in mine), None):
+        raise CTError(odd, f'{kind} has no such option', 'Leave it out')
     if kind!='ricord': return kind,given|(dict(layout=layout) if layout else {})
     no_links(out.parent, f'{out.stem}_masks/')
     return kind,given|dict(masks=out.parent/f'{out.stem}_masks')
@@ -376,9 +448,11 @@ def _write_table(kind, root, out, **options):
         df = getattr(datasets, kind)(root, **options)
         write_cases(df, out)
     for n in df.attrs['notes']: print('note:', n)
-    counts = ', '.join(f'{n} {k or "without a split"}' for k,n in df.split.value_counts().items())
+    n = df.split.value_counts()
+    counts = ', '.join(f'{v} {k or "without a split"}' for k,v in n.items())
     _wrote(out, f' · {kind} · {counts}')
-    if (df.split=='').all(): print('no case has a split: covid3d predict takes the table, training needs lesion masks')
+    if (df.split=='').all():
+        print('no case has a split: covid3d predict takes the table, training needs lesion masks')
 
 # %% ../nbs/30_cli.ipynb #23b91ac2
 @_command('Data')
@@ -395,9 +469,11 @@ def _check(
     found = sorted((f for r in reports for f in r.findings), key=lambda f: levels.index(f.level))
     n = {k:sum(f.level==k for f in found) for k in levels}
     if json: _result(js.dumps(report_json(reports), indent=1)); return int(n['error']>0)
-    print(report_table([r for r in reports if r.case!='the table']).to_string(index=False), end='\n\n')
+    lines = report_table([r for r in reports if r.case!='the table'])
+    print(lines.to_string(index=False), end='\n\n')
     for f in found: print(f)
-    print(f'{sum(r.case!="the table" for r in reports)} cases · '+', '.join(f'{v} {k}{"s"[:v!=1]}' for k,v in n.items()))
+    counts = ', '.join(f'{v} {k}{"s"[:v!=1]}' for k,v in n.items())
+    print(f'{sum(r.case!="the table" for r in reports)} cases · {counts}')
     return int(n['error']>0)
 
 # %% ../nbs/30_cli.ipynb #77487dbd
@@ -413,21 +489,28 @@ def _prepare(table: _Table, out: _Out, workers: _Workers = None, **spec):
     for e in failed: print(e, file=sys.stderr)
     mb = sum(o.nbytes for o in done if not isinstance(o, CTError))/1e6
     unlabelled = sum(o.startswith('without') for o in _read_csv(Path(out)/'cases.csv').not_prepared)
-    if unlabelled: print(f'note: {unlabelled} scan{"s"[:unlabelled!=1]} without a mask of {", ".join(spec.classes)}: not prepared')
-    _wrote(out, f' · {len(done)-len(failed)} of {len(done)} cases, {mb:,.0f} MB · next: covid3d train {out} -o RUN')
+    many,classes = f'{unlabelled} scan{"s"[:unlabelled!=1]}',', '.join(spec.classes)
+    if unlabelled: print(f'note: {many} without a mask of {classes}: not prepared')
+    size = f'{len(done)-len(failed)} of {len(done)} cases, {mb:,.0f} MB'
+    _wrote(out, f' · {size} · next: covid3d train {out} -o RUN')
     return int(bool(failed))
 
 # %% ../nbs/30_cli.ipynb #2c003adf
+_run_only = _panel('Run',
+    fold=_opt(int, 'Train only this one of the --folds, from 0', min=0),
+    examples=_opt(int, 'Epochs from one picture of predictions in OUT/examples to the next', min=0),
+    plot=_opt(bool, 'Draw the curves into OUT/history.png after each epoch', '--plot'),
+    workers=_opt(int, 'Processes that draw patches (none on a CPU, up to 8 on a GPU)',
+        min=0, max=128))
+
 @_command('Train', *_recipe_options)
 def _train(
     table: _Cases, out: _Out, config: _Recipe = None,
-    folds: _opt(int, 'Cross-validate: that many trainings, each scored on the cases that it did not see', min=2, max=1000) = None,
-    fold: _opt(int, 'Train only this one of the --folds, from 0, so that each can run on its own machine', min=0, panel=_run) = None,
+    folds: _opt(int, 'Cross-validate: so many trainings, each scored on the cases that it did not '
+        'see', min=2, max=1000) = None,
     device: _Device = None, resume: _Resume = False, overwrite: _Overwrite = False,
-    examples: _opt(int, 'Epochs from one picture of predictions in OUT/examples to the next; 0 for none', min=0, panel=_run) = 5,
-    plot: _opt(bool, 'Draw the curves into OUT/history.png after each epoch', '--plot', panel=_run) = False,
-    workers: _opt(int, 'Processes that draw patches (none on a CPU, up to 8 on a GPU)', min=0, max=128, panel=_run) = None,
-    **given
+    fold: _run_only['fold'] = None, examples: _run_only['examples'] = 5,
+    plot: _run_only['plot'] = False, workers: _run_only['workers'] = None, **given
 ):
     "Train on the cases of a table."
     runs = _runs(out, folds, fold)
@@ -436,19 +519,23 @@ def _train(
     from covid3d.learner import train
     from covid3d.recipe import Recipe
     recipe = Recipe.load(config).but(**dict(keep='last') if folds else {}, **given)
-    how = dict(device=_find_device(device), workers=workers, resume=resume, overwrite=overwrite, examples=examples, plot=plot)
+    how = dict(device=_find_device(device), workers=workers, resume=resume, overwrite=overwrite,
+               examples=examples, plot=plot)
     if folds: return _train_folds(table, out, recipe, folds, fold, how)
     learn = train(table, out, **_as_arguments(recipe), **how)
-    if not _started()[0]: _wrote(runs[0]/'model.safetensors', f' · whole-scan Dice on valid {learn.kept.best:.3f}')
+    if _started()[0]: return
+    _wrote(runs[0]/'model.safetensors', f' · whole-scan Dice on valid {learn.kept.best:.3f}')
 
 # %% ../nbs/30_cli.ipynb #6dac5a21
 def _as_arguments(r):
     "ADAPTER, until `train` takes a recipe"
     from dataclasses import asdict
     net = asdict(r.network)
-    return dict(spec=r.spec, arch=net.pop('encoder'), pretrained=r.pretrained, loss_func=r.loss_func, p_lesion=r.oversample_foreground, average=r.ema,
-                aug=r.augment if r.augment!='none' else False, wd=r.wd, **{k:v for k,v in net.items() if k!='attention' or v},
-                **{k:getattr(r, k) for k in 'epochs frozen_epochs lr frozen_lr frozen_stages lr_ratio bs patches clip score_every keep memory seed'.split()})
+    same = 'epochs frozen_epochs lr frozen_lr frozen_stages lr_ratio bs patches clip score_every'
+    return dict(spec=r.spec, arch=net.pop('encoder'), pretrained=r.pretrained,
+                loss_func=r.loss_func, p_lesion=r.oversample_foreground, average=r.ema,
+                aug=r.augment if r.augment!='none' else False, wd=r.wd, **net,
+                **{k:getattr(r, k) for k in (same+' keep memory seed').split()})
 
 # %% ../nbs/30_cli.ipynb #50716aa3
 def _started()->tuple:
@@ -460,28 +547,38 @@ def _started()->tuple:
 def _runs(out, folds, fold)->list:
     "Folders of the trainings to come"
     if folds is None and fold is None: return [Path(out)]
-    if folds is None: raise CTError('fold', 'is of no use without --folds', 'Give both, for example --folds 5 --fold 0')
-    if fold is not None and fold>=folds: raise CTError('fold', f'{fold} is not one of {folds} folds', f'Give 0 to {folds-1}')
-    if fold is None and _started()[1]>1: raise CTError('folds', 'several processes train one fold at a time', 'Add --fold 0, then 1, …')
+    if folds is None:
+        remedy = 'Give both, for example --folds 5 --fold 0'
+        raise CTError('fold', 'is of no use without --folds', remedy)
+    if fold is not None and fold>=folds:
+        raise CTError('fold', f'{fold} is not one of {folds} folds', f'Give 0 to {folds-1}')
+    if fold is None and _started()[1]>1:
+        fault = 'several processes train one fold at a time'
+        raise CTError('folds', fault, 'Add --fold 0, then 1, …')
     return [Path(out)/f'fold_{i}' for i in (range(folds) if fold is None else [fold])]
 
+# %% ../nbs/30_cli.ipynb #1c42abe1
 def _absent_run(run, resume, overwrite, command='train', file='model.safetensors'):
     "Refuse to replace a training"
-    if resume and overwrite: raise CTError('resume', 'it contradicts --overwrite', 'Give one of the two')
+    if resume and overwrite:
+        raise CTError('resume', 'it contradicts --overwrite', 'Give one of the two')
     may = overwrite or resume and (run/'checkpoint.safetensors').exists()
-    remedy = 'Add --resume to continue a run that was interrupted, choose another --out, or add --overwrite'
+    remedy = 'Add --resume to continue an interrupted run, choose another --out, or add --overwrite'
     Outputs(run, command, 'checkpoint.safetensors', file).require(may, remedy)
 
 def _own_spec(table, given):
     "Refuse to change what a folder of prepared cases has fixed"
     odd = next((k for k in given if k in _spec_options), None)
-    if odd and Path(table).is_dir(): raise CTError(odd, f'{table} is prepared and has its own', f'Leave --{odd} out, or give the case table')
+    if not odd or not Path(table).is_dir(): return
+    remedy = f'Leave --{odd} out, or give the case table'
+    raise CTError(odd, f'{table} is prepared and has its own', remedy)
 
 # %% ../nbs/30_cli.ipynb #627e173d
 def _train_folds(table, out, recipe, folds, fold, how):
     "Train, score, and say how it went"
     from covid3d.folds import missing_folds, train_folds
-    df = train_folds(table, out, folds, None if fold is None else [fold], **_as_arguments(recipe), **how)
+    which = None if fold is None else [fold]
+    df = train_folds(table, out, folds, which, **_as_arguments(recipe), **how)
     if _started()[0]: return
     left = missing_folds(out, folds)
     print(f'mean whole-scan Dice {df.dice.mean():.3f} over {df.dice.notna().sum()} cases')
@@ -493,10 +590,11 @@ def _train_folds(table, out, recipe, folds, fold, how):
 @_command('Train', *_spec_options, 'encoder','lr','bs','seed')
 def _pretrain(
     out: _Out,
-    width: _opt(int, 'Channels of the encoder’s first stage; 64 is torchvision’s own', min=1, max=512) = 16,
+    width: _opt(int, 'Channels of its first stage; torchvision has 64', min=1, max=512) = 16,
     norm: _opt(Literal['batch','group','instance'], 'Normalisation of the encoder') = 'batch',
     steps: _opt(int, 'Batches to train on', min=1) = 6000,
-    share: _opt(float, 'Fraction of the patches that show shapes; the others show phantoms', '--shapes', min=0, max=1) = .5,
+    share: _opt(float, 'Fraction of the patches that show shapes; the others show phantoms',
+        '--shapes', min=0, max=1) = .5,
     phantoms: _opt(int, 'Phantoms to train with', min=1, max=10_000) = 24,
     device: _Device = None, resume: _Resume = False, overwrite: _Overwrite = False, **given
 ):
@@ -507,83 +605,100 @@ def _pretrain(
     from covid3d.transforms import CTSpec
     spec = CTSpec(**{k:given.pop(k) for k in _spec_options if k in given})
     if 'encoder' in given: given['arch'] = given.pop('encoder')
-    file = pretrain_encoder(out, width=width, steps=steps, spec=spec, share=share, phantoms=phantoms, norm=norm,
-                            device=device, resume=resume, overwrite=overwrite, **given)
+    file = pretrain_encoder(out, width=width, steps=steps, spec=spec, share=share,
+        phantoms=phantoms, norm=norm, device=device, resume=resume, overwrite=overwrite, **given)
     _wrote(file, f' · next: covid3d train cases.csv --init {file} -o RUN')
 
 # %% ../nbs/30_cli.ipynb #0bc50b5d
+_no_scores = 'no such file or folder','Give a folder of covid3d evaluate, or its scores.csv'
+
 @_command('Use')
 def _evaluate(
     table: _Table, weights: _Weights, out: _Out,
     split: _opt(_Split, 'Cases to score') = 'test',
-    compare: _opt(list[str], 'Scores of another model on the same cases, its folder or scores.csv; repeat it for several', metavar='PATH',
-                  callback=_exists('no such file or folder', 'Give a folder of covid3d evaluate, or its scores.csv')) = None,
+    compare: _opt(list[str], 'Scores of another model on the same cases, its folder or scores.csv; '
+        'repeat it for several', metavar='PATH', callback=_exists(*_no_scores)) = None,
     overlap: _Overlap = .5, tolerance: _Tolerance = 3.,
-    score_class: _opt(str, 'Class to score, of those that the weights find (the first)', metavar='NAME') = None,
+    score_class: _opt(str, 'Class to score, of several (the first)', metavar='NAME') = None,
     pictures: _opt(int, 'Pictures of the worst and of the best cases', min=0, max=99) = 3,
     title: _opt(str, 'Title of the report', metavar='TEXT') = 'Evaluation',
     device: _Device = None, overwrite: _Overwrite = False
 ):
     "Score a model on scans with masks: a report with intervals and pictures."
-    from covid3d.cases import read_cases
-    from covid3d.evaluate import check_same_cases, evaluate_cases, keep_inputs, read_scores
+    from covid3d.evaluate import check_same_cases, evaluate_cases, read_scores
     files = _labels(compare or [])
     others = {k:read_scores(p) for k,p in files.items()}
     segmenter = _segmenter(weights, device, overlap)
     klass = _class_of(segmenter.spec, score_class)
-    cases = read_cases(table, split, dict.fromkeys((*segmenter.classes,'lung')), (klass,))
-    keep_inputs(out, [table, *files.values(), *weights, *(p for c in cases for p in (c.ct, *c.masks.values()))])
+    cases = _cases_to_score(table, split, segmenter, klass, out, [*files.values(), *weights])
     for o in others.values(): check_same_cases([c.name for c in cases], o.case)
-    about = dict(weights=', '.join(Path(o).name for o in weights), table=Path(table).name, split=split, overlap=overlap, **{'class':klass})
+    about = dict(weights=', '.join(Path(o).name for o in weights), table=Path(table).name,
+                 split=split, overlap=overlap, **{'class':klass})
     told = dict(title=title, against=others, about=about)
-    found = evaluate_cases(segmenter, cases, out, tolerance, klass, pictures, overwrite, lambda: _told_before(cases, klass, segmenter), **told)
+    check = lambda: _told_before(cases, klass, segmenter)
+    found = evaluate_cases(segmenter, cases, out, tolerance, klass, pictures, overwrite,
+                           check, **told)
     return _print_report(*found, others, segmenter.spec, klass)
 
 # %% ../nbs/30_cli.ipynb #5ab2e341
 def _segmenter(weights, device, overlap):
     "The network of a file or folder, or several as one, on a device"
     from covid3d.inference import Segmenter
-    return Segmenter.load(weights[0] if len(weights)==1 else weights, _find_device(device), overlap=overlap)
+    paths = weights[0] if len(weights)==1 else weights
+    return Segmenter.load(paths, _find_device(device), overlap=overlap)
+
+def _cases_to_score(table, split, segmenter, klass, out, files):
+    "The cases of a split; no file that is read here may be written"
+    from covid3d.cases import read_cases
+    from covid3d.evaluate import keep_inputs
+    cases = read_cases(table, split, dict.fromkeys((*segmenter.classes,'lung')), (klass,))
+    keep_inputs(out, [table, *files, *(p for c in cases for p in (c.ct, *c.masks.values()))])
+    return cases
 
 def _class_of(spec, klass)->str:
     if klass is None or klass in spec.classes: return klass or spec.classes[0]
-    raise CTError('score_class', f'the weights do not find {klass!r}', f'Give {" or ".join(spec.classes)}')
+    remedy = f'Give {" or ".join(spec.classes)}'
+    raise CTError('score_class', f'the weights do not find {klass!r}', remedy)
 
 def _told_before(cases, klass, segmenter)->str:
     "Print the warnings of the check; say which cases the weights know"
     from covid3d.cases import check_cases
     from covid3d.evaluate import seen_note
     reports = check_cases(cases, (klass,))
-    for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f, file=sys.stderr)
-    known = segmenter.seen and all(o and o.scans for o in segmenter.seen)
-    seen = {d for o in segmenter.seen for d in o.scans} if known else None  # None where a file does not tell
+    for f in (f for r in reports for f in r.findings):
+        if f.level=='warning': print(f, file=sys.stderr)
+    known = segmenter.seen and all(o and o.scans for o in segmenter.seen)  # each file tells
+    seen = {d for o in segmenter.seen for d in o.scans} if known else None
     note = seen_note({r.case:r.digest for r in reports if r.digest}, seen)
     if note and known: print(f'warning: {note}', file=sys.stderr)
     return note
 
 # %% ../nbs/30_cli.ipynb #b49a422d
 def _labels(paths)->dict:
-    "Names for other models' scores: that of their folder, with the folder above it where two are the same"
+    "Names for other models' scores: their folders, with the one above where two are the same"
     folders = [(Path(p) if Path(p).is_dir() else Path(p).parent).resolve() for p in paths]
-    names = [plain(f.name if sum(f.name==o.name for o in folders)==1 else '/'.join(f.parts[-2:])) for f in folders]
-    if len({*names})<len(names): raise CTError('compare', 'two of the folders have the same name', 'Rename one')
+    alone = lambda f: sum(f.name==o.name for o in folders)==1
+    names = [plain(f.name if alone(f) else '/'.join(f.parts[-2:])) for f in folders]
+    if len({*names})<len(names):
+        raise CTError('compare', 'two of the folders have the same name', 'Rename one')
     return dict(zip(names, paths))
 
-def _differences(found)->list:
-    "A line for each other model: the difference in Dice, or why there is none"
+def _difference(c)->str:
+    "The difference in Dice to another model, or why there is none"
     from covid3d.evaluate import span
-    def line(c):
-        if isinstance(c, str) or 'p' not in c[0]: return c if isinstance(c, str) else c[0]['reason']
-        c = c[0]; interval = span(c['low'], c['high'])
-        more = f', {c["p_holm"]:.3f} by Holm for {c["family"]} comparisons' if c['family']>1 else ''
-        return f'Dice {c["difference"]:+.3f} ({"" if interval.startswith("no") else "95 % interval "}{interval}), p = {c["p"]:.3f}{more}, {c["n"]} cases'
-    return [f'against {k}: {line(c)}' for k,c in found.items()]
+    if isinstance(c, str) or 'p' not in c[0]: return c if isinstance(c, str) else c[0]['reason']
+    c = c[0]; interval = span(c['low'], c['high'])
+    if not interval.startswith('no'): interval = f'95 % interval {interval}'
+    n = c['family']
+    more = f', {c["p_holm"]:.3f} by Holm for {n} comparisons' if n>1 else ''
+    return f'Dice {c["difference"]:+.3f} ({interval}), p = {c["p"]:.3f}{more}, {c["n"]} cases'
 
 # %% ../nbs/30_cli.ipynb #b9b9d416
 def _print_scores(df, indent=''):
     "A line for each case; what failed goes to stderr"
     for r in df.itertuples():
-        line = r.error or f'{r.case}  Dice {r.dice:.3f}  {r.predicted_ml:.0f} ml, reference {r.reference_ml:.0f} ml'
+        ml = f'{r.predicted_ml:.0f} ml, reference {r.reference_ml:.0f} ml' if not r.error else ''
+        line = r.error or f'{r.case}  Dice {r.dice:.3f}  {ml}'
         print(indent+plain(line), file=sys.stderr if r.error else sys.stdout)
 
 def _print_report(df, page, kept, others, spec, klass)->int:
@@ -591,35 +706,41 @@ def _print_report(df, page, kept, others, spec, klass)->int:
     from covid3d.evaluate import class_note, compared, headline
     if kept: print(f'{kept} of {len(df)} cases were scored before and are kept')
     _print_scores(df)
-    for o in [class_note(spec, klass), *_differences(compared(df, others)), headline(df)]:
-        if o: print(o)
+    if note := class_note(spec, klass): print(note)
+    for k,c in compared(df, others).items(): print(f'against {k}: {_difference(c)}')
+    print(headline(df))
     _wrote(page)
     return int((df.error!='').any())
 
 # %% ../nbs/30_cli.ipynb #95d77b94
 def _tell_scan(row):
     "A line for each mask of a scan, its notes, or its error"
-    if row['state']=='failed': print(row['line'], file=sys.stderr, flush=True); return
+    say = lambda line: print(plain(line), file=sys.stderr, flush=True)
+    if row['state']=='failed': say(row['line']); return
     ml = {k[:-3]:v for k,v in row.items() if k.endswith('_ml') and v}
-    files = row['masks'].split(' / ')
+    files,kept = row['masks'].split(' / '),' · already done'*(row['state']=='kept')
     for (k,v),f in zip(ml.items(), files*len(ml)):
-        print(plain(f'{row["scan"]} → {f} · {k} {float(v):.1f} ml')+' · already done'*(row['state']=='kept'), flush=True)
+        print(plain(f'{row["scan"]} → {f} · {k} {float(v):.1f} ml{kept}'), flush=True)
     for n in filter(None, row['notes'].split(' · ')):
-        if n.startswith('warning: '): print(plain(f'{row["scan"]}: {n[9:]}'), file=sys.stderr, flush=True)
+        if n.startswith('warning: '): say(f'{row["scan"]}: {n[9:]}')
         else: print(plain(f'  note: {n}'), flush=True)
 
 # %% ../nbs/30_cli.ipynb #3d6186a7
 _scans_there = _exists('no such file or folder', 'Check the path')
+_Scans = typer.Argument(help='Scans: .nii, .nii.gz, DICOM folders, folders of them; a case table',
+                        metavar='SCAN', callback=_scans_there)
 
 @_command('Use')
 def _predict(
     weights: _Weights, out: _Out,
-    ct: Annotated[list[str]|None, typer.Argument(help='Scans: .nii, .nii.gz, DICOM folders, folders of them, or a case table', metavar='SCAN', callback=_scans_there)] = None,
-    inputs: _opt(list[str], 'The same as the arguments; repeat it for several', '-i', '--input', metavar='PATH', callback=_scans_there) = None,
-    format: _opt(Literal['nifti','seg'], 'seg: DICOM Segmentation, which carries the patient’s data as archives need it') = 'nifti',
-    already_windowed: _Window = '', overlap: _Overlap = .5,
-    device: _Device = None,
-    overwrite: _opt(bool, 'Replace masks that other weights or settings made; never those of another scan', '--overwrite') = False
+    ct: Annotated[list[str]|None, _Scans] = None,
+    inputs: _opt(list[str], 'The same as the arguments; repeat it for several', '-i', '--input',
+        metavar='PATH', callback=_scans_there) = None,
+    format: _opt(Literal['nifti','seg'], 'seg: DICOM Segmentation, which carries the patient’s '
+        'data as archives need it') = 'nifti',
+    already_windowed: _Window = '', overlap: _Overlap = .5, device: _Device = None,
+    overwrite: _opt(bool, 'Replace masks that other weights or settings made; never those of '
+        'another scan', '--overwrite') = False
 ):
     "Write a mask for each scan, on the scan's own grid."
     paths = [*(ct or []), *(inputs or [])]
@@ -629,16 +750,18 @@ def _predict(
     from covid3d.predict import find_scans, predict_scans
     found = find_scans(paths, notes)
     for n in notes: print('note:', n, file=sys.stderr)
-    df = predict_scans(found, _segmenter(weights, device, overlap), out, format, window, overwrite, _tell_scan, bar=not _loud)
+    segmenter = _segmenter(weights, device, overlap)
+    df = predict_scans(found, segmenter, out, format, window, overwrite, _tell_scan, bar=not _loud)
     return _print_masks(df, Path(out))
 
 # %% ../nbs/30_cli.ipynb #4b0fc7c1
 def _print_masks(df, out)->int:
     "How many masks were written, and where to look"
     n = df.state.value_counts().to_dict()
-    if _loud:
-        for k in (k for r in df.itertuples() if r.state!='failed' for k in r.masks.split(' / ')): _wrote(out/k)
-    print(', '.join(f'{n[k]} {k}' for k in ('written','kept','failed') if k in n), f'· {out/"scans.csv"} says which scan is which; keep it with the scans')
+    masks = [k for r in df.itertuples() if r.state!='failed' for k in r.masks.split(' / ')]
+    for k in masks if _loud else []: _wrote(out/k)
+    counts = ', '.join(f'{n[k]} {k}' for k in ('written','kept','failed') if k in n)
+    print(f'{counts} · {out/"scans.csv"} says which scan is which; keep it with the scans')
     if k := n.get('failed'): print(f'{k} of {len(df)} scans failed', file=sys.stderr)
     return int('failed' in n)
 
@@ -646,21 +769,24 @@ def _print_masks(df, out)->int:
 @_command('Use', 'init','epochs','memory')
 def _reproduce(
     out: _Out,
-    config: _opt(Literal['default','resize'], 'Recipe; resize: whole scans to 20×224×224, after the authors’ later example') = 'default',
+    config: _opt(Literal['default','resize'], 'Recipe; resize: scans to 20×224×224') = 'default',
     ricord: _opt(str, 'Folder of RICORD-1a: DICOM and the annotations', metavar='DIR') = None,
     coronacases: _opt(str, 'Folder of COVID-19-CT-Seg', metavar='DIR') = None,
     mosmed: _opt(str, 'Folder of MosMedData', metavar='DIR') = None,
-    weights: _opt(str, 'model.safetensors to score instead of training', metavar='FILE', callback=_exists('no such file', 'Give a model.safetensors')) = None,
+    weights: _opt(str, 'Trained model to score, instead of training', metavar='FILE',
+        callback=_model) = None,
     against: _opt(str, 'Folder of another finished run, to compare with', metavar='DIR') = None,
-    overlap: _Overlap = .5, tolerance: _Tolerance = 3., seed: _Seed = 0, device: _Device = None, **given
+    overlap: _Overlap = .5, tolerance: _Tolerance = 3., seed: _Seed = 0,
+    device: _Device = None, **given
 ):
     "Measure the paper's table on its three data sets, or some of them."
     device = _find_device(device)
     from covid3d.recipe import Recipe
     from covid3d.reproduce import reproduce
     start = Recipe(init=given.pop('init', 'kinetics')).pretrained
-    df = reproduce(out, ricord, coronacases, mosmed, recipe=dict(default='patches').get(config, config), weights=weights, pretrained=start,
-                   seed=seed, device=device, overlap=overlap, tolerance=tolerance, against=against, **given)
+    df = reproduce(out, ricord, coronacases, mosmed, dict(default='patches').get(config, config),
+        weights=weights, pretrained=start, seed=seed, device=device, overlap=overlap,
+        tolerance=tolerance, against=against, **given)
     _wrote(out)
     return int(bool(df.attrs['left_out']))
 
@@ -677,7 +803,10 @@ def _show_version(value: bool):
     if value: print(__version__); raise typer.Exit
 
 @app.callback(epilog=_examples)
-def _covid3d(version: _opt(bool, 'Show the version', '--version', is_eager=True, callback=_show_version) = False):
+def _covid3d(
+    version: _opt(bool, 'Show the version', '--version', is_eager=True,
+        callback=_show_version) = False
+):
     "Find COVID-19 lesions in chest CT with a 3D U-Net on a video encoder."
 
 # %% ../nbs/30_cli.ipynb #6f44c626
@@ -687,24 +816,33 @@ _scarce = 'out of memory','allocate',"can't start new thread",'failed to map seg
 
 def _is_scarce(e)->bool:
     "Whether memory ran out: as an object, a thread or a library that found no room"
-    return isinstance(e, MemoryError) or isinstance(e, (RuntimeError,ImportError,OSError)) and any(o in str(e) for o in _scarce)
+    told = isinstance(e, (RuntimeError,ImportError,OSError)) and any(o in str(e) for o in _scarce)
+    return told or isinstance(e, MemoryError)
 
 def _options(words)->set:
     "Names of the parameters of the command that `words` begin with"
     command = typer.main.get_command(app).commands.get(words[0] if words else None)
     return {p.name for p in command.params} if command else set()
 
+# %% ../nbs/30_cli.ipynb #34929346
 def _one_line(e, options=())->str:
     "An error as one line"
     if isinstance(e, CTError):
         what = plain(e.what)
-        return re.sub(r'pretrained=(True|False)', _in_words, f'{"--"+what.replace("_","-") if what in options else what}: {e.fault}. {e.cure}.')
+        if what in options: what = '--'+what.replace('_', '-')
+        return re.sub(r'pretrained=(True|False)', _in_words, f'{what}: {e.fault}. {e.cure}.')
     if _is_scarce(e):
-        smaller = [f'--{k}' for k in ('patch','bs') if k in options]
-        return 'out of memory. '+(f'Use a smaller {" or ".join(smaller)}' if smaller else 'Close other programs, or raise the limit')+'.'
-    if isinstance(e, OSError) and e.errno==errno.EMFILE: return 'too many files are open at once. Raise the limit with ulimit -n.'
-    if isinstance(e, OSError) and e.strerror: return plain(f'{e.filename or "output"}: {e.strerror}. Check the path, its permissions and the free space.')
-    return plain(f'unexpected {type(e).__name__}: {" ".join(str(e).split())[:300]}. --debug shows where')
+        smaller = ' or '.join(f'--{k}' for k in ('patch','bs') if k in options)
+        remedy = 'Close other programs, or raise the limit'
+        if smaller: remedy = f'Use a smaller {smaller}'
+        return f'out of memory. {remedy}.'
+    if isinstance(e, OSError) and e.errno==errno.EMFILE:
+        return 'too many files are open at once. Raise the limit with ulimit -n.'
+    if isinstance(e, OSError) and e.strerror:
+        remedy = 'Check the path, its permissions and the free space'
+        return plain(f'{e.filename or "output"}: {e.strerror}. {remedy}.')
+    text = ' '.join(str(e).split())[:300]
+    return plain(f'unexpected {type(e).__name__}: {text}. --debug shows where')
 
 # %% ../nbs/30_cli.ipynb #fff216f0
 _UsageError = typer.BadParameter.__base__
@@ -715,8 +853,12 @@ def _usage_line(e)->str:
     where,param = e.ctx.command_path if e.ctx else 'covid3d',getattr(e, 'param', None)
     what,fault,remedy = '',e.format_message(),f'See {where} --help'
     if param:
-        what = (max(param.opts, key=len) if param.param_type_name=='option' else param.name.upper())+': '
-        fault = 'is missing' if type(e).__name__=='MissingParameter' else e.message
+        option = param.param_type_name=='option'
+        name = max(param.opts, key=len) if option else param.metavar or param.name.upper()
+        what,fault = f'{name}: ',e.message.removeprefix('Value error, ')
+        if type(e).__name__=='MissingParameter':
+            fault = 'is missing'
+            if option: remedy = f'Add {name} {param.metavar}'
     if m := _limit.search(fault):
         less = m[1]=='less'
         fault,remedy = 'is too '+('small','large')[less],f'Give {m[2]} or {("more","less")[less]}'
@@ -752,16 +894,17 @@ def main(
     argv=None # Words of the command line; those of the process if None
 )->int: # Exit status
     "The `covid3d` command"
-    if '_COVID3D_COMPLETE' in os.environ: return typer.main.get_command(app).main(prog_name='covid3d')
+    if '_COVID3D_COMPLETE' in os.environ:
+        return typer.main.get_command(app).main(prog_name='covid3d')
     try:
         _ready_streams()
         argv = [*(sys.argv[1:] if argv is None else argv)]
-        if '--debug' not in argv: warnings.simplefilter('ignore')  # other libraries' notes to their developers
+        if '--debug' not in argv: warnings.simplefilter('ignore')  # of other libraries
         status = _run(argv)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt: _say('stopped'); return 130
-    except BrokenPipeError: _lead_nowhere(); return 141  # whoever read the output, `head` for one, has had enough
+    except BrokenPipeError: _lead_nowhere(); return 141  # `head`, for one, has had enough
     except OSError as e:
         if '--debug' in argv: raise
         _say(f'covid3d: {_one_line(e)}'); _lead_nowhere(); return 2
@@ -771,15 +914,18 @@ def _run(argv)->int:
     "Parse and run one command, tell what goes wrong"
     words = ['--help'] if argv in ([],['help']) else argv
     try:
-        with typer.main.get_command(app).make_context('covid3d', [*words]) as ctx: return ctx.command.invoke(ctx) or 0
+        with typer.main.get_command(app).make_context('covid3d', [*words]) as ctx:
+            return ctx.command.invoke(ctx) or 0
     except typer.Exit as e: return e.exit_code if argv else 2
     except _UsageError as e: _say(_usage_line(e)); return 2
     except typer.Abort: raise KeyboardInterrupt from None
-    except SystemExit as e: raise e.__context__ if isinstance(e.__context__, BrokenPipeError) else e  # rich ends the process where nobody reads
+    except SystemExit as e:  # rich ends the process where nobody reads
+        raise e.__context__ if isinstance(e.__context__, BrokenPipeError) else e
     except BrokenPipeError: raise
     except Exception as e:
         if '--debug' in argv: raise
-        if words[0]=='train' and _started()[0] and isinstance(e, CTError) and not hasattr(e, 'joined'): return 2  # process 0 tells it
+        if words[0]=='train' and isinstance(e, CTError) and not hasattr(e, 'joined'):
+            if _started()[0]: return 2  # process 0 tells it
         _say(f'covid3d {plain(words[0])}: {_one_line(e, _options(words))}')
         return 2 if isinstance(e, (CTError,OSError)) or _is_scarce(e) else 3
 

@@ -351,3 +351,68 @@ def test_tables_need_no_plots_and_no_torch():
     "Writing and checking a case table loads neither matplotlib nor PyTorch"
     code = "import sys, covid3d.cli, covid3d.cases, covid3d.datasets; print({*sys.modules} & {'matplotlib','torch','fastai'})"
     assert subprocess.run([sys.executable,'-c',code], capture_output=True, text=True).stdout=='set()\n'
+
+# essentials first, and everything that can be refused is refused before PyTorch is loaded
+
+def loaded(*argv):
+    "Exit status, message, and which of the heavy packages a command loaded"
+    code = f"import sys; from covid3d.cli import main; s = main({[str(o) for o in argv]}); print(s, *sorted({{*sys.modules}} & {{'torch','fastai','matplotlib'}}))"
+    r = subprocess.run([sys.executable,'-c',code], capture_output=True, text=True, env=os.environ|dict(COLUMNS='100'))
+    status,*heavy = r.stdout.splitlines()[-1].split()
+    return int(status),r.stderr,heavy
+
+@pytest.mark.parametrize('argv', ['--help', 'train --help', 'train --help-all', '--version', 'trian', 'train', 'train T --out O --epochs 0', 'train T --out O --spacing 3x2', 'train T --out O --augment much',
+    'train none.csv --out O', 'train T --out O --config none.json', 'train T --out O --init none.pth', 'train T --out O --fold 1', 'train T --out O --folds 2 --fold 2', 'train T --out O --resume --overwrite',
+    'train T --out RUN', 'train T --out /dev/null/x', 'train . --out O --spacing 3,2,2', 'predict none.nii --weights T --out O', 'predict T --weights none.safetensors --out O', 'predict --weights T --out O',
+    'predict T --weights T --out O --already-windowed 20:-1000', 'predict T --weights T --out O --overlap nan', 'evaluate none.csv --weights T --out O', 'evaluate T --weights T --out O --compare none',
+    'reproduce --weights none --out O', 'prepare none.csv --out O', 'check none.csv', 'table none', 'pretrain --out O --shapes 2', 'demo -n 2', 'phantom --out O --layout x'])
+def test_refused_before_torch_is_loaded(argv, tmp_path, data):
+    "Help, and every error of arguments and files, comes without PyTorch"
+    (tmp_path/'run').mkdir(); (tmp_path/'run'/'model.safetensors').touch()
+    words = dict(T=data/'cases.csv', O=tmp_path/'out', RUN=tmp_path/'run')
+    status,err,heavy = loaded(*(words.get(o, o) for o in argv.split()))
+    fine = '--help' in argv or argv=='--version'
+    assert heavy==[] and status==(0 if fine else 2) and err.count('\n')==(not fine), err
+
+def test_essentials_fit_one_screen(capsys, monkeypatch):
+    "`train --help`: a dozen options in one panel; `--help-all` has all of them; every line of an option says something"
+    monkeypatch.setenv('COLUMNS', '100')
+    assert main(['train','--help'])==0; short = capsys.readouterr().out
+    assert main(['train','--help-all'])==0; long = capsys.readouterr().out
+    options = lambda s: re.findall(r'^│ [ *] ? ?(--[\w-]+)', s, re.M)+re.findall(r'^│ (--[\w-]+)', s, re.M)
+    assert len(short.splitlines())<=40 and len({*options(short)})<=12 and '--help-all' in short
+    assert {f'--{k.replace("_","-")}' for k in _options(['train'])}-{'--table','--debug','--help-all'}<={*options(long)}
+
+def test_quiet_prints_paths_and_nothing_else(data, weights, ct, tmp_path, capfd):
+    "With --quiet, standard output holds the paths of the results"
+    small = ['--init','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu']
+    for argv,paths in [(['table',data,'-o',tmp_path/'t.csv'], ['t.csv']), (['check',data/'cases.csv'], []), (['train',data/'cases.csv','-o',tmp_path/'run',*small], ['run/model.safetensors']),
+                       (['predict','-i',ct,'--weights',weights,'-o',tmp_path/'m','--device','cpu'], ['m/phantom_000_lesion.nii.gz']),
+                       (['evaluate',data/'cases.csv','--weights',weights,'-o',tmp_path/'s','--device','cpu'], ['s/index.html'])]:
+        assert main([*map(str, argv),'-q'])==0
+        assert capfd.readouterr().out.splitlines()==[str(tmp_path/p) for p in paths]
+
+def test_a_recipe_and_options_that_change_it(data, tmp_path, capfd):
+    "--config is a name or a file, options change it, and what is in neither is refused by name"
+    small = dict(epochs=1, patches=2, init='random', net=dict(width=4), spec=dict(spacing=[9,5,5], patch=[16,48,48]))
+    (tmp_path/'r.json').write_text(json.dumps(small))
+    assert main(['train',str(data/'cases.csv'),'-o',str(tmp_path/'run'),'--config',str(tmp_path/'r.json'),'--up','trilinear','--device','cpu'])==0
+    _,ct_spec,net = load_model(tmp_path/'run'/'model.safetensors')
+    assert (ct_spec.spacing,ct_spec.patch,net.width,net.up)==((9,5,5),(16,48,48),4,'trilinear')
+    (tmp_path/'r.json').write_text('{"epoch": 3}')
+    refused(capfd, ['train',data/'cases.csv','-o',tmp_path/'x','--config',tmp_path/'r.json'], "no setting 'epoch'", 'Did you mean epochs')
+    assert not (tmp_path/'x').exists()
+
+def test_lists_are_lists(data, weights, ct, tmp_path, capfd):
+    "Scans as arguments and after -i; several models; a comma is part of a name"
+    b = tmp_path/'b,c.safetensors'; b.write_bytes(weights.read_bytes())
+    w = ['--weights',str(weights),'--weights',str(b),'--device','cpu']
+    assert main(['predict',str(ct),'-i',str(ct.with_name('phantom_001.nii.gz')),'-i',str(ct.with_name('phantom_002.nii.gz')),*w,'-o',str(tmp_path/'m')])==0
+    assert len(list((tmp_path/'m').glob('*.nii.gz')))==3
+
+def test_completion(tmp_path):
+    "Commands, options and choices complete in a shell"
+    def complete(words):
+        env = os.environ|dict(_COVID3D_COMPLETE='complete_bash', COMP_WORDS=words, COMP_CWORD=str(len(words.split())-1))
+        return subprocess.run([Path(sys.executable).with_name('covid3d')], env=env, capture_output=True, text=True).stdout.split()
+    assert complete('covid3d pre')==['prepare','pretrain','predict'] and '--ema' in complete('covid3d train --e') and complete('covid3d train --augment l')==['light']

@@ -7,6 +7,7 @@ import numpy as np, pandas as pd, pytest
 from covid3d import datasets
 from covid3d.cases import check_table, columns, read_cases, safe_cell, write_cases
 from covid3d.cli import main
+from covid3d.predict import find_scans
 from covid3d.dicom import write_series
 from covid3d.evaluate import as_table, scores_csv
 from covid3d.volume import CTError, Volume, canonical_affine, save_volume
@@ -323,7 +324,10 @@ def test_F8_two_copies(capfd, tmp_path):
 @each('kind,layout', [('folder','zenodo'),('coronacases','nnunet'),('folder','x')])
 def test_F8_unknown_layout(capfd, tmp_path, kind, layout):
     make(tmp_path/'d', 'plain')
-    refused(capfd, tmp_path, kind, tmp_path/'d', layout, 'is unknown', argv=['--layout',layout], layout=layout)
+    with pytest.raises(CTError, match=f"{layout!r} is unknown"): table(kind, tmp_path/'d', layout=layout)
+    assert main(['table',str(tmp_path/'d'),'--layout',layout,'-o',str(tmp_path/'t.csv')])==2
+    err = capfd.readouterr().err
+    assert err.count('\n')==1 and ('holds no folder' in err or "'x' is not one of 'folder', 'plain'" in err) and not (tmp_path/'t.csv').exists()
 
 @pytest.mark.fault('F9')
 @each('kind', kinds)

@@ -322,13 +322,14 @@ def train(
     there(table, *no_table)
     spec = input_spec(table, spacing=spacing, patch=patch, window=window, classes=classes)
     from covid3d.learner import train
-    from covid3d.losses import find_loss
-    recipe = dict(spec=spec, arch=encoder, pretrained=weight_words.get(weights, weights), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, frozen_stages=frozen_stages,
-                  lr_ratio=lr_ratio, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every, aug=augment if augment!='none' else False, clip=clip, average=average,
-                  keep=keep or ('last' if folds else 'best'), seed=seed, device=find_device(device), resume=resume, examples=examples, plot=plot, workers=workers,
-                  loss_func=find_loss(loss), width=width, norm=norm, up=up, decoder=numbers(decoder, int, 'decoder'), memory=memory, overwrite=overwrite)
-    if folds: return _train_folds(table, out, folds, fold, recipe)
-    learn = train(table, out, **recipe)
+    from covid3d.recipe import Recipe
+    changes = dict(encoder=encoder, init=weights, epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, frozen_stages=frozen_stages, lr_ratio=lr_ratio,
+                   bs=bs, patches=patches, oversample_foreground=p_lesion, score_every=score_every, augment=augment, clip=clip, ema=average, seed=seed, loss=loss,
+                   width=width, norm=norm, up=up, decoder=numbers(decoder, int, 'decoder'), memory=memory)
+    recipe = Recipe(spec=spec).but(**changes)
+    more = dict(device=find_device(device), resume=resume, examples=examples, plot=plot, workers=workers, overwrite=overwrite)
+    if folds: return _train_folds(table, out, recipe, folds, fold, keep=keep or 'last', **more)
+    learn = train(table, out, recipe, keep=keep or 'best', **more)
     if _started()[0]: return
     print(f'wrote {runs[0]/"model.safetensors"} · whole-scan Dice on valid {learn.kept.best:.3f}')
 
@@ -356,10 +357,10 @@ def _absent_run(run, resume, overwrite, command='train', file='model.safetensors
     Outputs(run, command, 'checkpoint.safetensors', file).require(may, remedy)
 
 # %% ../nbs/30_cli.ipynb #627e173d
-def _train_folds(table, out, folds, fold, recipe):
+def _train_folds(table, out, recipe, folds, fold, **kwargs):
     "Train, score, and say how it went"
     from covid3d.folds import missing_folds, train_folds
-    df = train_folds(table, out, folds, None if fold is None else [fold], **recipe)
+    df = train_folds(table, out, recipe, folds, None if fold is None else [fold], **kwargs)
     if _started()[0]: return
     left = missing_folds(out, folds)
     print(f'mean whole-scan Dice {df.dice.mean():.3f} over {df.dice.notna().sum()} cases'+(f' · folds still to train: {", ".join(map(str, left))}' if left else f' · wrote {Path(out)/"report"}'))
@@ -613,7 +614,7 @@ def clear_demo(
 ):
     "Remove a former demo; refuse a folder that holds anything else"
     from covid3d.evaluate import report_files
-    from covid3d.learner import run_outputs
+    from covid3d.callbacks import run_outputs
     from covid3d.phantom import phantom_outputs
     mine,data,scores = Outputs(out, 'demo', 'demo.png', 'phantom_*_lesion.nii.gz'),phantom_outputs(out/'data'),Outputs(out/'scores', 'evaluate', *report_files)
     if not mine.listed and any(not o.name.startswith('.covid3d') for o in out.iterdir()):
@@ -659,7 +660,7 @@ def _demo(out, n, seed, start, spacing, patch, **recipe):
     print(f'1  synthetic scans: {n} of 96×256×256 voxels')
     table = write_phantoms(out/'data', n, seed)
     print(f'2  training: grid {"×".join(f"{s:g}" for s in spacing)} mm, patch {"×".join(map(str,patch))}, r3d_18 of width {recipe["width"]} (of 64), random weights')
-    learn = train(table, out/'run', spec, pretrained=False, seed=seed, **recipe)
+    learn = train(table, out/'run', spec=spec, init='random', seed=seed, **recipe)
     print('3  scores on unseen scans, each on its own grid')
     test = read_cases(table, 'test')
     segmenter = learn.segmenter()

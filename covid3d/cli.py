@@ -250,7 +250,7 @@ def _find_device(name):
 def _clear_demo(out, overwrite):
     "Remove a former demo; refuse a folder that holds anything else"
     from covid3d.evaluate import report_files
-    from covid3d.learner import run_outputs
+    from covid3d.callbacks import run_outputs
     from covid3d.phantom import phantom_outputs
     mine = Outputs(out, 'demo', 'demo.png', 'phantom_*_lesion.nii.gz')
     data,scores = phantom_outputs(out/'data'),Outputs(out/'scores', 'evaluate', *report_files)
@@ -301,7 +301,7 @@ def _run_demo(out, n, seed, start):
     spacing,patch = ('×'.join(f'{o:g}' for o in v) for v in (spec.spacing, spec.patch))
     how = f'r3d_18 of width {recipe.network.width} (of 64), random weights'
     print(f'2  training: spacing {spacing} mm, patch {patch}, {how}')
-    learn = train(table, out/'run', **_as_arguments(recipe))
+    learn = train(table, out/'run', recipe)
     print('3  scores on unseen scans, each on its own grid')
     test,segmenter = read_cases(table, 'test'),learn.segmenter()
     df = score_cases(segmenter, test, each=keep)
@@ -516,26 +516,13 @@ def _train(
     runs = _runs(out, folds, fold)
     for run in runs: _absent_run(run, resume, overwrite)
     _own_spec(table, given)
+    how = given|dict(device=_find_device(device), workers=workers, resume=resume,
+                     overwrite=overwrite, examples=examples, plot=plot)
+    if folds: return _train_folds(table, out, config, folds, fold, how)
     from covid3d.learner import train
-    from covid3d.recipe import Recipe
-    recipe = Recipe.load(config).but(**dict(keep='last') if folds else {}, **given)
-    how = dict(device=_find_device(device), workers=workers, resume=resume, overwrite=overwrite,
-               examples=examples, plot=plot)
-    if folds: return _train_folds(table, out, recipe, folds, fold, how)
-    learn = train(table, out, **_as_arguments(recipe), **how)
+    learn = train(table, out, config, **how)
     if _started()[0]: return
     _wrote(runs[0]/'model.safetensors', f' · whole-scan Dice on valid {learn.kept.best:.3f}')
-
-# %% ../nbs/30_cli.ipynb #6dac5a21
-def _as_arguments(r):
-    "ADAPTER, until `train` takes a recipe"
-    from dataclasses import asdict
-    net = asdict(r.network)
-    same = 'epochs frozen_epochs lr frozen_lr frozen_stages lr_ratio bs patches clip score_every'
-    return dict(spec=r.spec, arch=net.pop('encoder'), pretrained=r.pretrained,
-                loss_func=r.loss_func, p_lesion=r.oversample_foreground, average=r.ema,
-                aug=r.augment if r.augment!='none' else False, wd=r.wd, **net,
-                **{k:getattr(r, k) for k in (same+' keep memory seed').split()})
 
 # %% ../nbs/30_cli.ipynb #50716aa3
 def _started()->tuple:
@@ -574,11 +561,10 @@ def _own_spec(table, given):
     raise CTError(odd, f'{table} is prepared and has its own', remedy)
 
 # %% ../nbs/30_cli.ipynb #627e173d
-def _train_folds(table, out, recipe, folds, fold, how):
+def _train_folds(table, out, config, folds, fold, how):
     "Train, score, and say how it went"
     from covid3d.folds import missing_folds, train_folds
-    which = None if fold is None else [fold]
-    df = train_folds(table, out, folds, which, **_as_arguments(recipe), **how)
+    df = train_folds(table, out, config, folds, None if fold is None else [fold], **how)
     if _started()[0]: return
     left = missing_folds(out, folds)
     print(f'mean whole-scan Dice {df.dice.mean():.3f} over {df.dice.notna().sum()} cases')

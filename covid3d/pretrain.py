@@ -35,12 +35,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from .augment import Augment3d, ct_aug_transforms, light_aug_transforms, spline_weights
-from .checkpoint import Checkpoint, StopOnNaN, case_digests, described, require_same, weights_digest
+from .callbacks import ScanDice, WhileTraining
+from .checkpoint import Checkpoint, StopOnNaN
 from .data import CTDataLoaders
 from .distributed import started
 from .encoder import download, encoder3d, encoder_info, encoder_state, find_arch, kinetics, read_weights, weights_width, unfinished
 from .files import Outputs, locked, read_bytes, read_json
-from .learner import ScanDice, WhileTraining, check_recipe, thaw, unet_learner_3d
+from .learner import unet_learner_3d, unfreeze_for
+from .recipe import Recipe, case_digests, init_digest, require_same
 from .losses import soft_dice
 from .phantom import centred_mm, phantom, ring
 from .prepare import Prepared
@@ -424,7 +426,7 @@ def pretrain_encoder(
     **kwargs             # For `encoder3d`: `norm`
 )->Path: # `encoder.safetensors`
     "Train an encoder to find lesions and lungs in phantoms, and to tell shapes apart"
-    one_process('pretraining'); check_recipe(seed=seed,lr=lr,bs=bs,width=width,epochs=steps)
+    one_process('pretraining'); Recipe(seed=seed,lr=lr,bs=bs,epochs=steps).but(width=width)
     spec,every,out,device = spec or CTSpec(),min(every,steps),Path(out),torch.device(device or default_device())
     epochs = math.ceil(steps/every)
     info = dict(encoder=getattr(arch,'__name__',arch),width=width,norm='batch')|kwargs|dict(seed=seed,bs=bs,lr=lr,share=share,phantoms=phantoms,
@@ -484,7 +486,7 @@ def transfer_run(
     cpu = torch.device(dls.device).type=='cpu'
     if cpu: learn.model.to(memory_format=torch.channels_last_3d)
     curve = Curve(cpu_seconds if cpu else time.monotonic)
-    learn.fit_one_cycle(moments,thaw(learn,weights,lr,frozen_stages,lr_ratio),cbs=[curve,StopAtStep('Use a lower learning rate (--lr)')])
+    learn.fit_one_cycle(moments,unfreeze_for(learn,weights,lr,frozen_stages,lr_ratio),cbs=[curve,StopAtStep('Use a lower learning rate (--lr)')])
     return curve.rows
 
 # %% ../nbs/19_pretrain.ipynb #f1f04f03
@@ -588,8 +590,8 @@ def study_about(
     scans = [*dict.fromkeys(dls.train_ds.items),*dls.valid_cases]
     given = {k:p.default for k,p in signature(transfer_run).parameters.items() if p.default is not p.empty}|kwargs
     args = {k:v for k,v in given.items() if v is not None and k not in ('seed','patches','spec','device')}
-    digests = {k:weights_digest(_start(f)) for k,f in files.items()}
-    return described(dict(weights=digests,**args,device=device.type,spec=asdict(dls.spec),scans=case_digests(dls.reader,scans)))
+    digests = {k:init_digest({True:'kinetics',False:'random'}.get(_start(f),_start(f))) for k,f in files.items()}
+    return json.loads(json.dumps(dict(weights=digests,**args,device=device.type,spec=asdict(dls.spec),scans=case_digests(dls.reader,scans))))
 
 # %% ../nbs/19_pretrain.ipynb #a3f8e248
 def same_setting(
@@ -631,8 +633,8 @@ def transfer_study(
     **kwargs         # For `transfer_run`: `moments`, `bs`, `spec`, `lr`, `frozen_stages`, `lr_ratio`, `device`, `decoder`, …
 )->pd.DataFrame: # A row for each moment of each run
     "Pretrained against random encoders at the same budget; a run that has its rows is not repeated"
-    one_process('transfer study'); check_recipe(**kwargs)
-    for o in seeds: check_recipe(seed=o)
+    one_process('transfer study'); Recipe().but(**{k:v for k,v in kwargs.items() if k in ('lr','bs','frozen_stages','lr_ratio')})
+    for o in seeds: Recipe(seed=o)
     with locked(out,folder=True):
         files,mine = study_files(weights),Outputs(out,'transfer-study','transfer.csv','study.json','transfer.png')
         mine.require(True)

@@ -26,7 +26,6 @@ from fastai.learner import Learner
 
 from . import __version__
 from .cases import CaseReport, Finding, check_case, csv_text, read_cases, report_table, sources_path, without_paths, write_cases
-from .checkpoint import require_same
 from .data import prepare_table
 from .datasets import choose_splits, coronacases, mosmed, ricord
 from .dicom import open_scan
@@ -34,8 +33,10 @@ from .distributed import place
 from .evaluate import (Extremes, Snapshot, as_table, bullets, counts, html_table, least_patients, many, pack, page, read_scores, row_from, score_cases, scores_csv, section,
     snapshot, summarise, to_json, unpack, why_failed, write_report)
 from .files import Outputs, locked, manifest, no_links, read_bytes, read_json, sweep
-from .inference import NetSpec, Segmenter, load_model
+from .inference import Segmenter
+from .weights import NetSpec, load_model
 from .learner import train, unet_learner_3d
+from .recipe import require_same
 from .losses import DiceCELoss
 from .memory import show_bytes
 from .metrics import scores

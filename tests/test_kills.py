@@ -54,7 +54,7 @@ def world(tmp_path_factory):
     "Data, weights, and the server"
     from covid3d.datasets import write_coronacases
     from covid3d.dicom import write_series
-    from covid3d.inference import NetSpec, save_model
+    from covid3d.weights import NetSpec, save_model
     from covid3d.phantom import phantom, write_phantoms
     from covid3d.transforms import CTSpec
     d,spec,net = tmp_path_factory.mktemp('kills'),CTSpec(spacing=(9,5,5), patch=(16,48,48)),NetSpec(width=4)

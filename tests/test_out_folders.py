@@ -14,7 +14,7 @@ from covid3d.volume import host_name
 
 spec,grid = CTSpec(spacing=(9,7,7), patch=(16,32,32)),dict(shape=(32,96,96), spacing=(9,3.7,3.7))
 small = ['--spacing','9,7,7','--patch','16,32,32','--device','cpu']
-tiny = dict(pretrained=False, width=4, epochs=1, patches=1, examples=1, device='cpu')
+tiny = dict(init='random', width=4, epochs=1, patches=1, examples=1, device='cpu')
 
 @pytest.fixture(scope='module')
 def table(tmp_path_factory): return write_phantoms(tmp_path_factory.mktemp('data'), n=4, seed=1, **grid)
@@ -145,7 +145,7 @@ def test_a_list_from_a_stranger_removes_nothing_else(table, tmp_path):
     for o in ('../dear.txt','sub/dear.txt','notes.txt'): (out/o).write_bytes(b'mine')
     (out/manifest).write_text(json.dumps(dict(files=dict.fromkeys(['../dear.txt','sub/dear.txt','notes.txt','examples/../../dear.txt','/etc/passwd'], 'train'))))
     before = content(tmp_path)
-    train(table, out, spec, **tiny|dict(examples=0))
+    train(table, out, spec=spec, **tiny|dict(examples=0))
     now = content(tmp_path)
     assert all(now[k]==v for k,v in before.items() if not k.endswith(manifest))
 
@@ -155,10 +155,10 @@ def test_a_new_training_leaves_nothing_of_the_former(table, tmp_path):
     class Cut(Callback):
         def after_step(self):
             if stop: raise KeyboardInterrupt
-    train(table, out, spec, plot=True, cbs=[Cut()], **tiny); stop.append(1)
+    train(table, out, spec=spec, plot=True, cbs=[Cut()], **tiny); stop.append(1)
     assert (out/'history.png').exists() and (out/'examples'/'epoch_000.png').exists()
-    with pytest.raises(KeyboardInterrupt): train(table, out, spec, cbs=[Cut()], **tiny)
-    assert sorted(o.name for o in out.iterdir())==['checkpoint.safetensors',manifest]
+    with pytest.raises(KeyboardInterrupt): train(table, out, spec=spec, cbs=[Cut()], **tiny)
+    assert sorted(o.name for o in out.iterdir())==['checkpoint.safetensors',manifest,'recipe.json']
 
 def test_a_smaller_cross_validation_leaves_nothing_of_the_former(table, tmp_path, capfd):
     "Folds, report and settings of the former one go, with --overwrite alone, and your files between them stay"
@@ -210,7 +210,7 @@ def test_train_holds_its_lock_to_the_end(table, tmp_path):
     def ask(): return subprocess.run([sys.executable,'-c',holder,str(out)], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     class Ask(Callback):
         def after_fit(self): said.append(ask().stderr)
-    train(table, out, spec, cbs=[Ask()], **tiny)
+    train(table, out, spec=spec, cbs=[Ask()], **tiny)
     assert 'another process is writing there' in said[0] and ask().returncode==0 and not list(out.rglob('.*'))
 
 @pytest.mark.fault('X13')

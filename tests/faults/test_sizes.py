@@ -9,7 +9,7 @@ from covid3d import inference
 from covid3d.cases import bare_cell, read_cases, safe_cell
 from covid3d.cli import main
 from covid3d.evaluate import read_scores
-from covid3d.inference import NetSpec, save_model
+from covid3d.weights import NetSpec, save_model
 from covid3d.phantom import phantom
 from covid3d.pretrain import read_study
 from covid3d.transforms import CTSpec

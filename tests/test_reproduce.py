@@ -202,7 +202,7 @@ def test_disk_too_small(data, tmp_path, monkeypatch):
 def test_encoder_weights_that_are_not_there(data, tmp_path, monkeypatch):
     "Told before anything is written, not after the scans are prepared"
     def offline(weights): raise CTError('weights', 'cannot be downloaded', 'Go online')
-    monkeypatch.setattr('covid3d.encoder.download', offline)
+    monkeypatch.setattr('covid3d.encoder._download', offline)
     for o,word in ((True,'cannot be downloaded'), (tmp_path/'none.safetensors','no such file')):
         with pytest.raises(CTError, match=word): reproduce(tmp_path/'run', **data, **small|dict(pretrained=o, width=None))
         assert not (tmp_path/'run').exists()

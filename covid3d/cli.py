@@ -7,9 +7,8 @@ Docs: https://covid3d.github.io/covid3d/cli.html.md"""
 # %% auto #0
 __all__ = ['commands', 'no_table', 'input_defaults', 'weight_words', 'demo_config', 'overview', 'command', 'numbers', 'absent',
            'writable', 'there', 'check_overlap', 'at_least_one', 'check_lr', 'find_device', 'download', 'phantom',
-           'names_or_share', 'cases', 'check', 'input_spec', 'prepare', 'train', 'pretrain', 'transfer_study',
-           'evaluate', 'print_scores', 'reproduce', 'find_scans', 'predict', 'clear_demo', 'demo', 'tie', 'one_line',
-           'main']
+           'names_or_share', 'cases', 'check', 'input_spec', 'prepare', 'train', 'pretrain', 'evaluate', 'print_scores',
+           'reproduce', 'find_scans', 'predict', 'clear_demo', 'demo', 'tie', 'one_line', 'main']
 
 # %% ../nbs/30_cli.ipynb #9daa8dd1
 import codecs, errno, inspect, math, os, re, shutil, sys, time, warnings
@@ -376,7 +375,7 @@ def pretrain(
     steps:int=6000,         # Batches to train on
     bs:int=2,               # Patches in a batch
     share:float=.5,         # Of the patches that show shapes, 0 to 1; the others show phantoms
-    phantoms:int=24,        # Made-up chests to train with
+    phantoms:int=24,        # Synthetic CTs to train with
     spacing:str=input_defaults['spacing'],# mm between slices, rows and columns that the network sees
     patch:str=input_defaults['patch'],   # Slices, rows and columns of a training patch
     lr:float=2e-3,          # Highest learning rate
@@ -385,7 +384,7 @@ def pretrain(
     resume:store_true=False,   # Go on with a pretraining that was interrupted, with the same arguments
     overwrite:store_true=False # Replace an encoder that is there
 ):
-    "Train an encoder on made-up shapes and chests; start a training from it with train --weights."
+    "Train an encoder on synthetic shapes and phantoms; start a training from it with train --weights."
     writable(out); _absent_run(Path(out), resume, overwrite, 'pretrain', 'encoder.safetensors')
     at_least_one(width=width, steps=steps, bs=bs, phantoms=phantoms); check_lr(lr)
     if phantoms>10_000: raise CTError('phantoms', f'{phantoms} are too many', 'Give 24')
@@ -395,33 +394,6 @@ def pretrain(
     spec = input_spec(spacing=spacing, patch=patch)
     file = pretrain_encoder(out, encoder, width, steps, bs, spec, share, lr, seed, phantoms, device=device, resume=resume, norm=norm, overwrite=overwrite)
     print(f'wrote {file} · next: covid3d train cases.csv --weights {file} --out RUN')
-
-# %% ../nbs/30_cli.ipynb #0bc50b5d
-@command
-def transfer_study(
-    table:Annotated[str, 'Case table (CSV), or a folder from covid3d prepare', {'opt':False}],
-    weights:str=None,       # File of encoder weights or kinetics, or several with commas between
-    out:str=None,           # Folder for transfer.csv, study.json and transfer.png
-    folds:int=3,            # Of the cross-validation, by patient
-    seeds:str='0',          # A run for each, with commas between
-    patches:int=1800,       # Patches that a run sees in all
-    moments:int=6,          # Scores on the way
-    lr:float=2e-3,          # Highest learning rate
-    frozen_stages:int=2,    # Of a pretrained encoder's five, so many first ones stay as they are; 0 for none
-    lr_ratio:float=3.,      # From pretrained weights: the decoder's rate over the stem's; with 1, and --frozen-stages 0, only the encoders differ
-    device:str=None         # cpu or cuda; the best there is
-):
-    "Learning curves from pretrained and from random weights at the same budget; a run that was finished is not repeated."
-    writable(out)
-    if not weights: raise CTError('weights', 'no file of encoder weights', 'Add --weights FILE, from covid3d pretrain or torchvision')
-    at_least_one(patches=patches, moments=moments); check_lr(lr)
-    if not 2<=folds<=1000: raise CTError('folds', f'{folds} is no number of folds', 'Give 2 or more')
-    device = find_device(device)
-    from covid3d.pretrain import transfer_study
-    df = transfer_study(table, weights.split(','), out, folds, numbers(seeds, int, 'seeds'), patches, moments=moments, lr=lr, frozen_stages=frozen_stages, lr_ratio=lr_ratio, device=device)
-    last = df[df.moment==df.moment.max()].groupby('weights', sort=False).dice.agg(['mean','min','max'])
-    for k,r in last.iterrows(): print(f"{k}: whole-scan Dice {r['mean']:.3f} ({r['min']:.3f} to {r['max']:.3f})")
-    print(f'wrote {Path(out)/"transfer.csv"} and {Path(out)/"transfer.png"}')
 
 # %% ../nbs/30_cli.ipynb #5ab2e341
 @command
@@ -548,7 +520,6 @@ def reproduce(
     seed:int=0,           # Of the tuning set, weights and patches
     overlap:float=.5,     # Of the sliding window, 0 to below 1
     tolerance:float=3.,   # Of the surface Dice, mm
-    plan:store_true=False,# Say how long it takes and how much disk and memory, and stop
     device:str=None       # cpu or cuda; the best there is
 ):
     "The paper's table from its three data sets, published figures beside; any subset, goes on where it was interrupted."
@@ -556,8 +527,8 @@ def reproduce(
     from covid3d.reproduce import reproduce
     if epochs is not None: at_least_one(epochs=epochs)
     more = {k:v for k,v in dict(epochs=epochs, memory=memory).items() if v is not None}
-    df = reproduce(out, ricord, coronacases, mosmed, recipe, weights, weight_words.get(encoder_weights, encoder_weights), seed, find_device(device), overlap, tolerance, against, plan, **more)
-    return int(df is not None and bool(df.attrs['left_out']))
+    df = reproduce(out, ricord, coronacases, mosmed, recipe, weights, weight_words.get(encoder_weights, encoder_weights), seed, find_device(device), overlap, tolerance, against, **more)
+    return int(bool(df.attrs['left_out']))
 
 # %% ../nbs/30_cli.ipynb #3b42b9bc
 def find_scans(paths, notes=None)->list:

@@ -752,27 +752,22 @@ def _print_masks(df, out)->int:
     return int('failed' in n)
 
 # %% ../nbs/30_cli.ipynb #eebc8214
-@_command('Use', 'init','epochs','memory')
+@_command('Use', 'init','epochs','memory','seed')
 def _reproduce(
-    out: _Out,
-    config: _opt(Literal['default','resize'], 'Recipe; resize: scans to 20×224×224') = 'default',
+    out: _Out, config: _Recipe = None,
     ricord: _opt(str, 'Folder of RICORD-1a: DICOM and the annotations', metavar='DIR') = None,
     coronacases: _opt(str, 'Folder of COVID-19-CT-Seg', metavar='DIR') = None,
     mosmed: _opt(str, 'Folder of MosMedData', metavar='DIR') = None,
     weights: _opt(str, 'Trained model to score, instead of training', metavar='FILE',
         callback=_model) = None,
     against: _opt(str, 'Folder of another finished run, to compare with', metavar='DIR') = None,
-    overlap: _Overlap = .5, tolerance: _Tolerance = 3., seed: _Seed = 0,
-    device: _Device = None, **given
+    overlap: _Overlap = .5, tolerance: _Tolerance = 3., device: _Device = None, **given
 ):
     "Measure the paper's table on its three data sets, or some of them."
     device = _find_device(device)
-    from covid3d.recipe import Recipe
     from covid3d.reproduce import reproduce
-    start = Recipe(init=given.pop('init', 'kinetics')).pretrained
-    df = reproduce(out, ricord, coronacases, mosmed, dict(default='patches').get(config, config),
-        weights=weights, pretrained=start, seed=seed, device=device, overlap=overlap,
-        tolerance=tolerance, against=against, **given)
+    df = reproduce(out, ricord, coronacases, mosmed, config or 'default', weights, device, overlap,
+                   tolerance, against, **given)
     _wrote(out)
     return int(bool(df.attrs['left_out']))
 

@@ -215,7 +215,8 @@ def require_same(
     remedy: str = 'Give the same arguments, or start anew with --overwrite' # For the message
 ):
     "Refuse to resume with other settings or data"
-    a,b = _flat(then),_flat(json.loads(json.dumps(now)))
+    try: a,b = _flat(then),_flat(json.loads(json.dumps(now)))
+    except RecursionError: raise CTError(path, 'is nested too deeply', remedy) from None
     both = [(k, a.get(k, 'absent'), b.get(k, 'absent')) for k in dict.fromkeys([*a, *b])]
     diff = [f'{_short(k)} {_short(x)} then, {_short(y)} now' for k,x,y in both if x!=y]
     if not diff: return

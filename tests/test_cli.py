@@ -86,7 +86,7 @@ def test_folds(data, tmp_path, capfd):
 
 def test_reproduce_says_what_it_needs(tmp_path, capfd):
     refused(capfd, ['reproduce','--out',tmp_path/'out'], 'ricord')
-    refused(capfd, ['reproduce','--out',tmp_path/'out','--mosmed',tmp_path/'nowhere','--config','x'], "'x' is not one of", "'resize'")
+    refused(capfd, ['reproduce','--out',tmp_path/'out','--mosmed',tmp_path/'nowhere','--config','x'], 'x: no such recipe', 'resize')
     assert not (tmp_path/'out').exists()
 
 def test_augmentation_changes_what_is_learned(data, tmp_path):

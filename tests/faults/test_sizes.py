@@ -11,7 +11,6 @@ from covid3d.cli import main
 from covid3d.evaluate import read_scores
 from covid3d.weights import NetSpec, save_model
 from covid3d.phantom import phantom
-from covid3d.pretrain import read_study
 from covid3d.transforms import CTSpec
 from covid3d.volume import CTError, canonical_affine, open_ct, plain, save_volume
 from safetensors.torch import save
@@ -27,7 +26,7 @@ def sparse(path, size, head=b''):
     if 512*path.stat().st_blocks>size//60: pytest.skip('this disk stores the zeros of a file')
 
 @pytest.mark.promise('executed')
-@pytest.mark.parametrize('read', [read_scores, read_study, read_cases])
+@pytest.mark.parametrize('read', [read_scores, read_cases])
 def test_a_table_of_a_hundred_gigabytes(tmp_path, read):
     "A table that claims 100 GB is refused by its size"
     sparse(tmp_path/'t.csv', 10**11, b'case,dice,tp,fp,fn,empty,error\n')

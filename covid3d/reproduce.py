@@ -24,7 +24,7 @@ from .cases import (CaseReport, Finding, check_case, csv_text, read_cases, repor
 from .data import prepare_table
 from .datasets import choose_splits, coronacases, mosmed, ricord
 from .distributed import started
-from .evaluate import (bullets, counts, esc, evaluate_cases, html_table, least_patients, many,
+from .evaluate import (bullets, counts, evaluate_cases, html_table, least_patients, many,
     page, read_scores, scores_csv, section, summarise, to_json, why_failed)
 from .files import Outputs, locked, manifest, no_links, read_bytes, read_json, sweep
 from .inference import NetSpec, Segmenter

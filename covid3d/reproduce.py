@@ -128,10 +128,14 @@ def _about_run(data: dict, recipe: Recipe, weights, **more) -> dict:
     return dict(data={k: _data_digest(root) for k, root in data.items()},
                 recipe=recipe.identity, weights=digest, **more)
 
+
+
 # %% ../nbs/24_reproduce.ipynb #47d4f970
 _other = 'Choose another --out'
 _run_files = ('run.json', 'cases.csv', 'cases_sources.csv', 'training.csv', 'training_sources.csv',
     'check.csv', 'table.csv', 'table.md', 'table.json', 'index.html')  # that covid3d.json lists
+
+
 
 # %% ../nbs/24_reproduce.ipynb #46a184d9
 def _begin(out: Path, about: dict) -> bool: # whether a run resumes
@@ -482,6 +486,8 @@ def reproduce(
     return _reproduce(Path(out), data, _find_way(recipe, **changes), weights, device, overlap,
         tolerance, against)
 
+
+
 # %% ../nbs/24_reproduce.ipynb #8bdb6fa0
 def _reproduce(out, data, way, weights, device, overlap, tolerance, against):
     "`reproduce`, its arguments gathered"
@@ -499,3 +505,5 @@ def _reproduce(out, data, way, weights, device, overlap, tolerance, against):
             _say(f'{out}: resumes; done: {", ".join(o.stem for o in done) or "nothing yet"}')
         _sweep_all(out)
         return _run(out, data, way, trained, weights, device, overlap, tolerance, against)
+
+

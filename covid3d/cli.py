@@ -547,7 +547,6 @@ def reproduce(
     seed:int=0,           # Of the tuning set, weights and patches
     overlap:float=.5,     # Of the sliding window, 0 to below 1
     tolerance:float=3.,   # Of the surface Dice, mm
-    plan:store_true=False,# Say how long it takes and how much disk and memory, and stop
     device:str=None       # cpu or cuda; the best there is
 ):
     "The paper's table from its three data sets, published figures beside; any subset, goes on where it was interrupted."
@@ -555,8 +554,8 @@ def reproduce(
     from covid3d.reproduce import reproduce
     if epochs is not None: at_least_one(epochs=epochs)
     more = {k:v for k,v in dict(epochs=epochs, memory=memory).items() if v is not None}
-    df = reproduce(out, ricord, coronacases, mosmed, recipe, weights, weight_words.get(encoder_weights, encoder_weights), seed, find_device(device), overlap, tolerance, against, plan, **more)
-    return int(df is not None and bool(df.attrs['left_out']))
+    df = reproduce(out, ricord, coronacases, mosmed, recipe, weights, weight_words.get(encoder_weights, encoder_weights), seed, find_device(device), overlap, tolerance, against, **more)
+    return int(bool(df.attrs['left_out']))
 
 # %% ../nbs/30_cli.ipynb #3b42b9bc
 def find_scans(paths, notes=None)->list:

@@ -19,7 +19,7 @@ from urllib.parse import urljoin, urlsplit
 
 import numpy as np, pandas as pd
 
-from .cases import Case, columns, parse_window, read_cases, spine_in_front, told
+from .cases import Case, columns, parse_window, read_cases, spine_in_front, told, without_paths
 from .dicom import ct_datasets, digest, find_series, pseudonym, save_dicom, survey, volume_of
 from .files import Outputs, locked, no_links, read_json, sweep
 from .show import track
@@ -452,17 +452,22 @@ def _once(found, notes, left) -> list:
     return out
 
 # %% ../nbs/05_datasets.ipynb #468ecb2b
+def _lost(case, error, note) -> dict:
+    "A scan that a reader lost: its name, why, without a path, and what the notes say of it"
+    return dict(case=case, error=error, note=plain(note))
+
 def _find_dicom(root, notes) -> tuple:
-    "(path, `Series`) of all series that become cases, and what was left out: name, path, why"
+    "(path, `Series`) of all series that become cases; what was left out: name, path, why; scans that are lost"
     found,broken,others = _walk_dicom(root, notes)
     left = [(pseudonym(p, 'folder'), p, why) for p,why in broken]
     if left: notes.append(f'{_number(len(left), "folder")} with files that could not be read:')
-    notes += [f'{k}: {why}' for k,_,why in left]
+    lost = [_lost(k, without_paths(why, Case(k, Path(p))), f'{k}: {why}') for k,p,why in left]
+    notes += [o['note'] for o in lost]
     if others: notes.append(f'no CT series: {", ".join(f"{n} {k}" for k,n in sorted(others.items()))}')
     found = _once(found, notes, left)
     nameless = sum(s.patient==digest('') for _,s in found)
     if nameless: notes.append(f'{nameless} of the series without a PatientID: each study counts as a patient of its own')
-    return found,left
+    return found,left,lost
 
 # %% ../nbs/05_datasets.ipynb #804632a8
 def _series_cases(found, outlines):
@@ -480,7 +485,7 @@ def _lesion_file(series, outlines, agree, path)->str:
     return str(Path(path).absolute())
 
 # %% ../nbs/05_datasets.ipynb #513337b2
-def _draw_masks(rows, series, outlines, agree, home, notes):
+def _draw_masks(rows, series, outlines, agree, home, notes, lost):
     "Write the masks of the outlined series into the folder `home`"
     masks = Outputs(home, 'cases', '*_lesion.nii.gz')
     with locked(home):
@@ -491,7 +496,9 @@ def _draw_masks(rows, series, outlines, agree, home, notes):
             masks.add(name)
             try: row['lesion'] = _lesion_file(s, outlines, agree, Path(home)/name)
             except (CTError,MemoryError,OSError,RuntimeError) as e:
-                notes.append(f'{row["case"]} has no mask: {told(e, Case(row["case"], Path(path)))}')
+                why = told(e, Case(row['case'], Path(path)))
+                lost.append(_lost(row['case'], str(why), f'{row["case"]} has no mask: {why}'))
+                notes.append(lost[-1]['note'])
 
 def _note_readers(outlines, agree, notes):
     "Say where several readers' outlines were united"
@@ -513,16 +520,16 @@ def ricord(
     "RICORD-1a, its outlines made into masks"
     if not Path(root).is_dir(): raise CTError(root, 'no such folder', 'Check the path')
     outlines,notes = read_outlines(_find_json(root, annotations), labels)
-    every,left = _find_dicom(root, notes)
+    every,left,lost = _find_dicom(root, notes)
     found = list(_series_cases(every, outlines))
     if not found: raise CTError(root, 'there is no CT series in it', 'Give the folder that the NBIA Data Retriever wrote')
     rows = [_series_case(path, s) for path,s,_ in found]
-    if any(o[2] for o in found): _draw_masks(rows, found, outlines, agree, masks or Path(root)/'lesion_masks', notes)
+    if any(o[2] for o in found): _draw_masks(rows, found, outlines, agree, masks or Path(root)/'lesion_masks', notes, lost)
     _note_readers(outlines, agree, notes)
-    lost = len(set(outlines)-{o.uid for _,s,_ in found for o in s.slices})
-    if lost: notes.append(f'{lost} outlined slice{"s are" if lost>1 else " is"} not among the DICOM files')
+    absent = len(set(outlines)-{o.uid for _,s,_ in found for o in s.slices})
+    if absent: notes.append(f'{absent} outlined slice{"s are" if absent>1 else " is"} not among the DICOM files')
     df = _table(rows, 'ricord', valid, test, seed, notes)
-    df.attrs['left_out'] = left
+    df.attrs |= dict(left_out=left, lost=lost)
     return df
 
 # %% ../nbs/05_datasets.ipynb #fa9ebbd2
@@ -644,12 +651,12 @@ def _own_layouts(root, layout)->list:
 def _dicom_table(root, valid, test, seed) -> pd.DataFrame:
     "A line for each CT series of a tree"
     notes = []
-    found,left = _find_dicom(root, notes)
+    found,left,lost = _find_dicom(root, notes)
     if not found:
         why = f'; {left[0][0]}: {left[0][2]}' if left else f' ({notes[-1]})' if notes else ''
         raise CTError(root, 'there is neither a folder ct/ nor imagesTr/ nor a CT series in DICOM'+why.rstrip('.'), _arrange)  # F9
     df = _table([_series_case(*o) for o in found], 'folder', valid, test, seed, notes)
-    df.attrs['left_out'] = left
+    df.attrs |= dict(left_out=left, lost=lost)
     return df
 
 # %% ../nbs/05_datasets.ipynb #cde0236d

@@ -444,7 +444,9 @@ def evaluate(
     paths = _weight_files(weights)
     names = paths if isinstance(paths, list) else [paths]
     from covid3d.cases import read_cases
-    from covid3d.evaluate import check_same_cases, class_note, compared, evaluate_cases, headline, keep_inputs, read_scores
+    from covid3d.evaluate import class_note, evaluate_cases
+    from covid3d.report import keep_inputs
+    from covid3d.statistics import check_same_cases, compare_all, headline, read_scores
     files = _labels([p for p in compare.split(',') if p])
     others = {k:read_scores(p) for k,p in files.items()}
     segmenter = _segmenter(paths, device, overlap)
@@ -458,7 +460,7 @@ def evaluate(
     df,page,kept = evaluate_cases(segmenter, cases, out, tolerance, klass, pictures, overwrite, check, **told)
     if kept: print(f'{kept} of {len(cases)} cases were scored before and are kept')
     print_scores(df)
-    for o in [class_note(segmenter.spec, klass), *_differences(compared(df, others)), f'{headline(df)} · wrote {page}']:
+    for o in [class_note(segmenter.spec, klass), *_differences(compare_all(df, others)), f'{headline(df)} · wrote {page}']:
         if o: print(o)
     return int((df.error!='').any())
 
@@ -470,7 +472,7 @@ def _check_scoring(tolerance, split, pictures):
     if not 0<=pictures<=99: raise CTError('pictures', f'{pictures} is not in 0…99', 'Give 3')
 
 def _class_of(spec, klass)->str:
-    if klass is None or klass in spec.classes: return klass or spec.classes[0]
+    if klass is None or klass in spec.classes: return klass or spec.lesion
     raise CTError('score-class', f'the weights do not find {klass!r}', f'Give {" or ".join(spec.classes)}')
 
 def _told_before(cases, klass, segmenter)->str:
@@ -494,10 +496,10 @@ def _labels(paths)->dict:
 
 def _differences(found)->list:
     "A line for each other model: the difference in Dice, or why there is none"
-    from covid3d.evaluate import span
+    from covid3d.statistics import span, too_few
     def line(c):
         if isinstance(c, str) or 'p' not in c[0]: return c if isinstance(c, str) else c[0]['reason']
-        c = c[0]; interval = span(c['low'], c['high'])
+        c = c[0]; interval = span(c['low'], c['high'], none=too_few)
         more = f', {c["p_holm"]:.3f} by Holm for {c["family"]} comparisons' if c['family']>1 else ''
         return f'Dice {c["difference"]:+.3f} ({"" if interval.startswith("no") else "95 % interval "}{interval}), p = {c["p"]:.3f}{more}, {c["n"]} cases'
     return [f'against {k}: {line(c)}' for k,c in found.items()]
@@ -611,7 +613,7 @@ def clear_demo(
     overwrite:bool # Whether a former demo in it may go
 ):
     "Remove a former demo; refuse a folder that holds anything else"
-    from covid3d.evaluate import report_files
+    from covid3d.report import report_files
     from covid3d.learner import run_outputs
     from covid3d.phantom import phantom_outputs
     mine,data,scores = Outputs(out, 'demo', 'demo.png', 'phantom_*_lesion.nii.gz'),phantom_outputs(out/'data'),Outputs(out/'scores', 'evaluate', *report_files)
@@ -652,8 +654,9 @@ def demo(
 
 def _demo(out, n, seed, start, spacing, patch, **recipe):
     "The four steps"
-    from covid3d.evaluate import Extremes, score_cases, write_report
+    from covid3d.evaluate import score_cases
     from covid3d.learner import CTSpec, read_cases, train, write_phantoms
+    from covid3d.report import Extremes, write_report
     spec,keep = CTSpec(spacing=spacing, patch=patch),Extremes()
     print(f'1  synthetic scans: {n} of 96×256×256 voxels')
     table = write_phantoms(out/'data', n, seed)

@@ -181,7 +181,7 @@ class ScanDice(Metric):
         return sum(scores)/len(scores) if scores else float('nan')
     def score(self, case)->float:
         "Dice of the first class"
-        ct,klass = case.open_ct(),self.learn.spec.classes[0]
+        ct,klass = case.open_ct(),self.learn.spec.lesion
         found = Segmenter(self.learn.model, self.learn.spec, self.overlap)(ct).masks[klass]
         return dice(found, case.open_mask(klass, ct).data)
 
@@ -404,7 +404,7 @@ def _check(dls, table, choose=True):
         for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f)
         dls.reader.prepare(cases)
     if choose and not any(dls.reader(c).masks[0].any() for c in dls.valid_cases):
-        raise CTError(table, f'no valid case has a {dls.spec.classes[0]}, so no weights could be chosen', 'Put a case with one into the split valid')
+        raise CTError(table, f'no valid case has a {dls.spec.lesion}, so no weights could be chosen', 'Put a case with one into the split valid')
 
 # %% ../nbs/18_learner.ipynb #3fef58d5
 def seen_by(

@@ -251,7 +251,7 @@ def _facts(df, t, title, against, about, notes) -> dict:
     tolerance = df.tolerance_mm.dropna()
     return dict(title=title, covid3d=__version__, date=str(date.today()),
         tolerance_mm=float(tolerance.iloc[0]) if len(tolerance) else 3., counts=case_counts(df),
-        summary={k:t.loc[k].to_dict() for k in t.index}, agreement_ml=agreement(df),
+        summary=t.to_dict('index'), agreement_ml=agreement(df),
         compare=compare_all(df, against), about=about, notes=list(notes))
 
 def _page(df, facts, pictures) -> bytes:

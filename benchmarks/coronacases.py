@@ -12,7 +12,8 @@ import matplotlib.pyplot as plt, torch
 
 from covid3d.evaluate import score_cases
 from covid3d.inference import Segmenter
-from covid3d.learner import CTDataLoaders, dice, load_model, read_cases
+from covid3d.learner import CTDataLoaders, dice, read_cases
+from covid3d.weights import load_model
 from covid3d.show import outline_colors, pick_slices, show_slice
 
 here = Path(__file__).parent

@@ -72,7 +72,7 @@ def cpu_step(net, opt, patch, bs):
 
 def pieces(rounds=5):
     import covid3d.unet
-    blocks,whole = covid3d.unet.pieces,lambda stage: [stage]
+    blocks,whole = covid3d.unet._pieces,lambda stage: [stage]
     ways = {'nothing again':(False,blocks), 'whole stages again':(True,whole), 'single blocks again':(True,blocks)}
     for width,patch in ((16,small),(64,small)):
         if done(path, kind='pieces', network=f'covid3d width {width}', patch=text(patch)): continue
@@ -80,15 +80,15 @@ def pieces(rounds=5):
         opts = {k:torch.optim.Adam(n.parameters()) for k,n in nets.items()}
         for i in range(rounds+1):
             for k,(_,cut) in ways.items():
-                covid3d.unet.pieces = cut
+                covid3d.unet._pieces = cut
                 t = cpu_step(nets[k], opts[k], patch, 2)
                 if i: seconds[k].append(t)
         for k,(_,cut) in ways.items():
-            covid3d.unet.pieces = cut
+            covid3d.unet._pieces = cut
             net = nets[k]; net.zero_grad()
             weights = sum(t.nbytes*(1+t.requires_grad) for t in [*net.parameters(),*net.buffers()])
             row('pieces', f'covid3d width {width}', patch, 2, k, make=lambda: dict(mb=f'{saved_bytes(net, patch, 2)/1e6:.1f}', peak_mb=f'{(live_step(net, patch, 2)[1]-weights)/1e6:.1f}', seconds=f'{statistics.median(seconds[k]):.2f}'))
-        covid3d.unet.pieces = blocks
+        covid3d.unet._pieces = blocks
 
 def status(key): return int(next(o for o in Path('/proc/self/status').read_text().splitlines() if o.startswith(key)).split()[1])*1024
 

@@ -23,7 +23,7 @@ from covid3d.evaluate import score_cases
 from covid3d.inference import Segmenter
 from covid3d.learner import CTDataLoaders, CTSpec, light_aug_transforms, r3d_18, set_seed
 from covid3d.phantom import write_phantoms
-from covid3d.unet import DynamicUnet3d, logit_conv, param_groups, resize
+from covid3d.unet import DynamicUnet3d, _logit_conv, param_groups, _resize
 
 path = here/'recipe.csv'
 base = dict(width=16, norm='batch', decoder=None, lr=2e-3, bs=2, spacing=(4,2.8,2.8), patch=(16,96,96), p_lesion=.5, aug='light', loss='DiceCELoss', up='trilinear', stem_skip=True, input_skip=False, attention=False,
@@ -70,13 +70,13 @@ class DeepUnet(DynamicUnet3d):
     "Logits of each decoder level while training: deep supervision"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.aux = nn.ModuleList(logit_conv(l.join[0].out_channels, len(self.classes)) for l in [*self.decoder.values()][:-1])
+        self.aux = nn.ModuleList(_logit_conv(l.join[0].out_channels, len(self.classes)) for l in [*self.decoder.values()][:-1])
     def forward(self, x):
         found,outs,volume = {},[],x
         for name,stage in self.encoder.named_children(): found[name] = x = stage(x)
         for names,level in zip(self.skips, self.decoder.values()): x = level(x, [found.pop(n) for n in names]); outs.append(x)
         logits = self.head(x, volume)
-        return [logits, *(resize(a(o), volume.shape[2:]) for a,o in zip(self.aux[::-1], outs[-2::-1]))] if self.training else logits
+        return [logits, *(_resize(a(o), volume.shape[2:]) for a,o in zip(self.aux[::-1], outs[-2::-1]))] if self.training else logits
 
 augmentations = dict(light=light_aug_transforms(), full=None, none=False, grey=Augment3d([Flip3d(), Contrast3d(.3, p=1), Brightness3d(.1, p=1), Gamma3d(.6, 1.6), Noise3d(.05), Blur3d(1.), Sharpen3d(.8)]))
 

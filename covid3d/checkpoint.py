@@ -6,14 +6,12 @@ Docs: https://covid3d.github.io/covid3d/checkpoint.html.md"""
 
 # %% auto #0
 __all__ = ['write_checkpoint', 'read_checkpoint', 'Misfit', 'get_random', 'set_random', 'callback_state', 'set_callbacks',
-           'bare_model', 'learner_state', 'set_learner', 'case_digests', 'weights_digest', 'described', 'require_same',
-           'Checkpoint', 'batch_names', 'StopOnNaN']
+           'learner_state', 'set_learner', 'Checkpoint', 'batch_names', 'StopOnNaN']
 
 # %% ../nbs/17_checkpoint.ipynb #c913e973
 import json, math, os, random, re, shutil, signal, threading, zlib
 from contextlib import contextmanager
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from struct import unpack_from
 
@@ -22,8 +20,8 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from fastai.distributed import DistributedDL
 from fastai.optimizer import Optimizer
+from fastai.torch_core import get_model
 from fastcore.basics import noop, patch
-from fastcore.foundation import L
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -31,6 +29,7 @@ from . import __version__
 from .distributed import gather, once, place, spread
 from .encoder import open_tensors
 from .files import sweep
+from .recipe import require_same
 from .volume import CTError, temp_beside, temps_here
 
 # %% ../nbs/17_checkpoint.ipynb #c150e157
@@ -217,7 +216,7 @@ def _check_callbacks(cbs, state, tensors, model=None, learn=None, done=None):
     _need({*state}=={c.name for c in _keepers(cbs)}, 'callbacks')
     for c in _holders(cbs):
         mine = _form(_below(f'{c.name}.', tensors or {}))
-        _need(not mine or model is None or mine==_form(bare_model(model).state_dict()), f'tensors of {c.name}')
+        _need(not mine or model is None or mine==_form(get_model(model).state_dict()), f'tensors of {c.name}')
     for c in (o for o in _keepers(cbs) if o.name in state):
         kept = state[c.name]
         _need({*kept}=={*c.keeps} and all(_is_kept(kept[k], getattr(c, k)) for k in c.keeps), f'callback {c.name}')
@@ -241,12 +240,6 @@ def set_callbacks(
         setattr(c, c.keeps_tensors, {k:v.clone() for k,v in _below(f'{c.name}.', tensors or {}).items()})
 
 # %% ../nbs/17_checkpoint.ipynb #980fbe4b
-def bare_model(
-    model # Network, or what PyTorch wraps around it for several processes
-)->torch.nn.Module:
-    "The network itself"
-    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
-
 def _opt_state(opt)->list:
     "The state of each parameter"
     if not isinstance(opt, Optimizer): raise CTError('opt_func', f'checkpoints know fastai\'s optimisers, not {type(opt).__name__}', 'Use Adam, SGD, RAdam, …')
@@ -261,7 +254,7 @@ def learner_state(
 )->tuple: # What JSON can hold, tensors by name
     "All that a learner has gathered"
     opt = _opt_state(learn.opt)
-    tensors = {f'model.{k}':v for k,v in bare_model(learn.model).state_dict().items()}
+    tensors = {f'model.{k}':v for k,v in get_model(learn.model).state_dict().items()}
     tensors |= {f'opt.{i}.{k}':v for i,s in enumerate(opt) for k,v in s.items() if isinstance(v, torch.Tensor)}
     tensors |= {f'{c.name}.{k}':v for c in _holders(learn.cbs) for k,v in getattr(c, c.keeps_tensors).items()}
     scaler = getattr(learn, 'scaler', None)
@@ -341,7 +334,7 @@ def _check_scaler(own, kept):
 
 def _check_learner(learn, state, tensors, cbs):
     "`Misfit` unless a checkpoint is of this network, optimiser and scaler"
-    _need(_form(_below('model.', tensors))==_form(bare_model(learn.model).state_dict()), 'weights')
+    _need(_form(_below('model.', tensors))==_form(get_model(learn.model).state_dict()), 'weights')
     known = ['model.', *(f'opt.{i}.' for i,_ in enumerate(learn.opt.all_params())), *(f'{c.name}.' for c in _holders([*learn.cbs, *cbs]))]
     _need(all(k.startswith(tuple(known)) for k in tensors), 'tensors')
     _need(all(_is_sound(k, v) for k,v in tensors.items()), 'tensors')
@@ -369,81 +362,12 @@ def set_learner(
     "Put back what a learner had gathered"
     if learn.opt is None: learn.create_opt()
     _check_learner(learn, state, tensors, cbs)
-    bare_model(learn.model).load_state_dict({k[6:]:v for k,v in tensors.items() if k.startswith('model.')})
+    get_model(learn.model).load_state_dict({k[6:]:v for k,v in tensors.items() if k.startswith('model.')})
     for i,((p,_,s,_),new) in enumerate(zip(learn.opt.all_params(), state['opt'])):
         s.clear(); s.update(new | {k[len(f'opt.{i}.'):]:_like(p, t) for k,t in tensors.items() if k.startswith(f'opt.{i}.')})
     for h,new in zip(learn.opt.hypers, state['hypers']): h.update(new)
     if state['scaler'] and getattr(learn, 'scaler', None): learn.scaler.load_state_dict(state['scaler'])
     if hasattr(learn.recorder, 'lrs'): _set_recorder(learn.recorder, state['recorder'])
-
-# %% ../nbs/17_checkpoint.ipynb #c4a74363
-def case_digests(
-    reader, # `CaseReader`
-    cases   # `Case`s
-)->dict: # Name → 8 hexadecimal digits
-    "What tells a prepared case from another"
-    def digest(p): return zlib.crc32(p.masks[:,::8].contiguous().numpy(), zlib.crc32(p.ct[:,::8].contiguous().numpy()))
-    return {c.name:f'{digest(reader(c)):08x}' for c in cases}
-
-# %% ../nbs/17_checkpoint.ipynb #feeed6b7
-def weights_digest(
-    pretrained # As `train` takes it: True, False, or a file
-):
-    "What tells pretrained weights from others"
-    if isinstance(pretrained, bool): return pretrained
-    if not Path(pretrained).is_file(): raise CTError(pretrained, 'no such file', 'Give the path of weights, or --weights kinetics or random')
-    crc = 0
-    with open(pretrained, 'rb') as f:
-        while block := f.read(2**20): crc = zlib.crc32(block, crc)
-    return f'file {crc:08x}'
-
-# %% ../nbs/17_checkpoint.ipynb #7bf5d750
-def _settings(o)->dict:
-    "Attributes that tell an object from another of its class"
-    d = vars(o) if hasattr(o, '__dict__') else {}
-    names = signature(type(o).__init__).parameters if isinstance(o, Callback) else d
-    own = {k:d[k] for k in names if k in d and k[0]!='_' and k!='training' and not isinstance(d[k], dict)}
-    if not isinstance(o, torch.nn.Module): return own
-    return own | dict(o.named_children()) | dict(o.named_buffers(recurse=False)) | dict(o.named_parameters(recurse=False))
-
-def _tensor_digest(t)->str:
-    t = torch.as_tensor(t).detach().cpu().contiguous()
-    return f'{"×".join(map(str, t.shape))} {_crc("", {"":t})}'
-
-def described(
-    o,          # Number, text, list, function, loss, augmentation, callback, …
-    depth:int=5 # Objects within objects are looked at so deep
-): # What JSON can hold
-    "What tells an argument from another: its value, or its name and settings"
-    if o is None or isinstance(o, (bool,int,float,str)): return o
-    if isinstance(o, (Path,torch.dtype,torch.device)): return str(o)
-    if isinstance(o, (list,tuple,L)): return [described(v, depth) for v in o]
-    if isinstance(o, dict): return {str(k):described(v, depth) for k,v in o.items()}
-    if isinstance(o, (np.ndarray,torch.Tensor)): return _tensor_digest(o)
-    if isinstance(o, np.generic): return o.item()
-    if isinstance(o, partial): return described(dict(func=o.func, args=o.args)|o.keywords, depth)
-    if hasattr(o, '__qualname__'): return o.__qualname__
-    more = {k:described(v, depth-1) for k,v in _settings(o).items()} if depth else {}
-    return {'class':type(o).__name__}|more if more else type(o).__name__
-
-# %% ../nbs/17_checkpoint.ipynb #93a9f90c
-def _flat(d, at='')->dict:
-    "Dicts and lists of dicts as one dict; a name is the way there"
-    parts = {k:dict(enumerate(v)) if isinstance(v, list) and any(isinstance(o, dict) for o in v) else v for k,v in d.items()}
-    return {k2:v2 for k,v in parts.items() for k2,v2 in (_flat(v, f'{at}{k} ') if isinstance(v, dict) else {f'{at}{k}':v}).items()}
-
-def require_same(
-    path,     # Of the checkpoint, for the message
-    then:dict,# Arguments of the run that was interrupted, as JSON gives them
-    now:dict  # Those of this one
-):
-    "Refuse to go on with other arguments"
-    a,b = _flat(then),_flat(json.loads(json.dumps(now, default=_plain)))
-    say = lambda o: f'{str(o)[:57]}…' if len(str(o))>60 else o
-    diff = [f'{say(k)} {say(a.get(k, "absent"))} then, {say(b.get(k, "absent"))} now' for k in [*a, *(k for k in b if k not in a)] if a.get(k, 'absent')!=b.get(k, 'absent')]
-    if diff:
-        more = f' and {len(diff)-3} more' if len(diff)>3 else ''
-        raise CTError(path, f'is of another training: {"; ".join(diff[:3])}{more}', 'Give the same arguments, or start anew with --overwrite')
 
 # %% ../nbs/17_checkpoint.ipynb #456ef28d
 class Checkpoint(Callback):
@@ -518,7 +442,8 @@ def _fitting(self:Checkpoint):
 def _tell(self:Checkpoint, state):
     done = 'it had finished' if state['finished'] else f'phase {state["phase"]+1}, {state["epoch"]} of its epochs are done'
     if w := state.get('within'): done += f', and {w["step"]} steps of the next'
-    note = '' if state['made_by']==_made_by() else f' (by {state["made_by"]}; with {_made_by()} the weights may differ)'
+    then,now = [f'{by}, {n} thread{"s"[:n!=1]}' for by,n in ((state['made_by'], state['threads']), (_made_by(), torch.get_num_threads()))]
+    note = '' if then==now else f' (by {then}; with {now} the weights may differ)'
     print(f'{self.file}: {done}{note}', flush=True)
 
 @patch
@@ -551,7 +476,6 @@ def begin(self:Checkpoint,
     self.at = once(lambda: self._open(resume))
     for k,(dtype,shape) in self.at.get('shapes', {}).items(): self.tensors.setdefault(k, torch.empty(shape, dtype=_dtypes[dtype]))
     if self.at.get('shapes'): spread([self.tensors[k] for k in self.at['shapes']])
-    torch.set_num_threads(self.at['threads'])
     return self.at['finished']
 
 # %% ../nbs/17_checkpoint.ipynb #a60fec5f

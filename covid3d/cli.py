@@ -7,9 +7,8 @@ Docs: https://covid3d.github.io/covid3d/cli.html.md"""
 # %% auto #0
 __all__ = ['commands', 'no_table', 'input_defaults', 'weight_words', 'demo_config', 'overview', 'command', 'numbers', 'absent',
            'writable', 'there', 'check_overlap', 'at_least_one', 'check_lr', 'find_device', 'download', 'phantom',
-           'names_or_share', 'cases', 'check', 'input_spec', 'prepare', 'train', 'pretrain', 'transfer_study',
-           'evaluate', 'print_scores', 'reproduce', 'find_scans', 'predict', 'clear_demo', 'demo', 'tie', 'one_line',
-           'main']
+           'names_or_share', 'cases', 'check', 'input_spec', 'prepare', 'train', 'pretrain', 'evaluate', 'print_scores',
+           'reproduce', 'find_scans', 'predict', 'clear_demo', 'demo', 'tie', 'one_line', 'main']
 
 # %% ../nbs/30_cli.ipynb #9daa8dd1
 import codecs, errno, inspect, math, os, re, shutil, sys, time, warnings
@@ -322,13 +321,14 @@ def train(
     there(table, *no_table)
     spec = input_spec(table, spacing=spacing, patch=patch, window=window, classes=classes)
     from covid3d.learner import train
-    from covid3d.losses import find_loss
-    recipe = dict(spec=spec, arch=encoder, pretrained=weight_words.get(weights, weights), epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, frozen_stages=frozen_stages,
-                  lr_ratio=lr_ratio, bs=bs, patches=patches, p_lesion=p_lesion, score_every=score_every, aug=augment if augment!='none' else False, clip=clip, average=average,
-                  keep=keep or ('last' if folds else 'best'), seed=seed, device=find_device(device), resume=resume, examples=examples, plot=plot, workers=workers,
-                  loss_func=find_loss(loss), width=width, norm=norm, up=up, decoder=numbers(decoder, int, 'decoder'), memory=memory, overwrite=overwrite)
-    if folds: return _train_folds(table, out, folds, fold, recipe)
-    learn = train(table, out, **recipe)
+    from covid3d.recipe import Recipe
+    changes = dict(encoder=encoder, init=weights, epochs=epochs, frozen_epochs=frozen_epochs, lr=lr, frozen_lr=frozen_lr, frozen_stages=frozen_stages, lr_ratio=lr_ratio,
+                   bs=bs, patches=patches, oversample_foreground=p_lesion, score_every=score_every, augment=augment, clip=clip, ema=average, seed=seed, loss=loss,
+                   width=width, norm=norm, up=up, decoder=numbers(decoder, int, 'decoder'), memory=memory)
+    recipe = Recipe(spec=spec).but(**changes)
+    more = dict(device=find_device(device), resume=resume, examples=examples, plot=plot, workers=workers, overwrite=overwrite)
+    if folds: return _train_folds(table, out, recipe, folds, fold, keep=keep or 'last', **more)
+    learn = train(table, out, recipe, keep=keep or 'best', **more)
     if _started()[0]: return
     print(f'wrote {runs[0]/"model.safetensors"} · whole-scan Dice on valid {learn.kept.best:.3f}')
 
@@ -356,10 +356,10 @@ def _absent_run(run, resume, overwrite, command='train', file='model.safetensors
     Outputs(run, command, 'checkpoint.safetensors', file).require(may, remedy)
 
 # %% ../nbs/30_cli.ipynb #627e173d
-def _train_folds(table, out, folds, fold, recipe):
+def _train_folds(table, out, recipe, folds, fold, **kwargs):
     "Train, score, and say how it went"
     from covid3d.folds import missing_folds, train_folds
-    df = train_folds(table, out, folds, None if fold is None else [fold], **recipe)
+    df = train_folds(table, out, recipe, folds, None if fold is None else [fold], **kwargs)
     if _started()[0]: return
     left = missing_folds(out, folds)
     print(f'mean whole-scan Dice {df.dice.mean():.3f} over {df.dice.notna().sum()} cases'+(f' · folds still to train: {", ".join(map(str, left))}' if left else f' · wrote {Path(out)/"report"}'))
@@ -375,7 +375,7 @@ def pretrain(
     steps:int=6000,         # Batches to train on
     bs:int=2,               # Patches in a batch
     share:float=.5,         # Of the patches that show shapes, 0 to 1; the others show phantoms
-    phantoms:int=24,        # Made-up chests to train with
+    phantoms:int=24,        # Synthetic CTs to train with
     spacing:str=input_defaults['spacing'],# mm between slices, rows and columns that the network sees
     patch:str=input_defaults['patch'],   # Slices, rows and columns of a training patch
     lr:float=2e-3,          # Highest learning rate
@@ -384,7 +384,7 @@ def pretrain(
     resume:store_true=False,   # Go on with a pretraining that was interrupted, with the same arguments
     overwrite:store_true=False # Replace an encoder that is there
 ):
-    "Train an encoder on made-up shapes and chests; start a training from it with train --weights."
+    "Train an encoder on synthetic shapes and phantoms; start a training from it with train --weights."
     writable(out); _absent_run(Path(out), resume, overwrite, 'pretrain', 'encoder.safetensors')
     at_least_one(width=width, steps=steps, bs=bs, phantoms=phantoms); check_lr(lr)
     if phantoms>10_000: raise CTError('phantoms', f'{phantoms} are too many', 'Give 24')
@@ -394,33 +394,6 @@ def pretrain(
     spec = input_spec(spacing=spacing, patch=patch)
     file = pretrain_encoder(out, encoder, width, steps, bs, spec, share, lr, seed, phantoms, device=device, resume=resume, norm=norm, overwrite=overwrite)
     print(f'wrote {file} · next: covid3d train cases.csv --weights {file} --out RUN')
-
-# %% ../nbs/30_cli.ipynb #0bc50b5d
-@command
-def transfer_study(
-    table:Annotated[str, 'Case table (CSV), or a folder from covid3d prepare', {'opt':False}],
-    weights:str=None,       # File of encoder weights or kinetics, or several with commas between
-    out:str=None,           # Folder for transfer.csv, study.json and transfer.png
-    folds:int=3,            # Of the cross-validation, by patient
-    seeds:str='0',          # A run for each, with commas between
-    patches:int=1800,       # Patches that a run sees in all
-    moments:int=6,          # Scores on the way
-    lr:float=2e-3,          # Highest learning rate
-    frozen_stages:int=2,    # Of a pretrained encoder's five, so many first ones stay as they are; 0 for none
-    lr_ratio:float=3.,      # From pretrained weights: the decoder's rate over the stem's; with 1, and --frozen-stages 0, only the encoders differ
-    device:str=None         # cpu or cuda; the best there is
-):
-    "Learning curves from pretrained and from random weights at the same budget; a run that was finished is not repeated."
-    writable(out)
-    if not weights: raise CTError('weights', 'no file of encoder weights', 'Add --weights FILE, from covid3d pretrain or torchvision')
-    at_least_one(patches=patches, moments=moments); check_lr(lr)
-    if not 2<=folds<=1000: raise CTError('folds', f'{folds} is no number of folds', 'Give 2 or more')
-    device = find_device(device)
-    from covid3d.pretrain import transfer_study
-    df = transfer_study(table, weights.split(','), out, folds, numbers(seeds, int, 'seeds'), patches, moments=moments, lr=lr, frozen_stages=frozen_stages, lr_ratio=lr_ratio, device=device)
-    last = df[df.moment==df.moment.max()].groupby('weights', sort=False).dice.agg(['mean','min','max'])
-    for k,r in last.iterrows(): print(f"{k}: whole-scan Dice {r['mean']:.3f} ({r['min']:.3f} to {r['max']:.3f})")
-    print(f'wrote {Path(out)/"transfer.csv"} and {Path(out)/"transfer.png"}')
 
 # %% ../nbs/30_cli.ipynb #5ab2e341
 @command
@@ -614,7 +587,7 @@ def clear_demo(
 ):
     "Remove a former demo; refuse a folder that holds anything else"
     from covid3d.report import report_files
-    from covid3d.learner import run_outputs
+    from covid3d.callbacks import run_outputs
     from covid3d.phantom import phantom_outputs
     mine,data,scores = Outputs(out, 'demo', 'demo.png', 'phantom_*_lesion.nii.gz'),phantom_outputs(out/'data'),Outputs(out/'scores', 'evaluate', *report_files)
     if not mine.listed and any(not o.name.startswith('.covid3d') for o in out.iterdir()):
@@ -655,13 +628,13 @@ def demo(
 def _demo(out, n, seed, start, spacing, patch, **recipe):
     "The four steps"
     from covid3d.evaluate import score_cases
-    from covid3d.learner import CTSpec, read_cases, train, write_phantoms
     from covid3d.report import Extremes, write_report
+    from covid3d.learner import CTSpec, read_cases, train, write_phantoms
     spec,keep = CTSpec(spacing=spacing, patch=patch),Extremes()
     print(f'1  synthetic scans: {n} of 96×256×256 voxels')
     table = write_phantoms(out/'data', n, seed)
     print(f'2  training: grid {"×".join(f"{s:g}" for s in spacing)} mm, patch {"×".join(map(str,patch))}, r3d_18 of width {recipe["width"]} (of 64), random weights')
-    learn = train(table, out/'run', spec, pretrained=False, seed=seed, **recipe)
+    learn = train(table, out/'run', spec=spec, init='random', seed=seed, **recipe)
     print('3  scores on unseen scans, each on its own grid')
     test = read_cases(table, 'test')
     segmenter = learn.segmenter()

@@ -19,7 +19,8 @@ from .cases import Case, bare_cell, read_cases, safe_cell, without_paths
 from .datasets import dicom_series
 from .dicom import is_nifti, pseudonym, read_slices, save_seg
 from .files import Outputs, locked, read_bytes
-from .inference import Seen, Segmenter, out_of_memory
+from .inference import Segmenter, out_of_memory
+from .weights import Seen
 from .transforms import body_ml
 from .volume import (CTError, Scarce, case_name, max_bytes, plain, save_mask, scan_digest,
                             unreadable, write_atomic)

@@ -24,11 +24,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from .augment import Augment3d, ct_aug_transforms, spline_weights
+from .callbacks import WhileTraining
 from .checkpoint import Checkpoint, StopOnNaN
 from .distributed import started
 from .encoder import encoder3d
 from .files import Outputs, locked
-from .learner import WhileTraining, check_recipe
+from .recipe import Recipe
 from .losses import soft_dice
 from .phantom import centred_mm, phantom, ring
 from .prepare import Prepared
@@ -357,7 +358,7 @@ def pretrain_encoder(
 ) -> Path: # `encoder.safetensors`
     "Train an encoder to find lesions and lungs in phantoms, and to tell shapes apart"
     spec, every, device = spec or CTSpec(), min(every, steps), torch.device(device or default_device())
-    check_recipe(seed=seed, lr=lr, bs=bs, width=width, epochs=steps)
+    Recipe(seed=seed, lr=lr, bs=bs, epochs=steps).but(width=width)
     info = dict(encoder=getattr(arch, '__name__', arch), width=width, norm=norm, seed=seed, bs=bs,
         lr=lr, share=share, phantoms=phantoms, spacing=spec.spacing, window=spec.window, patch=spec.patch)
     return _pretrain(Path(out), info, math.ceil(steps/every), every, spec, grid, device, resume, overwrite)

@@ -16,17 +16,17 @@ from fastcore.basics import patch
 
 from .augment import light_aug_transforms
 from .files import read_json
-from .inference import NetSpec
 from .losses import find_loss, losses_by_name
 from .transforms import CTSpec
 from .volume import CTError, write_atomic
+from .weights import NetSpec
 
 # %% ../nbs/15_recipe.ipynb #b1ca0634
 _ranges = dict(
     epochs=(int, 1, 10**6, 'Give 25'),
     frozen_epochs=(int, 0, 10**6, 'Give 1, or 0 for none'),
-    lr=(float, 1e-12, 100, 'Give, for example, 2e-3'),
-    frozen_lr=(float, 1e-12, 100, 'Give, for example, 2e-3'),
+    lr=(float, 1e-12, 1e38, 'Give, for example, 2e-3'),
+    frozen_lr=(float, 1e-12, 1e38, 'Give, for example, 2e-3'),
     frozen_stages=(int, 0, 5, 'Give 2 for the stem and layer 1, 0 for none'),
     lr_ratio=(float, 1, 10**6, 'Give 3, or 1 for one rate'),
     bs=(int, 1, 10**4, 'Give 2'),
@@ -83,6 +83,7 @@ class Recipe:
     def __post_init__(self):
         put = lambda k,v: object.__setattr__(self, k, v)
         if self.frozen_lr is None: put('frozen_lr', self.lr)
+        if isinstance(self.init, Path): put('init', str(self.init))
         for k in _ranges: put(k, _in_range(k, getattr(self, k)))
         for k in _choices: put(k, _one_of(k, getattr(self, k)))
         _check_parts(self)
@@ -214,7 +215,8 @@ def require_same(
     remedy: str = 'Give the same arguments, or start anew with --overwrite' # For the message
 ):
     "Refuse to resume with other settings or data"
-    a,b = _flat(then),_flat(json.loads(json.dumps(now)))
+    try: a,b = _flat(then),_flat(json.loads(json.dumps(now)))
+    except RecursionError: raise CTError(path, 'is nested too deeply', remedy) from None
     both = [(k, a.get(k, 'absent'), b.get(k, 'absent')) for k in dict.fromkeys([*a, *b])]
     diff = [f'{_short(k)} {_short(x)} then, {_short(y)} now' for k,x,y in both if x!=y]
     if not diff: return

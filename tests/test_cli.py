@@ -6,7 +6,7 @@ import nibabel as nib, numpy as np, pytest
 from safetensors.torch import save_file
 
 from covid3d.cli import commands, main, one_line
-from covid3d.inference import NetSpec, load_model, save_model
+from covid3d.weights import NetSpec, load_model, save_model
 from covid3d.volume import CTError
 from covid3d.phantom import write_phantoms
 from covid3d.transforms import CTSpec
@@ -43,7 +43,7 @@ def test_whole_way(data, tmp_path, capfd):
     assert main(['cases','folder',str(data),'--valid','phantom_003','--test','phantom_004','-o',str(table)])==0
     small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','2','--patches','2','--device','cpu']
     assert main(['train',str(table),'--out',str(run),*small])==0
-    assert sorted(o.name for o in run.iterdir())==['checkpoint.safetensors','covid3d.json','examples','history.csv','model.safetensors']
+    assert sorted(o.name for o in run.iterdir())==['checkpoint.safetensors','covid3d.json','examples','history.csv','model.safetensors','recipe.json']
     history = list(csv.DictReader((run/'history.csv').open()))
     assert len(history)==2 and 0<=float(history[-1]['scan_dice'])<=1
     _,ct_spec,net = load_model(run/'model.safetensors')

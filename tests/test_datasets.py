@@ -122,7 +122,7 @@ def archive(phantoms, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
-    from covid3d.inference import NetSpec, save_model
+    from covid3d.weights import NetSpec, save_model
     from covid3d.transforms import CTSpec
     path,net = tmp_path_factory.mktemp('w')/'model.safetensors',NetSpec(width=4)
     save_model(net.build(('lesion',)), path, CTSpec(spacing=(9,5,5), patch=(16,48,48)), net)

@@ -586,7 +586,7 @@ def test_the_picture_shows_the_dispute():
 @pytest.fixture(scope='module')
 def study(cases, tmp_path_factory):
     "Weights of two classes that were trained on the first scan, and a table of all"
-    from covid3d.inference import NetSpec, Seen, save_model
+    from covid3d.weights import NetSpec, Seen, save_model
     from covid3d.volume import scan_digest
     root = tmp_path_factory.mktemp('study'); two = CTSpec(spacing=spec.spacing, patch=spec.patch, classes=('lesion','lung')); net = NetSpec(width=4)
     torch.manual_seed(0); save_model(net.build(two.classes), root/'m.safetensors', two, net, seen=Seen(cases=1, scans=(scan_digest(cases[0].open_ct()),)))

@@ -30,14 +30,13 @@ def jobs(d) -> dict:
         train=Job(train, ['--resume'], ('model.safetensors','history.csv')),
         folds=Job([*train,'--folds','2'], ['--resume'], ('fold_*/model.safetensors','fold_*/scores.csv')),
         pretrain=Job(['pretrain','--out','OUT','--width','4','--steps','4','--phantoms','1',*small,'--device','cpu'], ['--resume'], ('encoder.safetensors',)),
-        study=Job(['transfer-study',f'{d}/data/cases.csv','--weights',f'{d}/encoder/encoder.safetensors','--out','OUT','--folds','2','--patches','4','--moments','2','--device','cpu'], [], ('transfer.csv',)),
         evaluate=Job(['evaluate',f'{d}/data/cases.csv',*w,'--split','train','--out','OUT','--pictures','1'], [], ('scores.csv','summary.csv')),
         predict=Job(['predict',f'{d}/dicom',f'{d}/data/ct',*w,'--out','OUT'], [], ('*_lesion.nii.gz','scans.csv')),
         reproduce=Job(['reproduce','--coronacases',f'{d}/corona',*w,'--out','OUT'], [], ('table.csv','coronacases/scores.csv')),
         demo=Job(['demo','--out','OUT','--n','3'], ['--overwrite'], ()))
 
 names = [k for k in jobs('') if k!='demo']  # minutes long: its parts are `phantom`, `train`, `evaluate` and `predict`
-if 'COVID3D_KILLS' not in os.environ: names = [k for k in names if k not in ('pretrain','study','reproduce')]
+if 'COVID3D_KILLS' not in os.environ: names = [k for k in names if k not in ('pretrain','reproduce')]
 
 class Server:
     "kills.py in a process of its own"
@@ -55,7 +54,7 @@ def world(tmp_path_factory):
     "Data, weights, and the server"
     from covid3d.datasets import write_coronacases
     from covid3d.dicom import write_series
-    from covid3d.inference import NetSpec, save_model
+    from covid3d.weights import NetSpec, save_model
     from covid3d.phantom import phantom, write_phantoms
     from covid3d.transforms import CTSpec
     d,spec,net = tmp_path_factory.mktemp('kills'),CTSpec(spacing=(9,5,5), patch=(16,48,48)),NetSpec(width=4)

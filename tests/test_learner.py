@@ -8,8 +8,9 @@ from fastai.optimizer import SGD
 
 import covid3d.learner
 from covid3d.data import CaseReader
-from covid3d.learner import (CTDataLoaders, CTSpec, KeepBest, PatchDice, ScanDice, encoder3d, load_model, mc3_18, r2plus1d_18, r3d_18, save_model, segment, set_seed, train,
-    unet_learner_3d, write_phantoms)
+from covid3d.learner import (CTDataLoaders, CTSpec, KeepBest, PatchDice, ScanDice, encoder3d, mc3_18,
+                             r2plus1d_18, r3d_18, segment, set_seed, train, unet_learner_3d, write_phantoms)
+from covid3d.weights import load_model, save_model
 from covid3d.pretrain import save_encoder
 from covid3d.volume import CTError
 
@@ -95,7 +96,7 @@ def test_pretrained_starts_frozen(dls, tmp_path):
 
 def test_nan_never_replaces_good_weights(table, tmp_path):
     "Weights kept before the loss turned NaN stay on disk, and the learner ends with them"
-    learn = train(table, tmp_path, spec, pretrained=False, width=4, epochs=1, patches=2, device='cpu')
+    learn = train(table, tmp_path, spec=spec, init='random', width=4, epochs=1, patches=2, device='cpu')
     kept = (tmp_path/'model.safetensors').read_bytes()
     keep = KeepBest(tmp_path/'model.safetensors'); keep.best,keep.best_epoch = 2.,0
     with torch.no_grad(): next(learn.model.parameters()).fill_(float('nan'))
@@ -142,7 +143,7 @@ def test_frozen_and_free_epochs_in_one_table(table, tmp_path):
     from safetensors.torch import save_file
     from covid3d.encoder import encoder3d
     save_file({k:v.contiguous() for k,v in encoder3d(r3d_18, pretrained=False, width=4).state_dict().items()}, tmp_path/'encoder.safetensors')
-    learn = train(table, tmp_path/'run', spec, pretrained=tmp_path/'encoder.safetensors', width=4, epochs=2, frozen_epochs=1, patches=2, score_every=1, device='cpu')
+    learn = train(table, tmp_path/'run', spec=spec, init=tmp_path/'encoder.safetensors', width=4, epochs=2, frozen_epochs=1, patches=2, score_every=1, device='cpu')
     h = pd.read_csv(tmp_path/'run'/'history.csv')
     assert h.epoch.tolist()==[0,1,2]
     assert learn.kept.best==pytest.approx(h.scan_dice.max())
@@ -159,7 +160,7 @@ def test_early_stages_stay_and_rates_rise(table, tmp_path, ratio, stages):
     "Frozen stages keep weights and running statistics; the others and the decoder move, each group by its rate"
     enc = encoder3d(r3d_18, False, 4)
     save_encoder(enc, tmp_path/'e.safetensors', dict(encoder='r3d_18', width=4, norm='batch'))
-    learn = train(table, tmp_path/'run', spec, pretrained=tmp_path/'e.safetensors', epochs=1, frozen_epochs=0, patches=2, examples=0, lr_ratio=ratio, frozen_stages=stages)
+    learn = train(table, tmp_path/'run', spec=spec, init=tmp_path/'e.safetensors', epochs=1, frozen_epochs=0, patches=2, examples=0, lr_ratio=ratio, frozen_stages=stages)
     rates = [h['lr'] for h in learn.opt.hypers]
     assert rates==sorted(rates) and math.isclose(rates[-1]/rates[0], ratio, rel_tol=1e-6)
     for i,(old,new) in enumerate(zip(enc.children(), learn.model.encoder.children())):
@@ -167,14 +168,14 @@ def test_early_stages_stay_and_rates_rise(table, tmp_path, ratio, stages):
         assert all(same) if i<stages else not same[0]  # the first is a convolution's weights
 
 def test_stages_that_are_not_there(table, tmp_path):
-    with pytest.raises(CTError, match='frozen_stages: 6 is not in 0…5. Give 2 for the stem and layer 1, 0 for none'): train(table, tmp_path/'run', spec, frozen_stages=6)
+    with pytest.raises(CTError, match='frozen_stages: 6 is not in 0…5. Give 2 for the stem and layer 1, 0 for none'): train(table, tmp_path/'run', spec=spec, frozen_stages=6)
 
 def test_average_follows_steps_not_batches(dls):
     "Gradients of two batches added up to one step: the average moves once a step"
     from fastai.callback.training import GradientAccumulation
-    from covid3d.learner import WeightAverage
+    from covid3d.learner import EMA
     def seen(*cbs):
-        ema,learn = WeightAverage(.9),learner(dls)
+        ema,learn = EMA(.9),learner(dls)
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[ema, *cbs])
         return ema.n
     n = len(dls.train)
@@ -204,10 +205,10 @@ def test_metrics_that_would_always_be_zero_are_refused(dls, name):
 @pytest.mark.promise('silent')
 def test_no_augmentation_is_not_guessed(table, tmp_path):
     "aug=None is refused: it once meant the full augmentation, where readers expect the default or none"
-    with pytest.raises(CTError, match='aug: None is no augmentation. Give light, full, an Augment3d, or False for none'): train(table, tmp_path/'run', spec, pretrained=False, aug=None)
+    with pytest.raises(CTError, match='augment: None is unknown. Give none, light, full'): train(table, tmp_path/'run', spec=spec, init='random', augment=None)
     assert not (tmp_path/'run').exists()
 
-tiny = dict(pretrained=False, width=4, epochs=1, patches=2, examples=0, device='cpu')
+tiny = dict(init='random', width=4, epochs=1, patches=2, examples=0, device='cpu')
 
 def in_worker(monkeypatch, do):
     "`do` is called where a process draws its first patch"
@@ -221,7 +222,7 @@ def in_worker(monkeypatch, do):
 def test_X8_a_killed_worker_names_the_case(table, tmp_path, monkeypatch):
     "A process that draws patches is killed, as the system does when memory runs out: the cases, and the way out"
     in_worker(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(CTError, match='workers: a process that draws patches was killed, while patches of phantom_00.* were awaited.*--workers 0'): train(table, tmp_path/'run', spec, workers=1, **tiny)
+    with pytest.raises(CTError, match='workers: a process that draws patches was killed, while patches of phantom_00.* were awaited.*--workers 0'): train(table, tmp_path/'run', spec=spec, workers=1, **tiny)
     assert not list((tmp_path/'run').rglob('.*'))
 
 @pytest.mark.fault('X9')
@@ -229,12 +230,12 @@ def test_X9_little_shared_memory(table, tmp_path, monkeypatch):
     "What PyTorch says of a small /dev/shm, in one line with the way out"
     def full(): raise RuntimeError('unable to write to file </torch_71_1>: No space left on device (28)')
     in_worker(monkeypatch, full)
-    with pytest.raises(CTError, match=r'workers: the shared memory \(/dev/shm\) is too small .* phantom_00.*--workers 0'): train(table, tmp_path/'run', spec, workers=1, **tiny)
+    with pytest.raises(CTError, match=r'workers: the shared memory \(/dev/shm\) is too small .* phantom_00.*--workers 0'): train(table, tmp_path/'run', spec=spec, workers=1, **tiny)
 
 def test_a_bad_case_in_a_worker_is_one_line(table, tmp_path, monkeypatch):
     def damaged(): raise CTError('case_1/ct.npy', 'is damaged', 'Prepare it again')
     in_worker(monkeypatch, damaged)
-    with pytest.raises(CTError, match='^case_1/ct.npy: is damaged. Prepare it again. Then go on with --resume.$'): train(table, tmp_path/'run', spec, workers=1, **tiny)
+    with pytest.raises(CTError, match='^case_1/ct.npy: is damaged. Prepare it again. Then add --resume.$'): train(table, tmp_path/'run', spec=spec, workers=1, **tiny)
 
 @pytest.mark.fault('X10')
 @pytest.mark.parametrize('text', ['CUDA out of memory. Tried to allocate 2.00 GiB', "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate"])
@@ -242,17 +243,17 @@ def test_X10_memory_that_does_not_suffice(table, tmp_path, text):
     "The setting that fits is one option away; a setting that is known to fit is what memory=… chooses (test_memory.py)"
     class Full(Callback):
         def after_pred(self): raise RuntimeError(text)
-    with pytest.raises(CTError, match='memory: a training step needs more than there is. Start anew with less: --memory, such as 6GB, or a smaller --bs or --patch'): train(table, tmp_path/'run', spec, cbs=[Full()], **tiny)
+    with pytest.raises(CTError, match='memory: a training step needs more than there is. Start anew with less: --memory, such as 6GB, or a smaller --bs or --patch'): train(table, tmp_path/'run', spec=spec, cbs=[Full()], **tiny)
 
 def test_other_errors_stay_themselves(table, tmp_path):
     class Odd(Callback):
         def after_pred(self): raise RuntimeError('of another kind')
-    with pytest.raises(RuntimeError, match='of another kind'): train(table, tmp_path/'run', spec, cbs=[Odd()], **tiny)
+    with pytest.raises(RuntimeError, match='of another kind'): train(table, tmp_path/'run', spec=spec, cbs=[Odd()], **tiny)
 
 @pytest.mark.promise('lost')
 def test_a_picture_that_cannot_be_drawn_ends_nothing(table, tmp_path, monkeypatch, capsys):
-    "Whatever goes wrong while a picture is drawn, the training goes on"
+    "Whatever goes wrong while a picture is drawn, the training continues"
     def odd(*_): raise RuntimeError('latex could\nnot be found')
-    monkeypatch.setattr(covid3d.learner, 'save_figure', odd)
-    train(table, tmp_path/'run', spec, plot=True, **tiny|dict(examples=1))
+    monkeypatch.setattr('covid3d.show.save_figure', odd)
+    train(table, tmp_path/'run', spec=spec, plot=True, **tiny|dict(examples=1))
     assert 'no picture of this epoch: latex could not be found' in capsys.readouterr().out and (tmp_path/'run'/'model.safetensors').exists()

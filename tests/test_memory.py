@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from covid3d.encoder import encoder3d
 from covid3d.losses import DiceCELoss
-from covid3d.memory import Accumulate, LiveBytes, MemoryPlan, apply_plan, as_trained, largest_patch, live_step, on_meta, options, parse_bytes, plan_memory, saved_bytes, show_bytes, step_bytes, try_bytes
+from covid3d.memory import Accumulate, LiveBytes, MemoryPlan, apply_plan, _as_trained, _largest_patch, live_step, on_meta, _options, _parse_bytes, plan_memory, saved_bytes, show_bytes, step_bytes, _try_bytes
 from covid3d.unet import DynamicUnet3d
 from covid3d.volume import CTError
 
@@ -65,7 +65,7 @@ def hook_sees(model, size):
 @pytest.mark.parametrize('n', [0, 1, 2, 4, 5])
 @pytest.mark.parametrize('recompute', [False, True])
 def test_frozen_stages_beside_what_the_hook_sees(n, recompute):
-    "Where activations are computed again, the hook misses the skips, which checkpoints hold in lists: those that no trained stage reads too"
+    "Where activations are recomputed, the hook misses the skips, which checkpoints hold in lists: those that no trained stage reads too"
     net, size = freeze(unet(width=16, recompute=recompute), stages[:n]), (16, 96, 96)
     voxels = dict(zip(stages, (16 * 48 * 48, 16 * 48 * 48, 8 * 24 * 24, 4 * 12 * 12)))
     channels = dict(stem=16, layer1=16, layer2=32, layer3=64)
@@ -122,14 +122,14 @@ def test_live_bytes_of_any_order_of_coming_and_going(sizes, data):
 
 
 @given(st.integers(1, 10**13))
-def test_a_number_of_bytes_is_itself(n): assert parse_bytes(n) == parse_bytes(str(n)) == parse_bytes(f'{n} B') == n
+def test_a_number_of_bytes_is_itself(n): assert _parse_bytes(n) == _parse_bytes(str(n)) == _parse_bytes(f'{n} B') == n
 
 @pytest.mark.parametrize('text, n', [('6GB', 6e9), ('6 gb', 6e9), ('6GiB', 6 * 2**30), ('1.5 G', 1.5e9), ('24 GIB', 24 * 2**30), (8e9, 8e9), ('2e9', 2e9), ('512MiB', 2**29)])
-def test_ways_to_write_a_budget(text, n): assert parse_bytes(text) == n
+def test_ways_to_write_a_budget(text, n): assert _parse_bytes(text) == n
 
 @pytest.mark.parametrize('bad', ['', 'GB', '6 cards', '6..5GB', '-1', 'nan', 'inf', None, 0, [], True, '0.1 B'])
 def test_no_budget(bad):
-    with pytest.raises(CTError, match='not an amount of memory') as e: parse_bytes(bad)
+    with pytest.raises(CTError, match='not an amount of memory') as e: _parse_bytes(bad)
     assert '\n' not in str(e.value)
 
 def test_sizes_for_people(): assert [show_bytes(n) for n in (4.1e9, 999e6, 1e9, 12.34e9)] == ['4.1 GB', '999 MB', '1 GB', '12.3 GB']
@@ -138,8 +138,8 @@ def test_sizes_for_people(): assert [show_bytes(n) for n in (4.1e9, 999e6, 1e9, 
 @given(bs=st.sampled_from([1, 2]), norm=st.sampled_from(['batch', 'group']), share=st.floats(0, 1), device=st.sampled_from(['cpu', 'cuda']))
 def test_a_plan_is_the_first_option_that_fits(bs, norm, share, device):
     net, size = unet(norm), (16, 32, 32)
-    ways = options(net, bs, device)
-    needs = [try_bytes(net, size, *way, device) for way in ways]
+    ways = _options(net, bs, device)
+    needs = [_try_bytes(net, size, *way, device) for way in ways]
     budget = int(min(needs) + share * (max(needs) - min(needs)))
     plan = plan_memory(net, size, budget, bs, device)
     assert (plan.bs, plan.recompute, plan.fp16) == next(way for way, need in zip(ways, needs) if need <= budget)
@@ -158,35 +158,35 @@ def test_a_plan_counts_what_will_train():
 
 def test_frozen_statistics_are_not_lost_by_splitting():
     "One patch at a time comes early where every BatchNorm is frozen"
-    ways = lambda n: [way[0] for way in options(as_trained(unet('batch'), n), 2, 'cuda')]
+    ways = lambda n: [way[0] for way in _options(_as_trained(unet('batch'), n), 2, 'cuda')]
     assert ways(0) == ways(4) == [2, 2, 1, 1] and ways(5) == [2, 1, 2, 1]
 
 def test_a_budget_for_frozen_stages_is_too_small_for_all():
     net, size = unet(), (16, 64, 64)
-    budget = max(try_bytes(as_trained(net, 5), size, *way, 'cpu') for way in options(as_trained(net, 5), 1, 'cpu'))
+    budget = max(_try_bytes(_as_trained(net, 5), size, *way, 'cpu') for way in _options(_as_trained(net, 5), 1, 'cpu'))
     assert not plan_memory(net, size, budget, 1, 'cpu', frozen_stages=5).recompute
-    with pytest.raises(CTError, match='at the least'): plan_memory(net, size, try_bytes(as_trained(net, 5), size, 1, True, False, 'cpu'), 1, 'cpu')
+    with pytest.raises(CTError, match='at the least'): plan_memory(net, size, _try_bytes(_as_trained(net, 5), size, 1, True, False, 'cpu'), 1, 'cpu')
 
-def test_a_cpu_never_trains_in_half_precision(): assert not any(fp16 for *_, fp16 in options(unet(), 4, 'cpu'))
+def test_a_cpu_never_trains_in_half_precision(): assert not any(fp16 for *_, fp16 in _options(unet(), 4, 'cpu'))
 
 def test_nothing_fits():
     net = unet()
-    with pytest.raises(CTError, match='memory=0.9GB: one patch of 32×64×64 needs .* at the least. Give a slimmer network'): plan_memory(net, (32, 64, 64), '0.9GB', device='cpu')
-    budget = try_bytes(net, (16, 48, 48), 1, True, False, 'cpu')
-    smaller = largest_patch(net, (24, 80, 80), budget, True, False, 'cpu')
+    with pytest.raises(CTError, match='memory=0.9GB: one patch of 32×64×64 needs .* at the least. Give a narrower network'): plan_memory(net, (32, 64, 64), '0.9GB', device='cpu')
+    budget = _try_bytes(net, (16, 48, 48), 1, True, False, 'cpu')
+    smaller = _largest_patch(net, (24, 80, 80), budget, True, False, 'cpu')
     assert smaller and plan_memory(net, smaller, budget, 1, 'cpu').bytes <= budget
     with pytest.raises(CTError, match='Give a patch of ' + '×'.join(map(str, smaller))): plan_memory(net, (24, 80, 80), budget, 1, 'cpu')
 
 def test_a_network_that_cannot_compute_again():
-    assert options(nn.Sequential(nn.Conv3d(1, 1, 3)), 2, 'cpu') == [(2, False, False), (1, False, False)]
+    assert _options(nn.Sequential(nn.Conv3d(1, 1, 3)), 2, 'cpu') == [(2, False, False), (1, False, False)]
 
 @pytest.mark.parametrize('norm', ['batch', 'frozen'])
 def test_a_single_patch_comes_last_on_a_cpu(norm):
-    assert [n == 1 for n, *_ in options(unet(norm), 6, 'cpu')] == [False] * 6 + [True] * 2
-    assert options(unet('frozen'), 6, 'cuda')[3][:2] == (1, False)
+    assert [n == 1 for n, *_ in _options(unet(norm), 6, 'cpu')] == [False] * 6 + [True] * 2
+    assert _options(unet('frozen'), 6, 'cuda')[3][:2] == (1, False)
 
 def test_plan_is_told():
-    assert str(MemoryPlan(4, 1, True, False, 10**9, 2 * 10**9)) == '2 GB: 4 patches at a time, fp32, activations computed again; about 1 GB'
+    assert str(MemoryPlan(4, 1, True, False, 10**9, 2 * 10**9)) == '2 GB: 4 patches at a time, fp32, activations recomputed; about 1 GB'
 
 
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='resident memory is read from /proc, which is not here')

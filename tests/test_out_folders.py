@@ -14,7 +14,7 @@ from covid3d.volume import host_name
 
 spec,grid = CTSpec(spacing=(9,7,7), patch=(16,32,32)),dict(shape=(32,96,96), spacing=(9,3.7,3.7))
 small = ['--spacing','9,7,7','--patch','16,32,32','--device','cpu']
-tiny = dict(pretrained=False, width=4, epochs=1, patches=1, examples=1, device='cpu')
+tiny = dict(init='random', width=4, epochs=1, patches=1, examples=1, device='cpu')
 
 @pytest.fixture(scope='module')
 def table(tmp_path_factory): return write_phantoms(tmp_path_factory.mktemp('data'), n=4, seed=1, **grid)
@@ -26,7 +26,6 @@ def commands(table, out):
         resume=([*run,'--resume'], 'checkpoint.safetensors'), folds=([*run,'--folds','2'], 'fold_1/history.csv'), scores=([*run,'--folds','2'], 'fold_0/scores.csv'),
         report=([*run,'--folds','2'], 'report/index.html'), study=([*run,'--folds','2'], 'folds.json'), fold=([*run,'--folds','2','--fold','1'], 'folds.json'),
         pretrain=(['pretrain','--out',out,'--width','4','--steps','2','--phantoms','1',*small], 'encoder.safetensors'),
-        transfer=(['transfer-study',table,'--weights',table.parent/'e.safetensors','--out',out,'--device','cpu'], 'transfer.csv'),
         phantom=(['phantom',out,'--n','1'], 'cases.csv'), scan=(['phantom',out,'--n','1'], 'ct/phantom_000.nii.gz'),
         mosmed=(['phantom',out,'--n','1','--layout','mosmed'], 'studies/CT-1/study_0255.nii.gz'),
         ricord=(['phantom',out,'--n','1','--layout','ricord'], 'MIDRC-RICORD-1a_annotations_labelgroup_all_2020-Dec-8.json'),
@@ -53,7 +52,7 @@ def test_what_is_not_ours_is_never_replaced(table, tmp_path, capfd, name):
     argv,file = commands(table, tmp_path/'out')[name]
     (tmp_path/'out'/file).parent.mkdir(parents=True); (tmp_path/'out'/file).write_bytes(b'years of work'); (tmp_path/'out'/'thesis.tex').write_bytes(b'mine')
     before = content(tmp_path)
-    for more in ([], *[['--overwrite']]*(name not in ('resume','transfer'))):
+    for more in ([], *[['--overwrite']]*(name!='resume')):
         told(capfd, [*argv,*more], 'exists already' if name=='demo' else 'was not written by covid3d', tmp_path/'out')
         assert content(tmp_path)==before
 
@@ -146,7 +145,7 @@ def test_a_list_from_a_stranger_removes_nothing_else(table, tmp_path):
     for o in ('../dear.txt','sub/dear.txt','notes.txt'): (out/o).write_bytes(b'mine')
     (out/manifest).write_text(json.dumps(dict(files=dict.fromkeys(['../dear.txt','sub/dear.txt','notes.txt','examples/../../dear.txt','/etc/passwd'], 'train'))))
     before = content(tmp_path)
-    train(table, out, spec, **tiny|dict(examples=0))
+    train(table, out, spec=spec, **tiny|dict(examples=0))
     now = content(tmp_path)
     assert all(now[k]==v for k,v in before.items() if not k.endswith(manifest))
 
@@ -156,10 +155,10 @@ def test_a_new_training_leaves_nothing_of_the_former(table, tmp_path):
     class Cut(Callback):
         def after_step(self):
             if stop: raise KeyboardInterrupt
-    train(table, out, spec, plot=True, cbs=[Cut()], **tiny); stop.append(1)
+    train(table, out, spec=spec, plot=True, cbs=[Cut()], **tiny); stop.append(1)
     assert (out/'history.png').exists() and (out/'examples'/'epoch_000.png').exists()
-    with pytest.raises(KeyboardInterrupt): train(table, out, spec, cbs=[Cut()], **tiny)
-    assert sorted(o.name for o in out.iterdir())==['checkpoint.safetensors',manifest]
+    with pytest.raises(KeyboardInterrupt): train(table, out, spec=spec, cbs=[Cut()], **tiny)
+    assert sorted(o.name for o in out.iterdir())==['checkpoint.safetensors',manifest,'recipe.json']
 
 def test_a_smaller_cross_validation_leaves_nothing_of_the_former(table, tmp_path, capfd):
     "Folds, report and settings of the former one go, with --overwrite alone, and your files between them stay"
@@ -191,9 +190,9 @@ def test_the_second_is_told(table, tmp_path, capfd, hold):
     "While a process works in a folder, every other command that would write there is refused, with --resume and --overwrite too"
     hold(tmp_path/'run.v2')
     before = content(tmp_path)
-    for name in ('train','resume','folds','pretrain','transfer','phantom','mosmed','demo'):
+    for name in ('train','resume','folds','pretrain','phantom','mosmed','demo'):
         argv,_ = commands(table, tmp_path/'run.v2')[name]
-        for more in ([], *[['--overwrite']]*(name not in ('resume','transfer'))): told(capfd, [*argv,*more], 'another process is writing there', tmp_path/'run.v2')
+        for more in ([], *[['--overwrite']]*(name!='resume')): told(capfd, [*argv,*more], 'another process is writing there', tmp_path/'run.v2')
     assert content(tmp_path)==before
 
 def test_one_fold_beside_another(table, tmp_path, capfd, hold):
@@ -211,7 +210,7 @@ def test_train_holds_its_lock_to_the_end(table, tmp_path):
     def ask(): return subprocess.run([sys.executable,'-c',holder,str(out)], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     class Ask(Callback):
         def after_fit(self): said.append(ask().stderr)
-    train(table, out, spec, cbs=[Ask()], **tiny)
+    train(table, out, spec=spec, cbs=[Ask()], **tiny)
     assert 'another process is writing there' in said[0] and ask().returncode==0 and not list(out.rglob('.*'))
 
 @pytest.mark.fault('X13')
@@ -236,7 +235,7 @@ def test_X13_sigterm_ends_with_a_checkpoint_and_a_free_folder(table, tmp_path, c
 
 @pytest.mark.skipif(not Path('/proc/self').is_dir(), reason='needs a file system that nobody can write to')
 @pytest.mark.fault('X7')
-@pytest.mark.parametrize('name', ['train','folds','pretrain','transfer','phantom','mosmed','demo'])
+@pytest.mark.parametrize('name', ['train','folds','pretrain','phantom','mosmed','demo'])
 def test_a_place_that_cannot_be_written(table, tmp_path, capfd, name):
     "Said at the start, in one line"
     (tmp_path/'file').write_bytes(b'mine')
@@ -272,9 +271,7 @@ def test_numbers_that_no_training_can_use(table, tmp_path, capfd, more):
 
 @pytest.mark.fault('X4')
 @pytest.mark.parametrize('argv', [['pretrain','--out','OUT','--seed','-1'], ['pretrain','--out','OUT','--steps','0'], ['pretrain','--out','OUT','--phantoms','100000000'], ['pretrain','--out','OUT','--share','2'],
-    ['phantom','OUT','--n','0'], ['phantom','OUT','--n','100000000'], ['phantom','OUT','--seed','-1'], ['phantom','OUT','--layout','x'], ['demo','--out','OUT','--n','2'], ['demo','--out','OUT','--seed','-1'],
-    ['transfer-study','TABLE','--out','OUT','--weights','random','--seeds','1,-1'], ['transfer-study','TABLE','--out','OUT','--weights','random','--seeds','a'],
-    ['transfer-study','TABLE','--out','OUT','--weights','random','--moments','0']], ids=lambda o: ' '.join(o[0:1]+o[-2:]))
+    ['phantom','OUT','--n','0'], ['phantom','OUT','--n','100000000'], ['phantom','OUT','--seed','-1'], ['phantom','OUT','--layout','x'], ['demo','--out','OUT','--n','2'], ['demo','--out','OUT','--seed','-1']], ids=lambda o: ' '.join(o[0:1]+o[-2:]))
 def test_numbers_of_other_commands(table, tmp_path, capfd, argv):
     told(capfd, [dict(OUT=tmp_path/'out', TABLE=table).get(o, o) for o in argv], argv[-2].strip('-').removesuffix('s'))
     assert list(tmp_path.iterdir())==[]

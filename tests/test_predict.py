@@ -9,7 +9,8 @@ import covid3d.cases, covid3d.inference, covid3d.predict
 from covid3d.cli import main
 from covid3d.dicom import open_scan, pseudonym, write_series
 from covid3d.files import locked
-from covid3d.inference import NetSpec, Seen, Segmenter, save_model
+from covid3d.inference import Segmenter
+from covid3d.weights import NetSpec, Seen, save_model
 from covid3d.phantom import phantom
 from covid3d.predict import find_scans, predict_scans
 from covid3d.transforms import CTSpec

@@ -240,7 +240,7 @@ def test_prepare_then_train(root, tmp_path, capfd):
     before = {o:(tmp_path/'p'/o).stat().st_mtime_ns for o in folders(tmp_path/'p') if '-' in o}; assert len(before)==4
     assert run('train', tmp_path/'p', '--out', tmp_path/'run', '--weights','random','--width','4','--epochs','1','--patches','2','--device','cpu')==0
     assert {o:(tmp_path/'p'/o).stat().st_mtime_ns for o in before}==before
-    from covid3d.inference import load_model
+    from covid3d.weights import load_model
     assert load_model(tmp_path/'run'/'model.safetensors')[1]==spec
     assert not (root/'cases_prepared').exists()
 
@@ -306,7 +306,7 @@ def test_a_prepared_folder_trains_without_the_scans(root, tmp_path, capfd):
     shutil.move(tmp_path/'p', tmp_path/'q'); shutil.rmtree(root); (tmp_path/'q'/'sources.json').unlink()
     capfd.readouterr(); assert train(tmp_path/'q', tmp_path/'second')==0, capfd.readouterr().err
     assert 'scans are not at hand' in capfd.readouterr().err and not [o for o in (tmp_path/'q').rglob('.*')]
-    from covid3d.inference import load_model
+    from covid3d.weights import load_model
     a,b = (load_model(tmp_path/o/'model.safetensors')[0].state_dict() for o in ('first','second'))
     assert all(torch.equal(a[k], b[k]) for k in a)  # on one machine, with one setting
 

@@ -1,4 +1,4 @@
-"Made-up volumes on any grid; a pretraining and a study that are cut off anywhere"
+"Synthetic volumes on any grid; a pretraining that is cut off anywhere"
 import os, random, shutil, signal, subprocess, sys
 
 import numpy as np, pandas as pd, pytest, torch
@@ -8,11 +8,11 @@ from scipy.spatial.transform import Rotation
 
 import covid3d.pretrain as module
 from covid3d.checkpoint import read_checkpoint, write_checkpoint
-from covid3d.encoder import encoder3d
+from covid3d.encoder import encoder3d, encoder_info, unfinished
 from covid3d.files import Outputs
 from covid3d.phantom import write_phantoms
-from covid3d.pretrain import (KnownLoss, MixedPatches, branches, classes, encoder_info, grey_curve, inner_grid, kinds, phantom_scan, pretrain_encoder, pretrain_learner,
-    pretrain_loaders, random_frame, read_study, save_encoder, segment_mask, set_seed, shapes, transfer_run, transfer_study, unfinished, unknown, weight_labels)
+from covid3d.pretrain import (MaskedLoss, MixedPatches, _branches, _classes, _inner_grid, _intensity_curve, _kinds, _learner, _loaders, _masked, _phantom_scan, _random_frame, _segment_mask,
+    pretrain_encoder, save_encoder, set_seed, shapes)
 from covid3d.transforms import CTSpec
 from covid3d.volume import CTError
 
@@ -22,13 +22,13 @@ sides,mms = st.tuples(*[st.integers(4,24)]*3),st.tuples(*[st.floats(.4,9)]*3)
 vectors = st.tuples(*[st.floats(-60,60)]*3).map(np.array)
 
 @pytest.fixture(scope='module')
-def scan(): return phantom_scan(0, spec, **grid)
+def scan(): return _phantom_scan(0, spec, **grid)
 
 @given(st.integers(0,2**64-1), sides, mms)
 @settings(max_examples=60)
 def test_any_grid(seed, shape, spacing):
     x,y = shapes(seed, shape, spacing)
-    assert x.shape==(1,*shape) and y.shape==(len(kinds),*shape) and x.dtype==np.float32 and y.dtype==np.uint8
+    assert x.shape==(1,*shape) and y.shape==(len(_kinds),*shape) and x.dtype==np.float32 and y.dtype==np.uint8
     assert np.isfinite(x).all() and 0<=x.min()<=x.max()<=1 and y.sum(0).max()<=1
     assert all((a==b).all() for a,b in zip((x,y), shapes(seed, shape, spacing)))
 
@@ -42,7 +42,7 @@ def test_segment_is_all_that_is_near(start, end, radius):
     "Against 400 points between the ends"
     if np.linalg.norm(end-start)<1: return
     axes = [np.arange(-50,50,5.)+.3,np.arange(-60,60,7.)+.2,np.arange(-40,40,6.)+.1]
-    box,hit = segment_mask([a.astype(np.float32) for a in axes], start, end, radius)
+    box,hit = _segment_mask([a.astype(np.float32) for a in axes], start, end, radius)
     out = np.zeros([len(a) for a in axes], bool); out[box] = hit
     p = np.stack(np.meshgrid(*axes, indexing='ij'), -1); line = start+np.linspace(0,1,400)[:,None]*(end-start)
     near = np.min([np.linalg.norm(p-o, axis=-1) for o in line], 0)
@@ -55,7 +55,7 @@ def test_frame_against_scipy(centre, axes, seed):
     "Coordinates in the frame are those of SciPy's rotation, and nothing of the solid lies outside its box"
     turn = Rotation.random(random_state=seed)
     g = [np.arange(-50,50,5.),np.arange(-60,60,7.),np.arange(-40,40,6.)]
-    box,u = inner_grid([a.astype(np.float32) for a in g], centre, axes, turn.inv().as_matrix())
+    box,u = _inner_grid([a.astype(np.float32) for a in g], centre, axes, turn.inv().as_matrix())
     p = np.stack(np.meshgrid(*g, indexing='ij'), -1)
     want = np.moveaxis(turn.inv().apply((p-centre).reshape(-1,3)).reshape(p.shape)/axes, -1, 0)
     np.testing.assert_allclose(np.stack(u), want[(slice(None),*box)], atol=2e-5)
@@ -65,11 +65,11 @@ def test_frame_against_scipy(centre, axes, seed):
 @given(st.integers(0,1000))
 @settings(max_examples=30)
 def test_frames_are_orthogonal(seed):
-    f = random_frame(np.random.default_rng(seed))
+    f = _random_frame(np.random.default_rng(seed))
     np.testing.assert_allclose(f@f.T, np.eye(3), atol=1e-12)
 
 def test_trees_end():
-    assert all(1<=len(branches(np.random.default_rng(s), np.zeros(3), np.ones(3), 4., 8))<200 for s in range(200))
+    assert all(1<=len(_branches(np.random.default_rng(s), np.zeros(3), np.ones(3), 4., 8))<200 for s in range(200))
 
 @given(st.integers(0,10_000), st.sampled_from(['black','white','two','noise']))
 @settings(max_examples=60)
@@ -77,32 +77,32 @@ def test_curves_never_fall(seed, what):
     "Flat and two-valued patches too, where a histogram has one bin"
     rng = np.random.default_rng(seed)
     x = dict(black=np.zeros(999), white=np.ones(999), two=rng.integers(0,2,999)*1., noise=rng.random(999))[what].astype(np.float32)
-    c = grey_curve(x, rng)
+    c = _intensity_curve(x, rng)
     assert (np.diff(c)>=-1e-12).all() and abs(c[0])<1e-9 and abs(c[-1]-1)<1e-9
 
 @pytest.mark.parametrize('share', [0,.25,1/3,.5,1])
 def test_each_domain_marks_what_it_does_not_know(scan, share):
     m = MixedPatches(spec, [scan], 12, share)
-    made_up = [bool((y[:2]==unknown).all()) for _,y in m]
-    assert sum(made_up)==int(12*share)
-    for (x,y),of_shapes in zip(m, made_up):
+    synthetic = [bool((y[:2]==_masked).all()) for _,y in m]
+    assert sum(synthetic)==int(12*share)
+    for (x,y),of_shapes in zip(m, synthetic):
         known = y[2:] if of_shapes else y[:2]
         assert x.dtype==torch.float32 and x.shape==(1,*spec.patch) and 0<=x.min() and x.max()<=1
-        assert known.max()<=1 and (y==unknown).sum()==y[0].numel()*(len(classes)-len(known))
+        assert known.max()<=1 and (y==_masked).sum()==y[0].numel()*(len(_classes)-len(known))
         if of_shapes: assert torch.equal(y[2], y[3:].amax(0))
 
 @pytest.mark.parametrize('fill', [0,1])
 def test_loss_of_empty_and_full_masks(fill):
     "Finite, with finite gradients, and small where the answer is right"
-    mask = torch.full((2,len(classes),4,8,8), fill, dtype=torch.uint8)
+    mask = torch.full((2,len(_classes),4,8,8), fill, dtype=torch.uint8)
     right,wrong = (torch.full(mask.shape, 20.*s*(2*fill-1)).requires_grad_() for s in (1,-1))
-    for l in (right,wrong): KnownLoss()(l, mask).backward()
-    assert KnownLoss()(right, mask)<1e-3<KnownLoss()(wrong, mask) and torch.isfinite(right.grad).all() and torch.isfinite(wrong.grad).all()
+    for l in (right,wrong): MaskedLoss()(l, mask).backward()
+    assert MaskedLoss()(right, mask)<1e-3<MaskedLoss()(wrong, mask) and torch.isfinite(right.grad).all() and torch.isfinite(wrong.grad).all()
 
 def test_it_learns(scan):
     "A hundred steps on one phantom's patches: lungs are found in others of its patches"
     set_seed(0, reproducible=True)
-    learn = pretrain_learner(pretrain_loaders(spec, [scan], [scan], 100, share=0, score=8, device='cpu'), width=8)
+    learn = _learner(_loaders(spec, [scan], [scan], 100, share=0, score=8, device='cpu'), width=8)
     start = float(learn.validate()[0]); learn.fit_one_cycle(1, 1e-2)
     end,_,lung,*_ = learn.validate()
     assert end<.85*start and lung>.3
@@ -131,7 +131,7 @@ def test_ctrl_c_keeps_the_last_epoch(tmp_path, monkeypatch, capsys):
 def test_ctrl_c_before_the_first_epoch(tmp_path, monkeypatch):
     "Nothing is there, and nothing says that it is"
     def interrupted(*_): raise KeyboardInterrupt
-    monkeypatch.setattr(module.PretrainLog, 'before_fit', interrupted)
+    monkeypatch.setattr(module._Log, 'before_fit', interrupted)
     encoder_file(tmp_path/'encoder.safetensors'); (tmp_path/'history.csv').write_text('of a former one')
     Outputs(tmp_path, 'pretrain', '*').add('encoder.safetensors', 'history.csv')
     with pytest.raises(KeyboardInterrupt): pretrain_encoder(tmp_path, steps=2, **tiny)
@@ -139,11 +139,11 @@ def test_ctrl_c_before_the_first_epoch(tmp_path, monkeypatch):
 
 def test_nan_is_an_error(tmp_path, monkeypatch):
     "The message names the step, counted from the first one after a resumption too; what was saved is finite"
-    plain,bad,n = module.KnownLoss.forward,3,0
+    plain,bad,n = module.MaskedLoss.forward,3,0
     def spoiled(self, logits, mask):
         nonlocal n; n += torch.is_grad_enabled()
         return plain(self, logits, mask)*(float('nan') if n==bad and torch.is_grad_enabled() else 1)
-    monkeypatch.setattr(module.KnownLoss, 'forward', spoiled)
+    monkeypatch.setattr(module.MaskedLoss, 'forward', spoiled)
     run = lambda **kw: pretrain_encoder(tmp_path, steps=6, every=2, **tiny, **kw)
     with pytest.raises(CTError, match='loss: the loss became NaN or infinite at step 3. Start anew with a lower learning rate'): run()
     assert all(torch.isfinite(v).all() for v in load_file(tmp_path/'encoder.safetensors').values()) and encoder_info(tmp_path/'encoder.safetensors')['step']==2
@@ -165,12 +165,12 @@ def test_passed_epochs_write_nothing(tmp_path, monkeypatch):
     "While a resumed run passes over what is done, the encoder on disk stays: cut off there it was once that of untrained weights"
     stop = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     with monkeypatch.context() as m:
-        plain = module.PretrainLog.save
-        m.setattr(module.PretrainLog, 'save', lambda self, **kw: stop() if kw['step']==6 else plain(self, **kw))
+        plain = module._Log.save
+        m.setattr(module._Log, 'save', lambda self, **kw: stop() if kw['step']==6 else plain(self, **kw))
         pretrain_encoder(tmp_path, steps=6, every=2, **tiny)
     before = [(tmp_path/o).read_bytes() for o in ('encoder.safetensors','history.csv')]
     assert encoder_info(tmp_path/'encoder.safetensors')['step']==4
-    monkeypatch.setattr(module.PretrainLog, 'before_train', stop)
+    monkeypatch.setattr(module._Log, 'before_train', stop)
     pretrain_encoder(tmp_path, steps=6, every=2, resume=True, **tiny)
     assert before==[(tmp_path/o).read_bytes() for o in ('encoder.safetensors','history.csv')]
 
@@ -197,7 +197,6 @@ def test_a_forged_checkpoint_gives_no_encoder(tmp_path):
 def test_one_process_alone(tmp_path, monkeypatch):
     for k,v in dict(RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29500').items(): monkeypatch.setenv(k, v)
     with pytest.raises(CTError, match='pretraining: is work for one process, and 2 were started'): pretrain_encoder(tmp_path/'a', steps=2, **tiny)
-    with pytest.raises(CTError, match='transfer study: is work for one process'): transfer_study('t.csv', 'e.safetensors', tmp_path/'a')
     assert not (tmp_path/'a').exists()
 
 worker = """
@@ -207,7 +206,7 @@ from functools import partial
 from pathlib import Path
 from covid3d.pretrain import pretrain_encoder
 from covid3d.transforms import CTSpec
-covid3d.pretrain.pretrain_loaders = partial(covid3d.pretrain.pretrain_loaders, score=4)
+covid3d.pretrain._loaders = partial(covid3d.pretrain._loaders, score=4)
 plain = covid3d.checkpoint.save_file
 def marked(tensors, path, about):
     writing.touch(); plain(tensors, path, about); time.sleep(.005); writing.unlink()
@@ -267,149 +266,8 @@ def same_run(a, b):
     assert told[0]==told[1] and told[0]['step']==told[0]['steps']==12 and rows[0].equals(rows[1]) and len(rows[0])==6
     assert rows[0].valid_loss.is_unique and not list(b.glob('.*'))
 
-# The study, with a stand-in for its runs
-
-class StandIn:
-    "Takes the place of `transfer_run`: remembers what was asked for, and is interrupted before run number `stop`"
-    def __init__(self): self.done,self.stop = [],None
-    def __call__(self, table, weights, fold, seed, patches, **kwargs):
-        if len(self.done)==self.stop: raise KeyboardInterrupt
-        self.done.append((weights is not None, fold, seed, patches, kwargs))
-        return [dict(moment=m, patches=patches*m//2, seconds=10.*m, dice=.1*m+.01*fold[0]+.2*(weights is not None)) for m in (1,2)]
-
-@pytest.fixture(scope='module')
-def table(tmp_path_factory): return write_phantoms(tmp_path_factory.mktemp('scans'), n=2, seed=1, **grid)
-
-@pytest.fixture
-def runs(monkeypatch):
-    o = StandIn(); monkeypatch.setattr(module, 'transfer_run', o)
-    return o
-
-def test_a_study_goes_on_where_it_was_cut_off(tmp_path, table, runs):
-    file = encoder_file(tmp_path/'e.safetensors')
-    runs.stop = 3
-    with pytest.raises(KeyboardInterrupt): transfer_study(table, file, tmp_path/'s', folds=2, seeds=(0,1), patches=100, spec=spec)
-    assert len(read_study(tmp_path/'s/transfer.csv'))==6
-    runs.stop = None
-    df = transfer_study(table, file, tmp_path/'s', folds=2, seeds=(0,1), patches=100, spec=spec)
-    keys = [o[:4] for o in runs.done]
-    assert len(keys)==len(set(keys))==8 and len(df)==16 and not df.duplicated(['weights','fold','seed','moment']).any()
-    assert all(o[4]==dict(arch='r3d_18', width=4, spec=spec) for o in runs.done)
-    n = len(runs.done); transfer_study(table, file, tmp_path/'s', folds=2, seeds=(0,1), patches=100, spec=spec)
-    assert len(runs.done)==n
-
-def test_more_seeds_and_another_budget_are_added(tmp_path, table, runs):
-    file = encoder_file(tmp_path/'e.safetensors')
-    study = lambda **kw: transfer_study(table, file, tmp_path/'s', folds=2, spec=spec, **kw)
-    assert len(study(patches=100))==8
-    assert len(study(patches=100, seeds=(0,1)))==16 and len(runs.done)==8
-    assert len(study(patches=200))==8 and len(runs.done)==12 and set(read_study(tmp_path/'s/transfer.csv').budget)=={100,200}
-
-def test_several_files(tmp_path, table, runs):
-    files = {k:encoder_file(tmp_path/f'{k}.safetensors', norm='group') for k in 'ab'}
-    df = transfer_study(table, files, tmp_path/'s', folds=2, patches=10, spec=spec)
-    assert list(df.weights.unique())==['random','a','b'] and all(o[4]['norm']=='group' for o in runs.done)
-    with pytest.raises(CTError, match='different build'): transfer_study(table, files|dict(c=encoder_file(tmp_path/'c.safetensors')), tmp_path/'s')
-
-def test_files_of_one_name(tmp_path, table, runs):
-    "`pretrain` always writes encoder.safetensors: each file has its own rows and is trained from"
-    files = [encoder_file(tmp_path/o/'encoder.safetensors') for o in 'ab']
-    df = transfer_study(table, files, tmp_path/'s', folds=2, patches=10, spec=spec)
-    assert list(df.weights.unique())==['random','a','b'] and len(df)==12 and len(runs.done)==6
-
-@given(st.lists(st.tuples(*[st.sampled_from(['a','b','random','kinetics'])]*3, st.sampled_from(['.pth','.safetensors'])), min_size=2, max_size=6, unique=True), st.booleans())
-@settings(max_examples=100)
-def test_no_label_is_given_twice(parts, both):
-    files = [f'{a}/{b}/{c}{d}' for a,b,c,d in parts]+['random','kinetics']*both
-    labels = weight_labels(files)
-    assert sorted(labels.values())==sorted(files) and all((k in ('random','kinetics'))==(k==v) for k,v in labels.items())
-
-@pytest.mark.parametrize('change,said', [(dict(lr=1e-2), 'lr 0.002 then, 0.01 now'), (dict(bs=4), 'bs 2 then, 4 now'), (dict(moments=3), 'moments 6 then, 3 now'), (dict(frozen_stages=0), 'frozen_stages 2 then, 0 now'),
-    (dict(lr_ratio=1), 'lr_ratio 3.0 then, 1 now'), (dict(spec=CTSpec(spacing=(9,7,7), patch=(16,32,48))), 'spec patch'), (dict(decoder=(8,8,8)), 'decoder absent then')])
-def test_another_setting_is_another_study(tmp_path, table, monkeypatch, change, said):
-    "It once gave the rows of the former setting, as if they were its own"
-    file,n = encoder_file(tmp_path/'e.safetensors'),[]
-    def run(table, weights, fold, seed=0, patches=1800, moments=6, bs=2, spec=None, lr=2e-3, frozen_stages=2, lr_ratio=3., device=None, **kwargs):
-        n.append(1); return [dict(moment=1, patches=patches, seconds=1., dice=.5)]
-    monkeypatch.setattr(module, 'transfer_run', run)
-    study = lambda **kw: transfer_study(table, file, tmp_path/'s', folds=2, **(dict(spec=spec)|kw))
-    study(); before = (tmp_path/'s'/'transfer.csv').read_bytes()
-    with pytest.raises(CTError, match=said): study(**change)
-    assert len(n)==4 and (tmp_path/'s'/'transfer.csv').read_bytes()==before and len(study(seeds=(0,1)))==8
-
-def test_other_weights_or_scans_are_another_study(tmp_path, table, runs):
-    "Under the same names"
-    file = encoder_file(tmp_path/'e.safetensors')
-    study = lambda table=table: transfer_study(table, file, tmp_path/'s', folds=2, patches=10, spec=spec)
-    study(); torch.manual_seed(5); encoder_file(file)
-    with pytest.raises(CTError, match='weights pretrained .* then, .* now.*another folder'): study()
-    (tmp_path/'s'/'study.json').write_text('{'); encoder_file(file)
-    with pytest.raises(CTError, match='no study.json beside it'): study()
-    shutil.rmtree(tmp_path/'s'); study()
-    other = write_phantoms(tmp_path/'other', n=2, seed=1, **grid|dict(spacing=(9,3.7,3.8)))
-    assert other.read_text()==table.read_text()
-    with pytest.raises(CTError, match='scans phantom_00. .* then'): study(other)
-    assert len(runs.done)==8
-
-def test_kinetics(tmp_path, table, runs, monkeypatch):
-    "Under its own name; downloaded before the first run, not after hours of it"
-    monkeypatch.setattr(module, 'download', lambda _: encoder3d('r3d_18', False, 64).state_dict())
-    transfer_study(table, 'kinetics', tmp_path/'s', folds=2, patches=10, spec=spec)
-    assert set(read_study(tmp_path/'s'/'transfer.csv').weights)=={'random','kinetics'} and runs.done[0][4]['width']==64
-    def gone(_): raise CTError('r3d_18', 'not read', 'Name a local file')
-    monkeypatch.setattr(module, 'download', gone)
-    with pytest.raises(CTError, match='not read'): transfer_study(table, 'kinetics', tmp_path/'t', folds=2, patches=10, spec=spec)
-    assert not (tmp_path/'t').exists()
-
-def test_an_unfinished_encoder_is_told(tmp_path, table, runs, capsys):
-    save_encoder(encoder3d('r3d_18', False, 4), tmp_path/'e.safetensors', dict(encoder='r3d_18', width=4, norm='batch', step=400, steps=6000))
-    transfer_study(table, tmp_path/'e.safetensors', tmp_path/'s', folds=2, patches=10, spec=spec)
-    assert capsys.readouterr().out.count('left at step 400 of 6000')==1
-
-@pytest.mark.parametrize('harm,said', [(b'case,dice\na,1\n', 'it has no column weights'), (b'\xff\xfe\0', 'is no table of a study'), (b'', 'is no table of a study')])
-def test_a_table_that_is_none(tmp_path, table, runs, harm, said):
-    file = encoder_file(tmp_path/'e.safetensors')
-    study = lambda: transfer_study(table, file, tmp_path/'s', folds=2, patches=10, spec=spec)
-    study(); (tmp_path/'s'/'transfer.csv').write_bytes(harm)
-    with pytest.raises(CTError, match=said): study()
-    assert (tmp_path/'s'/'transfer.csv').read_bytes()==harm
-
-@pytest.mark.promise('executed')
-def test_a_pipe_in_the_place_of_the_settings_does_not_hang(tmp_path, table, runs):
-    "A named pipe as study.json is refused at once"
-    file = encoder_file(tmp_path/'e.safetensors')
-    study = lambda: transfer_study(table, file, tmp_path/'s', folds=2, patches=10, spec=spec)
-    study(); (tmp_path/'s'/'study.json').unlink(); os.mkfifo(tmp_path/'s'/'study.json')
-    with pytest.raises(CTError, match='no study.json beside it'): study()
-
-def test_numbers_of_the_recipe_are_looked_at(tmp_path, table, runs):
-    file = encoder_file(tmp_path/'e.safetensors')
-    for kw,said in ((dict(frozen_stages=9), 'frozen_stages: 9'), (dict(lr_ratio=.5), 'lr_ratio: 0.5')):
-        with pytest.raises(CTError, match=said): transfer_study(table, file, tmp_path/'s', folds=2, spec=spec, **kw)
-    assert runs.done==[] and not (tmp_path/'s').exists()
-
-def test_only_the_encoders_differ(tmp_path, table, monkeypatch):
-    "From the very weights with which the random arm starts, trained alike, the other arm scores the same: decoder, patches, their order and augmentation are the same. By the recipe it does not"
-    plain,file = module.unet_learner_3d,tmp_path/'e.safetensors'
-    def keep(*args, **kwargs):
-        learn = plain(*args, **kwargs)
-        if not kwargs['pretrained']: save_encoder(learn.model.encoder, file, dict(encoder='r3d_18', width=8, norm='batch'))
-        return learn
-    monkeypatch.setattr(module, 'unet_learner_3d', keep)
-    how = dict(patches=160, moments=2, lr=.02, spec=CTSpec(spec.spacing, patch=spec.patch, classes=('lung',)), width=8, device='cpu')
-    run = lambda weights, **kw: [r['dice'] for r in transfer_run(table, weights, (0,2), **how, **kw)]
-    random_weights = run(None)
-    assert random_weights[-1]>.1 and run(file, frozen_stages=0, lr_ratio=1)==random_weights and run(file)!=random_weights
-
-def test_weights_are_looked_at_before_any_run(tmp_path, table, runs):
-    "Not after the hours of the first random run"
-    for file,fault in (('none.safetensors','no such file'),('bad.safetensors','damaged')):
-        if fault=='damaged': (tmp_path/file).write_bytes(b'\x08\0\0\0\0\0\0\0{}')
-        with pytest.raises(CTError, match=fault): transfer_study(table, tmp_path/file, tmp_path/'s')
-    assert runs.done==[] and not (tmp_path/'s').exists()
-
-def test_from_made_up_shapes_to_a_study(tmp_path, capsys):
-    "The commands, one after the other: pretrain, train from it, and the study"
+def test_from_synthetic_shapes_to_a_training(tmp_path, capsys):
+    "The commands, one after the other: pretrain, and train from it"
     from covid3d.cli import main
     table,file = write_phantoms(tmp_path/'data', n=4, seed=1, shape=(32,96,96), spacing=(9,3.7,3.7)),tmp_path/'enc'/'encoder.safetensors'
     grid = ['--spacing','9,7,7','--patch','16,32,32']
@@ -418,11 +276,3 @@ def test_from_made_up_shapes_to_a_study(tmp_path, capsys):
     assert main(['pretrain','--out',str(tmp_path/'enc'),'--device','cpu'])==2 and 'exists already' in capsys.readouterr().err
     assert main(['train',str(table),'--out',str(tmp_path/'run'),'--weights',str(file),'--epochs','1','--patches','2','--device','cpu',*grid])==0
     assert (tmp_path/'run'/'model.safetensors').is_file() and list((tmp_path/'run'/'examples').glob('*.png'))
-    assert main(['prepare',str(table),'--out',str(tmp_path/'prepared'),*grid])==0
-    study = ['transfer-study',str(tmp_path/'prepared'),'--weights',str(file),'--out',str(tmp_path/'study'),'--folds','2','--patches','4','--moments','1','--device','cpu']
-    capsys.readouterr()
-    assert main(study)==0 and capsys.readouterr().out.count('fold')==4
-    rows = pd.read_csv(tmp_path/'study'/'transfer.csv')
-    assert main(study)==0 and 'fold' not in capsys.readouterr().out  # nothing is repeated
-    assert len(rows)==4 and set(rows.weights)=={'random','pretrained'} and (tmp_path/'study'/'transfer.png').is_file()
-    assert main([*study[:2],*study[4:]])==2 and 'Add --weights FILE' in capsys.readouterr().err

@@ -33,7 +33,7 @@ def test_learns_lesions_of_real_scans(table, tmp_path):
     "A minute of training on four patients lifts the whole-scan Dice on two others far above the untrained network's; the masks lie on the scans' grids"
     six,seven = read_cases(table, 'test')
     before = unet_learner_3d(CTDataLoaders.from_table(table, spec), pretrained=False, width=16).model
-    learn = train(table, tmp_path/'run', spec, pretrained=False, width=16, epochs=8, patches=12, score_every=8, keep='last', device='cpu')  # the end of the cycle: weights from its middle may fail on another scan
+    learn = train(table, tmp_path/'run', spec=spec, init='random', width=16, epochs=8, patches=12, score_every=8, keep='last', device='cpu')  # the end of the cycle: weights from its middle may fail on another scan
     trained = {c.name:scan_dice(learn.model, c) for c in (six,seven)}
     untrained = {c.name:scan_dice(before, c) for c in (six,seven)}
     print(f'untrained {untrained}, trained {trained}')

@@ -11,7 +11,8 @@ from covid3d.data import CTDataLoaders, prepare_table
 from covid3d.datasets import write_coronacases, write_mosmed, write_ricord
 from covid3d.evaluate import score_case
 from covid3d.statistics import read_scores
-from covid3d.inference import NetSpec, Segmenter, load_model, save_model
+from covid3d.inference import Segmenter
+from covid3d.weights import NetSpec, load_model, save_model
 from covid3d.phantom import phantom, write_phantoms
 from covid3d.files import locked
 from covid3d.reproduce import reproduce
@@ -55,7 +56,7 @@ def test_prepared_folder_of_whole_scans(tmp_path):
 
 # The paper's table, from folders
 
-small = dict(pretrained=False, device='cpu', spec=CTSpec((9,7,7), patch=(16,32,32)), width=4, epochs=3, patches=6, lr=5e-2, score_every=1, examples=0)
+small = dict(init='random', device='cpu', spec=CTSpec((9,7,7), patch=(16,32,32)), width=4, epochs=3, patches=6, lr=5e-2, score_every=1)
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -186,7 +187,7 @@ def test_finished_again_and_refused(start, straight, data, tmp_path):
     assert start(out, data)[0]==0 and {f:(out/f).stat().st_mtime_ns for f in before}==before
     def refused(word, **kwargs):
         status,text = start(out, kwargs.pop('data', data), **kwargs); last = text.strip().splitlines()[-1]; assert status==2 and word in last, text
-    refused('seed 0 then, 3 now', seed=3); refused('recipe patches then, resize now', recipe='resize'); refused('train epochs 3 then, 4 now', epochs=4)
+    refused('seed 0 then, 3 now', seed=3); refused('recipe frozen_epochs 1 then, 3 now', recipe='resize'); refused('recipe epochs 3 then, 4 now', epochs=4)
     refused('data mosmed', data={k:v for k,v in data.items() if k!='mosmed'})
     f = next(data['mosmed'].rglob('study_0257_mask.nii.gz')); raw = f.read_bytes(); f.write_bytes(raw[:-8]+b'\0'+raw[-7:]); refused('data mosmed digest '); f.write_bytes(raw)
     assert start(out, data)[0]==0     # the same content at another time is the same data
@@ -203,9 +204,9 @@ def test_disk_too_small(data, tmp_path, monkeypatch):
 def test_encoder_weights_that_are_not_there(data, tmp_path, monkeypatch):
     "Told before anything is written, not after the scans are prepared"
     def offline(weights): raise CTError('weights', 'cannot be downloaded', 'Go online')
-    monkeypatch.setattr('covid3d.encoder.download', offline)
-    for o,word in ((True,'cannot be downloaded'), (tmp_path/'none.safetensors','no such file')):
-        with pytest.raises(CTError, match=word): reproduce(tmp_path/'run', **data, **small|dict(pretrained=o, width=None))
+    monkeypatch.setattr('covid3d.encoder._download', offline)
+    for o,word in (('kinetics','cannot be downloaded'), (tmp_path/'none.safetensors','no such file')):
+        with pytest.raises(CTError, match=word): reproduce(tmp_path/'run', **data, **small|dict(init=o, width=None))
         assert not (tmp_path/'run').exists()
 
 def test_given_weights_may_know_the_scans_of_ricord(data, straight, tmp_path):
@@ -216,7 +217,7 @@ def test_given_weights_may_know_the_scans_of_ricord(data, straight, tmp_path):
     assert not any(mark in (straight[0]/k/'index.html').read_text() for k in data) and 'chose the weights' in (straight[0]/'ricord'/'index.html').read_text()
 
 def test_unknown_keyword(data, tmp_path):
-    with pytest.raises(CTError, match='epoch: is no argument of train'): reproduce(tmp_path/'run', **data, **small, epoch=2)
+    with pytest.raises(CTError, match="recipe: has no setting 'epoch'"): reproduce(tmp_path/'run', **data, **small, epoch=2)
     assert not (tmp_path/'run').exists()
 
 def test_given_weights_and_one_data_set(start, data, straight, tmp_path, capfd):

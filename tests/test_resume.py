@@ -84,7 +84,7 @@ def test_the_training_learns(data, scored):
     dice = [float(r['scan_dice']) for r in h]
     assert dice.index(max(dice))==2
     kept = [read_checkpoint(out/'kept'/f'{o}.safetensors')[1] for o in ('0-1','1-1','1-2','1-3')]
-    w,mean = ([o[f'{k}.encoder.layer2.0.conv1.0.weight'] for o in kept] for k in ('model','weight_average'))
+    w,mean = ([o[f'{k}.encoder.layer2.0.conv1.0.weight'] for o in kept] for k in ('model','ema'))
     start = load_file(data[1])['layer2.0.conv1.0.weight']
     assert torch.equal(w[0], start) and not torch.equal(w[1], start) and not torch.equal(w[2], w[1]) and not torch.equal(mean[2], w[2]) and torch.equal(w[3], mean[2])
 
@@ -166,7 +166,7 @@ def broken(data, worker, tmp_path_factory):
     return out
 
 @pytest.mark.parametrize('more,said', [(['--lr','2e-3'], 'lr 0.1 then, 0.002 now'), (['--seed','1'], 'seed 0 then, 1 now'), (['--epochs','4'], 'epochs 3 then, 4 now'), (['--bs','3'], 'bs 2 then'),
-    (['--patch','16,32,48'], 'spec patch [16, 32, 32] then'), (['--augment','none'], 'aug full then'), (['--frozen-epochs','2'], 'frozen_epochs 1 then'), (['--decoder','32,16,8'], 'net decoder')])
+    (['--patch','16,32,48'], 'spec patch [16, 32, 32] then'), (['--augment','none'], 'augment full then'), (['--frozen-epochs','2'], 'frozen_epochs 1 then'), (['--decoder','32,16,8'], 'net decoder')])
 def test_other_arguments(data, worker, broken, more, said): refused(worker, words(data, broken, '--resume', *more), 'of another training', said)
 
 def test_another_table(data, worker, broken, tmp_path):
@@ -254,7 +254,7 @@ def test_weights_by_content(data, worker, broken, tmp_path):
     def resume(weights): return ['train',data[0],'--weights',weights,'--out',tmp_path/'run',*small,'--resume']
     assert 'of its epochs are done' in worker(resume(os.path.relpath(tmp_path/'moved.safetensors')), writing=2)['out']
     save_file({k:v+1e-3 for k,v in load_file(data[1]).items()}, tmp_path/'moved.safetensors')
-    refused(worker, resume(tmp_path/'moved.safetensors'), 'of another training', 'pretrained file ')
+    refused(worker, resume(tmp_path/'moved.safetensors'), 'of another training', 'init file ')
 
 def test_workers_are_named(data, worker, broken):
     "The number of processes that draw decides what is drawn"

@@ -9,7 +9,8 @@ from torch import nn
 from covid3d.cases import Case
 from covid3d.cli import main
 from covid3d.dicom import write_series
-from covid3d.inference import Ensemble, NetSpec, Seen, Segmentation, Segmenter, as_volume, save_model
+from covid3d.inference import Segmentation, Segmenter, as_volume
+from covid3d.weights import Ensemble, NetSpec, Seen, save_model
 from covid3d.phantom import phantom
 from covid3d.transforms import CTSpec
 from covid3d.volume import CTError, open_ct, open_mask, save_volume

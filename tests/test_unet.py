@@ -5,7 +5,7 @@ from functools import cache
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from covid3d.encoder import encoder3d
-from covid3d.unet import DynamicUnet3d, Stage, group_norm, param_groups, pieces, resize, size_levels, stage_sizes, still
+from covid3d.unet import DynamicUnet3d, _Stage, group_norm, param_groups, _pieces, _resize, _size_levels, stage_sizes, keep_bn_stats
 from covid3d.volume import CTError
 
 names = ('r3d_18', 'mc3_18', 'r2plus1d_18')
@@ -38,7 +38,7 @@ def test_trains_on_a_batch_of_one(arch, size):
 @given(arch=st.sampled_from(names), size=st.tuples(*[st.integers(16, 50)] * 3))
 def test_probed_sizes_are_the_computed_ones(arch, size):
     x, body = torch.rand(1, 1, *size), settled(arch, True, False).encoder
-    with torch.no_grad(): computed = [Stage(name, (x := stage(x)).shape[1], tuple(x.shape[2:])) for name, stage in body.named_children()]
+    with torch.no_grad(): computed = [_Stage(name, (x := stage(x)).shape[1], tuple(x.shape[2:])) for name, stage in body.named_children()]
     assert stage_sizes(body, size) == computed
 
 @archs
@@ -67,7 +67,7 @@ def test_a_change_along_any_one_axis_counts(axis):
     body = nn.Sequential()
     for name, ni, nf, s in (('a', 1, 4, 1), ('b', 4, 8, stride), ('c', 8, 8, 1), ('d', 8, 12, stride)):
         body.add_module(name, nn.Conv3d(ni, nf, 3, s, padding=1))
-    assert [[s.name for s in level] for level in size_levels(stage_sizes(body))] == [['a'], ['b', 'c'], ['d']]
+    assert [[s.name for s in level] for level in _size_levels(stage_sizes(body))] == [['a'], ['b', 'c'], ['d']]
     for size in ((16, 17, 18), (5, 6, 7)): assert DynamicUnet3d(body, ['x', 'y'])(torch.rand(1, 1, *size)).shape == (1, 2, *size)
 
 @archs
@@ -189,8 +189,8 @@ def test_group_norm_divides(n):
 @given(*[st.integers(1, 9)] * 6)
 def test_resize_keeps_linear_ramps_and_constants(a, b, c, d, e, f):
     x = torch.full((1, 2, a, b, c), 3.)
-    assert resize(x, (d, e, f)).shape == (1, 2, d, e, f)
-    assert torch.allclose(resize(x, (d, e, f)), torch.tensor(3.))
+    assert _resize(x, (d, e, f)).shape == (1, 2, d, e, f)
+    assert torch.allclose(_resize(x, (d, e, f)), torch.tensor(3.))
 
 def test_copies_agree():
     net, x = unet(input_skip=True).eval(), torch.rand(1, 1, 9, 17, 18)
@@ -206,7 +206,7 @@ def test_a_traced_network_reads_other_sizes():
     net, x = unet().eval(), torch.rand(1, 1, 9, 35, 30)
     with torch.no_grad(): assert torch.allclose(torch.jit.trace(net, torch.rand(1, 1, 16, 32, 32), check_trace=False)(x), net(x), atol=1e-5)
 
-# Computing again instead of keeping
+# Recomputing instead of keeping
 
 @archs
 @pytest.mark.parametrize('norm', ['batch', 'frozen', 'group', 'instance'])
@@ -245,7 +245,7 @@ def test_statistics_stay_after_an_error():
     norm = nn.BatchNorm3d(2)
     own = dict(norm.named_buffers())
     with pytest.raises(ZeroDivisionError):
-        with still(norm):
+        with keep_bn_stats(norm):
             norm(torch.rand(1, 2, 3, 3, 3))
             assert norm.num_batches_tracked == 1
             1 / 0
@@ -265,8 +265,8 @@ def test_recompute_without_gradients_and_in_copies():
 
 def test_pieces_are_blocks():
     body = encoder3d('r3d_18', False, 8)
-    assert [len(pieces(stage)) for stage in body] == [1, 2, 2, 2, 2]
-    assert pieces(body.stem) == [body.stem] and pieces(body.layer1) == list(body.layer1)
+    assert [len(_pieces(stage)) for stage in body] == [1, 2, 2, 2, 2]
+    assert _pieces(body.stem) == [body.stem] and _pieces(body.layer1) == list(body.layer1)
 
 @pytest.mark.parametrize('recompute', [False, True])
 def test_a_frozen_stage_keeps_its_statistics(recompute):

@@ -8,7 +8,7 @@ from covid3d.cases import check_cases, check_table, columns, levels, read_cases,
 from covid3d.cli import main
 from covid3d.datasets import mosmed
 from covid3d.dicom import write_series
-from covid3d.inference import NetSpec, save_model
+from covid3d.weights import NetSpec, save_model
 from covid3d.phantom import phantom
 from covid3d.transforms import CTSpec
 from covid3d.volume import CTError, Volume, canonical_affine, save_volume

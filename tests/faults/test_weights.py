@@ -16,11 +16,12 @@ from torch import nn
 
 import covid3d.encoder, covid3d.inference
 from covid3d.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from covid3d.cli import main, one_line
+from covid3d.cli import main, _one_line
 from covid3d.encoder import encoder3d, encoder_info, read_weights
 from covid3d.files import locked
-from covid3d.inference import NetSpec, Seen, Segmenter, load_model, read_seen, save_model
-from covid3d.learner import History, KeepBest, WeightAverage
+from covid3d.inference import Segmenter
+from covid3d.weights import NetSpec, Seen, load_model, read_seen, save_model
+from covid3d.learner import History, KeepBest, EMA
 from covid3d.phantom import phantom
 from covid3d.transforms import CTSpec
 from covid3d.volume import CTError, save_volume
@@ -46,7 +47,7 @@ def forged(good, path, state=None, **about):
 def refused(f, *words):
     "`f` ends in one line with these words"
     with pytest.raises(CTError) as e: f()
-    line = one_line(e.value)
+    line = _one_line(e.value)
     assert '\n' not in line and len(line)<1000 and all(w in line for w in words), line
 
 class Payload:
@@ -226,7 +227,7 @@ def cost(code, *args):
     lines = f'''
 import json, resource, sys, time, torch
 from pathlib import Path
-from covid3d.inference import load_model
+from covid3d.weights import load_model
 from covid3d.encoder import encoder3d, read_weights
 from covid3d.checkpoint import read_checkpoint
 from covid3d.volume import CTError
@@ -311,7 +312,7 @@ def run(folder, resume=False, *more):
     learn = Learner(dls, nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)), loss_func=nn.MSELoss())
     keep = KeepBest(folder/'model.safetensors', last=True)
     keep.after_epoch = keep.after_fit = keep.before_train = lambda: None
-    ck,cbs = Checkpoint(folder/'checkpoint.safetensors', dict(lr=.1), epochs=2),[History(folder/'history.csv'), WeightAverage(.9), keep, *more]
+    ck,cbs = Checkpoint(folder/'checkpoint.safetensors', dict(lr=.1), epochs=2),[History(folder/'history.csv'), EMA(.9), keep, *more]
     with redirect_stdout(io.StringIO()): finished = ck.begin(resume)
     if finished: ck.restore(learn, cbs); return learn
     with learn.no_bar(), learn.no_logging(): ck.fit(learn, 2, .01, cbs=cbs)
@@ -351,7 +352,7 @@ def test_a_checkpoint_cannot_choose_where_to_write(stopped, tmp_path):
 odd_numbers = ['x', {}, [1], None, True]
 misfits = [(k,v) for k,vs in {'callbacks':['x', [], None, 1], 'callbacks.history':['x', [], {}, None], 'callbacks.history.rows':['x', {}, 1, None, [['/etc/passwd']], [{'a b':1}], [[1],[1,2]], [[[1]]]],
     'callbacks.history.learn':[1], 'callbacks.history.__class__':['x'], 'callbacks.keep_best.best':['x', None, [], {}, True], 'callbacks.keep_best.best_epoch':['x', []], 'callbacks.keep_best.file':['/tmp/x'],
-    'callbacks.weight_average.n':['x', -1, 1.5, None, 10**40], 'phase':[-1, 10**30, *odd_numbers], 'epoch':[-1, 3, 10**30, *odd_numbers], 'threads':[0, -1, 10**6, *odd_numbers], 'finished':[1, 'x', None],
+    'callbacks.ema.n':['x', -1, 1.5, None, 10**40], 'phase':[-1, 10**30, *odd_numbers], 'epoch':[-1, 3, 10**30, *odd_numbers], 'threads':[0, -1, 10**6, *odd_numbers], 'finished':[1, 'x', None],
     'made_by':[1, 'x\x1b[31m', 'y\nz', 'x'*10**4], 'about':[1, [], None, {}, {'lr':'x'*10**6}], 'hypers':['x', [], [{}]], 'hypers.0.lr':['x', None, []], 'hypers.0.surprise':[1], 'opt':['x', [], [{}]*99],
     'opt.0':['x', None], 'opt.0.step':['x', [], {}], 'opt.0.a.b':[1], 'opt.0.__class__':[1], 'recorder':['x', {}, None], 'recorder.losses':['x', [None], [[1]], ['1']], 'recorder.lrs':[{}], 'recorder.values':[1, [['/x/y']]],
     'recorder.count':['x', -1, 1.5], 'recorder.smooth':['x', None], 'random':['x', [], [{}], [1], {}], 'random.0.torch':['x', 'zz'*5056, 1, '00'], 'random.0.numpy':[[], ['PCG64', [0]*624, 0, 0, 0.]],
@@ -369,7 +370,7 @@ def test_a_misfit_in_any_part_of_a_checkpoint_is_one_line(stopped, tmp_path):
         else: put(state, at, value)
         write_checkpoint(path, state, tensors)
         try: run(stopped, True); line = 'accepted'
-        except CTError as e: line = one_line(e)
+        except CTError as e: line = _one_line(e)
         except Exception as e: line = repr(e)
         if '\n' in line or '\x1b' in line or len(line)>1000 or 'checkpoint.safetensors' not in line: wrong.append((at, str(value)[:60], line[:200]))
         path.write_bytes(raw)
@@ -381,7 +382,7 @@ def test_a_misfit_in_any_part_of_a_checkpoint_is_one_line(stopped, tmp_path):
 @pytest.mark.promise('executed')
 @each('change', [lambda t: t.pop('model.0.weight'), lambda t: t.update({'model.extra':torch.zeros(1)}), lambda t: t.update({'model.0.weight':torch.zeros(9,9)}), lambda t: t.update({'model.0.weight':torch.zeros(3,2).half()}),
     lambda t: t.update({'opt.0.grad_avg':torch.zeros(7)}), lambda t: t.update({'opt.0.a.b':torch.zeros(3,2)}), lambda t: t.update({'opt.0.grad_avg':torch.zeros(3,2).long()}), lambda t: t.update({'opt.99.grad_avg':torch.zeros(3,2)}),
-    lambda t: t.update({'weight_average.0.weight':torch.zeros(1)}), lambda t: t.update({'weight_average.more':torch.zeros(1)}), lambda t: t.update({'history.file':torch.zeros(1)}), lambda t: t.update({'model.0.weight':torch.zeros(3,2).bool()})])
+    lambda t: t.update({'ema.0.weight':torch.zeros(1)}), lambda t: t.update({'ema.more':torch.zeros(1)}), lambda t: t.update({'history.file':torch.zeros(1)}), lambda t: t.update({'model.0.weight':torch.zeros(3,2).bool()})])
 def test_K6_tensors_of_another_training(stopped, change):
     "A checkpoint whose tensors have other names, shapes or types than network, optimiser and average is refused"
     path = stopped/'checkpoint.safetensors'
@@ -442,7 +443,7 @@ def test_K6_what_the_optimiser_keeps_has_the_form_of_a_step(stopped, change):
 
 @pytest.mark.fault('K12')
 @pytest.mark.promise('silent')
-@each_forgery(weight=nan_at('model.0.weight'), infinite=nan_at('model.0.weight', math.inf), average=nan_at('weight_average.0.weight'), moment=nan_at('opt.0.grad_avg'), negative=nan_at('opt.0.sqr_avg', -1.),
+@each_forgery(weight=nan_at('model.0.weight'), infinite=nan_at('model.0.weight', math.inf), average=nan_at('ema.0.weight'), moment=nan_at('opt.0.grad_avg'), negative=nan_at('opt.0.sqr_avg', -1.),
     variance=nan_at('model.1.running_var', -1.), count=nan_at('model.1.num_batches_tracked', -1))
 def test_K12_tensors_of_a_checkpoint_are_finite(stopped, change):
     "NaN and infinity in a checkpoint, and variances and counts below 0, are refused before they spoil a training"
@@ -452,7 +453,7 @@ def no_optimiser(s, t): without('opt.')(s, t); s['opt'] = [{k:v for k,v in o.ite
 
 @pytest.mark.fault('K6')
 @pytest.mark.promise('lost','silent')
-@each_forgery(all=without(''), weights=without('model.'), optimiser=no_optimiser, average=without('weight_average.'))
+@each_forgery(all=without(''), weights=without('model.'), optimiser=no_optimiser, average=without('ema.'))
 def test_K6_a_checkpoint_without_its_tensors_is_refused(stopped, change):
     "A training that has begun does not begin anew, or with a fresh optimiser or average, when its checkpoint has lost the tensors"
     forgery_is_refused(stopped, change, 'does not fit')
@@ -474,7 +475,7 @@ def test_a_row_of_history_fits_the_table(stopped, change):
     forgery_is_refused(stopped, change, 'callback history does not fit')
 
 @pytest.mark.promise('silent')
-@each_forgery(evil=at('callbacks.evil', {}), named=at('callbacks.evil', dict(rows=[])), gone=lambda s, t: s['callbacks'].pop('weight_average'), part=at('evil', 1), shapes=at('shapes', {}), part_gone=lambda s, t: s.pop('scaler'),
+@each_forgery(evil=at('callbacks.evil', {}), named=at('callbacks.evil', dict(rows=[])), gone=lambda s, t: s['callbacks'].pop('ema'), part=at('evil', 1), shapes=at('shapes', {}), part_gone=lambda s, t: s.pop('scaler'),
     recorder=at('recorder.evil', []), within=at('within', None))
 def test_unknown_and_missing_parts_are_refused(stopped, change):
     "A checkpoint has the parts that this training writes, no more and no fewer"
@@ -485,7 +486,7 @@ wrong = dict(count=at('recorder.count', 10**18), count_zero=at('recorder.count',
     lrs=at('recorder.lrs', [math.inf]*3), lr_below=at('recorder.lrs', [-.1]*3), iters=at('recorder.iters', [99]), iters_float=at('recorder.iters', [1.5]), values=at('recorder.values', []), values_two=at('recorder.values', [[1.],[1.]]),
     values_text=at('recorder.values', [['00:01']]), values_named=at('recorder.values', [{'a':1.}])) | {f'hypers_{k}_{v}':at(f'hypers.0.{k}', v) for k,vs in dict(lr=[math.nan,math.inf,-1.], mom=[1.5,-.1,math.nan],
     sqr_mom=[1.5,.5], wd=[-1.,math.inf], eps=[math.nan,0.,1e30,-1e-5]).items() for v in vs} | {f'best_{a}_{b}':lambda s, t, a=a, b=b: s['callbacks']['keep_best'].update(best=a, best_epoch=b)
-    for a,b in ((.5,None), (math.inf,0), (math.nan,None), (.5,7), (.5,.5), (.5,-1))} | dict(average=at('callbacks.weight_average.n', 0), average_steps=at('callbacks.weight_average.n', 10**18), scaler=at('scaler', {}), scale=at('scaler', dict(scale=-1.)))
+    for a,b in ((.5,None), (math.inf,0), (math.nan,None), (.5,7), (.5,.5), (.5,-1))} | dict(average=at('callbacks.ema.n', 0), average_steps=at('callbacks.ema.n', 10**18), scaler=at('scaler', {}), scale=at('scaler', dict(scale=-1.)))
 
 @pytest.mark.promise('silent')
 @each_forgery(**wrong)

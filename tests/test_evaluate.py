@@ -415,7 +415,7 @@ def test_X6_a_write_that_fails_leaves_no_page_beside_other_figures(tmp_path, mon
 
 @pytest.mark.fault('X6')
 @pytest.mark.promise('lost')
-@pytest.mark.parametrize('limit,title,page', [(20_000,'x',True),(20_000,'x'*9000,False)], ids=['no pictures','no page'])
+@pytest.mark.parametrize('limit,title,page', [(16_500,'x',True),(16_500,'x'*9000,False)], ids=['no pictures','no page'])
 def test_X6_a_full_disk_costs_pictures_and_never_scores(tmp_path, capsys, limit, title, page):
     "On a disk that is full once the scores are written, scores.csv, summary.csv and report.json are whole and what is missing is told"
     df,was = cohort([f'case_{i}' for i in range(10)]),resource.getrlimit(resource.RLIMIT_FSIZE); refused = ''

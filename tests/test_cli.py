@@ -1,17 +1,20 @@
 "The command line as a user meets it: the whole way on small phantoms, and what happens when something is wrong"
-import csv, inspect, io, os, re, subprocess, sys
+import csv, io, json, os, re, subprocess, sys
 from pathlib import Path
 
 import nibabel as nib, numpy as np, pytest
 from safetensors.torch import save_file
 
-from covid3d.cli import commands, main, one_line
+import typer
+
+from covid3d.cli import _one_line, _options, app, main
 from covid3d.weights import NetSpec, load_model, save_model
 from covid3d.volume import CTError
 from covid3d.phantom import write_phantoms
 from covid3d.transforms import CTSpec
 
 spec = CTSpec(spacing=(9,5,5), patch=(16,48,48))
+names = [*typer.main.get_command(app).commands]
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -38,10 +41,10 @@ def refused(capfd, argv, *words, status=2):
     assert err.count('\n')==1 and 'Traceback' not in err and all(str(w) in err for w in words), err
 
 def test_whole_way(data, tmp_path, capfd):
-    "cases → train → evaluate → predict, as the README has it"
+    "table → train → evaluate → predict, as the README has it"
     table,run,scores,masks = tmp_path/'cases.csv',tmp_path/'run',tmp_path/'scores',tmp_path/'masks'
-    assert main(['cases','folder',str(data),'--valid','phantom_003','--test','phantom_004','-o',str(table)])==0
-    small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','2','--patches','2','--device','cpu']
+    assert main(['table',str(data),'--valid','phantom_003','--test','phantom_004','-o',str(table)])==0
+    small = ['--init','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','2','--patches','2','--device','cpu']
     assert main(['train',str(table),'--out',str(run),*small])==0
     assert sorted(o.name for o in run.iterdir())==['checkpoint.safetensors','covid3d.json','examples','history.csv','model.safetensors','recipe.json']
     history = list(csv.DictReader((run/'history.csv').open()))
@@ -64,8 +67,8 @@ def test_whole_way(data, tmp_path, capfd):
 def test_folds(data, tmp_path, capfd):
     "Each scan but the test scan is scored once; the folds as one network; against one of them; a fold at a time"
     table,cv = tmp_path/'cases.csv',tmp_path/'cv'
-    assert main(['cases','folder',str(data),'--test','phantom_004','-o',str(table)])==0
-    small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu','--folds','2']
+    assert main(['table',str(data),'--test','phantom_004','-o',str(table)])==0
+    small = ['--init','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu','--folds','2']
     assert main(['train',str(table),'--out',str(cv),*small,'--fold','1'])==0
     assert 'folds still to train: 0' in capfd.readouterr().out and not (cv/'report').exists()
     refused(capfd, ['train',table,'--out',cv,*small,'--fold','1'], 'exists already', '--resume')
@@ -83,18 +86,18 @@ def test_folds(data, tmp_path, capfd):
 
 def test_reproduce_says_what_it_needs(tmp_path, capfd):
     refused(capfd, ['reproduce','--out',tmp_path/'out'], 'ricord')
-    refused(capfd, ['reproduce','--out',tmp_path/'out','--mosmed',tmp_path/'nowhere','--recipe','x'], "'x' is unknown")
+    refused(capfd, ['reproduce','--out',tmp_path/'out','--mosmed',tmp_path/'nowhere','--config','x'], 'x: no such recipe', 'resize')
     assert not (tmp_path/'out').exists()
 
 def test_augmentation_changes_what_is_learned(data, tmp_path):
     "Each choice of --augment trains, and to other weights"
-    small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu']
+    small = ['--init','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu']
     for o in ('none','light','full'): assert main(['train',str(data/'cases.csv'),'--out',str(tmp_path/o),*small,'--augment',o])==0
     assert len({(tmp_path/o/'model.safetensors').read_bytes() for o in ('none','light','full')})==3
 
 def test_memory_is_planned_and_said(data, tmp_path, capfd):
     "A budget that fits says what it chose, one that does not says what is needed"
-    small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu','--plot']
+    small = ['--init','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu','--plot']
     assert main(['train',str(data/'cases.csv'),'--out',str(tmp_path/'a'),*small,'--memory','8GB'])==0
     assert '8 GB: 2 patches at a time, fp32, activations kept' in capfd.readouterr().out and (tmp_path/'a'/'history.png').stat().st_size>5000
     refused(capfd, ['train',data/'cases.csv','--out',tmp_path/'b',*small,'--memory','1MB'], 'memory=1MB', 'at the least')
@@ -102,7 +105,7 @@ def test_memory_is_planned_and_said(data, tmp_path, capfd):
     assert not (tmp_path/'b'/'model.safetensors').exists()
 
 def test_training_again_gives_the_same_weights(data, tmp_path):
-    small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu','--seed','3']
+    small = ['--init','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu','--seed','3']
     for o in 'ab': assert main(['train',str(data/'cases.csv'),'--out',str(tmp_path/o),*small])==0
     a,b = ((tmp_path/o/'model.safetensors').read_bytes() for o in 'ab')
     assert a==b
@@ -111,16 +114,16 @@ def test_training_again_gives_the_same_weights(data, tmp_path):
     (['predict','nowhere.nii.gz'], ['nowhere.nii.gz','no such file or folder']),
     (['evaluate','nowhere.csv'], ['nowhere.csv','no such case table']),
     (['train','nowhere.csv'], ['nowhere.csv','no such case table']),
-    (['cases','folder','nowhere'], ['nowhere','no such folder'])])
+    (['table','nowhere'], ['nowhere','no such folder'])])
 def test_wrong_path(capfd, tmp_path, weights, argv, words):
-    more = [] if argv[0]=='cases' else ['--weights','random' if argv[0]=='train' else str(weights)]
-    refused(capfd, [*argv,*more,'--out',tmp_path/('out.csv' if argv[0]=='cases' else 'out')], *words)
+    more = dict(table=[], train=['--init','random']).get(argv[0], ['--weights',str(weights)])
+    refused(capfd, [*argv,*more,'--out',tmp_path/('out.csv' if argv[0]=='table' else 'out')], *words)
     assert not list(tmp_path.iterdir())
 
 def test_directory_of_nothing(capfd, tmp_path, weights):
     (tmp_path/'empty').mkdir()
     refused(capfd, ['predict',tmp_path/'empty','--weights',weights,'--out',tmp_path/'out'], tmp_path/'empty', 'no .nii or .nii.gz')
-    refused(capfd, ['cases','folder',tmp_path/'empty','-o',tmp_path/'c.csv'], tmp_path/'empty', 'neither a folder ct/')
+    refused(capfd, ['table',tmp_path/'empty','-o',tmp_path/'c.csv'], tmp_path/'empty', 'neither a folder ct/')
     assert sorted(o.name for o in tmp_path.iterdir())==['empty']
 
 def test_truncated_scan_costs_only_itself(capfd, tmp_path, weights, ct):
@@ -143,7 +146,7 @@ def test_mask_of_another_shape(capfd, data, tmp_path):
     m = nib.load(data/'infection_mask'/'phantom_000.nii.gz')
     nib.save(m.slicer[:-4], tmp_path/'short.nii.gz')
     table = bad_table(data, tmp_path, lesion=tmp_path/'short.nii.gz', split='train')
-    refused(capfd, ['train',table,'--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--out',tmp_path/'run','--device','cpu'],
+    refused(capfd, ['train',table,'--init','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--out',tmp_path/'run','--device','cpu'],
             'short.nii.gz', 'its shape', 'Give the mask of this scan')
     assert not (tmp_path/'run').exists()
 
@@ -176,8 +179,8 @@ def test_grey_scan_needs_its_window(capfd, tmp_path, weights, ct):
 def test_options_out_of_range(capfd, data, tmp_path, weights, ct):
     table = data/'cases.csv'
     for more,word in [(['--epochs','0'],'epochs'), (['--spacing','3,2'],'spacing'), (['--window','400,-1000'],'window'), (['--patch','1,2,3'],'patch'), (['--encoder','resnet'],'resnet'),
-                      (['--device','cuda:99'],'device'), (['--classes','lesion,liver'],'liver'), (['--weights','nowhere.pth'],'nowhere.pth'), (['--augment','much'],'augment')]:
-        refused(capfd, ['train',table,'--out',tmp_path/'run',*(['--weights','random'] if '--weights' not in more else []),*more], word)
+                      (['--device','cuda:99'],'device'), (['--classes','lesion','--classes','liver'],'liver'), (['--init','nowhere.pth'],'nowhere.pth'), (['--augment','much'],'augment')]:
+        refused(capfd, ['train',table,'--out',tmp_path/'run',*(['--init','random'] if '--init' not in more else []),*more], word)
     refused(capfd, ['predict',ct,'--weights',weights,'--out',tmp_path/'out','--overlap','1'], 'overlap')
     assert list(tmp_path.iterdir())==[]
 
@@ -189,12 +192,12 @@ def test_kinetics_offline(capfd, data, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path/'cache'))
     assert main(['train',str(data/'cases.csv'),'--out',str(tmp_path/'run')])==2
     announced,line = capfd.readouterr().err.splitlines()  # the first is torchvision's own: what it tries to download
-    assert all(o in line for o in ('https://download.pytorch.org/models/r3d_18', str(tmp_path/'cache'), 'pretrained=False'))
+    assert all(o in line for o in ('https://download.pytorch.org/models/r3d_18', str(tmp_path/'cache'), '--init random'))
     assert not (tmp_path/'run').exists()
 
 def test_debug_shows_the_traceback(): 
     from covid3d.volume import CTError
-    with pytest.raises(CTError): main(['predict','nowhere.nii.gz','--weights','w','--out','o','--debug'])
+    with pytest.raises(CTError): main(['predict','nowhere.nii.gz','--weights',os.devnull,'--out','o','--debug'])
 
 @pytest.mark.parametrize('argv,status', [(['--help'],0), (['predict','--help'],0), (['--version'],0), ([],2), (['frobnicate'],2), (['predict'],2)])
 def test_console_script(argv, status):
@@ -202,7 +205,7 @@ def test_console_script(argv, status):
     exe = Path(sys.executable).with_name('covid3d')
     r = subprocess.run([exe,*argv], capture_output=True, text=True, env={**os.environ,'COLUMNS':'100'})
     assert r.returncode==status and 'Traceback' not in r.stderr
-    if argv==['--help']: assert all(re.search(rf'^  {o} +\S', r.stdout, re.M) for o in ('demo','phantom','cases','train','evaluate','predict'))
+    if argv==['--help']: assert all(re.search(rf'^│ {o} +\S', r.stdout, re.M) for o in ('demo','phantom','table','train','evaluate','predict'))
 
 # any terminal, any machine
 
@@ -218,7 +221,7 @@ def test_any_encoding(monkeypatch, tmp_path, weights, ct, encoding):
     "Help and results can be printed in any encoding: what it lacks is spelt, and no mask is lost to an arrow."
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, 'stdout', out)
-    for argv in (['--help'], *([k,'--help'] for k in commands), ['predict',str(ct),str(ct.with_name('phantom_001.nii.gz')),'--weights',str(weights),'--device','cpu','--out',str(tmp_path/'Müller')]):
+    for argv in (['--help'], *([k,'--help'] for k in names), ['train','--help-all'], ['predict',str(ct),str(ct.with_name('phantom_001.nii.gz')),'--weights',str(weights),'--device','cpu','--out',str(tmp_path/'Müller')]):
         assert main(argv)==0
     text = out.buffer.getvalue().decode(encoding)
     assert 'phantom_001 -> phantom_001_lesion.nii.gz' in text and len(list((tmp_path/'Müller').glob('*.nii.gz')))==2
@@ -251,10 +254,10 @@ def test_too_few_open_files_is_one_line(weights, ct, tmp_path, capfd, monkeypatc
     refused(capfd, ['predict',ct,'--weights',weights,'--out',tmp_path/'n','--device','cpu'], 'too many files are open', 'ulimit -n')
 
 def test_advice_names_options_that_exist():
-    for name,f in commands.items():
-        options = {o for o in re.findall(r'--([a-z]+)', one_line(MemoryError(), f))}
-        assert options<={*inspect.signature(f).parameters}, name
-    assert 'Use a smaller --patch or --bs' in one_line(MemoryError(), commands['train']) and '--patch' not in one_line(MemoryError(), commands['predict'])
+    for name in names:
+        options = {o for o in re.findall(r'--([a-z]+)', _one_line(MemoryError(), _options([name])))}
+        assert options<=_options([name]), name
+    assert 'Use a smaller --patch or --bs' in _one_line(MemoryError(), _options(['train'])) and '--patch' not in _one_line(MemoryError(), _options(['predict']))
 
 @pytest.mark.promise('silent')
 def test_no_error_is_swallowed(monkeypatch, capfd, tmp_path):
@@ -265,8 +268,8 @@ def test_no_error_is_swallowed(monkeypatch, capfd, tmp_path):
     for env in (dict(RANK='1'), dict(RANK='x'), dict(RANK='1', WORLD_SIZE='1'), dict(RANK='1', WORLD_SIZE='2'), dict(WORLD_SIZE='y'), torchrun):
         for k in torchrun: monkeypatch.delenv(k, raising=False)
         for k,v in env.items(): monkeypatch.setenv(k, v)
-        refused(capfd, ['predict','nowhere.nii.gz','--weights','w','--out',tmp_path/'m'], 'nowhere.nii.gz')
-        assert main(['train','nowhere.csv','--weights','random','--device','cpu','--out',str(tmp_path/'r')])==2
+        refused(capfd, ['predict','nowhere.nii.gz','--weights',os.devnull,'--out',tmp_path/'m'], 'nowhere.nii.gz')
+        assert main(['train','nowhere.csv','--init','random','--device','cpu','--out',str(tmp_path/'r')])==2
         assert ('nowhere.csv' in capfd.readouterr().err)==(env!=torchrun)
 
 @pytest.mark.fault('X13')
@@ -275,12 +278,13 @@ def test_statuses_of_signals(monkeypatch, capfd):
     def raising(e):
         def f(): raise e
         return f
-    monkeypatch.setitem(commands, 'stop', raising(SystemExit(143)))
+    monkeypatch.setattr(app, 'registered_commands', [*app.registered_commands])
+    app.command('stop')(raising(SystemExit(143)))
     with pytest.raises(SystemExit) as e: main(['stop'])
     assert e.value.code==143
-    monkeypatch.setitem(commands, 'stop', raising(KeyboardInterrupt()))
+    app.command('stop')(raising(KeyboardInterrupt()))
     assert main(['stop'])==130 and capfd.readouterr().err=='stopped\n'
-    monkeypatch.setattr('covid3d.cli.anno_parser', lambda *a, **k: raising(KeyboardInterrupt())())
+    monkeypatch.setattr('typer.main.get_command', lambda *a, **k: raising(KeyboardInterrupt())())
     assert main(['predict'])==130 and capfd.readouterr().err=='stopped\n'
 
 @pytest.mark.fault('X2')
@@ -317,8 +321,8 @@ def test_weights_that_are_no_file(capfd, ct, tmp_path):
 @pytest.mark.fault('X4')
 @pytest.mark.parametrize('seed', ['100000000000000000000','-1','4294967296'])
 def test_seeds_out_of_range(capfd, tmp_path, data, seed):
-    for argv in (['phantom',tmp_path/'p'], ['cases','folder',data,'-o',tmp_path/'c.csv'], ['train',data/'cases.csv','--out',tmp_path/'r'], ['demo','--out',tmp_path/'d']):
-        refused(capfd, [*argv,'--seed',seed], 'seed', 'Give 0 to 4294967295')
+    for argv in (['phantom','-o',tmp_path/'p'], ['table',data,'-o',tmp_path/'c.csv'], ['train',data/'cases.csv','--out',tmp_path/'r'], ['demo','--out',tmp_path/'d']):
+        refused(capfd, [*argv,'--seed',seed], '--seed', 'Give 0 or more' if seed=='-1' else 'Give 4294967295 or less')
     assert not list(tmp_path.iterdir())
 
 @pytest.mark.fault('X4')
@@ -330,7 +334,7 @@ def test_overlap_out_of_range(capfd, ct, weights, tmp_path):
 def test_odd_words(capfd, tmp_path, weights):
     "What a user types reaches the terminal as one plain line"
     for argv in (['\x1b[31mred\n'], ['predict','x','--\x1b[31mred\n','y'], ['predict','a\0b','--weights',weights,'--out',tmp_path/'m'], ['train','\x1b[2Jx\ny.csv','--out',tmp_path/'m'],
-                 ['check','\udcff.csv'], ['check','x'*5000+'.csv'], ['cases','folder','\x1b[2J\n','-o',tmp_path/'c.csv'], ['evaluate','/dev/null','--weights',weights,'--out',tmp_path/'m']):
+                 ['check','\udcff.csv'], ['check','x'*5000+'.csv'], ['table','\x1b[2J\n','-o',tmp_path/'c.csv'], ['evaluate','/dev/null','--weights',weights,'--out',tmp_path/'m']):
         assert main([str(o) for o in argv])==2
         err = capfd.readouterr().err
         assert '\x1b' not in err and err.count('\n')==1 and 'unexpected' not in err, err
@@ -347,3 +351,68 @@ def test_tables_need_no_plots_and_no_torch():
     "Writing and checking a case table loads neither matplotlib nor PyTorch"
     code = "import sys, covid3d.cli, covid3d.cases, covid3d.datasets; print({*sys.modules} & {'matplotlib','torch','fastai'})"
     assert subprocess.run([sys.executable,'-c',code], capture_output=True, text=True).stdout=='set()\n'
+
+# essentials first, and everything that can be refused is refused before PyTorch is loaded
+
+def loaded(*argv):
+    "Exit status, message, and which of the heavy packages a command loaded"
+    code = f"import sys; from covid3d.cli import main; s = main({[str(o) for o in argv]}); print(s, *sorted({{*sys.modules}} & {{'torch','fastai','matplotlib'}}))"
+    r = subprocess.run([sys.executable,'-c',code], capture_output=True, text=True, env=os.environ|dict(COLUMNS='100'))
+    status,*heavy = r.stdout.splitlines()[-1].split()
+    return int(status),r.stderr,heavy
+
+@pytest.mark.parametrize('argv', ['--help', 'train --help', 'train --help-all', '--version', 'trian', 'train', 'train T --out O --epochs 0', 'train T --out O --spacing 3x2', 'train T --out O --augment much',
+    'train none.csv --out O', 'train T --out O --config none.json', 'train T --out O --init none.pth', 'train T --out O --fold 1', 'train T --out O --folds 2 --fold 2', 'train T --out O --resume --overwrite',
+    'train T --out RUN', 'train T --out /dev/null/x', 'train . --out O --spacing 3,2,2', 'predict none.nii --weights T --out O', 'predict T --weights none.safetensors --out O', 'predict --weights T --out O',
+    'predict T --weights T --out O --already-windowed 20:-1000', 'predict T --weights T --out O --overlap nan', 'evaluate none.csv --weights T --out O', 'evaluate T --weights T --out O --compare none',
+    'reproduce --weights none --out O', 'prepare none.csv --out O', 'check none.csv', 'table none', 'pretrain --out O --shapes 2', 'demo -n 2', 'phantom --out O --layout x'])
+def test_refused_before_torch_is_loaded(argv, tmp_path, data):
+    "Help, and every error of arguments and files, comes without PyTorch"
+    (tmp_path/'run').mkdir(); (tmp_path/'run'/'model.safetensors').touch()
+    words = dict(T=data/'cases.csv', O=tmp_path/'out', RUN=tmp_path/'run')
+    status,err,heavy = loaded(*(words.get(o, o) for o in argv.split()))
+    fine = '--help' in argv or argv=='--version'
+    assert heavy==[] and status==(0 if fine else 2) and err.count('\n')==(not fine), err
+
+def test_essentials_fit_one_screen(capsys, monkeypatch):
+    "`train --help`: a dozen options in one panel; `--help-all` has all of them; every line of an option says something"
+    monkeypatch.setenv('COLUMNS', '100')
+    assert main(['train','--help'])==0; short = capsys.readouterr().out
+    assert main(['train','--help-all'])==0; long = capsys.readouterr().out
+    options = lambda s: re.findall(r'^│ [ *] ? ?(--[\w-]+)', s, re.M)+re.findall(r'^│ (--[\w-]+)', s, re.M)
+    assert len(short.splitlines())<=40 and len({*options(short)})<=12 and '--help-all' in short
+    assert {f'--{k.replace("_","-")}' for k in _options(['train'])}-{'--table','--debug','--help-all'}<={*options(long)}
+
+def test_quiet_prints_paths_and_nothing_else(data, weights, ct, tmp_path, capfd):
+    "With --quiet, standard output holds the paths of the results"
+    small = ['--init','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu']
+    for argv,paths in [(['table',data,'-o',tmp_path/'t.csv'], ['t.csv']), (['check',data/'cases.csv'], []), (['train',data/'cases.csv','-o',tmp_path/'run',*small], ['run/model.safetensors']),
+                       (['predict','-i',ct,'--weights',weights,'-o',tmp_path/'m','--device','cpu'], ['m/phantom_000_lesion.nii.gz']),
+                       (['evaluate',data/'cases.csv','--weights',weights,'-o',tmp_path/'s','--device','cpu'], ['s/index.html'])]:
+        assert main([*map(str, argv),'-q'])==0
+        assert capfd.readouterr().out.splitlines()==[str(tmp_path/p) for p in paths]
+
+def test_a_recipe_and_options_that_change_it(data, tmp_path, capfd):
+    "--config is a name or a file, options change it, and what is in neither is refused by name"
+    small = dict(epochs=1, patches=2, init='random', net=dict(width=4), spec=dict(spacing=[9,5,5], patch=[16,48,48]))
+    (tmp_path/'r.json').write_text(json.dumps(small))
+    assert main(['train',str(data/'cases.csv'),'-o',str(tmp_path/'run'),'--config',str(tmp_path/'r.json'),'--up','trilinear','--device','cpu'])==0
+    _,ct_spec,net = load_model(tmp_path/'run'/'model.safetensors')
+    assert (ct_spec.spacing,ct_spec.patch,net.width,net.up)==((9,5,5),(16,48,48),4,'trilinear')
+    (tmp_path/'r.json').write_text('{"epoch": 3}')
+    refused(capfd, ['train',data/'cases.csv','-o',tmp_path/'x','--config',tmp_path/'r.json'], "no setting 'epoch'", 'Did you mean epochs')
+    assert not (tmp_path/'x').exists()
+
+def test_lists_are_lists(data, weights, ct, tmp_path, capfd):
+    "Scans as arguments and after -i; several models; a comma is part of a name"
+    b = tmp_path/'b,c.safetensors'; b.write_bytes(weights.read_bytes())
+    w = ['--weights',str(weights),'--weights',str(b),'--device','cpu']
+    assert main(['predict',str(ct),'-i',str(ct.with_name('phantom_001.nii.gz')),'-i',str(ct.with_name('phantom_002.nii.gz')),*w,'-o',str(tmp_path/'m')])==0
+    assert len(list((tmp_path/'m').glob('*.nii.gz')))==3
+
+def test_completion(tmp_path):
+    "Commands, options and choices complete in a shell"
+    def complete(words):
+        env = os.environ|dict(_COVID3D_COMPLETE='complete_bash', COMP_WORDS=words, COMP_CWORD=str(len(words.split())-1))
+        return subprocess.run([Path(sys.executable).with_name('covid3d')], env=env, capture_output=True, text=True).stdout.split()
+    assert complete('covid3d pre')==['prepare','pretrain','predict'] and '--ema' in complete('covid3d train --e') and complete('covid3d train --augment l')==['light']

@@ -14,7 +14,7 @@ from covid3d.volume import CTError, save_volume
 
 each = pytest.mark.parametrize
 data = os.environ.get('COVID3D_TEST_DATA')
-small = ['--weights','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu']
+small = ['--init','random','--width','4','--spacing','9,5,5','--patch','16,48,48','--epochs','1','--patches','2','--device','cpu']
 sets = ('coronacases','mosmed','covid1920','ricord')
 
 @pytest.fixture(scope='module')
@@ -54,7 +54,7 @@ def same_lesions(name, table, phantoms):
 @each('name', sets)
 def test_whole_way(name, root, phantoms, tmp_path, capfd):
     table,run_dir,scores = tmp_path/'cases.csv',tmp_path/'run',tmp_path/'scores'
-    assert run('cases', name, root/name, '--valid','0.25','--test','0.25','-o',table)==0
+    assert run('table', root/name, '--layout',name, '--valid','0.25','--test','0.25','-o',table)==0
     cases = same_lesions(name, table, phantoms)
     labelled = [c for c in cases if 'lesion' in c.masks]
     assert len(labelled)==(5 if name=='coronacases' else 4) and all(bool(c.split)==('lesion' in c.masks) for c in cases)
@@ -74,36 +74,36 @@ def test_whole_way(name, root, phantoms, tmp_path, capfd):
 @each('name,want', [('coronacases',['test']*4+['']), ('mosmed',['']+['test']*4), ('ricord',['','train','train','train','valid'])])
 def test_part_in_the_paper(name, want, root, tmp_path):
     "RICORD trains and tunes, CoronaCases without Radiopaedia and the labelled MosMed scans are tests"
-    assert run('cases', name, root/name, '-o', tmp_path/'c.csv')==0
+    assert run('table', root/name, '--layout',name, '-o', tmp_path/'c.csv')==0
     got = [r['split'] for r in rows(tmp_path/'c.csv')]
     assert got==want if name!='ricord' else sorted(got)==want
 
 def test_kaggle(phantoms, tmp_path):
     datasets.write_coronacases(phantoms, tmp_path/'k', 'kaggle')
-    assert run('cases','coronacases', tmp_path/'k', '-o', tmp_path/'c.csv')==0
+    assert run('table', tmp_path/'k', '--layout','coronacases', '-o', tmp_path/'c.csv')==0
     same_lesions('coronacases', tmp_path/'c.csv', phantoms)
 
 def test_windowed_radiopaedia(root, phantoms, tmp_path):
     "Grey values come back as the HU they stood for, within half a grey step inside the window"
-    assert run('cases','coronacases', root/'coronacases', '-o', tmp_path/'c.csv')==0
+    assert run('table', root/'coronacases', '--layout','coronacases', '-o', tmp_path/'c.csv')==0
     ct = read_cases(tmp_path/'c.csv')[-1].open_ct()
     assert abs(ct.data-phantoms[-1].ct.data.clip(-1250,250)).max()<=1500/255/2+.01 and -1250<=ct.data.min() and ct.data.max()<=250
 
 def test_ricord_table_can_be_moved_with_its_masks(root, tmp_path):
-    assert run('cases','ricord', root/'ricord', '-o', tmp_path/'a'/'cases.csv')==0
+    assert run('table', root/'ricord', '--layout','ricord', '-o', tmp_path/'a'/'cases.csv')==0
     (tmp_path/'a').rename(tmp_path/'b')
     mask = next(r['lesion'] for r in rows(tmp_path/'b'/'cases.csv') if r['lesion'])
     assert mask.startswith('cases_masks/') and (tmp_path/'b'/mask).is_file()
 
 @each('name', sets)
 def test_phantom_layout(name, tmp_path, monkeypatch, capfd):
-    "`covid3d phantom --layout` writes what `covid3d cases` reads, and says so"
+    "`covid3d phantom --layout` writes what `covid3d table` reads, and says so"
     real = phantom
     monkeypatch.setattr('covid3d.phantom.phantom', lambda seed, **k: real(seed, shape=(32,96,96), spacing=(9,3.7,3.7)))
-    assert run('phantom', tmp_path/'d', '--n','3','--layout',name)==0
-    assert f'covid3d cases {name} {tmp_path/"d"}' in capfd.readouterr().out
-    assert run('cases', name, tmp_path/'d', '-o', tmp_path/'c.csv')==0 and len(rows(tmp_path/'c.csv'))==3
-    assert run('phantom', tmp_path/'d', '--n','3','--layout',name)==2
+    assert run('phantom', '-o', tmp_path/'d', '--n','3','--layout',name)==0
+    assert f'covid3d table {tmp_path/"d"}' in capfd.readouterr().out
+    assert run('table', tmp_path/'d', '--layout',name, '-o', tmp_path/'c.csv')==0 and len(rows(tmp_path/'c.csv'))==3
+    assert run('phantom', '-o', tmp_path/'d', '--n','3','--layout',name)==2
 
 # A hospital's archive
 
@@ -131,7 +131,7 @@ def weights(tmp_path_factory):
 def test_archive(archive, weights, tmp_path, capfd):
     "A tree of DICOM becomes a table without a name in it, is checked, and segmented; the broken series stops nothing"
     table,masks = tmp_path/'cases.csv',tmp_path/'masks'
-    assert run('cases','folder', archive, '-o', table)==0
+    assert run('table', archive, '-o', table)==0
     r = rows(table)
     uid = {f:pseudonym(find_series(archive/f)[0].uid) for f in ('S0','S1','S2','S9')}
     assert [o['case'] for o in r]==list(uid.values()) and [o['ct'] for o in r]==list(uid.values())
@@ -161,7 +161,7 @@ def export(phantoms, tmp_path):
 def test_no_name_of_a_folder_or_file_comes_out(export, tmp_path, capfd):
     """No name of a folder, file or patient of a DICOM export reaches a case table, a message or a report; one file of sources, which says so, holds the way back"""
     out = tmp_path/'out'; table = out/'cases.csv'
-    assert run('cases','folder', export, '-o', table)==0
+    assert run('table', export, '-o', table)==0
     assert run('check', table)==1 and run('check', table, '--json')==1
     said = capfd.readouterr()
     assert '1 slice missing' in said.out and 'folder_' in said.out
@@ -186,14 +186,14 @@ def test_a_series_has_one_name_everywhere(archive, tmp_path):
 def test_table_and_its_sources_move_with_the_data(archive, tmp_path):
     import shutil
     shutil.copytree(archive, tmp_path/'a'/'data')
-    assert run('cases','folder', tmp_path/'a'/'data', '-o', tmp_path/'a'/'t.csv')==0
+    assert run('table', tmp_path/'a'/'data', '-o', tmp_path/'a'/'t.csv')==0
     (tmp_path/'a').rename(tmp_path/'b')
     assert read_cases(tmp_path/'b'/'t.csv')[0].ct.is_dir()
 
 @pytest.mark.parametrize('harm', ['gone','empty','no line','foreign'])
 def test_sources_that_are_lost_are_told_in_one_line(archive, tmp_path, capfd, harm):
     table = tmp_path/'t.csv'; p = sources_path(table)
-    assert run('cases','folder', archive, '-o', table)==0
+    assert run('table', archive, '-o', table)==0
     capfd.readouterr()
     if harm=='gone': p.unlink()
     elif harm=='empty': p.write_text('')
@@ -201,7 +201,7 @@ def test_sources_that_are_lost_are_told_in_one_line(archive, tmp_path, capfd, ha
     else: p.write_text('a,b\n1,2\n')
     assert run('check', table)==2
     err = capfd.readouterr().err
-    assert err.count('\n')==1 and 't_sources.csv' in err and ('covid3d cases' in err)
+    assert err.count('\n')==1 and 't_sources.csv' in err and ('covid3d cases' in err or 'covid3d table' in err)
 
 def test_patients_without_an_id_are_not_one_person(phantoms, tmp_path):
     for i in range(3):
@@ -219,7 +219,7 @@ def test_what_is_left_out_is_counted(phantoms, tmp_path, capfd):
         if broken: (tmp_path/'d'/name/'000.dcm').write_bytes(b'x'*50)
     put('one'); put('two', n=20); put('three', seed=1); put('short', n=3, seed=2); put('mr', n=5, kind='1.2.840.10008.5.1.4.1.1.4', seed=3)
     put('bad', broken=True, seed=4)
-    assert run('cases','folder', tmp_path/'d', '-o', tmp_path/'t.csv')==0
+    assert run('table', tmp_path/'d', '-o', tmp_path/'t.csv')==0
     out = capfd.readouterr().out
     assert len(rows(tmp_path/'t.csv'))==2 and read_cases(tmp_path/'t.csv')[0].ct.name=='one'
     for o in ('1 series left out: a copy','5 MR Image Storage','1 series of fewer than four slices','1 folder with files that could not be read:\nnote: folder_'):
@@ -233,7 +233,7 @@ def test_halves_of_a_series_in_two_folders_are_told(phantoms, tmp_path):
 
 def test_nothing_readable_is_one_line(phantoms, tmp_path, capfd):
     (tmp_path/'d'/'DOE').mkdir(parents=True); (tmp_path/'d'/'DOE'/'a.dcm').write_bytes(b'x'*200)
-    assert run('cases','folder', tmp_path/'d', '-o', tmp_path/'t.csv')==2
+    assert run('table', tmp_path/'d', '-o', tmp_path/'t.csv')==2
     err = capfd.readouterr().err
     assert err.count('\n')==1 and 'folder_' in err and 'DOE' not in err and not (tmp_path/'t.csv').exists()
 
@@ -253,7 +253,7 @@ def test_root_that_may_not_be_read(kind, tmp_path, capfd, monkeypatch):
     (tmp_path/'d'/'ct').mkdir(parents=True); (tmp_path/'d'/'ct'/'a.nii').write_bytes(b'x')
     def shut(self): raise PermissionError(13, 'Permission denied', str(self))
     monkeypatch.setattr(Path, 'iterdir', shut)
-    assert run('cases',kind, tmp_path/'d', '-o', tmp_path/'t.csv')==2
+    assert run('table', tmp_path/'d', '--layout',kind, '-o', tmp_path/'t.csv')==2
     assert capfd.readouterr().err.count('\n')==1
 
 # RICORD
@@ -323,13 +323,13 @@ def test_mdai_of_wrong_types(tmp_path):
 @each('text', [b'['*200000, b'{"a":'*100000, b'\xff\xfe', b'', b'null', b'"x"', b'{"datasets":1e999,"labelGroups":[]}', b'\0'*99], ids=range(8))
 def test_mdai_that_is_no_export(tmp_path, text, capfd):
     (tmp_path/'d').mkdir(); (tmp_path/'d'/'annotations.json').write_bytes(text)
-    assert run('cases','ricord', tmp_path/'d', '-o', tmp_path/'t.csv')==2 and capfd.readouterr().err.count('\n')==1
+    assert run('table', tmp_path/'d', '--layout','ricord', '-o', tmp_path/'t.csv')==2 and capfd.readouterr().err.count('\n')==1
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs named pipes')
 def test_annotations_that_are_a_pipe(tmp_path, capfd):
     os.mkfifo(tmp_path/'pipe')
     (tmp_path/'d').mkdir()
-    assert run('cases','ricord', tmp_path/'d', '--annotations', tmp_path/'pipe', '-o', tmp_path/'t.csv')==2
+    assert run('table', tmp_path/'d', '--layout','ricord', '--annotations', tmp_path/'pipe', '-o', tmp_path/'t.csv')==2
     assert 'is not a regular file' in capfd.readouterr().err
 
 # Radiopaedia
@@ -343,7 +343,7 @@ def test_radiopaedia_is_turned_by_what_the_scan_shows(phantoms, tmp_path):
     "Front and back exchanged: noticed, repaired in scan and masks, and a mask is written on the file's own voxels; a right file is left alone"
     from covid3d.volume import save_mask
     datasets.write_coronacases(phantoms[:3], tmp_path/'d'); turn(tmp_path/'d', 'radiopaedia*')
-    assert run('cases','coronacases', tmp_path/'d', '-o', tmp_path/'t.csv')==0
+    assert run('table', tmp_path/'d', '--layout','coronacases', '-o', tmp_path/'t.csv')==0
     assert [r['flip'] for r in rows(tmp_path/'t.csv')]==['','','front-back']
     case = read_cases(tmp_path/'t.csv')[-1]; ct = case.open_ct(); mask = case.open_mask('lesion', ct)
     assert np.array_equal(mask.data, phantoms[2].lesion.data) and not any(r.findings and r.findings[0].level!='note' for r in check_table(tmp_path/'t.csv'))
@@ -380,7 +380,7 @@ def test_cases_never_replaces_another_file(root, tmp_path, capfd, name, text):
     """`cases --overwrite` replaces a case table and its sources, and no other file"""
     (tmp_path/name).write_text(text)
     out = tmp_path/(name if name!='cases_sources.csv' else 'cases.csv')
-    assert run('cases','mosmed', root/'mosmed', '-o', out, '--overwrite')==2
+    assert run('table', root/'mosmed', '--layout','mosmed', '-o', out, '--overwrite')==2
     assert capfd.readouterr().err.count('\n')==1 and (tmp_path/name).read_text()==text and len(list(tmp_path.iterdir()))==1
 
 def test_cases_is_written_by_one_process(root, tmp_path, capfd):
@@ -389,16 +389,16 @@ def test_cases_is_written_by_one_process(root, tmp_path, capfd):
     p = subprocess.Popen([sys.executable,'-c',code,str(tmp_path/'t.csv')], stdout=subprocess.PIPE)
     try:
         p.stdout.readline()
-        assert run('cases','mosmed', root/'mosmed', '-o', tmp_path/'t.csv')==2 and 'another process' in capfd.readouterr().err
+        assert run('table', root/'mosmed', '--layout','mosmed', '-o', tmp_path/'t.csv')==2 and 'another process' in capfd.readouterr().err
     finally: p.kill(); p.wait()
-    assert run('cases','mosmed', root/'mosmed', '-o', tmp_path/'t.csv')==0
+    assert run('table', root/'mosmed', '--layout','mosmed', '-o', tmp_path/'t.csv')==0
     assert [o.name for o in tmp_path.iterdir()]==['t.csv']
 
 @each('seed', ['0','-1','1'+'0'*20])
 def test_any_seed(root, tmp_path, seed, capfd):
     assert len(datasets.covid1920(root/'covid1920', seed=int(seed)))
-    assert run('cases','covid1920', root/'covid1920', '-o', tmp_path/'t.csv', f'--seed={seed}')==(0 if seed=='0' else 2)
-    assert seed=='0' or 'is not a seed' in capfd.readouterr().err
+    assert run('table', root/'covid1920', '--layout','covid1920', '-o', tmp_path/'t.csv', f'--seed={seed}')==(0 if seed=='0' else 2)
+    assert seed=='0' or '--seed: is too' in capfd.readouterr().err
 
 def test_predict_dicom_segmentation(archive, weights, tmp_path, capfd, monkeypatch):
     "`--format seg` writes one object a scan that refers to its slices; a NIfTI cannot have one"
@@ -421,19 +421,19 @@ def test_plain_layout_with_dicom_scans(phantoms, tmp_path):
     "ct/NAME/ with slices beside infection_mask/NAME.nii.gz"
     for i in range(3):
         write_series(phantoms[i].ct, tmp_path/'ct'/f'chest.{i}', series=i); save_volume(phantoms[i].lesion, tmp_path/'infection_mask'/f'chest.{i}.nii.gz')
-    assert run('cases','folder', tmp_path, '--layout','plain','-o', tmp_path/'c.csv')==0
+    assert run('table', tmp_path, '--layout','plain','-o', tmp_path/'c.csv')==0
     assert run('check', tmp_path/'c.csv')==0
     same_lesions('folder', tmp_path/'c.csv', phantoms[:3])
 
 @pytest.mark.skipif(not data, reason='COVID3D_TEST_DATA is not set: the folder of real CTs is not part of the repository')
 def test_real_scans(tmp_path, capfd):
     "Seven CoronaCases scans, saved as grey values, and a DICOM series of a GE scanner"
-    assert run('cases','coronacases', Path(data)/'coronacases_7', '--already-windowed','-1000:20','-o', tmp_path/'c.csv')==0
+    assert run('table', Path(data)/'coronacases_7', '--layout','coronacases', '--already-windowed','-1000:20','-o', tmp_path/'c.csv')==0
     assert [r['split'] for r in rows(tmp_path/'c.csv')]==['test']*7
     assert run('check', tmp_path/'c.csv', '--json')==0
     found = json.loads(capfd.readouterr().out.split('\n', 1)[1])
     assert found['ok'] and min(r['inside'] for r in found['reports'])>.9
-    assert run('cases','folder', Path(data)/'cip_ct64', '-o', tmp_path/'d.csv')==0 and run('check', tmp_path/'d.csv')==0
+    assert run('table', Path(data)/'cip_ct64', '-o', tmp_path/'d.csv')==0 and run('check', tmp_path/'d.csv')==0
     assert len(rows(tmp_path/'d.csv'))==1 and rows(tmp_path/'d.csv')[0]['case'] in capfd.readouterr().out
-    assert run('cases','folder', Path(data)/'covid_ct_md', '-o', tmp_path/'e.csv')==0 and len(rows(tmp_path/'e.csv'))==2
+    assert run('table', Path(data)/'covid_ct_md', '-o', tmp_path/'e.csv')==0 and len(rows(tmp_path/'e.csv'))==2
     assert run('check', tmp_path/'e.csv')==0 and 'P001' not in capfd.readouterr().out+(tmp_path/'e.csv').read_text()

@@ -41,7 +41,7 @@ def test_two_processes_equal_one(patches):
     assert v['moved']>.01
 
 def small(table, out, *more):
-    return ['train',str(table),'--weights','random','--width','4','--spacing','9,7,7','--patch','16,32,32','--patches','3','--epochs','3','--lr','1e-2','--bs','2','--score-every','1','--device','cpu','--out',str(out),*more]
+    return ['train',str(table),'--init','random','--width','4','--spacing','9,7,7','--patch','16,32,32','--patches','3','--epochs','3','--lr','1e-2','--bs','2','--score-every','1','--device','cpu','--out',str(out),*more]
 
 def test_the_command_killed_and_resumed(table, tmp_path, capfd):
     "torchrun with `covid3d train`: one process dies, none hangs; resumed, the training ends; only the first process writes and prints"

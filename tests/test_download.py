@@ -97,7 +97,7 @@ def zenodo(archives, monkeypatch):
 @pytest.fixture
 def out(tmp_path): return tmp_path/'corona'
 
-def get(out): return main(['download','coronacases',str(out)])
+def get(out): return main(['download','coronacases','-o',str(out)])
 def names(out): return sorted(o.name for o in out.iterdir()) if out.exists() else []
 
 def refused(capfd, out, *words):
@@ -436,12 +436,12 @@ def test_out_is_a_file(zenodo, out, capfd):
     ['CC BY-NC-ND 4.0','grand-challenge.org','covid3d cases covid1920 {} -o cases.csv'])])
 def test_instructions(zenodo, out, capfd, name, words):
     "Steps for what needs a login, with the folder filled in; no network, no folder"
-    assert main(['download',name,str(out)])==0
+    assert main(['download',name,'-o',str(out)])==0
     said = capfd.readouterr()
     assert all(o.format(out) in said.out for o in words) and said.err=='' and zenodo.log==[] and not out.exists()
     assert {*instructions}=={'ricord','mosmed','covid1920'}
 
 def test_unknown_data_set(capfd, out):
-    assert main(['download','imagenet',str(out)])==2
+    assert main(['download','imagenet','-o',str(out)])==2
     err = capfd.readouterr().err
     assert err.count('\n')==1 and 'coronacases' in err and 'imagenet' in err

@@ -627,5 +627,5 @@ def test_the_command_resumes_and_replaces_no_input(study, tmp_path, capfd):
 def test_a_compared_folder_with_an_odd_name(study, tmp_path, capfd):
     "Folders named as formulas or with escape codes cost no picture, and the codes do not reach the terminal"
     for name in ('$\\foo$','a\x1b[31m\nb'): assert covid3d_evaluate(study, tmp_path/name, '--pictures', 0)==0
-    assert covid3d_evaluate(study, tmp_path/'r', '--compare', f'{tmp_path}/$\\foo$,{tmp_path}/a\x1b[31m\nb')==0; out,err = capfd.readouterr()
+    assert covid3d_evaluate(study, tmp_path/'r', '--compare', f'{tmp_path}/$\\foo$', '--compare', f'{tmp_path}/a\x1b[31m\nb')==0; out,err = capfd.readouterr()
     line = [o for o in out.splitlines() if o.startswith('against a')]; assert '\x1b' not in ''.join(line) and 'left out' not in err and 'by Holm for 6 comparisons' in out and (tmp_path/'r'/'scores.png').exists()

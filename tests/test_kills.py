@@ -22,10 +22,10 @@ class Job:
 def jobs(d) -> dict:
     "All commands that write, on the data in `d`"
     w = ['--weights',f'{d}/w/model.safetensors','--device','cpu']
-    train = ['train',f'{d}/data/cases.csv','--out','OUT','--weights','random','--width','4',*small,'--epochs','2','--patches','2','--device','cpu','--examples','0']
+    train = ['train',f'{d}/data/cases.csv','--out','OUT','--init','random','--width','4',*small,'--epochs','2','--patches','2','--device','cpu','--examples','0']
     return dict(
-        phantom=Job(['phantom','OUT','--n','1'], ['--overwrite'], ('cases.csv','ct/*','infection_mask/*')),
-        cases=Job(['cases','folder',f'{d}/data','-o','OUT/cases.csv'], ['--overwrite'], ('cases.csv',), '.cases.csv.covid3d.lock'),
+        phantom=Job(['phantom','-o','OUT','--n','1'], ['--overwrite'], ('cases.csv','ct/*','infection_mask/*')),
+        cases=Job(['table',f'{d}/data','-o','OUT/cases.csv'], ['--overwrite'], ('cases.csv',), '.cases.csv.covid3d.lock'),
         prepare=Job(['prepare',f'{d}/data/cases.csv','--out','OUT',*small], [], ('cases.csv','spec.json','*/ct.npy','*/masks.npy')),
         train=Job(train, ['--resume'], ('model.safetensors','history.csv')),
         folds=Job([*train,'--folds','2'], ['--resume'], ('fold_*/model.safetensors','fold_*/scores.csv')),

@@ -151,7 +151,7 @@ def test_frozen_and_free_epochs_in_one_table(table, tmp_path):
 def test_nan_loss_is_said(table, tmp_path, capfd):
     "A learning rate far too high: status 2, one line with the way out"
     from covid3d.cli import main
-    assert main(['train',str(table),'--out',str(tmp_path/'run'),'--weights','random','--width','4','--spacing','9,7,7','--patch','16,32,32','--patches','4','--epochs','2','--lr','1e30','--device','cpu'])==2
+    assert main(['train',str(table),'--out',str(tmp_path/'run'),'--init','random','--width','4','--spacing','9,7,7','--patch','16,32,32','--patches','4','--epochs','2','--lr','1e30','--device','cpu'])==2
     err = capfd.readouterr().err
     assert err.count('\n')==1 and 'lower' in err and 'covid3d train' in err
 

@@ -383,10 +383,10 @@ def test_far_more_lesion_than_training_held_is_told(world, tmp_path, capfd):
     for k,seen in enumerate((Seen(12, ml/1.4, 0.), Seen(3, 0., 0.), None)):
         assert run(world/'A', '--weights', untrained(tmp_path/'v.safetensors', seen=seen), '--out', tmp_path/f'm{k}')==0
         assert 'training held' not in capfd.readouterr().err
-    assert run(world/'A', '--weights', f'{w},{tmp_path/"v.safetensors"}', '--out', tmp_path/'both')==0 and 'held 551' in capfd.readouterr().err
+    assert run(world/'A', '--weights', w, '--weights', tmp_path/'v.safetensors', '--out', tmp_path/'both')==0 and 'held 551' in capfd.readouterr().err
 
 @pytest.mark.promise('named')
 def test_a_table_and_a_tree_give_the_same_names(world, weights, tmp_path):
     "A series has the same name in a tree as in the case table that was made from the tree."
-    assert main(['cases','folder',str(world/'tree'),'-o',str(tmp_path/'t.csv')])==0
+    assert main(['table',str(world/'tree'),'-o',str(tmp_path/'t.csv')])==0
     assert {c.name for c in find_scans([tmp_path/'t.csv'])}=={c.name for c in find_scans([world/'tree'])}

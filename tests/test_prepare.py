@@ -238,7 +238,7 @@ def test_prepare_then_train(root, tmp_path, capfd):
     assert run('prepare', root/'cases.csv', '--out', tmp_path/'p', '--spacing','9,5,5','--patch','16,48,48')==0
     out = capfd.readouterr().out; assert '4 of 4 cases' in out and f'covid3d train {tmp_path/"p"}' in out
     before = {o:(tmp_path/'p'/o).stat().st_mtime_ns for o in folders(tmp_path/'p') if '-' in o}; assert len(before)==4
-    assert run('train', tmp_path/'p', '--out', tmp_path/'run', '--weights','random','--width','4','--epochs','1','--patches','2','--device','cpu')==0
+    assert run('train', tmp_path/'p', '--out', tmp_path/'run', '--init','random','--width','4','--epochs','1','--patches','2','--device','cpu')==0
     assert {o:(tmp_path/'p'/o).stat().st_mtime_ns for o in before}==before
     from covid3d.weights import load_model
     assert load_model(tmp_path/'run'/'model.safetensors')[1]==spec
@@ -301,7 +301,7 @@ def test_X12_two_at_once_in_one_folder(root, tmp_path):
 def test_a_prepared_folder_trains_without_the_scans(root, tmp_path, capfd):
     "A prepared folder trains after it was moved and the scans were deleted, to the same weights"
     run = lambda *a: main([str(o) for o in a])
-    train = lambda p, out: run('train', p, '--out', out, '--weights','random','--width','4','--epochs','1','--patches','2','--device','cpu','--examples','0')
+    train = lambda p, out: run('train', p, '--out', out, '--init','random','--width','4','--epochs','1','--patches','2','--device','cpu','--examples','0')
     assert run('prepare', root/'cases.csv', '--out', tmp_path/'p', '--spacing','9,5,5','--patch','16,48,48')==0 and train(tmp_path/'p', tmp_path/'first')==0
     shutil.move(tmp_path/'p', tmp_path/'q'); shutil.rmtree(root); (tmp_path/'q'/'sources.json').unlink()
     capfd.readouterr(); assert train(tmp_path/'q', tmp_path/'second')==0, capfd.readouterr().err
@@ -315,7 +315,7 @@ def test_damaged_without_the_scans_is_refused(root, tmp_path, capfd):
     "A damaged prepared case whose scan is gone is refused, in one line"
     prepare_table(root/'cases.csv', tmp_path/'p', spec); shutil.rmtree(root)
     for f in (tmp_path/'p').glob('*/masks.npy'): raw = bytearray(f.read_bytes()); raw[-99] ^= 1; f.write_bytes(raw)
-    assert main(['train', str(tmp_path/'p'), '--out', str(tmp_path/'run'), '--weights','random','--width','4','--epochs','1','--device','cpu'])==2
+    assert main(['train', str(tmp_path/'p'), '--out', str(tmp_path/'run'), '--init','random','--width','4','--epochs','1','--device','cpu'])==2
     err = capfd.readouterr().err; assert 'masks.npy' in err and 'damaged' in err and 'Traceback' not in err
 
 @promise('named')

@@ -272,7 +272,7 @@ def test_from_synthetic_shapes_to_a_training(tmp_path, capsys):
     table,file = write_phantoms(tmp_path/'data', n=4, seed=1, shape=(32,96,96), spacing=(9,3.7,3.7)),tmp_path/'enc'/'encoder.safetensors'
     grid = ['--spacing','9,7,7','--patch','16,32,32']
     assert main(['pretrain','--out',str(tmp_path/'enc'),'--width','8','--steps','2','--phantoms','1','--device','cpu',*grid])==0
-    assert f'covid3d train cases.csv --weights {file}' in capsys.readouterr().out
+    assert f'covid3d train cases.csv --init {file}' in capsys.readouterr().out
     assert main(['pretrain','--out',str(tmp_path/'enc'),'--device','cpu'])==2 and 'exists already' in capsys.readouterr().err
-    assert main(['train',str(table),'--out',str(tmp_path/'run'),'--weights',str(file),'--epochs','1','--patches','2','--device','cpu',*grid])==0
+    assert main(['train',str(table),'--out',str(tmp_path/'run'),'--init',str(file),'--epochs','1','--patches','2','--device','cpu',*grid])==0
     assert (tmp_path/'run'/'model.safetensors').is_file() and list((tmp_path/'run'/'examples').glob('*.png'))

@@ -250,9 +250,9 @@ def test_phantom_layouts_of_the_default_seed_share_no_scan(tmp_path, monkeypatch
     from covid3d import cli
     seeds = {}
     monkeypatch.setattr(cli, '_write_layout', lambda layout, out, n, seed, overwrite: seeds.update({layout:seed}))
-    for k in ('ricord','coronacases','mosmed','covid1920'): assert cli.main(['phantom',str(tmp_path/k),'--n','4','--layout',k])==0
+    for k in ('ricord','coronacases','mosmed','covid1920'): assert cli.main(['phantom','-o',str(tmp_path/k),'--n','4','--layout',k])==0
     first = sorted(seeds.values()); assert len(seeds)==4 and min(b-a for a,b in zip(first, first[1:]))>=10_000
-    assert cli.main(['phantom',str(tmp_path/'x'),'--layout','mosmed','--seed','5'])==0 and seeds['mosmed']==5
+    assert cli.main(['phantom','-o',str(tmp_path/'x'),'--layout','mosmed','--seed','5'])==0 and seeds['mosmed']==5
 
 @pytest.mark.fault('X15')
 @pytest.mark.promise('named')

@@ -16,7 +16,7 @@ from covid3d.encoder import encoder3d
 from covid3d.phantom import write_phantoms
 
 rng = random.Random(int(os.environ.get('COVID3D_SEED', 0)))
-small = ['--width','8','--spacing','9,7,7','--patch','16,32,32','--patches','12','--frozen-epochs','1','--epochs','3','--lr','1e-1','--score-every','1','--augment','full','--average','.9','--device','cpu']
+small = ['--width','8','--spacing','9,7,7','--patch','16,32,32','--patches','12','--frozen-epochs','1','--epochs','3','--lr','1e-1','--score-every','1','--augment','full','--ema','.9','--device','cpu']
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -39,7 +39,7 @@ def worker():
         yield run
         p.stdin.close()
 
-def words(data, out, *more): return ['train',data[0],'--weights',data[1],'--out',out,*small,*more]
+def words(data, out, *more): return ['train',data[0],'--init',data[1],'--out',out,*small,*more]
 
 @pytest.fixture(scope='module')
 def straight(data, worker, tmp_path_factory):
@@ -251,7 +251,7 @@ def test_worker_processes(data, worker, tmp_path):
 def test_weights_by_content(data, worker, broken, tmp_path):
     "The file of weights may lie elsewhere or be named by another path; another file of its name is refused"
     shutil.copytree(broken, tmp_path/'run'); shutil.copy(data[1], tmp_path/'moved.safetensors')
-    def resume(weights): return ['train',data[0],'--weights',weights,'--out',tmp_path/'run',*small,'--resume']
+    def resume(weights): return ['train',data[0],'--init',weights,'--out',tmp_path/'run',*small,'--resume']
     assert 'of its epochs are done' in worker(resume(os.path.relpath(tmp_path/'moved.safetensors')), writing=2)['out']
     save_file({k:v+1e-3 for k,v in load_file(data[1]).items()}, tmp_path/'moved.safetensors')
     refused(worker, resume(tmp_path/'moved.safetensors'), 'of another training', 'init file ')

@@ -160,7 +160,7 @@ def unlabelled(tmp_path):
 def test_P10_no_split(capfd, unlabelled, tmp_path):
     "It stays in the table, without a split whatever is asked for; the check has nothing to say, and no volume, least of all 0"
     for kw in ({}, dict(valid=.3), dict(test=.3, valid=.3)): assert mosmed(unlabelled, **kw).split.iloc[-1]==''
-    assert main(['cases','mosmed',str(unlabelled),'-o',str(tmp_path/'t.csv')])==0 and 'without a split' in capfd.readouterr().out
+    assert main(['table',str(unlabelled),'-o',str(tmp_path/'t.csv')])==0 and 'without a split' in capfd.readouterr().out
     r = check_table(tmp_path/'t.csv')[-1]
     assert r.lesion_ml is None and r.lesion_share is None and not r.findings
 
@@ -168,7 +168,7 @@ def test_P10_no_split(capfd, unlabelled, tmp_path):
 def test_P10_named_for_a_split(capfd, unlabelled, tmp_path):
     "A scan without a mask cannot be scored, so naming it is refused, not passed over"
     with pytest.raises(CTError, match='study_2'): mosmed(unlabelled, test=['study_2'])
-    assert main(['cases','mosmed',str(unlabelled),'--test','study_1,study_2','-o',str(tmp_path/'t.csv')])==2 and 'study_2' in capfd.readouterr().err
+    assert main(['table',str(unlabelled),'--test','study_1','--test','study_2','-o',str(tmp_path/'t.csv')])==2 and 'study_2' in capfd.readouterr().err
 
 @pytest.mark.fault('P10')
 @each('split', ['train','valid','test'])
@@ -179,7 +179,7 @@ def test_P10_split_without_mask(capfd, cohort, split):
     assert (one_line(f).level,f.case,f.what)==('error','c0','lesion') and 'an unlabelled scan is not a negative one' in f.fault
     assert main(['check',str(cohort.table)])==1; capfd.readouterr()
     with pytest.raises(CTError, match='not a negative one'): read_cases(cohort.table, split, need=('lesion',))
-    more = ['train','--weights','random','--width','4']
+    more = ['train','--init','random','--width','4']
     if split=='test':
         net = NetSpec(width=4); save_model(net.build(('lesion',)), cohort/'w.safetensors', CTSpec(spacing=(9,5,5), patch=(16,48,48)), net)
         more = ['evaluate','--weights',str(cohort/'w.safetensors')]

@@ -6,7 +6,8 @@ import numpy as np, pandas as pd, pytest
 
 from covid3d import datasets
 from covid3d.cases import check_table, columns, read_cases, safe_cell, write_cases
-from covid3d.cli import find_scans, main
+from covid3d.cli import main
+from covid3d.predict import find_scans
 from covid3d.dicom import write_series
 from covid3d.statistics import score_table, scores_csv
 from covid3d.volume import CTError, Volume, canonical_affine, save_volume
@@ -45,9 +46,9 @@ def refused(capfd, tmp_path, kind, root, *words, argv=(), **kw):
     "No table: a `CTError` in Python; exit status 2 and the same one line on the command line, and nothing written"
     with pytest.raises(CTError) as e: table(kind, root, **kw)
     out = tmp_path/'refused.csv'
-    assert main(['cases',kind,str(root),'-o',str(out),*argv])==2
+    assert main(['table',str(root),'--layout',kind,'-o',str(out),*argv])==2
     err = capfd.readouterr().err
-    assert err==f'covid3d cases: {e.value}\n' and str(e.value).endswith(f'. {e.value.cure}.') and len(e.value.cure)>5
+    assert err==f'covid3d table: {e.value}\n' and str(e.value).endswith(f'. {e.value.cure}.') and len(e.value.cure)>5
     assert all(str(w) in err for w in words), err
     assert not out.exists()
 
@@ -169,7 +170,7 @@ def test_F5_named_into_two_splits(capfd, tmp_path):
 @pytest.mark.fault('F5')
 def test_F5_named_for_valid_and_test(capfd, tmp_path):
     make(tmp_path/'d', 'plain')
-    refused(capfd, tmp_path, 'folder', tmp_path/'d', 'p1', 'in valid and in test', argv=['--valid','p1','--test','p1,p2'], valid=['p1'], test=['p1','p2'])
+    refused(capfd, tmp_path, 'folder', tmp_path/'d', 'p1', 'in valid and in test', argv=['--valid','p1','--test','p1','--test','p2'], valid=['p1'], test=['p1','p2'])
 
 def rows(n=4, **change):
     "A table of `n` cases that need not exist; a change is a list, a value a case"
@@ -181,7 +182,7 @@ def bad(capfd, path, *words, df=None, text=None, status=2):
     if df is not None: df.to_csv(path, index=False)
     if text is not None: path.write_bytes(text)
     with pytest.raises(CTError) as e: read_cases(path)
-    assert main(['train',str(path),'--weights','random','--out',str(path.parent/'run'),'--device','cpu'])==2
+    assert main(['train',str(path),'--init','random','--out',str(path.parent/'run'),'--device','cpu'])==2
     err = capfd.readouterr().err
     assert err.startswith('covid3d train: ') and err.count('\n')==1 and len(err)<600 and all(str(w) in o for w in (path,*words) for o in (err,
         str(e.value))), err
@@ -220,7 +221,7 @@ def test_F6_link_out_of_the_root(tmp_path, capfd, layout):
     if layout=='mosmed': (root/lesion.format(8)).unlink()
     df = table(kind, root)
     assert len(df)==4 and any('leads out of' in o and '\n' not in o for o in df.attrs['notes'])
-    assert main(['cases',kind,str(root),'-o',str(tmp_path/'t.csv')])==0
+    assert main(['table',str(root),'--layout',kind,'-o',str(tmp_path/'t.csv')])==0
     assert 'note: '+away.name in capfd.readouterr().out and len(read_cases(tmp_path/'t.csv'))==4
 
 @pytest.mark.fault('F6')
@@ -268,7 +269,7 @@ def test_F7_names(tmp_path, capfd):
     "Dots, spaces, any script, and what a CSV or pandas would rather read otherwise: folder → cases → check, every name as it was"
     for i,o in enumerate(odd): put(tmp_path/'d x.y'/'ct'/f'{o}.nii.gz', i); put(tmp_path/'d x.y'/'infection_mask'/f'{o}.nii.gz')
     out = tmp_path/'of me.csv'
-    assert main(['cases','folder',str(tmp_path/'d x.y'),'-o',str(out)])==0
+    assert main(['table',str(tmp_path/'d x.y'),'-o',str(out)])==0
     assert {c.name for c in read_cases(out)}=={*odd} and all(c.ct.is_file() and c.ct.name==f'{c.name}.nii.gz' for c in read_cases(out))
     capfd.readouterr()
     assert main(['check',str(out),'--json'])==0
@@ -279,7 +280,7 @@ def test_F7_case_by_name(tmp_path, capfd):
     "A case named on the command line is a case, also one whose name could be a number"
     for i,o in enumerate(('007','12','1e5','nan','x.y')): put(tmp_path/'d'/'ct'/f'{o}.nii.gz', i); put(tmp_path/'d'/'infection_mask'/f'{o}.nii.gz')
     for o in ('007','12','1e5','nan','x.y'):
-        assert main(['cases','folder',str(tmp_path/'d'),'-o',str(tmp_path/'t.csv'),'--test',o,'--overwrite'])==0, o
+        assert main(['table',str(tmp_path/'d'),'-o',str(tmp_path/'t.csv'),'--test',o,'--overwrite'])==0, o
         assert [c.name for c in read_cases(tmp_path/'t.csv', 'test')]==[o]
 
 @pytest.mark.fault('F7')
@@ -296,7 +297,7 @@ def test_F7_endings(tmp_path, ext):
 def test_F7_name_that_is_no_text(capfd, tmp_path, name):
     "Latin-1 bytes from an old archive, or a line end: refused by name, since no line of a CSV in UTF-8 can hold them"
     for d,s in (('ct',0),('infection_mask',None)): os.rename(put(tmp_path/'d'/d/'x.nii.gz', s), os.fsencode(tmp_path/'d'/d)+name)
-    assert main(['cases','folder',str(tmp_path/'d'),'-o',str(tmp_path/'t.csv')])==2
+    assert main(['table',str(tmp_path/'d'),'-o',str(tmp_path/'t.csv')])==2
     err = capfd.readouterr().err
     assert err.count('\n')==1 and 'Rename' in err and not (tmp_path/'t.csv').exists() and '\x1b' not in err
 
@@ -311,7 +312,7 @@ def test_F8_two_layouts(capfd, tmp_path, one, two):
     else: make(root, two)
     refused(capfd, tmp_path, kind, root, 'holds two layouts', f'--layout {one}')
     for layout,n in ((one,3),(two,1 if two=='dicom' else 3)): assert len(table(kind, root, layout=layout))==n
-    assert main(['cases',kind,str(root),'--layout',one,'-o',str(tmp_path/'t.csv')])==0 and len(read_cases(tmp_path/'t.csv'))==3
+    assert main(['table',str(root),'--layout',one,'-o',str(tmp_path/'t.csv')])==0 and len(read_cases(tmp_path/'t.csv'))==3
 
 @pytest.mark.fault('F8')
 def test_F8_two_copies(capfd, tmp_path):
@@ -323,7 +324,10 @@ def test_F8_two_copies(capfd, tmp_path):
 @each('kind,layout', [('folder','zenodo'),('coronacases','nnunet'),('folder','x')])
 def test_F8_unknown_layout(capfd, tmp_path, kind, layout):
     make(tmp_path/'d', 'plain')
-    refused(capfd, tmp_path, kind, tmp_path/'d', layout, 'is unknown', argv=['--layout',layout], layout=layout)
+    with pytest.raises(CTError, match=f"{layout!r} is unknown"): table(kind, tmp_path/'d', layout=layout)
+    assert main(['table',str(tmp_path/'d'),'--layout',layout,'-o',str(tmp_path/'t.csv')])==2
+    err = capfd.readouterr().err
+    assert err.count('\n')==1 and ('holds no folder' in err or "'x' is not one of 'folder', 'plain'" in err) and not (tmp_path/'t.csv').exists()
 
 @pytest.mark.fault('F9')
 @each('kind', kinds)
@@ -434,7 +438,7 @@ def test_S4_paths(tmp_path, monkeypatch):
 def test_S4_written_relative(tmp_path):
     "What `cases` writes can be moved with its data"
     make(tmp_path/'a'/'d', 'plain')
-    assert main(['cases','folder',str(tmp_path/'a'/'d'),'-o',str(tmp_path/'a'/'tables'/'t.csv')])==0
+    assert main(['table',str(tmp_path/'a'/'d'),'-o',str(tmp_path/'a'/'tables'/'t.csv')])==0
     assert {r['ct'].split('/p')[0] for r in csv.DictReader((tmp_path/'a'/'tables'/'t.csv').open())}=={'../d/ct'}
     (tmp_path/'a').rename(tmp_path/'b')
     assert all(r.ok for r in check_table(tmp_path/'b'/'tables'/'t.csv'))

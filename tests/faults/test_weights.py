@@ -570,7 +570,7 @@ def test_a_training_longer_than_its_checkpoint_is_read_of_does_not_begin(tmp_pat
 def test_a_leftover_RANK_swallows_no_error(good, tmp_path, monkeypatch, capfd, env):
     "A variable that is left over in the environment does not make errors silent"
     for k,v in env.items(): monkeypatch.setenv(k, v)
-    assert main(['train',str(tmp_path/'none.csv'),'--out',str(tmp_path/'run'),'--weights','random'])==2
+    assert main(['train',str(tmp_path/'none.csv'),'--out',str(tmp_path/'run'),'--init','random'])==2
     assert 'none.csv' in capfd.readouterr().err
 
 @pytest.mark.promise('lost')

@@ -249,7 +249,7 @@ def _find_device(name):
 # %% ../nbs/30_cli.ipynb #a8dc381f
 def _clear_demo(out, overwrite):
     "Remove a former demo; refuse a folder that holds anything else"
-    from covid3d.evaluate import report_files
+    from covid3d.report import report_files
     from covid3d.callbacks import run_outputs
     from covid3d.phantom import phantom_outputs
     mine = Outputs(out, 'demo', 'demo.png', 'phantom_*_lesion.nii.gz')
@@ -291,7 +291,8 @@ def _demo(
 
 def _run_demo(out, n, seed, start):
     "The four steps"
-    from covid3d.evaluate import Extremes, score_cases, write_report
+    from covid3d.evaluate import score_cases
+    from covid3d.report import Extremes, write_report
     from covid3d.learner import read_cases, train, write_phantoms
     from covid3d.recipe import Recipe
     recipe,keep = Recipe.load('small').but(seed=seed),Extremes()
@@ -611,7 +612,8 @@ def _evaluate(
     device: _Device = None, overwrite: _Overwrite = False
 ):
     "Score a model on scans with masks: a report with intervals and pictures."
-    from covid3d.evaluate import check_same_cases, evaluate_cases, read_scores
+    from covid3d.evaluate import evaluate_cases
+    from covid3d.statistics import check_same_cases, read_scores
     files = _labels(compare or [])
     others = {k:read_scores(p) for k,p in files.items()}
     segmenter = _segmenter(weights, device, overlap)
@@ -636,13 +638,13 @@ def _segmenter(weights, device, overlap):
 def _cases_to_score(table, split, segmenter, klass, out, files):
     "The cases of a split; no file that is read here may be written"
     from covid3d.cases import read_cases
-    from covid3d.evaluate import keep_inputs
+    from covid3d.report import keep_inputs
     cases = read_cases(table, split, dict.fromkeys((*segmenter.classes,'lung')), (klass,))
     keep_inputs(out, [table, *files, *(p for c in cases for p in (c.ct, *c.masks.values()))])
     return cases
 
 def _class_of(spec, klass)->str:
-    if klass is None or klass in spec.classes: return klass or spec.classes[0]
+    if klass is None or klass in spec.classes: return klass or spec.lesion
     remedy = f'Give {" or ".join(spec.classes)}'
     raise CTError('score_class', f'the weights do not find {klass!r}', remedy)
 
@@ -671,9 +673,9 @@ def _labels(paths)->dict:
 
 def _difference(c)->str:
     "The difference in Dice to another model, or why there is none"
-    from covid3d.evaluate import span
+    from covid3d.statistics import span, too_few
     if isinstance(c, str) or 'p' not in c[0]: return c if isinstance(c, str) else c[0]['reason']
-    c = c[0]; interval = span(c['low'], c['high'])
+    c = c[0]; interval = span(c['low'], c['high'], none=too_few)
     if not interval.startswith('no'): interval = f'95 % interval {interval}'
     n = c['family']
     more = f', {c["p_holm"]:.3f} by Holm for {n} comparisons' if n>1 else ''
@@ -689,11 +691,12 @@ def _print_scores(df, indent=''):
 
 def _print_report(df, page, kept, others, spec, klass)->int:
     "What an evaluation found, in a few lines"
-    from covid3d.evaluate import class_note, compared, headline
+    from covid3d.evaluate import class_note
+    from covid3d.statistics import compare_all, headline
     if kept: print(f'{kept} of {len(df)} cases were scored before and are kept')
     _print_scores(df)
     if note := class_note(spec, klass): print(note)
-    for k,c in compared(df, others).items(): print(f'against {k}: {_difference(c)}')
+    for k,c in compare_all(df, others).items(): print(f'against {k}: {_difference(c)}')
     print(headline(df))
     _wrote(page)
     return int((df.error!='').any())

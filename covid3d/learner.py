@@ -190,7 +190,7 @@ def _check(dls, table, choose=True):
         for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f)
         dls.reader.prepare(cases)
     if choose and not any(dls.reader(c).masks[0].any() for c in dls.valid_cases):
-        fault = f'no valid case has a {dls.spec.classes[0]}, so no weights could be chosen'
+        fault = f'no valid case has a {dls.spec.lesion}, so no weights could be chosen'
         raise CTError(table, fault, 'Put a case with one into the split valid')
 
 # %% ../nbs/18_learner.ipynb #3fef58d5

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from covid3d.cases import read_cases
 from covid3d.data import CTDataLoaders, prepare_table
 from covid3d.datasets import write_coronacases, write_mosmed, write_ricord
-from covid3d.evaluate import read_scores, score_case
+from covid3d.evaluate import score_case
+from covid3d.statistics import read_scores
 from covid3d.inference import Segmenter
 from covid3d.weights import NetSpec, load_model, save_model
 from covid3d.phantom import phantom, write_phantoms

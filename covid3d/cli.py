@@ -113,11 +113,11 @@ def download(
     out:Annotated[str, 'Folder for it', {'opt':False}]
 ):
     "Get a public data set, or say how to."
-    from covid3d.datasets import download, instructions
+    from covid3d.download import fetch_coronacases, instructions
     if name in instructions: print(instructions[name].format(out=out)); return
     writable(out)
     print('CoronaCases, licence CC BY-NC-SA 4.0; cite Ma et al., Zenodo 2020, 10.5281/zenodo.3757476')
-    print(f'wrote {download(out)} · next: covid3d cases coronacases {out} -o cases.csv')
+    print(f'wrote {fetch_coronacases(out)} · next: covid3d cases coronacases {out} -o cases.csv')
 
 # %% ../nbs/30_cli.ipynb #34c40e57
 _trees = dict(coronacases=[f'{d}/*.nii.gz' for d in ('COVID-19-CT-Seg_20cases','Infection_Mask','Lung_Mask')],
@@ -128,13 +128,13 @@ _trees = dict(coronacases=[f'{d}/*.nii.gz' for d in ('COVID-19-CT-Seg_20cases','
 
 def _write_layout(layout, out, n, seed, overwrite):
     "Phantoms as another data set has them; only what we wrote is replaced"
-    from covid3d import datasets
+    from covid3d.layouts import write_layout
     from covid3d.phantom import phantom
     out,mine,draft = Path(out),Outputs(out, 'phantom', *_trees[layout]),temp_beside(Path(out)/'draft')
     with locked(out, folder=True):
         mine.require(overwrite)
         try:
-            getattr(datasets, f'write_{layout}')([phantom(seed+i) for i in range(n)], draft)
+            write_layout([phantom(seed+i) for i in range(n)], draft, layout)
             names = sorted(p.relative_to(draft).as_posix() for p in draft.rglob('*') if p.is_file())
             mine.clear(); mine.add(*names)
             for k in names: (out/k).parent.mkdir(parents=True, exist_ok=True); os.replace(draft/k, out/k)

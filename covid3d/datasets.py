@@ -65,7 +65,8 @@ def _folders(root, notes):
         dirs[:] = sorted(d for d in dirs if d not in at_links and not d.startswith('.'))
         yield Path(at)
     if links: notes.append(f'{_number(links, "link")} to a folder not followed')  # F6
-    if closed: notes.append(f'{_number(len(closed), "folder")} could not be read ({closed[0].strerror})')
+    if closed:
+        notes.append(f'{_number(len(closed), "folder")} could not be read ({closed[0].strerror})')
 
 # %% ../nbs/05_datasets.ipynb #f0d529e1
 def _base(root, names) -> Path:
@@ -144,7 +145,8 @@ def _all_masks(ct, masks, folder):
                            'Add the masks, or take these scans away')
 
 # %% ../nbs/05_datasets.ipynb #059b9b39
-_arrange = 'Check the path, or arrange the files as ct/, infection_mask/ and, if there are any, lung_mask/'
+_arrange = ('Check the path, or arrange the files as ct/, infection_mask/ and, if there are any, '
+            'lung_mask/')
 
 def _ambiguous(root, found) -> CTError:
     return CTError(root, f'it holds two layouts, {found[0]} and {found[1]}',
@@ -194,19 +196,25 @@ def _front_wrong(row) -> bool:
         return spine_in_front(ct, case.open_mask('lung', ct).data)
     except (CTError,OSError,MemoryError): return None  # the check tells it
 
+# %% ../nbs/05_datasets.ipynb #94b5ed49
 def _repair(rows, notes):
     "Set `flip` of the Radiopaedia scans whose direction is wrong"
     grey = [r for r in rows if r['case'].startswith('radiopaedia')]
     if not grey: return
-    notes.append(f'{_number(len(grey), "Radiopaedia scan")} windowed to {grey[0]["already_windowed"]} HU: what lay outside is lost')
+    notes.append(f'{_number(len(grey), "Radiopaedia scan")} windowed to '
+                 f'{grey[0]["already_windowed"]} HU: what lay outside is lost')
     wrong = {r['case']:_front_wrong(r) for r in grey}
-    for r in grey: r['flip'] = ' '.join(['head-foot']*(r['case'] in _reversed)+['front-back']*bool(wrong[r['case']]))
+    for r in grey:
+        r['flip'] = ' '.join(['head-foot']*(r['case'] in _reversed)+['front-back']*bool(wrong[r['case']]))
     for k,why in ((True,'front and back exchanged (the spine lies in front): repaired'),
-                  (None,'not opened with a lung mask, so front and back could not be compared with the spine: look at them')):
+                  (None,'not opened with a lung mask, so front and back could not be compared with '
+                        'the spine: look at them')):
         if names := [c for c,v in wrong.items()
                      if v is k]: notes.append(f'{", ".join(names)}: {why}')
     for r in grey:
-        if r['case'] in _reversed: notes.append(f'{r["case"]}: slices taken in reverse order, as reported of this file: look at it')
+        if r['case'] in _reversed:
+            notes.append(f'{r["case"]}: slices taken in reverse order, as reported of this file: '
+                         f'look at it')
 
 # %% ../nbs/05_datasets.ipynb #c1406841
 @_readable
@@ -290,7 +298,8 @@ def _find_json(root, annotations) -> Path:
     found = sorted(p for p in Path(root).rglob('*.json') if 'annotation' in p.name.lower()
                    and not p.name.startswith('.'))
     if len(found)!=1: raise CTError(root, f'it holds {len(found)} files *annotations*.json',
-                                    'Put the export of MD.ai there, or name it: annotations=FILE (--annotations FILE)')
+                                    'Put the export of MD.ai there, or name it: annotations=FILE '
+                                    '(--annotations FILE)')
     return found[0]
 
 # %% ../nbs/05_datasets.ipynb #00c2f2ea
@@ -309,7 +318,9 @@ def _walk_dicom(root, notes) -> tuple:
         good = [s for s in here.series if not s.damaged]
         if good and plain(at)!=str(at):
             broken.append((ascii(str(at)),
-                           'its path holds a control character, or bytes that are no UTF-8. Rename the folder.')); continue
+                           'its path holds a control character, or bytes that are no UTF-8. Rename '
+                           'the folder.'))
+            continue
         whole = len(good)==1 and not here.damaged  # then the folder stands for its series
         found += [(str(at if whole else s.slices[0].path.absolute()), s) for s in good]
     return found,broken,others
@@ -322,7 +333,8 @@ def dicom_series(
     "All CT series below a folder"
     found,broken,others = _walk_dicom(root, notes)
     notes += [f'{pseudonym(p, "folder")} left out: {why}' for p,why in broken]
-    if others: notes.append(f'no CT series: {", ".join(f"{n} {k}" for k,n in sorted(others.items()))}')
+    if others:
+        notes.append(f'no CT series: {", ".join(f"{n} {k}" for k,n in sorted(others.items()))}')
     return sorted(found+[(p,None) for p,_ in broken], key=lambda o: o[0])
 
 # %% ../nbs/05_datasets.ipynb #1bfd2f6f
@@ -345,7 +357,9 @@ def _once(found, notes, left) -> list:
             alone += len({o.uid for o in s.slices}-have)
     n = len(found)-len(out)
     if n: notes.append(f'{n} series left out: a copy in another folder was taken')
-    if alone: notes.append(f'{_number(alone, "slice")} only in a copy that was left out: put the slices of a series into one folder')
+    if alone:
+        notes.append(f'{_number(alone, "slice")} only in a copy that was left out: put the slices '
+                     f'of a series into one folder')
     return out
 
 # %% ../nbs/05_datasets.ipynb #468ecb2b
@@ -355,10 +369,13 @@ def _find_dicom(root, notes) -> tuple:
     left = [(pseudonym(p, 'folder'), p, why) for p,why in broken]
     if left: notes.append(f'{_number(len(left), "folder")} with files that could not be read:')
     notes += [f'{k}: {why}' for k,_,why in left]
-    if others: notes.append(f'no CT series: {", ".join(f"{n} {k}" for k,n in sorted(others.items()))}')
+    if others:
+        notes.append(f'no CT series: {", ".join(f"{n} {k}" for k,n in sorted(others.items()))}')
     found = _once(found, notes, left)
     nameless = sum(s.patient==digest('') for _,s in found)
-    if nameless: notes.append(f'{nameless} of the series without a PatientID: each study counts as a patient of its own')
+    if nameless:
+        notes.append(f'{nameless} of the series without a PatientID: each study counts as a '
+                     f'patient of its own')
     return found,left
 
 # %% ../nbs/05_datasets.ipynb #804632a8
@@ -395,7 +412,9 @@ def _draw_masks(rows, series, outlines, agree, home, notes):
 def _note_readers(outlines, agree, notes):
     "Say where several readers' outlines were united"
     n = sum(len({who for who,_ in o})>1 for o in outlines.values())
-    if n and agree==1: notes.append(f'{_number(n, "slice")} outlined by several readers, whose union is larger than what each drew')
+    if n and agree==1:
+        notes.append(f'{_number(n, "slice")} outlined by several readers, whose union is larger '
+                     f'than what each drew')
 
 # %% ../nbs/05_datasets.ipynb #b5734af4
 @_readable
@@ -421,7 +440,9 @@ def ricord(
                                              masks or Path(root)/'lesion_masks', notes)
     _note_readers(outlines, agree, notes)
     lost = len(set(outlines)-{o.uid for _,s,_ in found for o in s.slices})
-    if lost: notes.append(f'{lost} outlined slice{"s are" if lost>1 else " is"} not among the DICOM files')
+    if lost:
+        notes.append(f'{lost} outlined slice{"s are" if lost>1 else " is"} not among the DICOM '
+                     f'files')
     df = _table(rows, 'ricord', valid, test, seed, notes)
     df.attrs['left_out'] = left
     return df
@@ -435,13 +456,17 @@ def _plain_scans(folder, base, notes) -> dict:
     ct = _niftis(folder, base, notes)
     for d in sorted(o for o in folder.iterdir() if o.is_dir() and not o.name.startswith('.')):
         if not _inside(d, base) or os.path.samefile(d, folder):
-            notes.append(f'{d.name} is a link that leads out of ct/ or back to it and was passed over'); continue  # F6
+            # F6
+            notes.append(f'{d.name} is a link that leads out of ct/ or back to it and was passed '
+                         f'over')
+            continue
         if d.name in ct: raise CTError(d, f'{ct[d.name].name} has the same case name',
                                        'Remove or rename one')  # F4
         ct[d.name] = d
     if not ct: raise CTError(folder, 'there is no .nii or .nii.gz in it', 'Check the folder')  # F9
     return ct
 
+# %% ../nbs/05_datasets.ipynb #1d097a4d
 def _plain(base, notes) -> tuple:
     "Scans, files or folders of slices, and masks"
     ct = _plain_scans(base/'ct', base, notes)
@@ -463,8 +488,11 @@ def _check_channels(base, notes):
                            f'{plain(more[0])} is a second channel of a scan, and CT has one',
                            'Keep the CT alone, as …_0000.nii.gz')
     bare = sum(not re.search(r'_\d{4}$', o) for o in names)
-    if bare: notes.append(f'{_number(bare, "file")} of imagesTr/ without _0000 at the end of the name left aside')
+    if bare:
+        notes.append(f'{_number(bare, "file")} of imagesTr/ without _0000 at the end of the name '
+                     f'left aside')
 
+# %% ../nbs/05_datasets.ipynb #866588e6
 def _check_dataset(path, n, notes):
     "`dataset.json` agrees with the folder, and speaks of CT and of one class"
     remedy = 'Correct the file, or remove it'
@@ -482,7 +510,9 @@ def _check_dataset(path, n, notes):
     labels = d.get('labels') if isinstance(d.get('labels'), dict) else {}
     classes = [str(v if str(k).isdigit() else k) for k,v in labels.items()
                if '0' not in (str(k),str(v))]
-    if len(classes)>1: notes.append(f'labelsTr/ holds several classes ({", ".join(classes)[:200]}): map them to 0 and 1, or the check refuses the masks')
+    if len(classes)>1:
+        notes.append(f'labelsTr/ holds several classes ({", ".join(classes)[:200]}): map them to 0 '
+                     f'and 1, or the check refuses the masks')
 
 # %% ../nbs/05_datasets.ipynb #41b71cdc
 def _nnunet(base, notes) -> tuple:
@@ -551,7 +581,8 @@ def folder(
     return _table(rows, 'folder', valid, test, seed, notes)
 
 # %% ../nbs/05_datasets.ipynb #f1615905
-_deep = dict(coronacases=('COVID-19-CT-Seg_20cases/*.nii*','ct_scans/*.nii*','ct/coronacases_*','ct/radiopaedia_*'),
+_deep = dict(coronacases=('COVID-19-CT-Seg_20cases/*.nii*','ct_scans/*.nii*','ct/coronacases_*',
+                          'ct/radiopaedia_*'),
              mosmed=('studies/CT-[0-4]/*.nii*',),
              covid1920=('Train/*_ct.nii*',)) # found one level below, too
 _flat = dict(plain=('ct/*',), nnunet=('imagesTr/*.nii*',))

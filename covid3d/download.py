@@ -109,7 +109,8 @@ def _check_zip(z, path, top) -> list:
     return infos
 
 # %% ../nbs/04_download.ipynb #261fe191
-_damage = (zipfile.BadZipFile,EOFError,NotImplementedError,UnicodeDecodeError,IndexError,lzma.LZMAError,zipfile.zlib.error)
+_damage = (zipfile.BadZipFile,EOFError,NotImplementedError,UnicodeDecodeError,IndexError,
+           lzma.LZMAError,zipfile.zlib.error)
 
 def _unpack(path, folder):
     "Unpack a `.zip` as `folder`, whole or not at all; a top folder of the same name is not doubled"

@@ -34,7 +34,8 @@ def tree(
 # %% ../nbs/04_layouts.ipynb #8e1986ea
 triples = dict(zenodo=('COVID-19-CT-Seg_20cases','Infection_Mask','Lung_Mask'),
                kaggle=('ct_scans','infection_mask','lung_mask'),
-               plain=('ct','infection_mask','lung_mask')) # layout → folders of scans, lesion and lung masks
+               plain=('ct','infection_mask',
+                      'lung_mask')) # layout → folders of scans, lesion and lung masks
 
 def windowed(vol, low=-1250, high=250):
     "A CT as grey levels 0…255 of a window in HU"
@@ -43,7 +44,8 @@ def windowed(vol, low=-1250, high=250):
 def _write_triple(phantoms, root, layout):
     for i,ph in enumerate(phantoms, 1):
         grey = layout!='plain' and i==len(phantoms)>1
-        name = 'radiopaedia_10_85902_1' if grey else f'coronacases_{i:03d}' if layout!='plain' else f'scan.v{i-1}'
+        name = ('radiopaedia_10_85902_1' if grey else f'coronacases_{i:03d}' if layout!='plain'
+                else f'scan.v{i-1}')
         scan = name if layout!='kaggle' else name.replace('_', '_org_covid-19-pneumonia-',
                                                           1)+'-dcm' if grey else \
             name.replace('_', '_org_')
@@ -52,6 +54,7 @@ def _write_triple(phantoms, root, layout):
             (windowed(ph.ct) if grey else ph.ct, ph.lesion, ph.lung), (scan,name,name)):
             save_volume(vol, root/d/(o+ext))
 
+# %% ../nbs/04_layouts.ipynb #a6e193c5
 def _write_nnunet(phantoms, root):
     for i,ph in enumerate(phantoms):
         save_volume(ph.ct, root/'imagesTr'/f'lung_{i:03d}_0000.nii.gz')

@@ -41,7 +41,8 @@ from .augment import Augment3d, ct_aug_transforms, light_aug_transforms
 from .cases import Case, check_cases, check_table, read_cases, require_ok, write_cases
 from .checkpoint import Checkpoint, StopOnNaN, bare_model, batch_names, case_digests, described, weights_digest
 from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock
-from .dicom import open_scan, save_seg
+from .dicom import open_scan
+from .dicom_seg import save_seg
 from .distributed import joined, once, own_random, place, split_map, split_training, spread
 from .encoder import build_of, encoder3d, unfinished
 from .files import Outputs, locked, sweep

@@ -19,7 +19,8 @@ import numpy as np, pandas as pd
 from .dicom import is_nifti, open_scan
 from .files import locked, read_bytes
 from .show import track
-from .volume import CTError, Scarce, Source, Volume, open_mask, plain, scan_digest, unreadable, write_atomic
+from .volume import (CTError, Scarce, Source, Volume, open_mask, plain, scan_digest,
+                            unreadable, write_atomic)
 
 # %% ../nbs/04_cases.ipynb #6cadbb8f
 splits = ('train','valid','test')
@@ -53,8 +54,8 @@ def parse_flip(
 
 # %% ../nbs/04_cases.ipynb #b1ab6199
 def flipped(
-    vol: Volume,       # Scan or mask, canonical axes
-    words: tuple|list  # From `parse_flip`
+    vol: Volume,      # Scan or mask, canonical axes
+    words: tuple|list # From `parse_flip`
 ) -> Volume:
     "Reverse axes whose direction the file has wrong; the way back to the file is reversed too"
     axes = [_axes[o] for o in words]
@@ -70,18 +71,18 @@ def flipped(
 @dataclass(frozen=True)
 class Case:
     "One line of a case table"
-    name: str                      # Unique in its table
-    ct: Path                       # The scan
+    name: str # Unique in its table
+    ct: Path # The scan
     masks: dict = field(default_factory=dict, hash=False) # Class, such as `lesion` → mask file
-    split: str = ''                # `train`, `valid`, `test`, or '' where it is not used
-    already_windowed: tuple = None # (low, high) in HU that the grey levels 0…255 stand for; None for HU
-    patient: str = ''              # The same for scans of one patient
-    flip: tuple = ()               # Axes whose direction the files have wrong, from `parse_flip`
+    split: str = '' # `train`, `valid`, `test`, or '' where it is not used
+    already_windowed: tuple = None # (low, high) in HU of grey levels 0…255; None for HU
+    patient: str = '' # The same for scans of one patient
+    flip: tuple = () # Axes whose direction the files have wrong, from `parse_flip`
 
     @property
     def private(self) -> bool: return not is_nifti(self.ct)
     def label(self, k='ct'):
-        "What messages call the scan or the mask `k`: its path, or the case's name where paths may name a patient"
+        "What messages call the scan or the mask `k`; no path that may name a patient"
         if self.private: return f'{self.name} ({"scan" if k=="ct" else k+" mask"})'
         return self.ct if k=='ct' else self.masks[k]
     def open_ct(self) -> Volume:
@@ -91,7 +92,7 @@ class Case:
         klass: str, # Such as `lesion`, a key of `masks`
         ct: Volume  # The scan, as `open_ct` gives it
     ) -> Volume: # uint8, on the grid of `ct`
-        "The mask of `klass` as 0 and 1; a lung mask may tell the lungs apart by 1 and 2, and both become 1"
+        "The mask of `klass` as 0 and 1; the 1 and 2 of two lungs both become 1"
         if klass not in self.masks:
             raise CTError(self.name, f'the case has no mask of class {klass!r}',
                           'Add it to the case table')
@@ -99,7 +100,9 @@ class Case:
         return replace(flipped(m.new((m.data>0).astype('uint8')), self.flip), notes=m.notes)
 
 # %% ../nbs/04_cases.ipynb #651deb2c
-_common = set('ct scan scans series slice slices dicom mask masks lesion lung data file folder'.split()) # say nothing
+# words that say nothing
+_common = set('ct scan scans series slice slices dicom mask masks lesion lung data file '
+              'folder'.split())
 
 def _file_names(case) -> dict:
     "Text that stands for a file of the case → that file"
@@ -118,9 +121,9 @@ def without_paths(
     s: str,    # A message
     case: Case # The case it is about
 ) -> str:
-    "The message with the case's name in place of its files' paths, and … in place of any other path"
-    roles = {Path(p):k for k,
-             p in {**{f'{k} mask':p for k,p in case.masks.items()}, 'scan':case.ct}.items()
+    "The message with the case's name for its files' paths, and … for any other path"
+    roles = {Path(p):k
+             for k,p in {**{f'{k} mask':p for k,p in case.masks.items()}, 'scan':case.ct}.items()
              if isinstance(p, (str,Path))}
     told = _file_names(case)
     names = '|'.join(re.escape(t) for t in sorted(told, key=len, reverse=True))
@@ -146,8 +149,8 @@ def told(
     if isinstance(e, MemoryError):
         return CTError(case.name, 'working on it needs more memory than there is',
                        'Close other programs, or leave the case out')
-    fault = e.strerror if isinstance(e,
-        OSError) and e.strerror else clean(f'{type(e).__name__}: {" ".join(str(e).split())}')[:240]
+    fault = isinstance(e, OSError) and e.strerror
+    if not fault: fault = clean(f'{type(e).__name__}: {" ".join(str(e).split())}')[:240]
     return CTError(case.name, fault, 'Look at the scan, or leave the case out')
 
 # %% ../nbs/04_cases.ipynb #88ed24ac
@@ -155,9 +158,9 @@ _most_bytes,_most_line,_most_cases = 2**24,2**16,10**5 # of a table, of one line
 _rewrite = 'Save the sheet as CSV (UTF-8), or write one with `covid3d cases`'
 
 def csv_text(
-    p,                     # A file
-    most: int = _most_bytes,  # Bytes it may hold
-    remedy: str = _rewrite    # For the message
+    p, # A file
+    most: int = _most_bytes, # Bytes it may hold
+    remedy: str = _rewrite # For the message
 ) -> str:
     "The text of a CSV, if it is one"
     raw = read_bytes(p, most, remedy)
@@ -223,8 +226,8 @@ def _need_columns(df, p, need):
 def _table_faults(df, p):
     "The `CTError`s of a table as a whole"
     for c in df.case:
-        if re.search(r'[/\\\0]', str(c)) or c in ('.',
-            '..') or plain(c)!=c or len(c.encode('utf8', 'surrogatepass'))>200:
+        if (re.search(r'[/\\\0]', str(c)) or c in ('.','..') or plain(c)!=c
+            or len(c.encode('utf8', 'surrogatepass'))>200):
             yield CTError(p, f'case {plain(c)[:60]!r} cannot be the name of a file',
                           'Rename it: masks are called after their case')
     for c in df.case[df.case.duplicated()].unique():
@@ -306,10 +309,10 @@ def _open_table(table, need) -> tuple:
 
 # %% ../nbs/04_cases.ipynb #6ff679fd
 def read_cases(
-    table: str|Path|pd.DataFrame, # CSV, or a DataFrame (its paths relative to the working directory)
-    split: str = None,              # Only this split; all cases if None
+    table: str|Path|pd.DataFrame, # CSV, or a DataFrame with paths from the working directory
+    split: str = None, # Only this split; all cases if None
     masks: tuple = ('lesion','lung'), # Columns that name masks
-    need: tuple = ()                # Masks that every case must have
+    need: tuple = () # Masks that every case must have
 ) -> list: # Of `Case`
     "The cases of a table; their files are not opened yet"
     df,root,name = _open_table(table, (*need,*(['split'] if split else [])))
@@ -330,8 +333,8 @@ def safe_cell(
     "Text of a cell that no spreadsheet takes for a formula"
     if isinstance(o, float): return '' if np.isnan(o) else f'{o:.4f}'
     s = plain(o)
-    return "'"+s if re.match(' *[=+@＝＋－＠-]', s) and not re.fullmatch(r'-?[\d.]+(:-?[\d.]+)?',
-        s) else s
+    runs,number = re.match(' *[=+@＝＋－＠-]', s),re.fullmatch(r'-?[\d.]+(:-?[\d.]+)?', s)
+    return "'"+s if runs and not number else s
 
 # %% ../nbs/04_cases.ipynb #590df6d7
 def _relative(p, root) -> str: return Path(os.path.relpath(p, root)).as_posix() if p else ''
@@ -357,7 +360,7 @@ def write_cases(
     df: pd.DataFrame, # A case table with absolute paths
     path: str|Path    # CSV to write
 ):
-    "Write a case table, its paths relative to where it lies; sources of DICOM cases go into a file beside it"
+    "Write a case table, its paths relative to it; sources of DICOM go into a file beside it"
     path = Path(path).absolute(); root = path.parent
     sources = _sources(df, root)
     ct = [r['case'] if r['ct'] and not is_nifti(r['ct']) else _relative(r['ct'], root)
@@ -411,21 +414,21 @@ class Finding:
 @dataclass
 class CaseReport:
     "What the check found in one case"
-    case: str                   # Name in the case table
-    split: str = ''               # Its split
-    shape: tuple = None           # (slice, row, column); None where the scan does not open
-    spacing: tuple = None         # mm
-    hu: tuple = None              # Least, median and greatest HU
-    lesion_ml: float = None       # Volume of the lesion; None where it is unlabelled
-    lung_ml: float = None         # Volume of the lung mask
-    lesion_share: float = None    # Lesion ÷ lung, 0…1; None where that cannot be said, with the reason among the findings
-    inside: float = None          # Part of the lesion that lies in the lung mask, 0…1
-    digest: str = ''              # The same for scans with the same voxels
+    case: str # Name in the case table
+    split: str = '' # Its split
+    shape: tuple = None # (slice, row, column); None where the scan does not open
+    spacing: tuple = None # mm
+    hu: tuple = None # Least, median and greatest HU
+    lesion_ml: float = None # Volume of the lesion; None where it is unlabelled
+    lung_ml: float = None # Volume of the lung mask
+    lesion_share: float = None # Lesion ÷ lung, 0…1; None where findings say why not
+    inside: float = None # Part of the lesion that lies in the lung mask, 0…1
+    digest: str = '' # The same for scans with the same voxels
     findings: list = field(default_factory=list) # Of `Finding`
 
     def add(self,
         level: str, # `error`, `warning` or `note`
-        what,      # File or column
+        what,       # File or column
         fault: str, # What it is
         cure: str   # What to do about it
     ):
@@ -438,8 +441,8 @@ class CaseReport:
 def _cut_at(lung) -> list:
     "Edges of the scan that cut the lung off"
     faces = (lung.take(i, axis) for axis in range(3) for i in (0,-1))
-    return [side for side,
-            face in zip(('lower','upper','front','back','right','left'), faces) if face.mean()>.01]
+    sides = 'lower','upper','front','back','right','left'
+    return [side for side,face in zip(sides, faces) if face.mean()>.01]
 
 # %% ../nbs/04_cases.ipynb #500d8274
 def spine_in_front(
@@ -468,16 +471,14 @@ def _check_lung(rep, case, ct, lesion):
     _note_all(rep, path, m.notes)
     rep.lung_ml = float(lung.sum()*ct.ml_per_voxel)
     if not lung.any():
-        rep.add('warning', path, 'there is no lung in it, so no share of the lung can be given',
-                'Check the field of view')
-        return
+        return rep.add('warning', path, 'there is no lung in it, so no fraction of it is given',
+                       'Check the field of view')
     if spine_in_front(ct, lung):
         rep.add('warning', case.label(),
                 'the spine lies in front of the lungs, as if front and back were exchanged',
                 'Look at it; if so, write front-back into the column flip')
     if cut := _cut_at(lung):
-        fault = (f'the lung is cut off at the {" and ".join(cut)} edge of the scan, so no share of '
-                 f'the lung is given')
+        fault = f'the lung is cut off at the {" and ".join(cut)} edge of the scan, no fraction'
         rep.add('warning', path, fault, 'Use a scan of the whole chest for volumes')
     if lesion is None: return
     if lesion.any():
@@ -521,7 +522,7 @@ def _check_files(rep, case, need):
 
 # %% ../nbs/04_cases.ipynb #a14e0662
 def check_case(
-    case: Case,             # From `read_cases`
+    case: Case,               # From `read_cases`
     need: tuple = ('lesion',) # Masks that a case with a split must have
 ) -> CaseReport:
     "Open everything a case names and say what was found; raises nothing but `Scarce`"
@@ -549,7 +550,7 @@ def _same_scans(reports) -> list:
 
 # %% ../nbs/04_cases.ipynb #917d7722
 def check_cases(
-    cases: list,             # Of `Case`, from `read_cases`
+    cases: list,               # Of `Case`, from `read_cases`
     need: tuple = ('lesion',), # Masks that a case with a split must have
     workers: int = None        # Threads, each of which holds one scan in memory; two if None
 ) -> list: # Of `CaseReport`, in the order of the cases
@@ -570,9 +571,9 @@ def _case_or_report(row, root, masks):
 # %% ../nbs/04_cases.ipynb #9a5fbe4b
 def check_table(
     table: str|Path|pd.DataFrame, # Case table: CSV or DataFrame
-    split: str|list = None,    # Only this split, or these; all cases if None
-    need: tuple = ('lesion',), # Masks that a case with a split must have
-    workers: int = None        # Threads; two if None
+    split: str|list = None,       # Only this split, or these; all cases if None
+    need: tuple = ('lesion',),    # Masks that a case with a split must have
+    workers: int = None           # Threads; two if None
 ) -> list: # Of `CaseReport`; one on the table itself comes first if something is wrong with it
     "Check a case table and everything it names"
     df,root,name = _open_table(table, ())

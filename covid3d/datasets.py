@@ -88,7 +88,7 @@ def _named(df, names) -> set:
     return set(names)
 
 def _check_named(named, use):
-    "Sets of cases named for valid and test: each has a mask, that is, is in `use`, and is in one of them"
+    "Refuse named cases that have no mask, that is, are not in `use`, or are in two sets"
     bare = sorted(set().union(*named)-set(use.case))
     if bare: raise CTError(bare[0], 'the case has no lesion mask, so it cannot be in valid or test',
                            'Add the mask, or leave the case out')  # P10
@@ -98,9 +98,9 @@ def _check_named(named, use):
 # %% ../nbs/05_datasets.ipynb #a1648fcb
 def choose_splits(
     df: pd.DataFrame, # Case table without splits: columns `case`, `patient`, `lesion`
-    valid=.2,        # List of names of cases, or the share of patients to draw, 0…1
-    test=0.,         # The same for the test
-    seed: int = 0       # Of the drawing
+    valid=.2,         # Names of cases, or the fraction of patients to choose, 0…1
+    test=0.,          # The same for the test
+    seed: int = 0     # Of the drawing
 ) -> pd.Series: # 'train', 'valid', 'test', or '' where there is no lesion mask
     "A split for each case, by patient"
     use = df[df.lesion!='']
@@ -108,7 +108,8 @@ def choose_splits(
               for k,v in dict(test=test, valid=valid).items()}
     named = [v for v in chosen.values() if isinstance(v, set)]
     _check_named(named, use)
-    free = list(dict.fromkeys(use.patient[~use.patient.isin(use.patient[use.case.isin(set().union(*named))])]))
+    taken = use.patient[use.case.isin(set().union(*named))]
+    free = list(dict.fromkeys(use.patient[~use.patient.isin(taken)]))
     random.Random(seed).shuffle(free)
     for k,v in chosen.items():
         if isinstance(v, set): continue
@@ -121,7 +122,7 @@ def choose_splits(
 
 # %% ../nbs/05_datasets.ipynb #74949a0c
 def _table(rows, dataset, valid, test, seed, notes=(), paper=None) -> pd.DataFrame:
-    "The finished table; `paper` gives the split of a case where neither `valid` nor `test` is asked for"
+    "The finished table; `paper` gives the split of a row if no split is asked for"
     df = pd.DataFrame([dict.fromkeys(columns, '')|dict(dataset=dataset)|r for r in rows]).fillna('')
     if paper and valid is None and test is None: df['split'] = [paper(r)
         for r in df.to_dict('records')]
@@ -188,7 +189,7 @@ def _corona_patient(s) -> str:
 _reversed = ('radiopaedia_7_85703_0',)
 
 def _front_wrong(row) -> bool:
-    "Whether a scan of the table shows its spine in front of its lungs; None where that cannot be said"
+    "Whether a scan shows its spine in front of its lungs; None where that cannot be said"
     if not row.get('lung'): return None
     try:
         case, = read_cases(pd.DataFrame([row]))
@@ -205,7 +206,8 @@ def _repair(rows, notes):
                  f'{grey[0]["already_windowed"]} HU: what lay outside is lost')
     wrong = {r['case']:_front_wrong(r) for r in grey}
     for r in grey:
-        r['flip'] = ' '.join(['head-foot']*(r['case'] in _reversed)+['front-back']*bool(wrong[r['case']]))
+        found = ['head-foot']*(r['case'] in _reversed)+['front-back']*bool(wrong[r['case']])
+        r['flip'] = ' '.join(found)
     for k,why in ((True,'front and back exchanged (the spine lies in front): repaired'),
                   (None,'not opened with a lung mask, so front and back could not be compared with '
                         'the spine: look at them')):
@@ -220,11 +222,11 @@ def _repair(rows, notes):
 @_readable
 def coronacases(
     root: str|Path, # Where the folders lie
-    valid=None,    # List of names of cases, or a share of patients (0…1), for choosing weights
-    test=None,     # The same for the final score; neither given: the paper's split
-    already_windowed: str = '', # `low:high` in HU, for a repack whose scans are all grey values
+    valid=None, # Cases, or a fraction of patients (0…1), to choose weights on
+    test=None, # The same for the final score; neither given: the paper's split
+    already_windowed: str = '', # `low:high` in HU, for a repack whose scans are all grey levels
     layout: str = '', # zenodo, kaggle or plain, where `root` holds more than one
-    seed: int = 0     # Of drawn splits
+    seed: int = 0 # Of drawn splits
 ) -> pd.DataFrame: # Case table
     "The COVID-19-CT-Seg data set: CoronaCases and Radiopaedia"
     parse_window(already_windowed)
@@ -251,9 +253,9 @@ def _mosmed_scans(base, notes) -> dict:
 @_readable
 def mosmed(
     root: str|Path, # Holds `studies/CT-0` … `CT-4` and `masks/`
-    valid=None,    # List of names of cases, or a share of patients (0…1), for choosing weights
-    test=None,     # The same for the final score; neither given: the paper's split, all masks are for testing
-    seed: int = 0     # Of drawn splits
+    valid=None,     # Cases, or a fraction of patients (0…1), to choose weights on
+    test=None,      # The same for the final score; neither given: all masks, as in the paper
+    seed: int = 0   # Of drawn splits
 ) -> pd.DataFrame: # Case table
     "MosMedData: 1,110 scans, 50 with masks"
     base,notes = _base(root, ['studies']),[]
@@ -272,9 +274,9 @@ def mosmed(
 @_readable
 def covid1920(
     root: str|Path, # Holds `Train/` and perhaps `Validation/`
-    valid=None,    # List of names of cases, or a share of patients (0…1), for choosing weights; a fifth if neither is given
-    test=None,     # The same for the final score
-    seed: int = 0     # Of drawn splits
+    valid=None,     # Cases, or a fraction of patients, to choose weights on; else 0.2
+    test=None,      # The same for the final score
+    seed: int = 0   # Of drawn splits
 ) -> pd.DataFrame: # Case table
     "The COVID-19-20 challenge"
     base,notes,ct,masks = _base(root, ['Train']),[],{},{}
@@ -309,7 +311,7 @@ def _fault_of(e, folder) -> str:
     return f'{e.fault}. {e.cure}.'
 
 def _walk_dicom(root, notes) -> tuple:
-    "(path, `Series`) of all series below `root`; (path, why) of folders that do not open; what else there is, by kind"
+    "(path, `Series`) below `root`; (path, why) of folders that do not open; other kinds"
     found,broken,others = [],[],Counter()
     for folder in _folders(root, notes):
         at,here = folder.absolute(),survey(folder)
@@ -380,7 +382,7 @@ def _find_dicom(root, notes) -> tuple:
 
 # %% ../nbs/05_datasets.ipynb #804632a8
 def _series_cases(found, outlines):
-    "(path, `Series`, whether it is outlined) of those that become cases: all with an outline, and the largest of each study without any"
+    "(path, `Series`, outlined or not): all with an outline; else the largest of the study"
     studies = {}
     for path,s in found: studies.setdefault(s.study,
         []).append((path, s, any(o.uid in outlines for o in s.slices)))
@@ -409,24 +411,26 @@ def _draw_masks(rows, series, outlines, agree, home, notes):
             except (CTError,MemoryError,OSError,RuntimeError) as e:
                 notes.append(f'{row["case"]} has no mask: {told(e, Case(row["case"], Path(path)))}')
 
-def _note_readers(outlines, agree, notes):
-    "Say where several readers' outlines were united"
+def _note_outlines(outlines, agree, found, notes):
+    "Say where several readers' outlines were united, and whose slices are not there"
     n = sum(len({who for who,_ in o})>1 for o in outlines.values())
     if n and agree==1:
         notes.append(f'{_number(n, "slice")} outlined by several readers, whose union is larger '
                      f'than what each drew')
+    if n := len(set(outlines)-{o.uid for _,s,_ in found for o in s.slices}):
+        notes.append(f'{n} outlined slice{"s are" if n>1 else " is"} not among the DICOM files')
 
 # %% ../nbs/05_datasets.ipynb #b5734af4
 @_readable
 def ricord(
-    root: str|Path,             # Holds the DICOM folders of TCIA, and the annotations
-    masks: str|Path = None,       # Folder for the lesion masks; `lesion_masks` in `root` if None
+    root: str|Path, # Holds the DICOM folders of TCIA, and the annotations
+    masks: str|Path = None, # Folder for the lesion masks; `lesion_masks` in `root` if None
     annotations: str|Path = None, # The JSON export, where it lies elsewhere
     labels: tuple = ricord_labels, # Names of the labels that count as lesion
-    agree: int = 1,               # Readers that must have drawn a voxel
-    valid=None,                # List of names of cases, or a share of patients (0…1), for choosing weights; a fifth if neither is given
-    test=None,                 # The same for the final score
-    seed: int = 0                 # Of drawn splits
+    agree: int = 1, # Readers that must have drawn a voxel
+    valid=None, # Cases, or a fraction of patients, to choose weights on; else 0.2
+    test=None, # The same for the final score
+    seed: int = 0 # Of drawn splits
 ) -> pd.DataFrame: # Case table
     "RICORD-1a, its outlines made into masks"
     if not Path(root).is_dir(): raise CTError(root, 'no such folder', 'Check the path')
@@ -436,13 +440,9 @@ def ricord(
     if not found: raise CTError(root, 'there is no CT series in it',
                                 'Give the folder that the NBIA Data Retriever wrote')
     rows = [_series_case(path, s) for path,s,_ in found]
-    if any(o[2] for o in found): _draw_masks(rows, found, outlines, agree,
-                                             masks or Path(root)/'lesion_masks', notes)
-    _note_readers(outlines, agree, notes)
-    lost = len(set(outlines)-{o.uid for _,s,_ in found for o in s.slices})
-    if lost:
-        notes.append(f'{lost} outlined slice{"s are" if lost>1 else " is"} not among the DICOM '
-                     f'files')
+    home = masks or Path(root)/'lesion_masks'
+    if any(o[2] for o in found): _draw_masks(rows, found, outlines, agree, home, notes)
+    _note_outlines(outlines, agree, found, notes)
     df = _table(rows, 'ricord', valid, test, seed, notes)
     df.attrs['left_out'] = left
     return df
@@ -551,7 +551,8 @@ def _dicom_table(root, valid, test, seed) -> pd.DataFrame:
     found,left = _find_dicom(root, notes)
     if not found:
         why = f'; {left[0][0]}: {left[0][2]}' if left else f' ({notes[-1]})' if notes else ''
-        raise CTError(root, 'there is neither a folder ct/ nor imagesTr/ nor a CT series in DICOM'+why.rstrip('.'), _arrange)  # F9
+        fault = 'there is neither a folder ct/ nor imagesTr/ nor a CT series in DICOM'
+        raise CTError(root, fault+why.rstrip('.'), _arrange)  # F9
     df = _table([_series_case(*o) for o in found], 'folder', valid, test, seed, notes)
     df.attrs['left_out'] = left
     return df
@@ -560,11 +561,11 @@ def _dicom_table(root, valid, test, seed) -> pd.DataFrame:
 @_readable
 def folder(
     root: str|Path, # Your scans
-    valid=None,    # List of names of cases, or a share of patients (0…1), for choosing weights; a fifth if neither is given
-    test=None,     # The same for the final score
-    already_windowed: str = '', # `low:high` in HU, for scans of grey values
+    valid=None, # Cases, or a fraction of patients, to choose weights on; else 0.2
+    test=None, # The same for the final score
+    already_windowed: str = '', # `low:high` in HU, for scans of grey levels
     layout: str = '', # plain, nnunet or dicom, where `root` holds more than one
-    seed: int = 0     # Of drawn splits
+    seed: int = 0 # Of drawn splits
 ) -> pd.DataFrame: # Case table
     "Any folder of CTs"
     root,notes = Path(root),[]
@@ -618,14 +619,15 @@ def recognise(
                   f'Name one of {choices}, or arrange the files as ct/ and infection_mask/')
 
 # %% ../nbs/05_datasets.ipynb #84e5e5c6
-_tables = dict(coronacases=coronacases, mosmed=mosmed, covid1920=covid1920, ricord=ricord) | {
-    k:partial(folder, layout=k) for k in _own}
+_tables = dict(coronacases=coronacases, mosmed=mosmed, covid1920=covid1920, ricord=ricord,
+               **{k:partial(folder, layout=k) for k in _own},
+               **{k:partial(coronacases, layout=k) for k in ('zenodo','kaggle')})
 
 # %% ../nbs/05_datasets.ipynb #46885b63
 def case_table(
-    root: str|Path, # A folder of scans
-    layout: str = '', # As `recognise` names it; recognised if empty
-    **options # Of the layout's own function, such as `valid`, `test` and `seed`
+    root: str|Path,   # A folder of scans
+    layout: str = '', # As `recognise` names it, or zenodo or kaggle; recognised if empty
+    **options         # Of the layout's own function, such as `valid`, `test` and `seed`
 ) -> pd.DataFrame: # Case table
     "The case table of a data set, or of your own folder"
     layout = layout or recognise(root)

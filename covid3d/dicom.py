@@ -25,9 +25,11 @@ from .volume import (CTError, Scarce, Source, Volume, max_bytes, open_ct, to_can
 
 # %% ../nbs/01_dicom.ipynb #abd1edfd
 _tags = [pydicom.tag.Tag(o)
-         for o in '''SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID PatientID
-    ImageType SeriesNumber NumberOfFrames Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit
-    PixelRepresentation LossyImageCompression ImagePositionPatient ImageOrientationPatient PixelSpacing SpacingBetweenSlices RescaleSlope RescaleIntercept RescaleType
+         for o in '''SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID PatientID
+    FrameOfReferenceUID ImageType SeriesNumber NumberOfFrames Rows Columns SamplesPerPixel
+    PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation
+    LossyImageCompression ImagePositionPatient ImageOrientationPatient PixelSpacing
+    SpacingBetweenSlices RescaleSlope RescaleIntercept RescaleType
     SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence'''.split()]
 
 # %% ../nbs/01_dicom.ipynb #a2e6ceb8
@@ -40,7 +42,7 @@ class _NotDicom(Exception):
 
 # %% ../nbs/01_dicom.ipynb #65da1ef8
 class QuietDicom(ContextDecorator):
-    "pydicom's remarks, which may quote what an element holds, go neither to the log nor to the warnings, until the last thread is done"
+    "No remark of pydicom, which may quote an element, until the last thread is done"
     gate,inside,undo = Lock(),0,ExitStack()
     def __enter__(self):
         with QuietDicom.gate:
@@ -68,7 +70,7 @@ def digest(
 
 # %% ../nbs/01_dicom.ipynb #a031d63e
 def pseudonym(
-    uid: str, # SeriesInstanceUID, or PatientID for a patient
+    uid: str,          # SeriesInstanceUID, or PatientID for a patient
     kind: str = 'scan' # What stands before the digest
 ) -> str: # Such as scan_8b2f0c61d7
     "A name that stands for an identifier, the same wherever it is met"
@@ -115,9 +117,9 @@ def _slice_dataset(vol, i, same, uid) -> pydicom.Dataset:
 # %% ../nbs/01_dicom.ipynb #08a1cae5
 def ct_datasets(
     vol: Volume,       # HU, on upright or tilted canonical axes
-    patient: str = '',   # PatientID
-    series: int = 1,     # SeriesNumber
-    seed='covid3d'    # Text or number that makes the identifiers: the same seed, the same UIDs
+    patient: str = '', # PatientID
+    series: int = 1,   # SeriesNumber
+    seed='covid3d'     # Text or number that makes the identifiers: the same seed, the same UIDs
 ) -> list: # Of pydicom Datasets, one a slice, inferior to superior
     "A volume as CT Image objects"
     same = _series_elements(vol, patient, series, seed)
@@ -143,7 +145,7 @@ def save_dicom(
 def write_series(
     vol: Volume,      # HU
     folder: str|Path, # Where to write IM0001.dcm …
-    **kwargs         # For `ct_datasets`: `patient`, `series`, `seed`
+    **kwargs          # For `ct_datasets`: `patient`, `series`, `seed`
 ):
     "Write a volume as a DICOM series, a file a slice"
     for i,ds in enumerate(ct_datasets(vol, **kwargs), 1):
@@ -273,24 +275,24 @@ def _read_header(
 @dataclass(eq=False, slots=True)
 class Slice:
     "One slice of a CT series: where it lies and what its numbers mean"
-    path: Path            # File
-    frame: int            # Frame in the file, 0 for a file of one
-    frames: int           # How many the file holds
-    at: int               # Byte of the file at which the pixel data begins
-    uid: str              # SOPInstanceUID
-    series: str           # SeriesInstanceUID
-    study: str            # StudyInstanceUID
-    number: str           # SeriesNumber, `?` where it is none
-    patient: str          # `digest` of PatientID
-    grid: dict            # What all slices of a series share
-    position: np.ndarray  # mm, (3,), DICOM's L-P-S axes: centre of the first voxel
-    height: float         # mm along the normal of the slices
-    slope: float          # HU = slope·stored + intercept
-    intercept: float      # HU
-    syntax: str           # Transfer syntax: how the file is encoded
-    lossy: bool = False     # Compressed with loss at any time
-    step: float = 0         # SpacingBetweenSlices, mm; 0 where the file does not say
-    repeats: tuple = ()     # SOPInstanceUIDs of the same slice stored again, which were left out
+    path: Path           # File
+    frame: int           # Frame in the file, 0 for a file of one
+    frames: int          # How many the file holds
+    at: int              # Byte of the file at which the pixel data begins
+    uid: str             # SOPInstanceUID
+    series: str          # SeriesInstanceUID
+    study: str           # StudyInstanceUID
+    number: str          # SeriesNumber, `?` where it is none
+    patient: str         # `digest` of PatientID
+    grid: dict           # What all slices of a series share
+    position: np.ndarray # mm, (3,), DICOM's L-P-S axes: centre of the first voxel
+    height: float        # mm along the normal of the slices
+    slope: float         # HU = slope·stored + intercept
+    intercept: float     # HU
+    syntax: str          # Transfer syntax: how the file is encoded
+    lossy: bool = False  # Compressed with loss at any time
+    step: float = 0      # SpacingBetweenSlices, mm; 0 where the file does not say
+    repeats: tuple = ()  # SOPInstanceUIDs of the same slice stored again, which were left out
 
     @property
     def uids(self) -> tuple: return self.uid,*self.repeats
@@ -307,7 +309,7 @@ _ct = {'1.2.840.10008.5.1.4.1.1.2':False, '1.2.840.10008.5.1.4.1.1.2.1':True,
        '1.2.840.10008.5.1.4.1.1.2.2':True} # SOP class → whether it is multi-frame
 
 def _group(ds, i, name):
-    "The part of `ds` that speaks of frame `i` in functional group `name`; `ds` itself for a classic file"
+    "The part of `ds` on frame `i` in functional group `name`; `ds` itself for a classic file"
     if i is None: return ds
     for groups,k in (('PerFrameFunctionalGroupsSequence',i),('SharedFunctionalGroupsSequence',0)):
         try: return ds[groups].value[k][name].value[0]
@@ -402,7 +404,8 @@ def _rescale(ds, frame, p) -> tuple:
 # JPEG 12 bit and JPEG-LS near-lossless; others say it in LossyImageCompression
 _lossy = ('1.2.840.10008.1.2.4.51','1.2.840.10008.1.2.4.81')
 
-_identity = 'SOPInstanceUID SeriesInstanceUID StudyInstanceUID PatientID LossyImageCompression'.split()
+_identity = ('SOPInstanceUID','SeriesInstanceUID','StudyInstanceUID','PatientID',
+             'LossyImageCompression')
 
 def _syntax(ds) -> str: return str(ds.file_meta.get('TransferSyntaxUID',''))
 
@@ -496,7 +499,7 @@ def _may_be_dicom(name) -> bool:
             and Path(name).suffix.lower() not in _other_kinds)
 
 def _why_not(o, home) -> str:
-    "Why a directory entry is no slice, whatever it holds; nothing if it may be one, None if it does not count"
+    "Why a directory entry is no slice; nothing if it may be one, None if it does not count"
     try: is_file,is_folder = o.is_file(),o.is_dir()
     except OSError: return 'broken link'  # to itself, for example
     if is_folder: return 'folder named like a DICOM file' if _named_dicom(o.name) else None
@@ -519,10 +522,10 @@ def _listed(folder) -> tuple:
 @dataclass(eq=False)
 class Series:
     "The slices of one series in one folder, in order along the normal"
-    folder: Path      # Where it lies
-    slices: list      # Of `Slice`
-    skipped: Counter  # What else lay in the folder: kind → how many files
-    damaged: list = field(default_factory=list) # Of `CTError`: files that cannot be read and may belong to it
+    folder: Path # Where it lies
+    slices: list # Of `Slice`
+    skipped: Counter # What else lay in the folder: kind → how many files
+    damaged: list = field(default_factory=list) # Of `CTError`: unreadable files of it, perhaps
 
     @property
     def number(self) -> str: return self.slices[0].number
@@ -542,9 +545,9 @@ class Series:
 @dataclass
 class Survey:
     "What lies in a folder"
-    series: list      # Of `Series`, that with the most slices first
-    skipped: Counter  # What else lies there: kind → how many; series of fewer than four slices are one kind
-    damaged: list     # Of `CTError`, one for each file that may be a slice and cannot be read
+    series: list     # Of `Series`, that with the most slices first
+    skipped: Counter # What else lies there: kind → how many; short series are one kind
+    damaged: list    # Of `CTError`, one for each file that may be a slice and cannot be read
 
 def _grouped(folder, groups, skipped, damaged) -> list:
     "`Series` of slices by SeriesInstanceUID"
@@ -596,8 +599,8 @@ def _check_same(slices, p):
     first = slices[0].grid
     for s in slices:
         for k,v in first.items():
-            if s.grid[k]==v or isinstance(v, tuple) and max(abs(a-b) for a,
-                                                            b in zip(s.grid[k], v))<=1e-4:
+            if s.grid[k]==v or isinstance(v, tuple) and max(abs(a-b)
+                                                            for a,b in zip(s.grid[k], v))<=1e-4:
                 continue
             raise CTError(s.path, f'its {k} is not that of the rest of the series',
                           'Separate the two, or export the series again')  # C8, C25
@@ -621,7 +624,7 @@ def _check_sideways(slices, normal, p):
     if tilt>.1:
         raise CTError(p, f'the gantry was tilted by {tilt:.1f}°, so its slices are sheared against '
                          f'each other',
-                              'Have it reformatted at right angles at the scanner or the archive')  # C5
+                              'Have it reformatted at right angles at the scanner')  # C5
 
 # %% ../nbs/01_dicom.ipynb #f8c6807b
 def _uneven(p, how) -> CTError:
@@ -659,7 +662,7 @@ _native = {_implicit:('little',False), '1.2.840.10008.1.2.1':('little',True),
            '1.2.840.10008.1.2.2':('big',True)} # not compressed: byte order, are VRs written
 
 def _find_pixels(f, s, need) -> tuple:
-    "Where the pixels of an open file begin, and how many bytes they are; `need` is what one frame takes"
+    "Where the pixels of an open file begin, and their bytes; `need` is what one frame takes"
     f.seek(s.at); head = f.read(12)
     try: tag,vr,skip,length = _element(head, 0, *_native[s.syntax])
     except ValueError: tag,vr,skip,length = 0,'',0,0
@@ -717,12 +720,12 @@ def _jpeg_size(x) -> tuple:
     return x[at+1],big(at+5, 2),big(at+7, 2),x[at+9],x[at+4]
 
 def _tiles(x) -> int:
-    "How many tiles JPEG 2000 is divided into, 0 where it does not say; a decoder takes memory for each"
+    "Tiles of JPEG 2000, 0 where it does not say; a decoder takes memory for each"
     w,h,a,b = (int.from_bytes(x[i:i+4], 'big') for i in (8,12,24,28))
     return -(-w//a)*-(-h//b) if a and b else 0
 
 def _coded_size(x) -> tuple:
-    "(kind, rows, columns, samples, bits, sign) that compressed pixels say of themselves; sign is None where they do not"
+    "(kind, rows, columns, samples, bits, sign) of compressed pixels; sign may be None"
     big = lambda i,n=4: int.from_bytes(x[i:i+n], 'big')
     if x[:4]==b'\xff\x4f\xff\x51':
         return 'J2K',big(12)-big(20),big(8)-big(16),big(40, 2),(x[42]&127)+1,x[42]>>7
@@ -779,7 +782,7 @@ def _decoder(s) -> tuple:
 
 # %% ../nbs/01_dicom.ipynb #baea1ca3
 def _coded_end(raw, at) -> int:
-    "Where the items of compressed pixels from byte `at` end; they must lie one behind the other, up to their delimiter"
+    "Where the items of compressed pixels from byte `at` end, one behind the other"
     while raw[at:at+4]==b'\xfe\xff\0\xe0':
         n = int.from_bytes(raw[at+4:at+8], 'little')
         at += 8+n
@@ -823,8 +826,8 @@ def _decoded_pixels(s: Slice, coded: dict) -> np.ndarray:
 # %% ../nbs/01_dicom.ipynb #2bbccf12
 @QuietDicom()
 def read_pixels(
-    s: Slice,        # From `find_series`
-    coded: dict = None # File → its compressed frames: one dict, empty at first, for all slices of a series spares reading a file again
+    s: Slice,          # From `find_series`
+    coded: dict = None # File → its compressed frames: a dict for all slices of a series
 ) -> np.ndarray: # Stored values, (row, column), int16 or uint16
     "The numbers of a slice before their rescale"
     g = s.grid
@@ -983,8 +986,8 @@ def is_nifti(
 
 # %% ../nbs/01_dicom.ipynb #57920395
 def open_scan(
-    path: str|Path,              # `.nii`, `.nii.gz`, a folder with a DICOM series, or any file of the series
-    already_windowed: tuple = None # (low, high) in HU that the grey values 0…255 of a NIfTI stand for; DICOM carries its own rescale
+    path: str|Path, # `.nii`, `.nii.gz`, a folder with a DICOM series, or any file of it
+    already_windowed: tuple = None # (low, high) in HU of grey levels 0…255; for NIfTI alone
 ) -> Volume: # HU, int16 or float32, canonical axes
     "Open a CT of any kind"
     p = Path(path)

@@ -29,8 +29,8 @@ def _sources(ct) -> list:
     "The datasets of the series that a volume was read from, pixels left out"
     # of the headers; all frames of a file give the same
     ends = {s.path:s.at for s in ct.source.slices}
-    return [pydicom.dcmread(io.BytesIO(file_bytes(p, at)), stop_before_pixels=True) for p,
-            at in ends.items()]
+    return [pydicom.dcmread(io.BytesIO(file_bytes(p, at)), stop_before_pixels=True)
+            for p,at in ends.items()]
 
 def _source_frames(ct) -> list:
     "The slices of the series in the order in which its files and frames give them"
@@ -44,7 +44,7 @@ def _frame_order(mask, ct) -> np.ndarray:
 
 # %% ../nbs/02_dicom_seg.ipynb #11d988de
 def _in_source_order(seg, ct):
-    "Put the frames of each segment into the order of the source; highdicom sorts them from head to foot"
+    "Put the frames of each segment into the order of the source; highdicom sorts them"
     at = np.array([s.position for s in _source_frames(ct)])
     groups = seg.PerFrameFunctionalGroupsSequence
     rank = [abs(at-np.array(g.PlanePositionSequence[0].ImagePositionPatient, float)).sum(1).argmin()
@@ -132,12 +132,12 @@ def _segmentation(hd, masks, ct, codes) -> bytes:
 # %% ../nbs/02_dicom_seg.ipynb #d35530f6
 @QuietDicom()
 def save_seg(
-    masks: dict,    # Class → mask, array (slice, row, column) of 0 and 1 on the canonical axes of `ct`; one segment each
-    ct: Volume,     # The scan, opened from DICOM
-    path: str|Path, # `.dcm` to write
-    codes: dict = {}  # Class → (category, type), each (value, scheme, meaning), for classes that `seg_codes` lacks
+    masks: dict,     # Class → mask of 0 and 1 on the grid of `ct`; one segment each
+    ct: Volume,      # The scan, opened from DICOM
+    path: str|Path,  # `.dcm` to write
+    codes: dict = {} # As `seg_codes`: class → (category, type), each (value, scheme, meaning)
 ):
-    "Write masks as one DICOM Segmentation of the series; it carries the patient's data, as the archive needs"
+    "Write masks as one DICOM Segmentation of the series, with the patient's data"
     require_seg(ct); _check_masks(masks, ct, path)
     try: raw = _segmentation(_highdicom(path), masks, ct, codes)
     except CTError: raise

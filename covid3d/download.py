@@ -18,7 +18,8 @@ from .volume import CTError, temp_beside, temps_here
 # %% ../nbs/04_download.ipynb #8c8c2964
 record_url = 'https://zenodo.org/records/3757476/files'
 record_sha256 = {
-    'COVID-19-CT-Seg_20cases.zip':'a5060480eff9315b069b086312dac4872777901fb80d268a5a83edd9f4e7b440',
+    'COVID-19-CT-Seg_20cases.zip':
+        'a5060480eff9315b069b086312dac4872777901fb80d268a5a83edd9f4e7b440',
     'Infection_Mask.zip':'87901c73fdd2230260e61d2dbc57bf56026efc28264006b8ea2bf411453c1694',
     'Lung_Mask.zip':'f060b0d0299939a6d95ddefdbfa281de1a779c4d230a5adbd32414711d6d8187'}
 
@@ -27,7 +28,7 @@ _room = 3*2**30 # bytes that must be free for the scans, packed and unpacked
 _retry = 'Check the network and run the same command again: what is complete is not fetched again'
 _login = 'Open it in a browser: does the network want a login?'
 
-class _Refused(Exception): "What came is not taken: the arguments of a `CTError`, which pooch would take for bad luck"
+class _Refused(Exception): "Arguments of a `CTError` that pooch must not take for bad luck"
 
 class _Archive(io.BufferedWriter):
     "A file that takes an archive of bounded size, and nothing else"
@@ -153,13 +154,18 @@ def fetch_coronacases(
 # %% ../nbs/04_download.ipynb #6d87193c
 instructions = dict(
     ricord='''RICORD-1a (CC BY-NC 4.0) comes from The Cancer Imaging Archive:
-1. Install the NBIA Data Retriever: https://wiki.cancerimagingarchive.net/display/NBIA/Downloading+TCIA+Images
-2. On https://www.cancerimagingarchive.net/collection/midrc-ricord-1a/ download the manifest of the images (.tcia) and the annotations (.json, unpacked).
+1. Install the NBIA Data Retriever:
+   https://wiki.cancerimagingarchive.net/display/NBIA/Downloading+TCIA+Images
+2. On https://www.cancerimagingarchive.net/collection/midrc-ricord-1a/
+   download the manifest of the images (.tcia) and the annotations (.json, unpacked).
 3. Fetch the images:  nbia-data-retriever --cli MANIFEST.tcia -d {out} -v -f
 4. Put the .json into {out}, then:  covid3d cases ricord {out} -o cases.csv''',
-    mosmed='''MosMedData (CC BY-NC-ND 3.0) comes from the Moscow Center for Diagnostics and Telemedicine:
+    mosmed='''MosMedData (CC BY-NC-ND 3.0) comes from the Center for Diagnostics, Moscow:
 1. Register at https://mosmed.ai/en/datasets/ and download COVID19_1110.
-2. Unpack it so that {out} holds studies/ and masks/, then:  covid3d cases mosmed {out} -o cases.csv''',
+2. Unpack it so that {out} holds studies/ and masks/.
+3. covid3d cases mosmed {out} -o cases.csv''',
     covid1920='''COVID-19-20 (annotations CC BY-NC-ND 4.0) comes from its challenge:
-1. Join https://covid-segmentation.grand-challenge.org/ and download the training and validation data.
-2. Unpack them so that {out} holds COVID-19-20_v2/, then:  covid3d cases covid1920 {out} -o cases.csv''')
+1. Join https://covid-segmentation.grand-challenge.org/
+   and download the training and validation data.
+2. Unpack them so that {out} holds COVID-19-20_v2/.
+3. covid3d cases covid1920 {out} -o cases.csv''')

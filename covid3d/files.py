@@ -20,8 +20,8 @@ from .volume import CTError, host_name, plain, temps_here, unreadable, write_ato
 _again = 'Copy it again, or write it again with the command that made it'
 
 def read_bytes(
-    path: str|Path, # A file
-    most: int = 2**26, # Bytes it may hold
+    path: str|Path,      # A file
+    most: int = 2**26,   # Bytes it may hold
     remedy: str = _again # For the message
 ) -> bytes: # All of them
     "The content of a regular file of at most `most` bytes; `CTError` for anything else"
@@ -40,9 +40,9 @@ def read_bytes(
 def _no_constant(name): raise ValueError(f'{name} is not JSON')
 
 def read_json(
-    path: str|Path, # A file
-    kind: type = dict, # What must stand at the top
-    most: int = 2**24, # Bytes it may hold
+    path: str|Path,      # A file
+    kind: type = dict,   # What must stand at the top
+    most: int = 2**24,   # Bytes it may hold
     remedy: str = _again # For the message
 ):
     "The JSON of a regular file: an object of type `kind`; `CTError` for anything else"
@@ -96,7 +96,7 @@ def _is_dead(p: Path) -> bool:
 def sweep(
     folder: str|Path # May not exist
 ):
-    "Remove from a folder what processes that no longer exist were writing there; nothing if it is a link"
+    "Remove what processes that no longer exist were writing into a folder, if it is no link"
     if Path(folder).is_symlink(): return
     try: found = [p for p in Path(folder).iterdir() if _temp.fullmatch(p.name)]
     except OSError: return
@@ -111,7 +111,7 @@ def sweep(
 _held,_gate = {},threading.Lock()  # real path of a lock file → (thread, depth, file descriptor)
 
 def _take(at):
-    "Lock the file `at` for this thread, which may hold it already; the number of times it then holds it, 0 if it cannot"
+    "Lock the file `at` for this thread; how often it then holds it, 0 if it cannot"
     with _gate:
         who,depth,fd = _held.get(at, (threading.get_ident(),0,None))
         if who!=threading.get_ident(): return 0
@@ -138,21 +138,20 @@ def _remove_empty(folders):
 # %% ../nbs/02_files.ipynb #48755b5a
 @contextmanager
 def locked(
-    path: str|Path, # Folder to write to, made if it is missing; or a file to write, which has a lock of its own
+    path: str|Path, # Folder to write to, made if missing; or a file, which has a lock of its own
     folder: bool = False # It is a folder, whatever its name: `run_0.5` looks like a file
 ):
-    "Keep other processes out of a folder (or a file) while the block runs; `CTError` if one is at work there"
+    "Keep other processes out of a folder or a file; `CTError` if one is at work there"
     path = Path(path)
     home = path.parent if path.suffix and not folder and not path.is_dir() else path
-    at = Path(os.path.realpath(home))/('.covid3d.lock' if home==path
-                                       else f'.{path.name}.covid3d.lock')
+    at = Path(os.path.realpath(home))/f'{"" if home==path else "."+path.name}.covid3d.lock'
     try:
         new = [o for o in (home, *home.parents) if not o.exists()]
         home.mkdir(parents=True, exist_ok=True)
         depth = _take(at)
     except OSError as e:
-        raise CTError(home, f'cannot be written to ({e.strerror})',
-                      'Choose another --out') from None
+        fault = f'cannot be written to ({e.strerror})'
+        raise CTError(home, fault, 'Choose another --out') from None
     if not depth:
         raise CTError(path, 'another process is writing there',
                       'Wait for it to end, or choose another --out')
@@ -194,13 +193,13 @@ class Outputs:
     def __init__(self,
         folder: str|Path, # May not exist
         command: str,     # Who writes, such as `train`; None for whoever did
-        *patterns: str    # Names that it can write, relative to the folder, such as `examples/*.png`
+        *patterns: str    # Names that it can write, relative to it, such as `examples/*.png`
     ): self.folder,self.command,self.patterns = Path(folder),command,patterns
 
     @property
     def listed(self) -> list:
-        return sorted(k for k,
-            c in self._all().items() if self.command in (c,None) and _fits(k, self.patterns))
+        return sorted(k
+            for k,c in self._all().items() if self.command in (c,None) and _fits(k, self.patterns))
     @property
     def present(self) -> list:
         "Names of files in the folder that match, whoever wrote them"

@@ -32,10 +32,11 @@ def tree(
     return '\n'.join(out)
 
 # %% ../nbs/04_layouts.ipynb #8e1986ea
+# layout → folders of scans, lesion masks and lung masks
 triples = dict(zenodo=('COVID-19-CT-Seg_20cases','Infection_Mask','Lung_Mask'),
                kaggle=('ct_scans','infection_mask','lung_mask'),
                plain=('ct','infection_mask',
-                      'lung_mask')) # layout → folders of scans, lesion and lung masks
+                      'lung_mask'))
 
 def windowed(vol, low=-1250, high=250):
     "A CT as grey levels 0…255 of a window in HU"

@@ -74,13 +74,13 @@ def jaccard(pred, mask) -> float: # 0…1
     "Intersection over union"
     return overlap(pred,mask).jaccard
 def precision(pred, mask) -> float: # 0…1
-    "Share of the prediction that is right; 0 where nothing is predicted"
+    "Fraction of the prediction that is right; 0 where nothing is predicted"
     return overlap(pred,mask).precision
 def recall(pred, mask) -> float: # 0…1
-    "Share of the reference that is found (sensitivity); 0 where the reference is empty and the prediction is not"
+    "Fraction of the reference that is found (sensitivity); 0 where only the reference is empty"
     return overlap(pred,mask).recall
 def specificity(pred, mask) -> float: # 0…1
-    "Share of the background that is left alone; NaN where the reference leaves none"
+    "Fraction of the background that is left alone; NaN where the reference leaves none"
     return overlap(pred,mask).specificity
 
 # %% ../nbs/13_metrics.ipynb #f2a14c0c
@@ -121,7 +121,7 @@ def cube_faces() -> list: # Six faces of four corners, each (slice, row, column)
 def inside(code, corner): return code>>(7-4*corner[0]-2*corner[1]-corner[2])&1
 
 def outlines(
-    code: int # Which of the eight corners are inside: 128 for (0,0,0), 64 for (0,0,1) … 1 for (1,1,1)
+    code: int # The corners inside: 128 for (0,0,0), 64 for (0,0,1) … 1 for (1,1,1)
 ) -> list: # Arrays of (n, 3)
     "Closed polygons that separate the inside corners of a cube from the others"
     if code.bit_count()>4: code = 255-code
@@ -142,7 +142,7 @@ def outlines(
 
 # %% ../nbs/13_metrics.ipynb #352d048e
 def largest_fill(
-    pts,     # (n, 3), a closed polygon
+    pts,        # (n, 3), a closed polygon
     i=0, j=None # From point i to point j
 ) -> tuple: # Area, and the triangles' normals, as long as their areas
     "Triangles that fill a polygon, chosen for the greatest area"
@@ -214,11 +214,11 @@ def surface_points(
 
 # %% ../nbs/13_metrics.ipynb #2b4f3890
 def nearest_mm(
-    frm,      # Flat indices into a grid, ascending
-    to,       # The same for the other surface
-    shape,    # Of the grid (slice, row, column)
-    spacing,  # (slice, row, column), mm
-    dense=None, # True for the distance transform, False for the tree; by default the quicker
+    frm,          # Flat indices into a grid, ascending
+    to,           # The same for the other surface
+    shape,        # Of the grid (slice, row, column)
+    spacing,      # (slice, row, column), mm
+    dense=None,   # True for the distance transform, False for the tree; by default the quicker
     within=np.inf # mm; what lies farther may come out as infinite, which is quicker
 ) -> np.ndarray: # One for each of `frm`, infinite where `to` is empty
     "Distance from each point of one surface to the nearest of the other"
@@ -247,9 +247,9 @@ class SurfaceDistances:
 
 # %% ../nbs/13_metrics.ipynb #5963479b
 def surface_distances(
-    pred,   # Binary mask (slice, row, column)
-    mask,   # Reference, the same shape
-    spacing, # (slice, row, column), mm
+    pred,         # Binary mask (slice, row, column)
+    mask,         # Reference, the same shape
+    spacing,      # (slice, row, column), mm
     within=np.inf # See `nearest_mm`
 ) -> SurfaceDistances:
     "Distances between the surfaces of two masks, each with the area it stands for"
@@ -265,13 +265,13 @@ def _percentile(mm, mm2, percent):
     return float(mm[order[min(np.searchsorted(part, part[-1]*percent/100*(1-1e-12)), len(mm)-1)]])
 
 def _hd(sd, percent=95):
-    return max((_percentile(mm,mm2,percent) for mm,
-        mm2 in ((sd.pred_mm,sd.pred_mm2),(sd.mask_mm,sd.mask_mm2)) if len(mm)), default=np.nan)
+    sides = (sd.pred_mm,sd.pred_mm2),(sd.mask_mm,sd.mask_mm2)
+    return max((_percentile(*o, percent) for o in sides if len(o[0])), default=np.nan)
 
 def hd95(
-    pred,    # Binary mask (slice, row, column)
-    mask,    # Reference, the same shape
-    spacing, # (slice, row, column), mm
+    pred,               # Binary mask (slice, row, column)
+    mask,               # Reference, the same shape
+    spacing,            # (slice, row, column), mm
     percent: float = 95 # Of the surface's area
 ) -> float: # mm; NaN where both are empty, infinite where one is
     "Robust Hausdorff distance, weighted by surface area"
@@ -295,12 +295,12 @@ def _nsd(sd, tolerance=3.):
     return float(mm2[mm<=tolerance*(1+1e-6)].sum()/mm2.sum()) if len(mm) else np.nan
 
 def nsd(
-    pred,    # Binary mask (slice, row, column)
-    mask,    # Reference, the same shape
+    pred, # Binary mask (slice, row, column)
+    mask, # Reference, the same shape
     spacing, # (slice, row, column), mm
     tolerance: float = 3. # mm
 ) -> float: # 0…1; NaN where both are empty, 0 where one is
-    "Normalised surface Dice: share of both surfaces within the tolerance of the other"
+    "Normalised surface Dice: fraction of both surfaces within the tolerance of the other"
     check_number('tolerance', tolerance, 0, np.inf, 'Give mm, for example 3')
     return _nsd(surface_distances(pred,mask,spacing,within=1.001*tolerance+1e-6), tolerance)
 
@@ -329,13 +329,13 @@ def lesion_detection(
     pred, # Binary mask (slice, row, column)
     mask, # Reference, the same shape
     connectivity: int = 26, # 6, 18 or 26 neighbours
-    overlap: float = 0. # Share of a lesion that the other mask must cover, 0…1; one voxel at least
+    overlap: float = 0. # Fraction of a lesion to be covered, 0…1; one voxel at least
 ) -> Detection:
     "Count the lesions of each mask that the other one hits"
     if connectivity not in (6,18,26):
         raise CTError('connectivity', f'{connectivity} is no neighbourhood of a voxel',
                       'Give 6, 18 or 26')
-    check_number('overlap', overlap, 0, 1, 'Give a share of the lesion, 0 for one voxel')
+    check_number('overlap', overlap, 0, 1, 'Give a fraction of the lesion, 0 for one voxel')
     a,b = as_pair(pred,mask); box = joint_box(a,b); a,b = a[box],b[box]
     if not a.size: return Detection(0,0,0,0)
     (nb,found),(na,right) = _hits(b,a,connectivity,overlap),_hits(a,b,connectivity,overlap)
@@ -347,12 +347,12 @@ score_names = ('dice','jaccard','precision','recall','specificity','volume_error
 
 # %% ../nbs/13_metrics.ipynb #cdd8fe46
 def scores(
-    pred,    # Binary mask (slice, row, column)
-    mask,    # Reference, the same shape
+    pred, # Binary mask (slice, row, column)
+    mask, # Reference, the same shape
     spacing, # (slice, row, column), mm
-    tolerance: float = 3.,  # Of the surface Dice, mm
+    tolerance: float = 3., # Of the surface Dice, mm
     connectivity: int = 26, # Of lesions
-    overlap: float = 0.     # Share of a lesion that must be covered, see `lesion_detection`
+    overlap: float = 0. # Fraction of a lesion to be covered, see `lesion_detection`
 ) -> dict: # Name → number; `empty` names the empty side: '', both, mask or pred
     "Every score of one prediction"
     check_number('tolerance', tolerance, 0, np.inf, 'Give mm, for example 3')
@@ -373,8 +373,8 @@ def scores(
 class PatchDice(Metric):
     "Dice of one class, pooled over all validation patches"
     def __init__(self,
-        klass: int = 0,       # Channel of the class
-        name='patch_dice'  # Column of the table
+        klass: int = 0,   # Channel of the class
+        name='patch_dice' # Column of the table
     ): self.klass,self._name = klass,name
     def reset(self): self.both = self.total = 0
     def accumulate(self, learn):

@@ -61,7 +61,7 @@ def _points(a) -> np.ndarray:
 
 # %% ../nbs/03_outlines.ipynb #88462242
 def read_outlines(
-    path: str|Path,              # The JSON export
+    path: str|Path,               # The JSON export
     labels: tuple = ricord_labels # Names of the labels that count as lesion
 ) -> tuple: # SOPInstanceUID → list of (reader, points); and notes
     "The outlines of an MD.ai export"

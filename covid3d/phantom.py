@@ -1,4 +1,4 @@
-"""Made-up chest CTs with COVID-19 lesions, for the demo and the tests
+"""Phantoms: synthetic chest CTs with COVID-19 lesions, for the demo and the tests
 
 Docs: https://covid3d.github.io/covid3d/phantom.html.md"""
 
@@ -26,8 +26,8 @@ def centred_mm(
 ) -> list: # z (n,1,1), y (n,1), x (1,n): mm from the centre, float32
     "Where the voxels lie, as arrays that broadcast"
     forms = (-1,1,1),(-1,1),(1,-1)
-    return [((np.arange(n)-(n-1)/2)*s).astype(np.float32).reshape(f) for n,s,
-            f in zip(shape,spacing,forms)]
+    return [((np.arange(n)-(n-1)/2)*s).astype(np.float32).reshape(f)
+            for n,s,f in zip(shape,spacing,forms)]
 
 # %% ../nbs/03_phantom.ipynb #3b7fb3f6
 def chest_plan(
@@ -105,7 +105,7 @@ def mediastinum(
 
 # %% ../nbs/03_phantom.ipynb #5e1a67c1
 def soft_tissue(
-    plan, # A `chest_plan`
+    plan,     # A `chest_plan`
     z: float, # Height of the slice, mm
     y, x, # mm, (row,1) and (1,column)
     wall, # `chest_wall` of the slice
@@ -120,44 +120,44 @@ def soft_tissue(
     return np.where(wall<0,core,np.where(skin>-plan.fat,f(-100),f(55))),skin
 
 # %% ../nbs/03_phantom.ipynb #c9bd2aa6
-absent = np.float32(-2000)
+_absent = np.float32(-2000)
 
 def ribs(
-    plan, # A `chest_plan`
+    plan,     # A `chest_plan`
     z: float, # Height of the slice, mm
     y, x, # mm
     wall  # `chest_wall` of the slice
-): # HU, or `absent`
+): # HU, or `_absent`
     "Ribs: tubes in the chest wall, half a mm lower for each mm forwards"
     along = (z-.5*y+plan.rib_phase)%plan.rib_gap-plan.rib_gap/2
     r = ring((wall-6)/4,along/6.5)
     return np.where((r<1)&(np.abs(x)>np.where(y<0,30,15)),
-                    np.where(r>.42,np.float32(750),np.float32(300)),absent)
+                    np.where(r>.42,np.float32(750),np.float32(300)),_absent)
 
 # %% ../nbs/03_phantom.ipynb #8aa02d63
 def spine(
-    plan, # A `chest_plan`
+    plan,     # A `chest_plan`
     z: float, # Height of the slice, mm
     y, x  # mm
-): # HU, or `absent`
+): # HU, or `_absent`
     "Vertebral body or disc, canal, arch and processes"
     f,y,level = np.float32,y-plan.half_depth+30,(z+plan.disc_phase)%28
     body,canal = ring(x/20,y/16),ring(x/9,(y-23)/8)
     arch = np.minimum(ring(x/16,(y-23)/13),np.minimum(ring(x/4,(y-40)/14),ring(x/36,(y-28)/5)))
     cortex = np.where(body>.72,f(600),f(200 if 8<level<26.5 else 600))
-    hu = np.where(arch<1,f(600),absent) if level>6 else absent
+    hu = np.where(arch<1,f(600),_absent) if level>6 else _absent
     return np.where(canal<1,f(25),np.where(body<1,cortex if level>6 else f(90),hu))
 
 # %% ../nbs/03_phantom.ipynb #46903375
 def sternum(
-    plan, # A `chest_plan`
+    plan,     # A `chest_plan`
     z: float, # Height of the slice, mm
     y, x  # mm
-): # HU, or `absent`
+): # HU, or `_absent`
     "A flat bone in front"
     t = taper(plan,z)
     r = np.maximum(np.abs(x)/18,np.abs(y-8*(1-t)+plan.half_depth*t+8)/6)
-    return np.where((r<1)&(-40<z<85),np.where(r>.75,np.float32(500),np.float32(180)),absent)
+    return np.where((r<1)&(-40<z<85),np.where(r>.75,np.float32(500),np.float32(180)),_absent)
 
 # %% ../nbs/03_phantom.ipynb #cf2511b4
 def couch(
@@ -170,11 +170,11 @@ def couch(
 
 # %% ../nbs/03_phantom.ipynb #88ad7ba9
 def parenchyma(
-    plan, # A `chest_plan`
+    plan,     # A `chest_plan`
     z: float, # Height of the slice, mm
     y, x, # mm
     wall  # `chest_wall` of the slice
-) -> tuple: # HU of the aerated lung, share of its air replaced (0…1)
+) -> tuple: # HU of the aerated lung, fraction of its air replaced (0…1)
     "Healthy lung: gravity and the fissure"
     hu = plan.lung_hu+(80+700*plan.load)*plan.breath*np.clip((y+80)/170,0,1)**1.5-20*z/120
     width = (5+66*plan.load)*plan.breath
@@ -184,11 +184,11 @@ def parenchyma(
 
 # %% ../nbs/03_phantom.ipynb #1407ad10
 def draw_chest(
-    plan, # A `chest_plan`
+    plan,   # A `chest_plan`
     shape,  # (slice, row, column)
     spacing # mm
 # float32 arrays of `shape`: HU without lungs, edge of the lung (<0 inside), HU of aerated lung,
-# share of tissue
+# fraction of tissue
 ) -> tuple:
     "Body and lungs before vessels, lesions and noise"
     zs,y,x = centred_mm(shape,spacing)
@@ -206,9 +206,9 @@ def draw_chest(
 
 # %% ../nbs/03_phantom.ipynb #8bf63d74
 def smooth_noise(
-    rng,    # NumPy's random generator
-    shape,  # (slice, row, column)
-    spacing, # mm
+    rng,         # NumPy's random generator
+    shape,       # (slice, row, column)
+    spacing,     # mm
     scale: float # Size of the features, mm
 ) -> np.ndarray: # Mean 0, sd 1, float32
     "A smooth random field that does not depend on the grid"
@@ -220,8 +220,8 @@ def smooth_noise(
 
 # %% ../nbs/03_phantom.ipynb #b19ae9f2
 def lung_points(
-    plan, # A `chest_plan`
-    rng,  # NumPy's random generator
+    plan,           # A `chest_plan`
+    rng,            # NumPy's random generator
     n: int = 60_000 # Points tried
 ) -> tuple: # (m,3) z, y, x in mm; (m,) mm below the chest wall or diaphragm
     "Random points inside the lungs"
@@ -232,11 +232,11 @@ def lung_points(
 
 # %% ../nbs/03_phantom.ipynb #af8155d4
 def vessel_tree(
-    root,   # Where it starts, (z, y, x) in mm
-    points, # (2ᵏ,3) in mm
-    rng,    # NumPy's random generator
-    leaf: float = .7, # Radius of the ends, mm
-    axis: int = None, # First halving: 0, 1 or 2; None the longest
+    root,              # Where it starts, (z, y, x) in mm
+    points,            # (2ᵏ,3) in mm
+    rng,               # NumPy's random generator
+    leaf: float = .7,  # Radius of the ends, mm
+    axis: int = None,  # First halving: 0, 1 or 2; None the longest
     reach: float = .45 # Length of a first branch ÷ distance to its half's centre
 ) -> np.ndarray: # (branch, 7): start and end in mm, radius in mm
     "A binary tree that fills a cloud of points"
@@ -281,7 +281,7 @@ def airways(
 
 # %% ../nbs/03_phantom.ipynb #4d75bba5
 def beads(
-    tubes, # (branch, 7)
+    tubes,      # (branch, 7)
     step: float # mm from ball to ball
 ) -> tuple: # Centres (n,3) in mm, radii (n,) in mm
     "Balls along the branches"
@@ -293,11 +293,11 @@ def beads(
 
 # %% ../nbs/03_phantom.ipynb #52ce6a3c
 def stamp(
-    alpha,  # Painted in place: share of each voxel that is filled
-    centre, # (n,3) in mm
-    radius, # (n,) in mm
+    alpha,   # Painted in place: fraction of each voxel that is filled
+    centre,  # (n,3) in mm
+    radius,  # (n,) in mm
     offsets, # (m,3) voxels around a centre
-    spacing # (3,) in mm, float32
+    spacing  # (3,) in mm, float32
 ):
     "Paint balls of about the same size"
     shape,voxel,reach = np.array(alpha.shape),float(np.prod(spacing)**(1/3)),offsets.max(0)
@@ -311,11 +311,11 @@ def stamp(
 
 # %% ../nbs/03_phantom.ipynb #55f367b9
 def draw_tubes(
-    tubes,  # (branch, 7) in mm
-    shape,  # (slice, row, column)
-    spacing, # mm
+    tubes,          # (branch, 7) in mm
+    shape,          # (slice, row, column)
+    spacing,        # mm
     wall: float = 0 # Thickness added around, mm
-) -> np.ndarray: # Share of each voxel that is filled, float32 0…1
+) -> np.ndarray: # Fraction of each voxel that is filled, float32 0…1
     "Draw branches on a grid"
     sp = np.array(spacing,np.float32); voxel = float(sp.prod()**(1/3))
     centre,radius = beads(tubes,max(1.,.6*voxel)); radius = radius*(1.12 if wall else 1)+wall
@@ -343,11 +343,11 @@ def lesion_order(
 
 # %% ../nbs/03_phantom.ipynb #a7411844
 def lesion(
-    centre, # (z, y, x) in mm
-    load,   # The patient's share of ill lung
+    centre,       # (z, y, x) in mm
+    load,         # Fraction of the lung that is diseased
     nodule: bool, # A small round one
-    solid: bool, # May it have a consolidated core?
-    rng     # NumPy's random generator
+    solid: bool,  # May it have a consolidated core?
+    rng           # NumPy's random generator
 # Half axes in mm, softness of the border, shares of tissue in the rim (`peak`) and core
 ) -> SimpleNamespace:
     "Draw one lesion"
@@ -359,7 +359,7 @@ def lesion(
 
 # %% ../nbs/03_phantom.ipynb #e503c981
 def lesion_plan(
-    plan, # A `chest_plan`
+    plan,   # A `chest_plan`
     points, # `lung_points`
     depth,  # mm below the pleura
     rng     # NumPy's random generator
@@ -379,13 +379,13 @@ def draw_lesions(
     coarse,  # `smooth_noise`, ragged borders
     fine,    # `smooth_noise`, mottle
     spacing  # mm
-) -> tuple: # float32: profile (lesion where >0.5), share of air replaced
+) -> tuple: # float32: profile (lesion where >0.5), fraction of air replaced
     "Draw lesions, each in its own box"
     profile,dense = np.zeros_like(coarse),np.zeros_like(coarse)
     grid = [g.ravel() for g in centred_mm(coarse.shape,spacing)]
     for o in lesions:
-        box = tuple(slice(*np.searchsorted(g,(c-1.6*a,c+1.6*a))) for g,c,
-                    a in zip(grid,o.centre,o.axes))
+        box = tuple(slice(*np.searchsorted(g,(c-1.6*a,c+1.6*a)))
+                    for g,c,a in zip(grid,o.centre,o.axes))
         z,y,x = ((g[b]-c)/a for g,b,c,a in zip(grid,box,o.centre,o.axes))
         q = 1-np.sqrt(ring(z[:,None,None],y[:,None],x))+(.05 if o.nodule
                                                          else .16)*coarse[box]+.06*fine[box]
@@ -396,11 +396,11 @@ def draw_lesions(
 
 # %% ../nbs/03_phantom.ipynb #b99f95b6
 def best_band(
-    ct,     # HU, `Volume` or array (slice, row, column)
-    lung,   # The same shape, >0 inside
-    lesion, # The same shape, >0 inside
-    sigma=0, # Gaussian smoothing of `ct` first, voxels, one figure or one for each axis
-    step: float = 25  # Width of a bin, HU
+    ct,              # HU, `Volume` or array (slice, row, column)
+    lung,            # The same shape, >0 inside
+    lesion,          # The same shape, >0 inside
+    sigma=0,         # Gaussian smoothing of `ct` first, voxels, one figure or one for each axis
+    step: float = 25 # Width of a bin, HU
 ) -> tuple: # Dice, lowest and highest HU of the band
     "The HU band that finds the lesions best"
     ct,lung,lesion = (o.data if isinstance(o,Volume) else o for o in (ct,lung,lesion))
@@ -424,8 +424,8 @@ def best_band_dice(
 
 # %% ../nbs/03_phantom.ipynb #9cb2ad31
 def scanner_noise(
-    rng,   # NumPy's random generator
-    shape, # (slice, row, column)
+    rng,      # NumPy's random generator
+    shape,    # (slice, row, column)
     sd: float # HU
 ) -> np.ndarray: # HU, float32
     "Noise with neighbours in a slice correlated by one half"
@@ -451,10 +451,10 @@ def blend_lung(
 
 # %% ../nbs/03_phantom.ipynb #e835a4fe
 def hide_lesions(
-    blend,  # From the lesions' share of tissue to HU
-    share,  # The lesions' share of tissue
+    blend, # From the lesions' fraction of tissue to HU
+    share, # The lesions' fraction of tissue
     inside, # Lung, bool
-    ill,    # Lesion, bool
+    ill, # Lesion, bool
     limit: float = .575 # Dice that the best band may reach
 ) -> np.ndarray: # HU
     "Blend with lesions just thin enough that no HU band finds them"
@@ -465,8 +465,8 @@ def hide_lesions(
 
 # %% ../nbs/03_phantom.ipynb #d4dda7bf
 def open_airways(
-    ct,   # HU, changed in place
-    tubes, # (branch, 7)
+    ct,     # HU, changed in place
+    tubes,  # (branch, 7)
     spacing # mm
 ) -> np.ndarray: # bool: lumen and wall
     "Bronchi: a wall of −60 HU around air"
@@ -477,9 +477,9 @@ def open_airways(
 
 # %% ../nbs/03_phantom.ipynb #fb327d45
 class Phantom(NamedTuple):
-    "A made-up chest CT with its exact masks"
+    "A synthetic chest CT with its exact masks"
     ct: Volume     # HU, int16
-    lung: Volume   # 0, 1 the patient's right lung, 2 the left, uint8; vessels and lesions included, airways not
+    lung: Volume   # 0, 1 right lung, 2 left, uint8; vessels and lesions included, airways not
     lesion: Volume # 0 or 1, uint8, inside the lung
 
 # %% ../nbs/03_phantom.ipynb #71272374
@@ -497,11 +497,11 @@ def check_field(
 
 # %% ../nbs/03_phantom.ipynb #85d55426
 def phantom(
-    seed: int, # Same seed, same patient
-    shape=(96,256,256), # (slice, row, column)
+    seed: int,           # Same seed, same patient
+    shape=(96,256,256),  # (slice, row, column)
     spacing=(3.,1.4,1.4) # The same order, mm
 ) -> Phantom:
-    "A made-up chest CT with COVID-19 lesions"
+    "A synthetic chest CT with COVID-19 lesions"
     check_field(shape,spacing)
     rng = np.random.default_rng(seed); plan = chest_plan(rng); points,depth = lung_points(plan,rng)
     blood,air,spots = vessels(points,depth,rng),airways(points,depth,rng),lesion_plan(plan,points,
@@ -520,7 +520,7 @@ def phantom(
     return Phantom(vol,vol.new(inside*sides),vol.new((inside&ill).astype(np.uint8)))
 
 # %% ../nbs/03_phantom.ipynb #d67e2dd3
-def splits(
+def _splits(
     n: int # Cases
 ) -> list: # 'train', 'valid' or 'test' for each
     "About 60, 15 and 25 %; one of each from three cases on"
@@ -545,8 +545,15 @@ def phantom_outputs(out) -> Outputs:
     return Outputs(out, 'phantom', 'cases.csv', *(f'{d}/phantom_*.nii.gz' for d in _homes.values()))
 
 # %% ../nbs/03_phantom.ipynb #2cb87dc8
+def _phantom_rows(n) -> list:
+    "The lines of the case table"
+    return [dict(case=c, patient=c, **{k:f'{d}/{c}.nii.gz' for k,d in _homes.items()},
+                 dataset='phantom', split=s, already_windowed='')
+            for c,s in ((f'phantom_{i:03d}',s) for i,s in enumerate(_splits(n)))]
+
+# %% ../nbs/03_phantom.ipynb #28cc72c4
 def write_phantoms(
-    out,      # Folder
+    out, # Folder
     n: int = 12, # How many, 1 to 10,000
     seed: int = 0, # Of the first; the others count up
     shape=(96,256,256), # (slice, row, column)
@@ -557,9 +564,7 @@ def write_phantoms(
     out,table,files = Path(out),Path(out)/'cases.csv',phantom_outputs(out)
     if not 1<=n<=10_000: raise CTError('n', f'{n} phantoms cannot be made', 'Ask for 1 to 10,000')
     check_seed(seed); check_field(shape, spacing)
-    rows = [dict(case=c, patient=c, **{k:f'{d}/{c}.nii.gz' for k,d in _homes.items()},
-                 dataset='phantom', split=s, already_windowed='')
-            for c,s in ((f'phantom_{i:03d}',s) for i,s in enumerate(splits(n)))]
+    rows = _phantom_rows(n)
     with locked(out, folder=True):
         files.require(overwrite or not table.exists(),
                       'Choose another folder, or pass overwrite=True (--overwrite)')
@@ -568,6 +573,6 @@ def write_phantoms(
         for i,r in enumerate(track(rows, 'phantoms')):
             ph = phantom(seed+i, shape, spacing)
             for k in _homes: save_volume(getattr(ph, k), out/r[k])
-        write_atomic(table, pd.DataFrame(rows)[[*_row]].to_csv(index=False,
-            lineterminator='\n').encode())
+        text = pd.DataFrame(rows)[[*_row]].to_csv(index=False, lineterminator='\n')
+        write_atomic(table, text.encode())
     return table

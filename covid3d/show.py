@@ -23,7 +23,7 @@ outline_colors = ('#56B4E9','#E69F00','#CC79A7')  # sky blue, orange, purple
 
 # %% ../nbs/02_show.ipynb #aa79ccd5
 def pick_slices(
-    mask,  # Voxels (slice, row, column); the slices with any voxel set are shown
+    mask,   # Voxels (slice, row, column); the slices with any voxel set are shown
     n: int, # How many
 ) -> list: # Slice indices, ascending
     "`n` slices spread evenly over the part of the scan where `mask` is set"
@@ -36,8 +36,8 @@ def pick_slices(
 planes = dict(axial=0, coronal=1, sagittal=2)
 
 def plane_of(
-    x,                # Voxels (slice, row, column)
-    i: int,            # Index along the plane's axis
+    x, # Voxels (slice, row, column)
+    i: int, # Index along the plane's axis
     plane: str = 'axial' # `axial`, `coronal` or `sagittal`
 ) -> np.ndarray: # 2D, as a viewer shows it
     "One slice of `x`; the head is up in coronal and sagittal ones"
@@ -51,12 +51,12 @@ def _aspect(spacing, plane):
 
 # %% ../nbs/02_show.ipynb #7acaae90
 def show_slice(
-    img,                # 2D picture in HU (or any unit that `window` is in)
-    masks=(),           # 2D masks to outline
-    ax=None,            # Axes to draw on
+    img, # 2D picture in HU (or any unit that `window` is in)
+    masks=(), # 2D masks to outline
+    ax=None, # Axes to draw on
     window=lung_window, # (low, high): black and white
-    aspect: float = 1.,    # Height of a voxel ÷ its width
-    title: str = None      # Above the picture
+    aspect: float = 1., # Height of a voxel ÷ its width
+    title: str = None # Above the picture
 ):
     "Draw one slice with its masks outlined"
     import matplotlib.pyplot as plt
@@ -72,13 +72,13 @@ def show_slice(
 # %% ../nbs/02_show.ipynb #6efc0f6c
 def show_slices(
     ct: Volume,           # HU
-    masks: dict = None,     # Name → mask, a `Volume` or an array of the same shape, outlined in turn
-    n: int = 6,             # How many slices
-    plane: str = 'axial',   # `axial`, `coronal` or `sagittal`
-    slices=None,         # Indices to show instead of `n` spread over the first mask
-    window=lung_window,  # (low, high) in HU
-    size: float = 2.2,      # Width of one slice in inches
-    title: str = None       # Above the figure
+    masks: dict = None,   # Name → mask, a `Volume` or an array of the same shape: outlined
+    n: int = 6,           # How many slices
+    plane: str = 'axial', # `axial`, `coronal` or `sagittal`
+    slices=None,          # Indices to show instead of `n` spread over the first mask
+    window=lung_window,   # (low, high) in HU
+    size: float = 2.2,    # Width of one slice in inches
+    title: str = None     # Above the figure
 ):
     "Slices of a scan side by side, masks outlined"
     import matplotlib.pyplot as plt
@@ -90,9 +90,8 @@ def show_slices(
     for ax,i in zip(axs[0], slices):
         show_slice(plane_of(ct.data,i,plane), [plane_of(m,i,plane) for m in masks.values()], ax,
                    window, _aspect(ct.spacing, plane), f'{plane} {i}')
-    if plane!='sagittal':
-        axs[0][0].text(.03, .97, 'R', color='white', fontsize=8, transform=axs[0][0].transAxes,
-                       va='top')
+    right = dict(color='white', fontsize=8, transform=axs[0][0].transAxes, va='top')
+    if plane!='sagittal': axs[0][0].text(.03, .97, 'R', **right)
     _legend(fig, masks)
     if title: fig.suptitle(plain(title), fontsize=9, parse_math=False)
     return fig
@@ -115,9 +114,9 @@ def _legend(fig, masks):
 
 # %% ../nbs/02_show.ipynb #40384994
 def save_figure(
-    fig,          # A matplotlib figure
-    path,         # `.png`
-    dpi: int = 110   # Pixels an inch
+    fig,           # A matplotlib figure
+    path,          # `.png`
+    dpi: int = 110 # Pixels an inch
 ):
     "Write `fig` to `path` and close it"
     import matplotlib.pyplot as plt
@@ -136,7 +135,7 @@ def watched() -> bool:
     return IN_NOTEBOOK or sys.stdout.isatty()
 
 def track(
-    items,      # A list
+    items,         # A list
     what: str = '' # Shown beside the bar
 ): # Iterable over `items`
     "Go through `items` with a progress bar, if somebody watches"

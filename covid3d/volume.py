@@ -28,9 +28,9 @@ def plain(
 
 # %% ../nbs/00_volume.ipynb #f0897083
 class CTError(ValueError):
-    "Something a user can mend: the file (or argument), the fault and the cure, in one line"
+    "Something a user can fix: the file (or argument), the fault and the remedy, in one line"
     def __init__(self,
-        what,      # File, folder or argument at fault
+        what,       # File, folder or argument at fault
         fault: str, # What is wrong with it
         cure: str   # What to do about it
     ):
@@ -45,7 +45,7 @@ _short = {errno.EMFILE:'Raise the limit on open files with ulimit -n',
           errno.ENOMEM:'Close other programs, or use a machine with more memory'}
 
 def unreadable(
-    path,      # File or folder
+    path, # File or folder
     e: OSError, # What was raised on opening or reading it
     cure: str = 'Check the path and its permissions' # Where the file is to blame
 ) -> CTError: # To be raised; `Scarce` where the file is not to blame
@@ -61,8 +61,8 @@ canonical_axes = ('S','P','L')
 
 # %% ../nbs/00_volume.ipynb #7fba02a1
 def canonical_affine(
-    spacing,         # (slice, row, column) in mm
-    origin=(0,0,0)   # RAS mm of voxel (0,0,0)
+    spacing,       # (slice, row, column) in mm
+    origin=(0,0,0) # RAS mm of voxel (0,0,0)
 ) -> np.ndarray: # 4×4, index (slice, row, column) → RAS mm
     "The affine of an upright scan with canonical axes"
     dz,dy,dx = spacing
@@ -73,19 +73,19 @@ def canonical_affine(
 @dataclass(eq=False)
 class Source:
     "The file a volume was read from, and the way back to its grid"
-    path: Path        # Where it was read
-    header: object    # nibabel header of the file
-    back: np.ndarray  # Orientation that leads from canonical axes to the file's
-    slices: tuple = ()  # Of a DICOM series: its slices, in the order of the header's last axis
+    path: Path         # Where it was read
+    header: object     # nibabel header of the file
+    back: np.ndarray   # Orientation that leads from canonical axes to the file's
+    slices: tuple = () # Of a DICOM series: its slices, in the order of the header's last axis
 
 # %% ../nbs/00_volume.ipynb #92fa0e47
 @dataclass(eq=False)
 class Volume:
     "Voxels `(slice, row, column)` that know where they lie in the patient"
-    data: np.ndarray        # Voxels, canonical axes
-    affine: np.ndarray      # 4×4, index (slice, row, column) → RAS mm
-    source: Source = None     # The file it was read from, and the way back to its grid
-    notes: tuple = ()         # What was repaired or looked odd while reading
+    data: np.ndarray      # Voxels, canonical axes
+    affine: np.ndarray    # 4×4, index (slice, row, column) → RAS mm
+    source: Source = None # The file it was read from, and the way back to its grid
+    notes: tuple = ()     # What was repaired or looked odd while reading
 
     @property
     def shape(self) -> tuple: return self.data.shape
@@ -134,7 +134,7 @@ def case_name(path) -> str:
     return next((name[:-len(s)] for s in ('.nii.gz','.nii') if name.lower().endswith(s)), name)
 
 def _find(path) -> Path:
-    "`path` as a NIfTI file that exists and is not one of two twins"
+    "`path` as a NIfTI file that exists and has no duplicate"
     p = Path(path)
     try: return _find_file(p)
     except (OSError,ValueError) as e:  # ValueError: a name with a NUL in it
@@ -186,7 +186,7 @@ class _File:
     def capacity(self) -> int: return self.size*(1032 if self.packed else 1)
 
     def fill(self, out, skip=0) -> tuple:
-        "Fill `out` with the bytes after the first `skip`; how many there were, and what followed (1 MiB at most)"
+        "Fill `out` with the bytes after the first `skip`; their number, and 1 MiB that follows"
         view,n = memoryview(out).cast('B'),0
         try:
             with (igzip.open if self.packed else open)(self.path, 'rb') as f:
@@ -372,7 +372,7 @@ def _check_shape(hdr, p):
 _mm = {0:1., 1:1000., 2:1., 3:.001}  # xyzt_units: unknown (taken as mm), metre, mm, micrometre
 
 def _repair_grid(hdr, p) -> list:
-    "Mend the fields that have one plausible meaning"
+    "Repair the fields that have one plausible meaning"
     notes = []
     pix = hdr['pixdim']
     # H7
@@ -679,8 +679,8 @@ def _judge(vol, x, lo, hi) -> list:
 
 # %% ../nbs/00_volume.ipynb #37769a0d
 def to_hu(
-    vol: Volume,           # Values as its file means them
-    already_windowed=None # (low, high) in HU that the grey levels 0…255 stand for; None for a scan in HU
+    vol: Volume,          # Values as its file means them
+    already_windowed=None # (low, high) in HU that grey levels 0…255 stand for; None for HU
 ) -> Volume: # HU, as int16 where they are whole numbers
     "Say so if the values of `vol` are not HU"
     p = vol.source.path
@@ -720,8 +720,8 @@ def _window_doubts(x) -> list:
 
 # %% ../nbs/00_volume.ipynb #dff30cc4
 def open_ct(
-    path,                  # `.nii` or `.nii.gz`
-    already_windowed=None  # (low, high) in HU that the grey levels 0…255 of a scan stand for; None for a scan in HU
+    path, # `.nii` or `.nii.gz`
+    already_windowed=None # (low, high) in HU that grey levels 0…255 stand for; None for HU
 ) -> Volume: # HU, int16 or float32, canonical axes
     "Open a CT and say so if it is not one"
     with _memory(path): return to_hu(_read(path, _ct_packing), already_windowed)
@@ -781,9 +781,9 @@ def check_same_grid(
 
 # %% ../nbs/00_volume.ipynb #db8103b3
 def open_mask(
-    path,         # `.nii` or `.nii.gz`
-    like=None,    # The CT it must lie on, a `Volume` that was read from a file
-    labels=(0,1)  # The labels it may hold
+    path,        # `.nii` or `.nii.gz`
+    like=None,   # The CT it must lie on, a `Volume` that was read from a file
+    labels=(0,1) # The labels it may hold
 ) -> Volume: # uint8 labels, canonical axes
     "Open a mask, on the grid of `like` if that is given"
     with _memory(path):
@@ -810,7 +810,7 @@ def temp_beside(
 
 # %% ../nbs/00_volume.ipynb #32d5ddd1
 def write_atomic(
-    path,      # Where to write
+    path,       # Where to write
     data: bytes # What to write
 ):
     "Write `data` to `path` so that it is there whole or not at all"
@@ -839,7 +839,7 @@ def _write_nifti(img, path):
 # %% ../nbs/00_volume.ipynb #19ed750f
 def save_volume(
     vol: Volume, # int16 HU or uint8 labels, canonical axes
-    path        # `.nii` or `.nii.gz`
+    path         # `.nii` or `.nii.gz`
 ):
     "Write `vol` as a new NIfTI with the axes L-P-S"
     x = vol.data.astype(np.uint8) if vol.data.dtype==bool else vol.data
@@ -866,7 +866,7 @@ def _bytes(mask, p) -> np.ndarray:
 def save_mask(
     mask: np.ndarray, # Labels 0…255 on the canonical axes of `ct`, (slice, row, column)
     ct: Volume,       # The scan that the mask belongs to, read from a file
-    path             # `.nii` or `.nii.gz`
+    path              # `.nii` or `.nii.gz`
 ):
     "Write `mask` on the grid of the file that `ct` was read from: same shape, same affine"
     if ct.source is None:

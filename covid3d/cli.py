@@ -323,11 +323,11 @@ def _download(
     out: _Out
 ):
     "Get a public data set, or say how to."
-    from covid3d.datasets import download, instructions
+    from covid3d.download import fetch_coronacases, instructions
     if name in instructions: _result(instructions[name].format(out=out)); return
     print('CoronaCases, licence CC BY-NC-SA 4.0; cite Ma et al., Zenodo 2020, '
           '10.5281/zenodo.3757476')
-    _wrote(download(out), f' · next: covid3d table {out} -o cases.csv')
+    _wrote(fetch_coronacases(out), f' · next: covid3d table {out} -o cases.csv')
 
 # %% ../nbs/30_cli.ipynb #a7fc72ea
 _corona = 'COVID-19-CT-Seg_20cases','Infection_Mask','Lung_Mask'
@@ -339,14 +339,14 @@ _trees = dict(coronacases=[f'{d}/*.nii.gz' for d in _corona],
 
 def _write_layout(layout, out, n, seed, overwrite):
     "Phantoms as another data set has them; only what we wrote is replaced"
-    from covid3d import datasets
+    from covid3d.layouts import write_layout
+    from covid3d.layouts import write_layout
     from covid3d.phantom import phantom
     mine,draft = Outputs(out, 'phantom', *_trees[layout]),temp_beside(out/'draft')
-    write = getattr(datasets, f'write_{layout}')
     with locked(out, folder=True):
         mine.require(overwrite)
         try:
-            write([phantom(seed+i) for i in range(n)], draft)
+            write_layout([phantom(seed+i) for i in range(n)], draft, layout)
             names = sorted(p.relative_to(draft).as_posix() for p in draft.rglob('*') if p.is_file())
             mine.clear(); mine.add(*names)
             for k in names:

@@ -41,7 +41,8 @@ from .callbacks import EMA, History, KeepBest, Pictures, ScanDice, plain_log, ru
 from .cases import Case, check_cases, check_table, read_cases, require_ok, write_cases
 from .checkpoint import Checkpoint, StopOnNaN, batch_names
 from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock
-from .dicom import open_scan, save_seg
+from .dicom import open_scan
+from .dicom_seg import save_seg
 from .distributed import joined, once, own_random, place, split_training
 from .encoder import build_of, encoder3d, unfinished
 from .files import locked, sweep

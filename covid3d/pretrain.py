@@ -244,8 +244,7 @@ def shapes_patch(self:MixedPatches)->tuple: # Greys in [0, 1]; masks of `classes
 def phantom_patch(self:MixedPatches)->tuple: # Greys in [0, 1]; masks of `classes`
     "A patch of some phantom; object and kinds are unknown"
     scan = random.choice(self.scans)
-    y = TensorMask3d(scan.masks); y.at = scan.at
-    x,y = (o.as_subclass(torch.Tensor) for o in self.patch((TensorCT(scan.ct),y),split_idx=0))
+    x,y = (o.as_subclass(torch.Tensor) for o in self.patch((TensorCT(scan.ct),scan),split_idx=0))
     return x.float()/255 if x.dtype==torch.uint8 else x,torch.cat([y,self.blank(1+len(kinds))])
 
 # %% ../nbs/19_pretrain.ipynb #97b7eec1

@@ -40,7 +40,7 @@ from .losses import DiceCELoss
 from .memory import show_bytes
 from .metrics import scores
 from .show import track
-from .transforms import CTSpec
+from .transforms import CTSpec, ResizeSpec
 from .volume import CTError, write_atomic
 
 # %% ../nbs/24_reproduce.ipynb #87e0be11
@@ -72,7 +72,7 @@ _names = {k for f in (train, unet_learner_3d, Learner) for k in signature(f).par
 
 recipes = dict(
     patches=Recipe('patches, this library’s own recipe, not the paper’s', CTSpec(), {}),
-    resize=Recipe('whole scans resized to {patch}, after the authors’ later example for CoronaCases, not the paper’s', CTSpec(None, patch=(20,224,224)),
+    resize=Recipe('whole scans resized to {patch}, after the authors’ later example for CoronaCases, not the paper’s', ResizeSpec(),
         dict(bs=1, patches=1, epochs=50, frozen_epochs=3, lr=1e-3, frozen_lr=1e-2, frozen_stages=0, lr_ratio=1., wd=1e-4, loss_func=DiceCELoss())))
 
 # %% ../nbs/24_reproduce.ipynb #2893151b

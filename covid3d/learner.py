@@ -40,7 +40,7 @@ from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18
 from .augment import Augment3d, ct_aug_transforms, light_aug_transforms
 from .cases import Case, check_cases, check_table, read_cases, require_ok, write_cases
 from .checkpoint import Checkpoint, StopOnNaN, bare_model, batch_names, case_digests, described, weights_digest
-from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock
+from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock, cases_in
 from .dicom import open_scan, save_seg
 from .distributed import joined, once, own_random, place, split_map, split_training, spread
 from .encoder import build_of, encoder3d, unfinished
@@ -163,7 +163,7 @@ class ScanDice(Metric):
     def __init__(self,
         every:int=1,         # Score in each `every`-th epoch and the last
         overlap:float=.25,   # Of neighbouring windows, 0 to below 1
-        cases=None           # `Case`s to score; the validation cases of the DataLoaders if None
+        cases=None           # `Case`s to score; those of the validation set if None
     ): self.every,self.overlap,self.cases,self.learn = every,overlap,cases,None
     def reset(self): self.learn = None
     def accumulate(self, learn): self.learn = learn
@@ -176,7 +176,7 @@ class ScanDice(Metric):
     @property
     def value(self):
         if self.learn is None or not self.due: return float('nan')
-        cases = self.learn.dls.valid_cases if self.cases is None else self.cases
+        cases = cases_in(self.learn.dls.valid_ds) if self.cases is None else self.cases
         scores = [o for o in split_map(self.score, cases, 'scoring scans') if not math.isnan(o)]
         return sum(scores)/len(scores) if scores else float('nan')
     def score(self, case)->float:

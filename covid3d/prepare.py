@@ -66,7 +66,7 @@ def fingerprint(
     return _digest(case, spec, _content)
 
 # %% ../nbs/08_prepare.ipynb #9e7e93c2
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Prepared:
     "A case on disk, mapped into memory"
     ct:torch.Tensor    # uint8 (1, slice, row, column), 0 and 255 are the ends of the window
@@ -74,6 +74,7 @@ class Prepared:
     at:dict            # `lesion` and `body` → flat indices of voxels, for placing patches
     info:dict          # `case`, `shape`, `spacing` (None for a whole scan in one patch, and then its `patch`), `window`, `classes`, `lesion_ml`, `body_ml`, `digest` (of the scan), checksums
 
+    def __repr__(self): return f'Prepared {self.info["case"]}: {"×".join(map(str, self.ct.shape[1:]))} voxels, {", ".join(self.info["classes"])}'
     @property
     def nbytes(self)->int:
         "Of CT and masks"

@@ -21,9 +21,10 @@ from budget import Budget, add_row, budget_name, done, here, peak_mb, reset_peak
 from covid3d.evaluate import as_table, compare, mean_interval, score_cases
 from covid3d.inference import Segmenter
 from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, thaw, unet_learner_3d
+from covid3d.transforms import ResizeSpec
 from memory import nnunet
 
-path,spec,whole = here/'peers.csv',CTSpec(),CTSpec(spacing=None, patch=(20,224,224))
+path,spec,whole = here/'peers.csv',CTSpec(),ResizeSpec()
 
 def monai_unet():
     from monai.networks.nets import UNet

@@ -159,7 +159,7 @@ def stratified_folds(
     k:int=5,   # Folds, from 2 to the number of patients
     seed:int=0 # Of the dealing
 )->list: # Fold of each case, 0…k−1
-    "Folds by patient, balanced by lesion load"
+    "Folds by patient, balanced by lesion burden"
     who,total = [c.patient or c.name for c in cases],{}
     for w,l in zip(who, loads): total[w] = total.get(w, 0)+l
     if not 2<=k<=len(total): raise CTError('folds', f'{len(total)} patients cannot make {k} folds', f'Give 2 to {len(total)}')

@@ -132,7 +132,7 @@ def _not_empty(mask)->tuple:
     return box
 
 def _keep_volume(
-    part,   # Share of each coarse voxel that a lesion fills
+    part,   # Fraction of each coarse voxel that a lesion fills
     ratio,  # Fine voxels in a coarse one
     n       # Fine voxels of the lesion
 )->torch.Tensor: # bool
@@ -316,8 +316,8 @@ class RandomPatch(ItemTransform):
     order = 10
     def __init__(self,
         size:tuple,         # (slice, row, column) in voxels
-        p_lesion:float=.7,  # Share of the training patches placed on a voxel of the first class, 0 to 1
-        aug=None,           # `Augment3d` that cuts and bends in one step, in training
+        p_lesion:float=.7,  # Fraction of the training patches placed on a voxel of the first class, 0 to 1
+        aug=None,           # `Augment3d` that cuts and deforms in one step, in training
         valid_size:tuple=None # (slice, row, column) in validation; `size` if None
     ): self.sizes,self.p_lesion,self.aug,self.train = (tuple(valid_size or size),tuple(size)),p_lesion,aug,True
     @property

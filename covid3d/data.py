@@ -55,24 +55,31 @@ class CaseReader:
     def __call__(self, case:Case)->Prepared:
         if case not in self.open: self.open[case] = prepare_case(case, self.spec, self.folder, check=case not in self._sound)
         return self.open[case]
-    def prepare(self,
-        cases:list,      # `Case`s
-        workers:int=None # Threads; two if None
-    )->list: # Of `Prepared`, or of `CTError` where a case could not be prepared
-        "Prepare many"
-        return prepare_cases(cases, self.spec, self.folder, workers)
-    def ready(self, case:Case)->bool:
-        "Whether the case is prepared in its present form"
-        if case in self.open: return True
-        try: found = find_prepared(case, self.spec, self.folder)
-        except CTError: return False
-        if found: self.open[case] = found
-        return found is not None
-    def read(self, case: Case) -> torch.Tensor: # uint8 (1, slice, row, column)
-        "The CT alone, prepared in memory where the case has no masks"
-        if all(k in case.masks for k in self.spec.classes): return self(case).ct
-        return (self.spec.prepare(case.open_ct())*255).round_().to(torch.uint8)
     def __getstate__(self): return dict(spec=self.spec, folder=self.folder, open={}, _sound={*self.open}|self._sound, _tmp=None)
+
+# %% ../nbs/09_data.ipynb #1331f886
+@patch
+def prepare(self:CaseReader,
+    cases:list,      # `Case`s
+    workers:int=None # Threads; two if None
+)->list: # Of `Prepared`, or of `CTError` where a case could not be prepared
+    "Prepare many"
+    return prepare_cases(cases, self.spec, self.folder, workers)
+
+@patch
+def ready(self:CaseReader, case:Case)->bool:
+    "Whether the case is prepared in its present form"
+    if case in self.open: return True
+    try: found = find_prepared(case, self.spec, self.folder)
+    except CTError: return False
+    if found: self.open[case] = found
+    return found is not None
+
+@patch
+def read(self:CaseReader, case: Case) -> torch.Tensor: # uint8 (1, slice, row, column)
+    "The CT alone, prepared in memory where the case has no masks"
+    if all(k in case.masks for k in self.spec.classes): return self(case).ct
+    return (self.spec.prepare(case.open_ct())*255).round_().to(torch.uint8)
 
 # %% ../nbs/09_data.ipynb #8d88bf02
 def _case(o) -> Case:
@@ -208,6 +215,7 @@ def _there(p)->bool:
     try: return p.exists()
     except OSError: return False
 
+# %% ../nbs/09_data.ipynb #724112c8
 def _at_hand(cases, folder)->list:
     "Cases of a prepared folder: the scans where they are, else their prepared forms"
     inside = lambda c: c.ct.parent==Path(os.path.normpath(folder)) and (c.ct/'info.json').is_file()
@@ -253,6 +261,7 @@ class CTDataLoaders(DataLoaders):
     @property
     def valid_cases(self) -> list: return cases_in(self.valid_ds)
 
+# %% ../nbs/09_data.ipynb #5a4edd2f
 @patch(cls_method=True)
 @delegates(DataLoaders.from_dblock)
 def from_table(cls:CTDataLoaders,
@@ -306,6 +315,7 @@ def from_df(cls:CTDataLoaders,
         df = df.assign(split=choose_splits(df.assign(lesion=first, patient=who.where(who!='', df.case)), valid_pct, 0., seed))
     return cls.from_table(df, **kwargs)
 
+# %% ../nbs/09_data.ipynb #60dcb60b
 @patch(cls_method=True)
 @delegates(CTDataLoaders.from_df)
 def from_csv(cls:CTDataLoaders,
@@ -370,6 +380,7 @@ def _input(table, out, spec)->tuple:
     df,root,_ = _open_table(table, spec.classes)
     return df,root,read_cases(table, masks=_masks(spec))
 
+# %% ../nbs/09_data.ipynb #3daa5c48
 def prepare_table(
     table:str|Path|pd.DataFrame, # Case table
     out:str|Path,    # Folder to write

@@ -143,6 +143,7 @@ def _load(folder, check)->Prepared:
     if check: _verify(f, arrays, info)
     return Prepared(*(torch.from_numpy(arrays[k]) for k in ('ct','masks')), {k:np.array(arrays[k]) for k in ('lesion','body')}, info)
 
+# %% ../nbs/08_prepare.ipynb #a20485bc
 def open_prepared(
     folder:str|Path, # Of one case
     check:bool=True  # Read it once and compare checksums
@@ -229,6 +230,7 @@ def located(
     "The folder of the present form of a prepared case"
     return _locate(case, spec, out)[1]
 
+# %% ../nbs/08_prepare.ipynb #3c27b59c
 def _restamp(folder, p, stamp):
     "Note the present paths and times of the files a case was made from"
     if p.info['stamp']==stamp or folder.is_symlink(): return p

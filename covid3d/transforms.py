@@ -142,6 +142,7 @@ def _keep_volume(
     out[part.flatten().topk(min(k, int((part>0).sum()))).indices] = True
     return out.reshape(part.shape)
 
+# %% ../nbs/06_transforms.ipynb #270e67bc
 def resample_mask(
     mask:np.ndarray, # Binary, (slice, row, column)
     size             # New (slice, row, column)

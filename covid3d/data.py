@@ -104,19 +104,19 @@ class ReadCT(Transform):
     "Path or `Case` → `Case`"
     input_types = (Case,Path,str)
     def __init__(self, reader: CaseReader): self.reader,self.spec = reader,reader.spec
-    def encodes(self, o): return _case(o)
+    def __call__(self, o, **kwargs): return _case(o)
 
 class ReadMasks(ItemTransform):
     "Path, list or dict of paths, or `Case` → class and file of each mask"
     input_types = (Case,Path,str,dict,list,tuple)
     def __init__(self, classes): self.vocab = list(classes)
-    def encodes(self, o): return _mask_files(o, self.vocab)
+    def __call__(self, o, **kwargs): return _mask_files(o, self.vocab)
 
 class OpenScan(ItemTransform):
     "`Case`, and perhaps files of masks → `TensorCT`, uint8 0…255, and perhaps the `Prepared` case"
     order = 4  # before patches are cut
     def __init__(self, reader: CaseReader): self.reader = reader
-    def encodes(self, o):
+    def __call__(self, o, **kwargs):
         if len(o)==1: return TensorCT(self.reader.read(o[0])),
         p = self.reader(_joined(*o))
         return TensorCT(p.ct),p

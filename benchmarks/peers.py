@@ -22,9 +22,10 @@ from covid3d.evaluate import score_cases
 from covid3d.inference import Segmenter
 from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, thaw, unet_learner_3d
 from covid3d.statistics import compare, mean_interval, score_table
+from covid3d.transforms import ResizeSpec
 from memory import nnunet
 
-path,spec,whole = here/'peers.csv',CTSpec(),CTSpec(spacing=None, patch=(20,224,224))
+path,spec,whole = here/'peers.csv',CTSpec(),ResizeSpec()
 
 def monai_unet():
     from monai.networks.nets import UNet

@@ -18,6 +18,7 @@ from fastai.torch_core import get_model
 from fastcore.basics import patch
 from fastprogress.core import format_time
 
+from .data import cases_in
 from .distributed import once, split_map, spread
 from .files import Outputs
 from .inference import Segmenter
@@ -61,7 +62,7 @@ class ScanDice(Metric):
     @property
     def value(self):
         if self.learn is None or not self.due: return float('nan')
-        cases = self.learn.dls.valid_cases if self.cases is None else self.cases
+        cases = cases_in(self.learn.dls.valid_ds) if self.cases is None else self.cases
         scores = [o for o in split_map(self.score, cases, 'scoring scans') if not math.isnan(o)]
         return sum(scores)/len(scores) if scores else float('nan')
     def score(self, case)-> float:

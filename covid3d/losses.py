@@ -27,6 +27,7 @@ def soft_dice(
 # %% ../nbs/12_losses.ipynb #7e924086
 class SampleLoss(nn.Module):
     "A loss of logits and masks, in float32, a value for each sample"
+    y_int = True # fastai's MixUp then blends the losses of two samples, not their masks
     def __init__(self,
         reduction:str='mean' # `mean` of the batch, or `none`: one loss a sample
     ):

@@ -201,8 +201,8 @@ def _shapes_patch(spec) -> tuple: # intensities in [0, 1]; masks of `_classes`
 def _phantom_patch(patches: MixedPatches) -> tuple: # intensities in [0, 1]; masks of `_classes`
     "A patch of some phantom; object and kinds are masked"
     scan = random.choice(patches.scans)
-    y = TensorMask3d(scan.masks); y.at = scan.at
-    x, y = (o.as_subclass(torch.Tensor) for o in patches.patch((TensorCT(scan.ct), y), split_idx=0))
+    cut = patches.patch((TensorCT(scan.ct), scan), split_idx=0)
+    x, y = (o.as_subclass(torch.Tensor) for o in cut)
     x = x.float()/255 if x.dtype == torch.uint8 else x
     return x, torch.cat([y, _blank(1 + len(_kinds), patches.spec)])
 

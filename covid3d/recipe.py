@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .augment import light_aug_transforms
 from .files import read_json
 from .losses import find_loss, losses_by_name
-from .transforms import CTSpec
+from .transforms import CTSpec, ResizeSpec, spec_class
 from .volume import CTError, write_atomic
 from .weights import NetSpec
 
@@ -125,7 +125,7 @@ def but(self: Recipe, **changes) -> Recipe:
 # %% ../nbs/15_recipe.ipynb #e7712903
 def _parts(d, what)->dict:
     "What JSON holds, its parts as objects"
-    kinds = dict(spec=CTSpec, net=NetSpec)
+    kinds = dict(spec=spec_class(d.get('spec')), net=NetSpec)
     for k,kind in kinds.items():
         if not isinstance(d.get(k), dict): continue
         for o in d[k]:
@@ -161,7 +161,7 @@ def load(cls: Recipe,
 recipes = dict(
     default=Recipe(),
     small=Recipe(CTSpec(spacing=(6.,2.8,2.8), patch=(16,64,64)), NetSpec(width=16), 'random', epochs=21, lr=1e-2, score_every=11),
-    resize=Recipe(CTSpec(None, patch=(20,224,224)), frozen_stages=0, bs=1, patches=1, epochs=50, frozen_epochs=3, lr=1e-3, frozen_lr=1e-2,
+    resize=Recipe(ResizeSpec(), frozen_stages=0, bs=1, patches=1, epochs=50, frozen_epochs=3, lr=1e-3, frozen_lr=1e-2,
                   lr_ratio=1., wd=1e-4, loss='dice-ce'))
 
 # %% ../nbs/15_recipe.ipynb #25945247

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .encoder import encoder3d, open_tensors
 from .files import read_json
-from .transforms import CTSpec
+from .transforms import CTSpec, spec_class
 from .unet import DynamicUnet3d
 from .volume import CTError, check_memory, stored_bytes, write_atomic
 
@@ -148,7 +148,7 @@ def _specs(text, path)->tuple:
             what = 'a newer format than this covid3d reads' if type(n) is int and n>weights_format else 'no known format'
             raise CTError(path, f'the weights have {what}', 'Use a newer covid3d, or train again')
         if odd := sorted({*d}-{'format','ct','net','seen','digest'}): raise CTError(path, f'the specification has an unknown field {odd[0][:60]!r}', 'Use a newer covid3d')
-        ct,net = _named(CTSpec, d.get('ct'), path),_named(NetSpec, d.get('net'), path)
+        ct,net = _named(spec_class(d.get('ct')), d.get('ct'), path),_named(NetSpec, d.get('net'), path)
         _require_plain(d['ct'])
         return ct,net,_named(Seen, d['seen'], path) if d.get('seen') else None
     except CTError as e:

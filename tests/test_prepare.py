@@ -7,7 +7,7 @@ from fastai.data.all import DataBlock, RandomSplitter
 from covid3d.augment import ct_aug_transforms
 from covid3d.cases import read_cases
 from covid3d.cli import main
-from covid3d.data import CaseReader, CTBlock, CTDataLoaders, LesionBlock, prepare_table, stratified_folds
+from covid3d.data import CTBlock, CTDataLoaders, LesionBlock, prepare_table, stratified_folds
 from covid3d.dicom import write_series
 from covid3d.phantom import phantom, write_phantoms
 from covid3d.prepare import Prepared, find_prepared, fingerprint, open_prepared, prepare_case, prepare_cases, tidy
@@ -352,9 +352,9 @@ def test_prepared_beside_the_table_and_used_again(root):
 def test_own_getters_splitters_and_transforms(root):
     "The pieces compose as in fastai: any items, any splitter, augmentation as item or batch transform"
     df = pd.read_csv(root/'cases.csv').fillna('')
-    cases,reader = {c.name:c for c in read_cases(root/'cases.csv')},CaseReader(spec, root/'p')
+    cases = {c.name:c for c in read_cases(root/'cases.csv')}
     for kw in (dict(item_tfms=RandomPatch(spec.patch)), dict(item_tfms=[RandomPatch(spec.patch), ct_aug_transforms(spec.spacing)]), dict(item_tfms=RandomPatch(spec.patch), batch_tfms=ct_aug_transforms(spec.spacing))):
-        block = DataBlock((CTBlock(reader), LesionBlock(reader)), get_items=lambda o: list(o.case), get_x=lambda o: cases[o], get_y=lambda o: cases[o], splitter=RandomSplitter(.25, seed=0), **kw)
+        block = DataBlock((CTBlock(spec, root/'p'), LesionBlock(spec)), get_items=lambda o: list(o.case), get_x=lambda o: cases[o], get_y=lambda o: cases[o], splitter=RandomSplitter(.25, seed=0), **kw)
         dls = block.dataloaders(df, bs=2)
         x,y = dls.one_batch(); assert x.shape==(2,1,16,48,48) and y.shape==(2,1,16,48,48) and x.dtype==torch.float32 and 0<=x.min()<=x.max()<=1
         assert dls.train.new(bs=1).one_batch()[0].shape[0]==1 and dls.test_dl(['phantom_001'], with_labels=True).one_batch()[0].shape[0]==1

@@ -16,7 +16,7 @@ from covid3d.weights import NetSpec, load_model, save_model
 from covid3d.phantom import phantom, write_phantoms
 from covid3d.files import locked
 from covid3d.reproduce import reproduce
-from covid3d.transforms import CTSpec, resize
+from covid3d.transforms import CTSpec, ResizeSpec, resize
 from covid3d.volume import CTError
 
 each = pytest.mark.parametrize
@@ -30,7 +30,7 @@ class Grey(torch.nn.Module):
 
 @each('patch', [(12,40,44), (48,128,100)])
 def test_whole_scan_is_one_window_and_comes_back_to_its_own_grid(patch):
-    ph,spec,net = phantom(2, shape=(32,96,96), spacing=(9,3.7,3.7)),CTSpec(None, patch=patch),Grey()
+    ph,spec,net = phantom(2, shape=(32,96,96), spacing=(9,3.7,3.7)),ResizeSpec(patch=patch),Grey()
     mask = Segmenter(net, spec)(ph.ct).masks['lesion']
     assert net.seen==[(1,1,*patch)] and mask.shape==ph.ct.shape and mask.dtype==np.uint8
     want = resize((20*(spec.prepare(ph.ct)-.4)).sigmoid(), ph.ct.shape)[0]>=.5
@@ -40,13 +40,13 @@ def test_whole_scan_is_one_window_and_comes_back_to_its_own_grid(patch):
 def test_weights_carry_that_there_is_no_spacing(tmp_path):
     "and files from before, with a spacing, still open"
     net = NetSpec(width=4); model = net.build(('lesion',))
-    for spec in (CTSpec(None, patch=(8,32,32)), CTSpec()):
+    for spec in (ResizeSpec(patch=(8,32,32)), CTSpec()):
         save_model(model, tmp_path/'m.safetensors', spec, net); back = load_model(tmp_path/'m.safetensors')[1]
-        assert back==spec and back.whole==(spec.spacing is None)
+        assert back==spec and isinstance(back, ResizeSpec)==(spec.spacing is None)
     with safe_open(tmp_path/'m.safetensors', 'pt') as f: assert json.loads(f.metadata()['covid3d'])['ct']==dict(spacing=[4,2.8,2.8], window=[-1000,400], patch=[16,96,96], classes=['lesion'])
 
 def test_prepared_folder_of_whole_scans(tmp_path):
-    table = write_phantoms(tmp_path/'data', n=3, seed=0, shape=(32,96,96), spacing=(9,3.7,3.7)); spec = CTSpec(None, patch=(8,32,32))
+    table = write_phantoms(tmp_path/'data', n=3, seed=0, shape=(32,96,96), spacing=(9,3.7,3.7)); spec = ResizeSpec(patch=(8,32,32))
     prepare_table(table, tmp_path/'p', spec); before = sorted(tmp_path.glob('p/*'))
     dls = CTDataLoaders.from_table(tmp_path/'p', bs=1, patches=1, aug=None)
     assert dls.spec==spec and dls.train.one_batch()[0].shape==(1,1,8,32,32) and sorted(tmp_path.glob('p/*'))==before
@@ -74,7 +74,7 @@ worker = '''
 import json, os, re, signal, sys, traceback
 import torch
 from covid3d.reproduce import reproduce
-from covid3d.transforms import CTSpec
+from covid3d.transforms import spec_class
 from covid3d.volume import CTError
 def dying(real, at):
     "`os.replace` that is killed before the first file whose path matches"
@@ -90,7 +90,7 @@ for line in sys.stdin:
         for fd in (1,2): os.dup2(f, fd)
         torch.set_num_threads(1)
         if at: os.replace,os.rename = dying(os.replace, at),dying(os.rename, at)
-        try: reproduce(**o|dict(spec=CTSpec(**o['spec']))); code = 0
+        try: reproduce(**o|dict(spec=spec_class(o['spec'])(**o['spec']))); code = 0
         except CTError as e: print(e, flush=True); code = 2
         except BaseException: traceback.print_exc(); code = 3
         os._exit(code)
@@ -231,11 +231,11 @@ def test_given_weights_and_one_data_set(start, data, straight, tmp_path, capfd):
 
 def test_whole_scans_beside_patches(start, data, straight, tmp_path):
     "The second recipe, without RICORD, beside the first run"
-    out = tmp_path/'run'; status,text = start(out, {k:v for k,v in data.items() if k!='ricord'}, recipe='resize', against=str(straight[0]), spec=CTSpec(None, patch=(8,32,32)))
+    out = tmp_path/'run'; status,text = start(out, {k:v for k,v in data.items() if k!='ricord'}, recipe='resize', against=str(straight[0]), spec=ResizeSpec(patch=(8,32,32)))
     assert status==0 and 'has no RICORD' in text, text
     df = pd.read_csv(out/'table.csv', keep_default_na=False); mine = df[df.what!='published']
     assert mine.what.tolist()==['measured here','another run']*2 and mine.data.tolist()==['coronacases','coronacases','mosmed','mosmed'] and mine.method.str.startswith('whole scans resized to 8×32×32, after the authors’ later example').tolist()==[True,False]*2
-    assert load_model(out/'train'/'model.safetensors')[1].whole and 'the other run' in json.loads((out/'mosmed'/'report.json').read_text())['compare'] and 'the other run was not compared' in (out/'index.html').read_text()
+    assert load_model(out/'train'/'model.safetensors')[1]==ResizeSpec(patch=(8,32,32)) and 'the other run' in json.loads((out/'mosmed'/'report.json').read_text())['compare'] and 'the other run was not compared' in (out/'index.html').read_text()
 
 @pytest.mark.promise('silent')
 def test_data_sets_of_the_same_phantoms_say_so(tmp_path):

@@ -196,8 +196,7 @@ def test_kinetics_offline(capfd, data, tmp_path, monkeypatch):
     assert not (tmp_path/'run').exists()
 
 def test_debug_shows_the_traceback(): 
-    from covid3d.volume import CTError
-    with pytest.raises(CTError): main(['predict','nowhere.nii.gz','--weights',os.devnull,'--out','o','--debug'])
+    with pytest.raises(typer.BadParameter): main(['predict','nowhere.nii.gz','--weights',os.devnull,'--out','o','--debug'])
 
 @pytest.mark.parametrize('argv,status', [(['--help'],0), (['predict','--help'],0), (['--version'],0), ([],2), (['frobnicate'],2), (['predict'],2)])
 def test_console_script(argv, status):

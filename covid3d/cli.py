@@ -932,7 +932,8 @@ def _run(argv)->int:
     except typer.Exit as e: return e.exit_code if argv else 2
     except _UsageError as e:
         if '--debug' in argv: raise
-        _say(_usage_line(e)); return 2
+        if words[0]!='train' or not _started()[0]: _say(_usage_line(e))  # else process 0 tells it
+        return 2
     except typer.Abort: raise KeyboardInterrupt from None
     except SystemExit as e:  # rich ends the process where nobody reads
         raise e.__context__ if isinstance(e.__context__, BrokenPipeError) else e

@@ -280,6 +280,7 @@ def _clear_demo(out, overwrite):
     for o in (data, scores, run_outputs(out/'run')): o.clear()
     for k in mine.listed: (out/k).unlink(missing_ok=True)
 
+# %% ../nbs/30_cli.ipynb #f99679db
 def _show_one(segmenter, case, score, out):
     "Segment a scan, write its mask and its picture, the reference beside the prediction"
     from covid3d.files import Outputs
@@ -305,6 +306,7 @@ def _demo(
         _clear_demo(Path(out), overwrite)
         return _run_demo(Path(out), n, seed, time.time())
 
+# %% ../nbs/30_cli.ipynb #6fd01d02
 def _run_demo(out, n, seed, start):
     "The four steps"
     from covid3d.evaluate import Extremes, score_cases, write_report
@@ -352,6 +354,7 @@ _trees = dict(coronacases=[f'{d}/*.nii.gz' for d in _corona],
               ricord=['MIDRC-RICORD-1A/MIDRC-RICORD-1A-419639-*/*/*/1-*.dcm',
                       'MIDRC-RICORD-1a_annotations_labelgroup_all_2020-Dec-8.json'])
 
+# %% ../nbs/30_cli.ipynb #77c743b2
 def _write_layout(layout, out, n, seed, overwrite):
     "Phantoms as another data set has them; only what we wrote is replaced"
     from covid3d import datasets
@@ -460,6 +463,7 @@ def _table_options(root, out, layout, given):
     no_links(out.parent, f'{out.stem}_masks/')
     return kind,given|dict(masks=out.parent/f'{out.stem}_masks')
 
+# %% ../nbs/30_cli.ipynb #b312b0b2
 def _write_table(kind, root, out, **options):
     "Make the table, write it, and say what is in it"
     from covid3d import datasets
@@ -657,6 +661,7 @@ def _segmenter(weights, device, overlap):
     paths = weights[0] if len(weights)==1 else weights
     return Segmenter.load(paths, _find_device(device), overlap=overlap)
 
+# %% ../nbs/30_cli.ipynb #c1ea0aad
 def _cases_to_score(table, split, segmenter, klass, out, files):
     "The cases of a split; no file that is read here may be written"
     from covid3d.cases import read_cases

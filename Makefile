@@ -9,7 +9,7 @@ READY := .venv/.installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz kill test-processors test-oldest site address notebooks export bench clean
+.PHONY: help demo test fuzz kill test-processors test-oldest site notebooks export bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -43,9 +43,6 @@ test-oldest: ## notebooks and tests with the oldest packages that still install 
 
 site: $(READY) ## build the documentation site into _docs/, and README.md
 	$(BIN)/python nbs/_site/build.py
-
-address: $(READY) ## give every file the repository address in settings.ini (git_url)
-	$(BIN)/python nbs/_site/address.py
 
 notebooks: $(READY) ## run every notebook, save its outputs, then clean and export
 	$(ONE_THREAD) PYTHONWARNINGS=ignore $(BIN)/nbdev-test --n-workers 2 --do-print --timing --save

@@ -18,9 +18,10 @@ import pandas as pd, torch
 from fastai.learner import Learner
 
 from budget import Budget, add_row, budget_name, done, here, peak_mb, reset_peak, seven_scans, versions
-from covid3d.evaluate import as_table, compare, mean_interval, score_cases
+from covid3d.evaluate import score_cases
 from covid3d.inference import Segmenter
 from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, thaw, unet_learner_3d
+from covid3d.statistics import compare, mean_interval, score_table
 from memory import nnunet
 
 path,spec,whole = here/'peers.csv',CTSpec(),CTSpec(spacing=None, patch=(20,224,224))
@@ -99,7 +100,7 @@ def paired(name='covid3d pretrained', **kwargs)->pd.DataFrame:
     for (budget,k),d in each.groupby(['budget','network'], sort=False):
         mine = each[(each.budget==budget)&(each.network==name)&each.case.isin(d.case)]
         if k!=name and len(mine):
-            c = compare(as_table(mine), as_table(d))
+            c = compare(score_table(mine), score_table(d))
             rows.append(dict(budget=budget, network=k, scans=c['n'], difference=c['difference'], low=c['low'], high=c['high'], p=c['p']))
     return pd.DataFrame(rows)
 

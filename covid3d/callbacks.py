@@ -66,7 +66,7 @@ class ScanDice(Metric):
         return sum(scores)/len(scores) if scores else float('nan')
     def score(self, case)-> float:
         "Dice of the first class"
-        ct,klass = case.open_ct(),self.learn.spec.classes[0]
+        ct,klass = case.open_ct(),self.learn.spec.lesion
         found = Segmenter(self.learn.model, self.learn.spec, self.overlap)(ct).masks[klass]
         return dice(found, case.open_mask(klass, ct).data)
 

@@ -263,8 +263,8 @@ def _find_device(name):
 def _clear_demo(out, overwrite):
     "Remove a former demo; refuse a folder that holds anything else"
     from covid3d.callbacks import run_outputs
-    from covid3d.evaluate import report_files
     from covid3d.files import Outputs, no_links
+    from covid3d.report import report_files
     from covid3d.phantom import phantom_outputs
     mine = Outputs(out, 'demo', 'demo.png', 'phantom_*_lesion.nii.gz')
     data,scores = phantom_outputs(out/'data'),Outputs(out/'scores', 'evaluate', *report_files)
@@ -309,7 +309,8 @@ def _demo(
 # %% ../nbs/30_cli.ipynb #6fd01d02
 def _run_demo(out, n, seed, start):
     "The four steps"
-    from covid3d.evaluate import Extremes, score_cases, write_report
+    from covid3d.evaluate import score_cases
+    from covid3d.report import Extremes, write_report
     from covid3d.learner import read_cases, train, write_phantoms
     from covid3d.recipe import Recipe
     recipe,keep = Recipe.load('small').but(seed=seed),Extremes()
@@ -340,11 +341,11 @@ def _download(
     out: _Out
 ):
     "Get a public data set, or say how to."
-    from covid3d.datasets import download, instructions
+    from covid3d.download import fetch_coronacases, instructions
     if name in instructions: _result(instructions[name].format(out=out)); return
     print('CoronaCases, licence CC BY-NC-SA 4.0; cite Ma et al., Zenodo 2020, '
           '10.5281/zenodo.3757476')
-    _wrote(download(out), f' · next: covid3d table {out} -o cases.csv')
+    _wrote(fetch_coronacases(out), f' · next: covid3d table {out} -o cases.csv')
 
 # %% ../nbs/30_cli.ipynb #a7fc72ea
 _corona = 'COVID-19-CT-Seg_20cases','Infection_Mask','Lung_Mask'
@@ -357,16 +358,15 @@ _trees = dict(coronacases=[f'{d}/*.nii.gz' for d in _corona],
 # %% ../nbs/30_cli.ipynb #77c743b2
 def _write_layout(layout, out, n, seed, overwrite):
     "Phantoms as another data set has them; only what we wrote is replaced"
-    from covid3d import datasets
     from covid3d.files import Outputs, locked
+    from covid3d.layouts import write_layout
     from covid3d.phantom import phantom
     from covid3d.volume import CTError, temp_beside, temps_here
     mine,draft = Outputs(out, 'phantom', *_trees[layout]),temp_beside(out/'draft')
-    write = getattr(datasets, f'write_{layout}')
     with locked(out, folder=True):
         mine.require(overwrite)
         try:
-            write([phantom(seed+i) for i in range(n)], draft)
+            write_layout([phantom(seed+i) for i in range(n)], draft, layout)
             names = sorted(p.relative_to(draft).as_posix() for p in draft.rglob('*') if p.is_file())
             mine.clear(); mine.add(*names)
             for k in names:
@@ -402,23 +402,8 @@ def _names_or_fraction(given):
     if given and len(given)==1 and re.fullmatch(r'0|[01]?\.\d+', given[0]): return float(given[0])
     return given or None
 
-# %% ../nbs/30_cli.ipynb #3a74d492
-_part_of = dict(plain='folder', nnunet='folder', dicom='folder', zenodo='coronacases',
-                kaggle='coronacases')
-_marks = dict(ricord=('MIDRC-RICORD-1*','*/MIDRC-RICORD-1*'), mosmed=('studies',),
-              covid1920=('Train',), coronacases=('COVID-19-CT-Seg_20cases','ct_scans'))
-
-def _data_set(root, layout):
-    "The data set that lies in `root`, and which of its layouts, if `--layout` says so"
-    if layout: return _part_of.get(layout, layout),layout*(layout in _part_of)
-    try: near = [Path(root), *(o for o in Path(root).iterdir() if o.is_dir())]
-    except (OSError,ValueError): return 'folder',''
-    found = (k for k,names in _marks.items() for o in near for n in names if any(o.glob(n)))
-    return next(found, 'folder'),''
-
 # %% ../nbs/30_cli.ipynb #ee2e839f
-_any_layout = Literal['folder','plain','nnunet','dicom','coronacases','zenodo','kaggle','ricord',
-                      'mosmed','covid1920']
+_any_layout = Literal['coronacases','mosmed','covid1920','ricord','plain','nnunet','dicom']
 
 @_command('Data')
 def _table(
@@ -443,39 +428,26 @@ def _table(
     _writable(out.parent); require_table(out, overwrite)
     given = dict(already_windowed=already_windowed, annotations=annotations, labels=labels,
                  agree=agree)
-    kind,options = _table_options(root, out, layout, {k:v for k,v in given.items() if v})
     splits = dict(valid=_names_or_fraction(valid), test=_names_or_fraction(test))
-    _write_table(kind, root, out, seed=seed, **splits, **options)
+    _write_table(root, out, layout, seed=seed, **splits, **{k:v for k,v in given.items() if v})
 
 # %% ../nbs/30_cli.ipynb #ea66ef70
-_own_options = dict(ricord=('annotations','labels','agree'), folder=('already_windowed',),
-                    coronacases=('already_windowed',))
-
-def _table_options(root, out, layout, given):
-    "The data set, and the options that its function takes; refuses those of other sets"
-    kind,layout = _data_set(root, layout)
-    mine = _own_options.get(kind, ())
-    if odd := next((k for k in given if k not in mine), None):
-        option = '--'+odd.replace('_', '-')
-        raise _Refused(option, f'{kind} has no such option', 'Leave it out')
-    if kind!='ricord': return kind,given|(dict(layout=layout) if layout else {})
-    from covid3d.files import no_links
-    no_links(out.parent, f'{out.stem}_masks/')
-    return kind,given|dict(masks=out.parent/f'{out.stem}_masks')
-
-# %% ../nbs/30_cli.ipynb #b312b0b2
-def _write_table(kind, root, out, **options):
+def _write_table(root, out, layout, **options):
     "Make the table, write it, and say what is in it"
-    from covid3d import datasets
     from covid3d.cases import write_cases
-    from covid3d.files import locked
+    from covid3d.datasets import case_table, recognise
+    from covid3d.files import locked, no_links
+    layout = layout or recognise(root)
+    if layout=='ricord':
+        no_links(out.parent, f'{out.stem}_masks/')
+        options['masks'] = out.parent/f'{out.stem}_masks'
     with locked(out):
-        df = getattr(datasets, kind)(root, **options)
+        df = case_table(root, layout, **options)
         write_cases(df, out)
     for n in df.attrs['notes']: print('note:', n)
     n = df.split.value_counts()
     counts = ', '.join(f'{v} {k or "without a split"}' for k,v in n.items())
-    _wrote(out, f' · {kind} · {counts}')
+    _wrote(out, f' · {layout} · {counts}')
     if (df.split=='').all():
         print('no case has a split: covid3d predict takes the table, training needs lesion masks')
 
@@ -639,7 +611,8 @@ def _evaluate(
     device: _Device = None, overwrite: _Overwrite = False
 ):
     "Score a model on scans with masks: a report with intervals and pictures."
-    from covid3d.evaluate import check_same_cases, evaluate_cases, read_scores
+    from covid3d.evaluate import evaluate_cases
+    from covid3d.statistics import check_same_cases, read_scores
     files = _labels(compare or [])
     others = {k:read_scores(p) for k,p in files.items()}
     segmenter = _segmenter(weights, device, overlap)
@@ -665,13 +638,13 @@ def _segmenter(weights, device, overlap):
 def _cases_to_score(table, split, segmenter, klass, out, files):
     "The cases of a split; no file that is read here may be written"
     from covid3d.cases import read_cases
-    from covid3d.evaluate import keep_inputs
+    from covid3d.report import keep_inputs
     cases = read_cases(table, split, dict.fromkeys((*segmenter.classes,'lung')), (klass,))
     keep_inputs(out, [table, *files, *(p for c in cases for p in (c.ct, *c.masks.values()))])
     return cases
 
 def _class_of(spec, klass)->str:
-    if klass is None or klass in spec.classes: return klass or spec.classes[0]
+    if klass is None or klass in spec.classes: return klass or spec.lesion
     remedy = f'Give {" or ".join(spec.classes)}'
     raise _Refused('--score-class', f'the weights do not find {klass!r}', remedy)
 
@@ -700,9 +673,9 @@ def _labels(paths)->dict:
 
 def _difference(c)->str:
     "The difference in Dice to another model, or why there is none"
-    from covid3d.evaluate import span
+    from covid3d.statistics import span, too_few
     if isinstance(c, str) or 'p' not in c[0]: return c if isinstance(c, str) else c[0]['reason']
-    c = c[0]; interval = span(c['low'], c['high'])
+    c = c[0]; interval = span(c['low'], c['high'], none=too_few)
     if not interval.startswith('no'): interval = f'95 % interval {interval}'
     n = c['family']
     more = f', {c["p_holm"]:.3f} by Holm for {n} comparisons' if n>1 else ''
@@ -718,11 +691,12 @@ def _print_scores(df, indent=''):
 
 def _print_report(df, page, kept, others, spec, klass)->int:
     "What an evaluation found, in a few lines"
-    from covid3d.evaluate import class_note, compared, headline
+    from covid3d.evaluate import class_note
+    from covid3d.statistics import compare_all, headline
     if kept: print(f'{kept} of {len(df)} cases were scored before and are kept')
     _print_scores(df)
     if note := class_note(spec, klass): print(note)
-    for k,c in compared(df, others).items(): print(f'against {k}: {_difference(c)}')
+    for k,c in compare_all(df, others).items(): print(f'against {k}: {_difference(c)}')
     print(headline(df))
     _wrote(page)
     return int((df.error!='').any())

@@ -12,7 +12,6 @@ import json, math, pickle, re, sys, torch, torch.nn.functional as F
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout
-from copy import deepcopy
 from pathlib import Path
 from pickletools import genops
 from safetensors import SafetensorError, safe_open
@@ -179,7 +178,7 @@ _norms = dict(batch=nn.BatchNorm3d, frozen=_FrozenNorm, group=group_norm, instan
 
 def norm_layer(kind: str, channels: int) -> nn.Module: # `batch`, `frozen`, `group` or `instance`; of what it normalises
     "A new normalisation."
-    if kind not in _norms: raise CTError(f'norm={kind}', 'unknown', f'Give {", ".join(norms)}')
+    if kind not in _norms: raise CTError(f'norm={kind}', 'unknown', f'Give {", ".join(_norms)}')
     return _norms[kind](channels)
 
 # %% ../nbs/10_encoder.ipynb #9d01fe02
@@ -313,6 +312,20 @@ def unfinished(
     return f'{path}: its pretraining was left at step {step} of {steps}; resume it with covid3d pretrain --resume' if step < steps else ''
 
 # %% ../nbs/10_encoder.ipynb #e2a67255
+def _load(arch, state, source, width, norm):
+    "An encoder with the weights `state`, which are compared with one that takes no memory before it is built"
+    with torch.device('meta'): _filled(arch, state, source, width, norm)
+    return _filled(arch, state, source, width, norm)
+
+def _filled(arch, state, source, width, norm):
+    "An encoder with the weights `state`: in colour, in grey, or in grey with the statistics of each sample"
+    net, weights, name = _video_net(arch, width), _kinetics(arch), f'{arch.__name__} of width {width}'
+    if not any(k.endswith('.shift') for k in state): return _change_norm(_grey_trunk(_load_weights(net, state, source, name), weights), norm)
+    if any(k.endswith('.running_mean') for k in state): return _change_norm(_load_weights(_grey_trunk(net, weights), state, source, name), norm)
+    if norm not in ('group', 'instance'): raise CTError(source, f'was trained without BatchNorm, so there are no statistics for norm={norm}', 'Use norm=group or norm=instance')
+    return _load_weights(_change_norm(_grey_trunk(net, weights), norm), state, source, name)
+
+# %% ../nbs/10_encoder.ipynb #a4f1c3eb
 def encoder3d(
     arch: Callable | str, # torchvision's `r3d_18`, `mc3_18` or `r2plus1d_18`, or its name
     pretrained: bool | str | Path = True, # Kinetics-400 weights, random ones (False), or a local file's
@@ -326,19 +339,6 @@ def encoder3d(
     source, state = (_kinetics(arch).url, _download(_kinetics(arch))) if pretrained is True else (pretrained, _encoder_state(read_weights(pretrained)))
     info = {} if pretrained is True else encoder_info(pretrained)
     return _load(arch, state, source, _weights_width(state) if width is None else width, norm or info.get('norm', 'batch'))
-
-def _load(arch, state, source, width, norm):
-    "An encoder with the weights `state`, which are compared with one that takes no memory before it is built"
-    with torch.device('meta'): _filled(arch, state, source, width, norm)
-    return _filled(arch, state, source, width, norm)
-
-def _filled(arch, state, source, width, norm):
-    "An encoder with the weights `state`: in colour, in grey, or in grey with the statistics of each sample"
-    net, weights, name = _video_net(arch, width), _kinetics(arch), f'{arch.__name__} of width {width}'
-    if not any(k.endswith('.shift') for k in state): return _change_norm(_grey_trunk(_load_weights(net, state, source, name), weights), norm)
-    if any(k.endswith('.running_mean') for k in state): return _change_norm(_load_weights(_grey_trunk(net, weights), state, source, name), norm)
-    if norm not in ('group', 'instance'): raise CTError(source, f'was trained without BatchNorm, so there are no statistics for norm={norm}', 'Use norm=group or norm=instance')
-    return _load_weights(_change_norm(_grey_trunk(net, weights), norm), state, source, name)
 
 # %% ../nbs/10_encoder.ipynb #c793b5b1
 def build_of(

@@ -17,10 +17,12 @@ import pandas as pd
 from .callbacks import run_outputs
 from .data import CTDataLoaders, stratified_folds
 from .distributed import started
-from .evaluate import read_scores, report_files, score_cases, scores_csv, write_report
+from .evaluate import score_cases
 from .files import Outputs, locked, no_links, read_json
 from .learner import train
 from .recipe import Recipe, case_digests, require_same
+from .report import report_files, write_report
+from .statistics import read_scores, scores_csv
 from .volume import CTError, write_atomic
 
 # %% ../nbs/23_folds.ipynb #6c8b0fb2

@@ -41,7 +41,8 @@ from .callbacks import EMA, History, KeepBest, Pictures, ScanDice, plain_log, ru
 from .cases import Case, check_cases, check_table, read_cases, require_ok, write_cases
 from .checkpoint import Checkpoint, StopOnNaN, batch_names
 from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock
-from .dicom import open_scan, save_seg
+from .dicom import open_scan
+from .dicom_seg import save_seg
 from .distributed import joined, once, own_random, place, split_training
 from .encoder import build_of, encoder3d, unfinished
 from .files import locked, sweep
@@ -190,7 +191,7 @@ def _check(dls, table, choose=True):
         for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f)
         dls.reader.prepare(cases)
     if choose and not any(dls.reader(c).masks[0].any() for c in dls.valid_cases):
-        fault = f'no valid case has a {dls.spec.classes[0]}, so no weights could be chosen'
+        fault = f'no valid case has a {dls.spec.lesion}, so no weights could be chosen'
         raise CTError(table, fault, 'Put a case with one into the split valid')
 
 # %% ../nbs/18_learner.ipynb #3fef58d5

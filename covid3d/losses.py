@@ -137,7 +137,7 @@ class LovaszHingeLoss(SampleLoss):
 losses_by_name = {'dice-focal':DiceFocalLoss, 'dice-ce':DiceCELoss, 'tversky':TverskyLoss, 'lovasz':LovaszHingeLoss}
 
 def find_loss(
-    name:str # A key of `losses_by_name`
+    name:str # `dice-focal`, `dice-ce`, `tversky` or `lovasz`
 )->SampleLoss:
     "The loss of that name, with its default weights"
     if name not in losses_by_name: raise CTError('loss', f'{name!r} is unknown', f'Give {", ".join(losses_by_name)}')

@@ -17,7 +17,8 @@ import numpy as np, pandas as pd
 
 from .cases import Case, bare_cell, read_cases, safe_cell, without_paths
 from .datasets import dicom_series
-from .dicom import is_nifti, pseudonym, read_slices, save_seg
+from .dicom import is_nifti, pseudonym, read_slices
+from .dicom_seg import save_seg
 from .files import Outputs, locked, read_bytes
 from .inference import Segmenter, out_of_memory
 from .weights import Seen

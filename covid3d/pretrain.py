@@ -98,7 +98,7 @@ def _soft_field(rng, shape, knots) -> np.ndarray: # about −1…1, float32
 
 # %% ../nbs/19_pretrain.ipynb #db784e93
 def _objects(rng, grid, sizes):
-    "Random objects of `sizes` (half a length, mm): the kind of each, and (slices, bool) of its parts"
+    "Objects of `sizes` (half a length, mm): the kind of each, and (slices, bool) of its parts"
     low, high = (np.array([g[i] for g in grid]) for i in (0, -1))
     for size in sizes:
         kind, centre = _kinds[rng.integers(len(_kinds))], rng.uniform(low, high)
@@ -169,7 +169,7 @@ _masked = 255
 _classes = ('lesion', 'lung', 'object', *_kinds)
 
 class MixedPatches:
-    "A list of `n` random patches, those of shapes spread evenly over it; each access makes a new one"
+    "A list of `n` random patches, those of shapes spread evenly; each access makes a new one"
     def __init__(self,
         spec: CTSpec, # spacing and patch
         scans: list, # of phantoms, `Prepared`
@@ -178,7 +178,8 @@ class MixedPatches:
         p_lesion: float = .5, # fraction of the phantoms' patches placed on a lesion
         aug: Augment3d = None, # of the phantoms' patches; half of all patches are remapped then
     ):
-        self.spec, self.scans, self.n, self.share, self.remap = spec, scans, n, share, aug is not None
+        self.spec, self.scans, self.n, self.share = spec, scans, n, share
+        self.remap = aug is not None
         self.patch = RandomPatch(spec.patch, p_lesion, aug)
     def __len__(self): return self.n
     def __getitem__(self, i):
@@ -233,7 +234,8 @@ class MaskedDice(Metric):
         self.both, self.total = self.both + count(p & m), self.total + count(p) + count(m)
     @property
     def value(self):
-        return float((2*self.both/self.total).nanmean()) if torch.is_tensor(self.total) else math.nan
+        if not torch.is_tensor(self.total): return math.nan
+        return float((2*self.both/self.total).nanmean())
     @property
     def name(self): return self._name
 
@@ -275,20 +277,21 @@ def _learner(dls, arch='r3d_18', width: int = 64, **kwargs) -> Learner:
 class _Log(WhileTraining):
     "After each epoch: the encoder on disk, a row of history, a line with the time that remains"
     order, keeps, name = 62, ('rows', 'minutes'), 'pretrain_log'
-    def __init__(self, out: Path, every: int, info: dict): # folder; steps of an epoch; for `save_encoder`
+    def __init__(self, out: Path, every: int, info: dict): # steps of an epoch
         self.out, self.every, self.info, self.rows, self.minutes = out, every, info, [], 0.
     def before_train(self):
         super().before_train()
         self.start = time.monotonic()
     def after_epoch(self):
         if not self.trains: return  # an epoch that is passed over
-        step, scores = (self.epoch + 1)*self.every, dict(zip(self.recorder.metric_names[1:-1], self.recorder.log[1:-1]))
+        step = (self.epoch + 1)*self.every
+        scores = dict(zip(self.recorder.metric_names[1:-1], self.recorder.log[1:-1]))
         self.minutes += (time.monotonic() - self.start)/60
         self.rows.append(dict(step=step) | scores | dict(minutes=round(self.minutes, 2)))
         self.save(**self.rows[-1])
-        cells = [f'{k} {v:.3f}' for k, v in scores.items()]
+        told = '  '.join(f'{k} {v:.3f}' for k, v in scores.items())
         left = self.minutes*(self.n_epoch/(self.epoch + 1) - 1)
-        print(f'step {step}/{self.n_epoch*self.every}', *cells, f'{left:.0f} min left', sep='  ', flush=True)
+        print(f'step {step}/{self.n_epoch*self.every}  {told}  {left:.0f} min left', flush=True)
     def save(self, **scores):
         csv = pd.DataFrame(self.rows).to_csv(index=False, lineterminator='\n', float_format='%.5g')
         write_atomic(self.out/'history.csv', csv.encode())
@@ -307,7 +310,8 @@ def fits(self: _Log, learn, done, tensors, rows, minutes) -> bool:
     names = ['step', *getattr(learn.recorder, 'metric_names', ())[1:-1], 'minutes']
     def good(i, r):
         return (isinstance(r, dict) and r.get('step') == (i + 1)*self.every
-                and (len(names) == 2 or [*r] == names) and not any(isinstance(o, str) for o in r.values()))
+                and (len(names) == 2 or [*r] == names)
+                and not any(isinstance(o, str) for o in r.values()))
     if rows: self.require()
     return len(rows) == done and all(good(*o) for o in enumerate(rows)) and 0 <= minutes < math.inf
 
@@ -357,11 +361,15 @@ def pretrain_encoder(
     norm: str = 'batch', # normalisation of the encoder, see `encoder3d`
 ) -> Path: # `encoder.safetensors`
     "Train an encoder to find lesions and lungs in phantoms, and to tell shapes apart"
-    spec, every, device = spec or CTSpec(), min(every, steps), torch.device(device or default_device())
+    spec, every = spec or CTSpec(), min(every, steps)
     Recipe(seed=seed, lr=lr, bs=bs, epochs=steps).but(width=width)
     info = dict(encoder=getattr(arch, '__name__', arch), width=width, norm=norm, seed=seed, bs=bs,
-        lr=lr, share=share, phantoms=phantoms, spacing=spec.spacing, window=spec.window, patch=spec.patch)
-    return _pretrain(Path(out), info, math.ceil(steps/every), every, spec, grid, device, resume, overwrite)
+        lr=lr, share=share, phantoms=phantoms,
+        **{k: getattr(spec, k) for k in ('spacing', 'window', 'patch')})
+    return _pretrain(Path(out), info, math.ceil(steps/every), every, spec, grid,
+        torch.device(device or default_device()), resume, overwrite)
+
+
 
 # %% ../nbs/19_pretrain.ipynb #6f00f9a5
 def _pretrain(out, info, epochs, every, spec, grid, device, resume, overwrite) -> Path:
@@ -372,8 +380,8 @@ def _pretrain(out, info, epochs, every, spec, grid, device, resume, overwrite) -
     arch, width, bs, seed, n = (info[k] for k in ('encoder', 'width', 'bs', 'seed', 'phantoms'))
     with torch.device('meta'): like = _net(arch, width, norm=info['norm'])  # for its size
     info = info | dict(steps=epochs*every)
-    ck = Checkpoint(out/'checkpoint.safetensors', info | dict(every=every, grid=grid, device=device.type),
-                    epochs, epochs*every, like)
+    about = info | dict(every=every, grid=grid, device=device.type)
+    ck = Checkpoint(out/'checkpoint.safetensors', about, epochs, epochs*every, like)
     with locked(out, folder=True):
         _begin(out, resume, overwrite)
         log = _Log(out, every, info)

@@ -19,18 +19,20 @@ import pandas as pd, torch
 
 from . import __version__
 from .cases import (CaseReport, Finding, check_case, csv_text, read_cases, report_table,
-    sources_path, without_paths, write_cases)
+    sources_path, told, without_paths, write_cases)
 from .data import prepare_table
 from .datasets import choose_splits, coronacases, mosmed, ricord
 from .distributed import started
-from .evaluate import (bullets, counts, evaluate_cases, html_table, least_patients, many,
-    page, read_scores, scores_csv, section, summarise, to_json, why_failed)
+from .evaluate import evaluate_cases
 from .files import Outputs, locked, manifest, no_links, read_bytes, read_json, sweep
 from .inference import Segmenter
 from .learner import train
 from .memory import show_bytes
 from .recipe import Recipe, init_digest, require_same
+from .report import render
 from .show import track
+from .statistics import (case_counts, least_patients, many, read_scores, scores_csv,
+    summarise, to_json)
 from .transforms import CTSpec
 from .volume import CTError, write_atomic
 
@@ -128,10 +130,14 @@ def _about_run(data: dict, recipe: Recipe, weights, **more) -> dict:
     return dict(data={k: _data_digest(root) for k, root in data.items()},
                 recipe=recipe.identity, weights=digest, **more)
 
+
+
 # %% ../nbs/24_reproduce.ipynb #47d4f970
 _other = 'Choose another --out'
 _run_files = ('run.json', 'cases.csv', 'cases_sources.csv', 'training.csv', 'training_sources.csv',
     'check.csv', 'table.csv', 'table.md', 'table.json', 'index.html')  # that covid3d.json lists
+
+
 
 # %% ../nbs/24_reproduce.ipynb #46a184d9
 def _begin(out: Path, about: dict) -> bool: # whether a run resumes
@@ -256,7 +262,7 @@ def _prepare_all(out: Path, spec: CTSpec, left_out=()) -> dict: # `left_out`
     if sources.exists(): write_atomic(sources_path(out/'training.csv'), read_bytes(sources))
     write_atomic(out/'training.csv', df.to_csv(index=False, lineterminator='\n').encode())
     done = zip(df.case, prepare_table(out/'training.csv', out/'prepared', spec))
-    return dict(left_out=[_left_out(used[c][0], 'prepare', c, why_failed(o, used[c][1]))
+    return dict(left_out=[_left_out(used[c][0], 'prepare', c, str(told(o, used[c][1])))
                           for c, o in done if isinstance(o, CTError)])
 
 def _none_left(split, left_out) -> CTError:
@@ -294,7 +300,7 @@ def _doubt(name: str, trained) -> str: # empty for scans that only test
 
 def _measured(name: str, df: pd.DataFrame, method: str, trained, left_out: int = 0) -> dict:
     "A line of the table, from the scores of a data set; `left_out` counts scans lost earlier"
-    t, n = summarise(df).loc['dice'], counts(df)
+    t, n = summarise(df).loc['dice'], case_counts(df)
     lost, empty = n['failed'] + left_out, n['both_empty']
     notes = [_doubt(name, trained), f'{lost} failed or left out' * bool(lost),
              f'{empty} with both masks empty, not scored' * bool(empty)]
@@ -346,15 +352,10 @@ def _markdown(rows) -> bytes:
 # %% ../nbs/24_reproduce.ipynb #2995f16f
 def _page(rows, out, about, left_out, notes) -> bytes:
     "The table as a page"
-    words = lambda *o: f'<div class="text">{html_table(*o)}</div>'
-    link = '<li><a href="{}/index.html">{}: every case, intervals, pictures</a></li>'
-    links = ''.join(link.format(*o) for o in _titles.items() if (out/o[0]/'index.html').exists())
+    pages = {k:name for k,name in _titles.items() if (out/k/'index.html').exists()}
     lost = [[o['case'], _titles[o['data']], o['stage'], o['error']] for o in left_out]
-    lost = words(('Case', 'Data', 'Stage', 'Error'), lost) if lost else '<p>None.</p>'
-    return page(_title, _statement, section('The table', words(_table_head, rows)),
-        section('Data sets', f'<ul>{links}</ul>'), section('Scans left out', lost),
-        section('Notes', bullets(notes)),
-        section('How it was made', words(('What', 'Value'), list(about.items())))).encode()
+    return render('reproduction.html', title=_title, lead=_statement, head=_table_head, rows=rows,
+        pages=pages, left_out=lost, notes=notes, about=about)
 
 # %% ../nbs/24_reproduce.ipynb #f49eac2f
 def _write_table(df: pd.DataFrame, out: Path, about: dict, left_out=(), notes=()) -> Path:
@@ -482,6 +483,8 @@ def reproduce(
     return _reproduce(Path(out), data, _find_way(recipe, **changes), weights, device, overlap,
         tolerance, against)
 
+
+
 # %% ../nbs/24_reproduce.ipynb #8bdb6fa0
 def _reproduce(out, data, way, weights, device, overlap, tolerance, against):
     "`reproduce`, its arguments gathered"
@@ -499,3 +502,5 @@ def _reproduce(out, data, way, weights, device, overlap, tolerance, against):
             _say(f'{out}: resumes; done: {", ".join(o.stem for o in done) or "nothing yet"}')
         _sweep_all(out)
         return _run(out, data, way, trained, weights, device, overlap, tolerance, against)
+
+

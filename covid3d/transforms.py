@@ -198,6 +198,10 @@ class CTSpec:
         if voxels>2**28: raise CTError('spacing', f'{self.spacing} makes {voxels/1e6:,.0f} million voxels of a chest, and {2**28/1e6:.0f} million at most can be worked on', 'Give a coarser one')
 
     @property
+    def lesion(self) -> str:
+        "The class that is scored, measured and written where you choose none: the first"
+        return self.classes[0]
+    @property
     def whole(self)->bool:
         "Whether the whole scan becomes one patch, of whatever spacing"
         return self.spacing is None

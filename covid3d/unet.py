@@ -12,10 +12,11 @@ import math, torch, torch.nn.functional as F
 from collections import namedtuple
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from fastcore.basics import patch
 from itertools import groupby
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from .encoder import group_norm, norm_layer
+from .encoder import norm_layer
 from .volume import CTError
 
 # %% ../nbs/11_unet.ipynb #85569eb8
@@ -228,50 +229,62 @@ def _pieces(stage: nn.Module) -> list: # an encoder's stage; modules to call one
     return blocks if isinstance(stage, nn.Sequential) and blocks and all(any(True for _ in b.children()) for b in blocks) else [stage]
 
 # %% ../nbs/11_unet.ipynb #c3447c71
+def _decoder_levels(levels: list, widths: list, coarse: _Stage, up: str, norm: str) -> dict:
+    "A level for each size of the encoder, coarse → fine, by the name of its skip"
+    found = {}
+    for level, width in zip(reversed(levels), widths):
+        factor = tuple(-(-fine // n) for fine, n in zip(level[-1].size, coarse.size))
+        skips = [s.channels for s in level]
+        found[level[-1].name] = _DecoderLevel(coarse.channels, skips, width, factor, up, norm)
+        coarse = _Stage(level[-1].name, width, level[-1].size)
+    return found
+
+# %% ../nbs/11_unet.ipynb #e5ea9074
 class DynamicUnet3d(nn.Module):
-    "A U-Net around `encoder`: volumes (batch, 1, slice, row, column) to logits (batch, class, slice, row, column)."
-    def __init__(
-        self,
+    "A U-Net around `encoder`: volumes (batch, 1, slice, row, column) to logits (batch, class, …)."
+    def __init__(self,
         encoder: nn.Sequential, # named stages; reads one grey channel in [0, 1]
         classes: list = ('lesion',), # a name for each channel of logits
-        decoder: int | tuple | None = None, # channels of each level, coarse → fine; see `_level_widths`
+        decoder: int | tuple | None = None, # channels of each level, coarse → fine, or of the finest
         stem_skip: bool = True, # the stem is a skip, besides stage 1
         input_skip: bool = False, # so is the input, at full resolution
         up: str = 'transposed', # upsampling: `trilinear`, `transposed` or `shuffle`
-        decoder_norm: str = 'group', # normalisation of the decoder: `group`, `instance` or `batch`
+        decoder_norm: str = 'group', # normalisation: `group`, `instance` or `batch`
         attention: bool = False, # self-attention at the coarsest grid
         prior: float = .05, # expected probability at the start, in (0, 1)
-        size: tuple = (64, 64, 64), # (slice, row, column) to probe with; any other size will do later
+        size: tuple = (64, 64, 64), # (slice, row, column) to probe with; any other will do later
         recompute: bool = False, # activation checkpointing: recompute in the backward pass
     ):
         super().__init__()
-        self.recompute = recompute
         *levels, deepest = _size_levels(stage_sizes(encoder, size), stem_skip)
         widths = _level_widths([*levels, deepest], decoder)
-        self.encoder, self.classes = encoder, _check_classes(classes)
-        self.skips, self.decoder, coarse = [[s.name for s in level] for level in reversed(levels)], nn.ModuleDict(), deepest[-1]
+        self.encoder, self.classes, self.recompute = encoder, _check_classes(classes), recompute
+        self.skips = [[s.name for s in level] for level in reversed(levels)]
+        self.decoder, coarse = nn.ModuleDict(), deepest[-1]
         self.attention = Attention3d(coarse.channels) if attention else nn.Identity()
-        for level, width in zip(reversed(levels), widths):
-            factor = tuple(-(-fine // n) for fine, n in zip(level[-1].size, coarse.size))
-            self.decoder[level[-1].name] = _DecoderLevel(coarse.channels, [s.channels for s in level], width, factor, up, decoder_norm)
-            coarse = _Stage(level[-1].name, width, level[-1].size)
+        self.decoder.update(_decoder_levels(levels, widths, coarse, up, decoder_norm))
         self.head = _Head(widths[-1], len(self.classes), input_skip, prior)
 
-    def forward(self, x: Tensor) -> Tensor: # volumes in [0, 1], one channel; logits
-        _check_batch(x)
-        volume, found, run = x, {}, checkpointed if self.recompute and torch.is_grad_enabled() else lambda piece, *args: piece(*args)
-        for name, stage in self.encoder.named_children():
-            for piece in _pieces(stage): x = run(piece, x)
-            found[name] = x
-        x = self.attention(x)
-        for names, level in zip(self.skips, self.decoder.values()): x = run(level, x, [found.pop(name) for name in names])
-        return run(self.head, x, volume)
+# %% ../nbs/11_unet.ipynb #20698adb
+@patch
+def forward(self: DynamicUnet3d, x: Tensor) -> Tensor: # volumes in [0, 1], one channel; logits
+    _check_batch(x)
+    recompute = self.recompute and torch.is_grad_enabled()
+    volume, found, run = x, {}, checkpointed if recompute else lambda piece, *args: piece(*args)
+    for name, stage in self.encoder.named_children():
+        for piece in _pieces(stage): x = run(piece, x)
+        found[name] = x
+    x = self.attention(x)
+    for names, level in zip(self.skips, self.decoder.values()):
+        x = run(level, x, [found.pop(name) for name in names])
+    return run(self.head, x, volume)
 
-    def train(self, mode: bool = True): # for training, or for evaluation
-        super().train(mode)
-        for stage in self.encoder.children():
-            if not any(p.requires_grad for p in stage.parameters()): stage.eval()
-        return self
+@patch
+def train(self: DynamicUnet3d, mode: bool = True): # for training, or for evaluation
+    nn.Module.train(self, mode)
+    for stage in self.encoder.children():
+        if not any(p.requires_grad for p in stage.parameters()): stage.eval()
+    return self
 
 # %% ../nbs/11_unet.ipynb #3de3d689
 def param_groups(model: DynamicUnet3d) -> list: # of lists of parameters: encoder stages in order, then decoder and head

@@ -7,8 +7,11 @@ import nibabel as nib, numpy as np, pydicom, pytest
 from covid3d import datasets
 from covid3d.cases import check_table, read_cases, sources_path
 from covid3d.cli import main
+from covid3d.datasets import case_table, recognise
 from covid3d.dicom import ct_datasets, find_series, open_series, pseudonym, save_dicom, write_series
+from covid3d.layouts import windowed, write_layout
 from covid3d.metrics import dice
+from covid3d.outlines import read_outlines
 from covid3d.phantom import phantom
 from covid3d.volume import CTError, save_volume
 
@@ -24,7 +27,7 @@ def phantoms(): return [phantom(i, shape=(32,96,96), spacing=(9,3.7,3.7)) for i 
 def root(phantoms, tmp_path_factory):
     "All four data sets, each in a folder of its name"
     root = tmp_path_factory.mktemp('sets')
-    for k in sets: getattr(datasets, f'write_{k}')(phantoms, root/k)
+    for k in sets: write_layout(phantoms, root/k, k)
     return root
 
 def run(*argv): return main([str(o) for o in argv])
@@ -79,7 +82,7 @@ def test_part_in_the_paper(name, want, root, tmp_path):
     assert got==want if name!='ricord' else sorted(got)==want
 
 def test_kaggle(phantoms, tmp_path):
-    datasets.write_coronacases(phantoms, tmp_path/'k', 'kaggle')
+    write_layout(phantoms, tmp_path/'k', 'kaggle')
     assert run('table', tmp_path/'k', '--layout','coronacases', '-o', tmp_path/'c.csv')==0
     same_lesions('coronacases', tmp_path/'c.csv', phantoms)
 
@@ -104,6 +107,36 @@ def test_phantom_layout(name, tmp_path, monkeypatch, capfd):
     assert f'covid3d table {tmp_path/"d"}' in capfd.readouterr().out
     assert run('table', tmp_path/'d', '--layout',name, '-o', tmp_path/'c.csv')==0 and len(rows(tmp_path/'c.csv'))==3
     assert run('phantom', '-o', tmp_path/'d', '--n','3','--layout',name)==2
+
+@each('name', [*sets,'kaggle','plain','nnunet'])
+def test_layout_is_recognised(name, root, phantoms, tmp_path):
+    "By itself, one folder up too where the reader of the layout looks there; and the table is that of the layout's own function"
+    if name not in sets: write_layout(phantoms[:2], root/name, name)
+    layout = dict(kaggle='coronacases').get(name, name)
+    assert recognise(root/name)==layout
+    df = case_table(root/name, seed=3)
+    own = datasets.folder if layout in ('plain','nnunet') else getattr(datasets, layout)
+    assert df.equals(own(root/name, seed=3))
+    if layout in ('coronacases','mosmed'):
+        (tmp_path/'up').mkdir(); os.symlink(root/name, tmp_path/'up'/'set'); assert recognise(tmp_path/'up')==layout
+
+@each('names', [[], ['a.nii.gz'], ['a/notes.txt','b.json'], ['ct/.DS_Store'], ['Train/x.nii.gz'], ['studies/CT-9/a.nii.gz']], ids=str)
+def test_layout_that_is_none(names, tmp_path):
+    "One line that names the choices"
+    for o in names: (tmp_path/o).parent.mkdir(parents=True, exist_ok=True); (tmp_path/o).write_bytes(b'x'*200)
+    with pytest.raises(CTError, match='none that is known. Name one of coronacases, mosmed, covid1920, ricord, plain, nnunet, dicom') as e:
+        case_table(tmp_path)
+    assert '\n' not in str(e.value)
+
+def test_layout_that_could_be_two(phantoms, tmp_path):
+    write_layout(phantoms[:2], tmp_path/'d', 'mosmed'); write_layout(phantoms[:2], tmp_path/'d', 'nnunet')
+    with pytest.raises(CTError, match='two layouts, mosmed and nnunet'): recognise(tmp_path/'d')
+    write_layout(phantoms[:2], tmp_path/'e', 'plain'); write_series(phantoms[2].ct, tmp_path/'e'/'more')
+    with pytest.raises(CTError, match='two layouts, plain and dicom'): recognise(tmp_path/'e')
+
+def test_dicom_is_recognised_without_an_extension(phantoms, tmp_path):
+    for j,ds in enumerate(ct_datasets(phantoms[0].ct)): save_dicom(ds, tmp_path/'a'/'b'/f'{j:04d}')
+    assert recognise(tmp_path)=='dicom'
 
 # A hospital's archive
 
@@ -259,7 +292,7 @@ def test_root_that_may_not_be_read(kind, tmp_path, capfd, monkeypatch):
 # RICORD
 
 def small_ricord(root, phantoms):
-    datasets.write_ricord(phantoms[:2], root)
+    write_layout(phantoms[:2], root, 'ricord')
     return next(root.glob('*.json'))
 
 @pytest.mark.fault('C2')
@@ -316,7 +349,7 @@ def test_mdai_of_wrong_types(tmp_path):
         for new in (7, 1e400, 10**400, 'x', None, [], {}, [[]], {'vertices':3}, True, [1,2,3]):
             try: p.write_text(json.dumps(replaced(d, at, new)[0]))
             except ValueError: continue
-            try: datasets.read_outlines(p, ['Infectious opacity']); read += 1
+            try: read_outlines(p, ['Infectious opacity']); read += 1
             except CTError as e: assert '\n' not in str(e)
     assert read>n
 
@@ -342,7 +375,7 @@ def turn(root, pattern):
 def test_radiopaedia_is_turned_by_what_the_scan_shows(phantoms, tmp_path):
     "Front and back exchanged: noticed, repaired in scan and masks, and a mask is written on the file's own voxels; a right file is left alone"
     from covid3d.volume import save_mask
-    datasets.write_coronacases(phantoms[:3], tmp_path/'d'); turn(tmp_path/'d', 'radiopaedia*')
+    write_layout(phantoms[:3], tmp_path/'d', 'coronacases'); turn(tmp_path/'d', 'radiopaedia*')
     assert run('table', tmp_path/'d', '--layout','coronacases', '-o', tmp_path/'t.csv')==0
     assert [r['flip'] for r in rows(tmp_path/'t.csv')]==['','','front-back']
     case = read_cases(tmp_path/'t.csv')[-1]; ct = case.open_ct(); mask = case.open_mask('lesion', ct)
@@ -355,7 +388,7 @@ def test_radiopaedia_patients(phantoms, tmp_path):
     "Two studies of one person never part"
     for n in ('radiopaedia_29_86490_1','radiopaedia_29_86491_1','radiopaedia_7_85703_0','coronacases_001'):
         for k,d in dict(ct='ct', lesion='infection_mask', lung='lung_mask').items():
-            v = getattr(phantoms[0], k); save_volume(datasets._windowed(v) if k=='ct' and n[0]=='r' else v, tmp_path/d/f'{n}.nii.gz')
+            v = getattr(phantoms[0], k); save_volume(windowed(v) if k=='ct' and n[0]=='r' else v, tmp_path/d/f'{n}.nii.gz')
     for seed in range(4):
         df = datasets.coronacases(tmp_path, valid=.4, seed=seed).set_index('case')
         assert df.patient['radiopaedia_29_86490_1']==df.patient['radiopaedia_29_86491_1']=='radiopaedia_29'
@@ -428,6 +461,8 @@ def test_plain_layout_with_dicom_scans(phantoms, tmp_path):
 @pytest.mark.skipif(not data, reason='COVID3D_TEST_DATA is not set: the folder of real CTs is not part of the repository')
 def test_real_scans(tmp_path, capfd):
     "Seven CoronaCases scans, saved as grey values, and a DICOM series of a GE scanner"
+    assert [recognise(Path(data)/o) for o in ('coronacases_7','cip_ct64','covid_ct_md')]==['coronacases','dicom','dicom']
+    with pytest.raises(CTError, match='none that is known'): recognise(Path(data)/'totalseg_chest')
     assert run('table', Path(data)/'coronacases_7', '--layout','coronacases', '--already-windowed','-1000:20','-o', tmp_path/'c.csv')==0
     assert [r['split'] for r in rows(tmp_path/'c.csv')]==['test']*7
     assert run('check', tmp_path/'c.csv', '--json')==0

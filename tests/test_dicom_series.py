@@ -7,7 +7,8 @@ from pathlib import Path
 import highdicom as hd, nibabel as nib, numpy as np, pydicom, pytest
 from pydicom.sr.codedict import codes
 
-from covid3d.dicom import find_series, open_scan, open_series, save_seg, seg_codes, survey, write_series
+from covid3d.dicom import find_series, open_scan, open_series, survey, write_series
+from covid3d.dicom_seg import save_seg, seg_codes
 from covid3d.volume import CTError, Volume, open_mask, save_mask
 from dicom_files import (by_simpleitk, encode, enhanced, in_file_order, meta, native, packed, quiet, same_image, save_all, scan, sets_of, slice_by_slice)
 
@@ -311,9 +312,9 @@ def test_segmentation_when_the_series_is_gone(tmp_path):
 
 def test_quiet_until_the_last_thread_is_done():
     "Two threads in pydicom at once: the first to leave does not let the second one's remarks out, and then all is as it was"
-    from covid3d.dicom import _Quiet
+    from covid3d.dicom import QuietDicom
     log,was = logging.getLogger('pydicom'),(logging.getLogger('pydicom').level,pydicom.config.settings.reading_validation_mode,list(warnings.filters))
-    first,second = _Quiet(),_Quiet()
+    first,second = QuietDicom(),QuietDicom()
     first.__enter__(); second.__enter__(); first.__exit__()
     with warnings.catch_warnings(record=True) as said: warnings.warn('DOE^JANE')
     assert not said and not log.isEnabledFor(logging.CRITICAL)

@@ -1,15 +1,16 @@
-"Download of CoronaCases from a local server that speaks Zenodo's API, with every fault a network or an archive can have"
-import hashlib, io, json, re, shutil, stat, subprocess, sys, threading, zipfile
+"Download of CoronaCases from a local server in Zenodo's place, with every fault a network or an archive can have"
+import hashlib, io, re, shutil, stat, subprocess, sys, threading, zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np, pytest
 
-from covid3d import datasets
+from covid3d import download
 from covid3d.cases import read_cases
 from covid3d.cli import main
-from covid3d.datasets import download, instructions, read_record, unpack
+from covid3d.download import _unpack, instructions
+from covid3d.files import locked
 from covid3d.volume import CTError, Volume, canonical_affine, save_volume
 
 each = pytest.mark.parametrize
@@ -26,42 +27,29 @@ class Answer(BaseHTTPRequestHandler):
         self.end_headers()
     def do_GET(self):
         z,name = self.server.zenodo,self.path.split('/')[-1]
-        z.log.append((name, self.headers.get('Range')))
-        try: self.record(z) if name==z.number else self.file(z, name)
+        z.log.append(name)
+        try: self.file(z, name)
         except (BrokenPipeError,ConnectionResetError): pass  # the client has heard enough
-    def record(self, z):
-        body = z.record if isinstance(z.record, bytes) else json.dumps(z.record).encode()
-        self.head(z.record_status, Content_Type=z.record_type, Content_Length=len(body)); self.wfile.write(body)
     def file(self, z, name):
-        body,rng = z.files[name],re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range') or '')
+        body = z.files[name]
         status = z.status.pop(0) if z.status else 200
         if status!=200: return self.head(status)
         if z.html: self.head(200, Content_Type='text/html; charset=utf-8'); self.wfile.write(b'<html>Please log in</html>'*100); return
-        start = int(rng[1]) if rng and z.ranges else 0
-        more = dict(Content_Range=f'bytes {start}-{len(body)-1}/{len(body)}') if start else {}
         if z.mode=='chunked':
-            self.head(206 if start else 200, Transfer_Encoding='chunked', **more)
-            for i in range(start, len(body), 5000): c = body[i:i+5000]; self.wfile.write(b'%x\r\n%s\r\n' % (len(c), c))
+            self.head(200, Transfer_Encoding='chunked')
+            for i in range(0, len(body), 5000): c = body[i:i+5000]; self.wfile.write(b'%x\r\n%s\r\n' % (len(c), c))
             self.wfile.write(b'0\r\n\r\n'); return
         if z.mode=='endless':
             self.head(200, Content_Type='application/octet-stream'); self.wfile.write(body)
             while True: self.wfile.write(bytes(2**16))
-        self.head(206 if start else 200, Content_Length=len(body)-start, **more)
+        self.head(200, Content_Length=len(body))
         cut = z.cuts.pop(0) if z.cuts else None
-        self.wfile.write(body[start:] if cut is None else body[start:start+cut])
+        self.wfile.write(body if cut is None else body[:cut])
 
 class Zenodo(SimpleNamespace):
     "What the server holds, how it misbehaves, and what it was asked"
     def __init__(self, files, url):
-        super().__init__(number='7', files=dict(files), log=[], cuts=[], status=[], ranges=True, html=False, mode='', record_status=200,
-            record_type='application/json')
-        self.url,self.root = f'{url}/api/records/7',url
-        self.record = dict(id=7, files=[self.entry(k) for k in files])
-    def entry(self, k, **change):
-        return dict(key=k, size=len(self.files[k]), checksum='md5:'+hashlib.md5(self.files[k]).hexdigest(), links=dict(self=f'{self.url}/files/{k}'))|change
-    def put(self, k, body): self.files[k] = body; self.record['files'] = [self.entry(o) for o in self.files]
-    @property
-    def asked(self): return [o for o in self.log if o[0]!=self.number]
+        super().__init__(files=dict(files), log=[], cuts=[], status=[], html=False, mode='', url=url)
 
 def zipped(entries, top='', method=zipfile.ZIP_DEFLATED)->bytes:
     "A zip of name → content"
@@ -89,7 +77,10 @@ def zenodo(archives, monkeypatch):
     server = ThreadingHTTPServer(('127.0.0.1',0), Answer); server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.01)); thread.start()
     server.zenodo = Zenodo(archives, f'http://127.0.0.1:{server.server_port}')
-    monkeypatch.setattr(download, '__defaults__', (server.zenodo.url,))
+    monkeypatch.setattr(download, 'record_url', server.zenodo.url)
+    monkeypatch.setattr(download, 'record_sha256', {k:hashlib.sha256(archives[k]).hexdigest() for k in wanted})
+    monkeypatch.setattr(download, '_room', 2**24)
+    monkeypatch.setattr('time.sleep', lambda s: None)  # between two tries
     for k in ('http_proxy','HTTP_PROXY','all_proxy','ALL_PROXY'): monkeypatch.delenv(k, raising=False)
     yield server.zenodo
     server.shutdown(); thread.join(); server.server_close()
@@ -126,68 +117,57 @@ def test_whole_way(zenodo, out, tmp_path, capfd):
     assert all(c.open_mask(k, c.open_ct()).data.any() for c in (a,b) for k in ('lesion','lung'))
 
 def test_second_run_downloads_nothing(zenodo, out):
-    assert get(out)==0 and len(zenodo.asked)==3
-    assert get(out)==0 and len(zenodo.asked)==3
+    assert get(out)==0 and len(zenodo.log)==3
+    assert get(out)==0 and len(zenodo.log)==3
 
 def test_only_what_is_missing(zenodo, out):
     assert get(out)==0
     shutil.rmtree(out/'Lung_Mask'); zenodo.log.clear()
-    assert get(out)==0 and zenodo.asked==[(lungs,None)]; complete(out)
+    assert get(out)==0 and zenodo.log==[lungs]; complete(out)
 
 def test_archive_that_is_there_is_used(zenodo, out):
     "An archive fetched by hand counts if its checksum is right, else it is fetched again"
     out.mkdir(); (out/scans).write_bytes(zenodo.files[scans]); (out/lungs).write_bytes(b'not it')
     assert get(out)==0; complete(out)
-    assert sorted(zenodo.asked)==[(lesions,None),(lungs,None)]
+    assert sorted(zenodo.log)==[lesions,lungs]
 
 # A bad line
 
-def test_cut_resumes_in_the_same_run(zenodo, out):
+def test_cut_is_tried_again_in_the_same_run(zenodo, out):
     zenodo.cuts = [1_500_000]
     assert get(out)==0; complete(out)
-    (_,first),(again,rng) = zenodo.asked[:2]
-    assert first is None and again==scans and 0<int(re.fullmatch(r'bytes=(\d+)-', rng)[1])<=1_500_000
+    assert zenodo.log==[scans,scans,lesions,lungs]
 
-def test_cut_resumes_in_the_next_run(zenodo, out, capfd):
-    "All tries cut: the error says how far, what came stays, and the next run asks for the rest only"
-    zenodo.cuts = [1_500_000,0,0,0]
-    refused(capfd, out, scans, 'was cut after', f'of {len(zenodo.files[scans]):,} bytes', 'run the same command again')
-    part = out/f'.{scans}.part'
-    have = part.stat().st_size
-    assert len(zenodo.asked)==4 and 0<have<=1_500_000 and part.read_bytes()==zenodo.files[scans][:have] and names(out)==[part.name]
+def test_cut_in_every_try(zenodo, out, capfd):
+    "All tries cut: one line, nothing half is left, what was complete stays, and the next run asks for the rest only"
+    zenodo.status,zenodo.cuts = [200,404,404,404,404],[]
+    refused(capfd, out, lesions, '404'); assert names(out)==[Path(scans).stem]
+    zenodo.log.clear(); zenodo.cuts = [100,0,50,10]
+    refused(capfd, out, lesions, 'failed or was cut', 'run the same command again')
+    assert zenodo.log==4*[lesions] and names(out)==[Path(scans).stem]
     zenodo.log.clear()
-    assert get(out)==0 and zenodo.asked[0]==(scans,f'bytes={have}-'); complete(out)
+    assert get(out)==0 and zenodo.log==[lesions,lungs]; complete(out)
 
-def test_no_ranges(zenodo, out):
-    "A server that answers a Range with the whole file: what came before is not put in front of it"
-    zenodo.cuts,zenodo.ranges = [1_500_000],False
-    assert get(out)==0; complete(out)
+def test_killed_while_downloading(zenodo, out):
+    "kill -9 in the middle of a file: what had come is no archive, and the next run removes it"
+    code = ("import os, sys; from covid3d import download\n"
+            "def die(url, path, pooch):\n    open(path, 'wb').write(b'PK'); os.kill(os.getpid(), 9)\n"
+            "download._download = die; download.fetch_coronacases(sys.argv[1])")
+    assert subprocess.run([sys.executable,'-c',code,str(out)]).returncode==-9
+    left, = out.glob('.covid3d-*.tmp'); assert left.is_dir() and list(left.iterdir())
+    assert get(out)==0; complete(out); assert not list(out.glob('.*'))
 
 def test_chunked(zenodo, out):
     "A body sent in small pieces without its length, as proxies do"
     zenodo.mode = 'chunked'
-    assert get(out)==0; complete(out); assert len(zenodo.asked)==3
+    assert get(out)==0; complete(out); assert len(zenodo.log)==3
 
-def test_endless(zenodo, out, capfd):
-    "A body longer than the record says ends there; right bytes in front are enough, wrong ones leave nothing that spoils the next run"
-    good,zenodo.mode = zenodo.files[scans],'endless'
-    zenodo.files[scans] = good[::-1]
-    refused(capfd, out)
-    zenodo.files[scans],zenodo.mode = good,''
-    if get(out): assert get(out)==0  # one run may be needed to find that what has come is wrong
-    complete(out)
-
-def test_part_of_another_file(zenodo, out, capfd):
-    "A .part that is not the beginning of this file costs one run, not every run"
-    out.mkdir(); (out/f'.{scans}.part').write_bytes(bytes(1000))
-    refused(capfd, out, scans, 'checksum')
-    assert names(out)==[]
+def test_endless(zenodo, out, capfd, monkeypatch):
+    "A body without an end stops at the largest size that an archive may have, and leaves nothing that spoils the next run"
+    zenodo.mode = 'endless'; monkeypatch.setattr(download, '_most_packed', 3*2**20)
+    refused(capfd, out, scans, 'more than 3,145,728 bytes came'); assert names(out)==[] and zenodo.log==[scans]
+    zenodo.mode = ''
     assert get(out)==0; complete(out)
-
-def test_part_longer_than_the_file(zenodo, out):
-    out.mkdir(); (out/f'.{lungs}.part').write_bytes(bytes(len(zenodo.files[lungs])+5))
-    if get(out): assert get(out)==0
-    complete(out)
 
 @each('status', [404,403,500,503])
 def test_file_not_to_be_had(zenodo, out, capfd, status):
@@ -205,12 +185,12 @@ def test_status_is_told(zenodo, out, capfd, status):
 
 def test_one_error_is_passed_over(zenodo, out):
     zenodo.status = [503]
-    assert get(out)==0 and len(zenodo.asked)==4; complete(out)
+    assert get(out)==0 and len(zenodo.log)==4; complete(out)
 
-def test_no_server(capfd, out, monkeypatch):
-    monkeypatch.setattr(download, '__defaults__', ('http://127.0.0.1:9/api/records/7',))
-    refused(capfd, out, '127.0.0.1:9', 'cannot be read', 'Check the network')
-    assert not out.exists()
+def test_no_server(zenodo, capfd, out, monkeypatch):
+    monkeypatch.setattr(download, 'record_url', 'http://127.0.0.1:9')
+    refused(capfd, out, '127.0.0.1:9', 'the connection failed', 'Check the network')
+    assert names(out)==[]
 
 # A server that lies
 
@@ -230,47 +210,10 @@ def test_web_page_for_a_file(zenodo, out, capfd):
     refused(capfd, out, scans, 'a web page came', 'login')
     assert names(out)==[]
 
-@pytest.mark.fault('K8')
-@each('kind', ['text/html','application/json'])
-def test_web_page_for_the_record(zenodo, out, capfd, kind):
-    zenodo.record,zenodo.record_type = b'<html>Welcome to our hotel</html>',kind
-    refused(capfd, out, zenodo.url, 'a web page, not the record', 'login')
-    assert not out.exists()
-
-@each('status', [404,410,429,500,502])
-def test_record_not_to_be_had(zenodo, out, capfd, status):
-    zenodo.record_status = status
-    refused(capfd, out, zenodo.url, 'the record cannot be read', 'HTTPError')
-    assert not out.exists()
-
-@each('record', [b'', b'{"files":', b'null', b'[]', b'5', b'"x"', b'{}', b'{"files":null}', b'{"files":5}', b'{"files":{"a":1}}', b'{"files":[{}]}',
-    b'{"files":[[]]}', b'\xff\xfe', b'['*100_000],
-    ids=lambda o: ascii(o[:24]))
-def test_malformed_record(zenodo, out, capfd, record):
-    zenodo.record = record
-    refused(capfd, out, zenodo.url)
-    assert not out.exists() and zenodo.asked==[]
-
-evil = [dict(key=o) for o in ('../x.zip','a/b.zip','/etc/x.zip','..','.bashrc',5,None)]+[dict(size=o) for o in ('x',None,float('inf'),float('nan'),0,-1,[])]
-evil += [dict(checksum=o) for o in ('sha1:'+'0'*40,'md5:'+'0'*31,'md5:'+'g'*32,'0'*32,'',None,5)]
-evil += [dict(links=o) for o in ({}, [], None, 'x', dict(self=5), dict(self='https://evil.example/x.zip'), dict(self='file:///etc/passwd'),
-    dict(self='//evil.example/x.zip'), dict(self='http://[bad'))]
-
-@each('change', evil, ids=str)
-def test_hostile_record(zenodo, out, capfd, change):
-    "A record that names a file outside the folder, another server, an impossible size or a checksum that says nothing"
-    zenodo.record['files'][0] = zenodo.entry(scans, **change)
-    refused(capfd, out, zenodo.url)
-    assert names(out)==[] and zenodo.asked==[] and names(out.parent)==[]
-
-def test_record_without_a_file(zenodo, out, capfd):
-    zenodo.record['files'].pop()
-    refused(capfd, out, zenodo.url, 'the record has no')
-    assert not out.exists()
-
-def test_relative_links(zenodo, out):
-    for f in zenodo.record['files']: f['links']['self'] = f'7/files/{f["key"]}'
-    assert read_record(zenodo.url)[lungs][0]==f'{zenodo.root}/api/records/7/files/{lungs}' and get(out)==0
+def test_checksums_come_from_no_server():
+    "They are SHA-256 that stand in the code, one for each archive"
+    assert sorted(download.record_sha256)==sorted(wanted)
+    assert all(re.fullmatch('[0-9a-f]{64}', o) for o in download.record_sha256.values())
 
 # The archives
 
@@ -281,7 +224,7 @@ def broken(path, damage, entries={'a.nii.gz':b'one'*500,'b.nii.gz':b'two'*500}):
 def no_unpack(path, match, folder='A'):
     "Refused in one line, and neither the folder nor anything else was written"
     before = names(path.parent)
-    with pytest.raises(CTError, match=match) as e: unpack(path, path.parent/folder)
+    with pytest.raises(CTError, match=match) as e: _unpack(path, path.parent/folder)
     assert '\n' not in str(e.value) and len(e.value.cure)>5 and names(path.parent)==before
 
 @pytest.mark.fault('K9')
@@ -318,7 +261,7 @@ def test_bomb_declared(tmp_path):
     no_unpack(broken(tmp_path/'a.zip', lambda b: central(b, 24, 2**32-2)), 'more than its bytes can hold')
 
 def test_bomb_in_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, '_most', 2000)
+    monkeypatch.setattr(download, '_most_unpacked', 2000)
     no_unpack(broken(tmp_path/'a.zip', bytes), 'unpacks to more than')
 
 def test_bomb_real(tmp_path):
@@ -362,37 +305,38 @@ def test_nothing_in_it(tmp_path, entries): no_unpack(broken(tmp_path/'a.zip', by
 def test_good_archives(tmp_path):
     "With its top folder and without, other folders kept; files of the system left out"
     for top in ('','A/'):
-        unpack(broken(tmp_path/'a.zip', bytes, {f'{top}x.nii':b'1', f'{top}deep/y.nii':b'2', '__MACOSX/A/._x.nii':b'3', f'{top}.DS_Store':b'4',
+        _unpack(broken(tmp_path/'a.zip', bytes, {f'{top}x.nii':b'1', f'{top}deep/y.nii':b'2', '__MACOSX/A/._x.nii':b'3', f'{top}.DS_Store':b'4',
             f'{top}Größe 1.2.nii':b'5'}), tmp_path/'A')
         assert sorted(str(o.relative_to(tmp_path/'A')) for o in (tmp_path/'A').rglob('*') if o.is_file())==['Größe 1.2.nii','deep/y.nii','x.nii']
         assert names(tmp_path)==['A','a.zip']
         shutil.rmtree(tmp_path/'A')
 
-def test_bad_archive_of_a_true_checksum(zenodo, out, capfd):
-    "The record itself names an archive that leads out"
-    zenodo.put(scans, zipped({'../../evil':b'x'}))
+def test_bad_archive_of_a_true_checksum(zenodo, out, capfd, monkeypatch):
+    "The known archive itself leads out"
+    zenodo.files[scans] = zipped({'../../evil':b'x'})
+    monkeypatch.setitem(download.record_sha256, scans, hashlib.sha256(zenodo.files[scans]).hexdigest())
     refused(capfd, out, scans, 'leads out of its folder', 'Do not trust')
     assert not (out/Path(scans).stem).exists() and names(out.parent)==[out.name]
 
 def test_killed_while_unpacking(tmp_path):
     "kill -9 after the first file: the folder is not there, and the next run replaces what was left"
     p = broken(tmp_path/'a.zip', bytes)
-    code = ('import os, shutil, sys; from covid3d.datasets import unpack; real = shutil.copyfileobj\n'
-            'def die(*a):\n    real(*a); a[1].flush(); os.kill(os.getpid(), 9)\nshutil.copyfileobj = die; unpack(sys.argv[1], sys.argv[2])')
+    code = ('import os, shutil, sys; from covid3d.download import _unpack; real = shutil.copyfileobj\n'
+            'def die(*a):\n    real(*a); a[1].flush(); os.kill(os.getpid(), 9)\nshutil.copyfileobj = die; _unpack(sys.argv[1], sys.argv[2])')
     assert subprocess.run([sys.executable,'-c',code,p,tmp_path/'A']).returncode==-9
     left, = tmp_path.glob('.covid3d-*.tmp')
     assert not (tmp_path/'A').exists() and names(left)==['a.nii.gz']
     (left/'old.nii.gz').write_bytes(b'x')
-    unpack(p, tmp_path/'A')
+    with locked(tmp_path): _unpack(p, tmp_path/'A')
     assert names(tmp_path/'A')==['a.nii.gz','b.nii.gz'] and names(tmp_path)==['A','a.zip']
 
 @pytest.mark.fault('K8')
 def test_link_in_the_way(zenodo, out, capfd, tmp_path):
     "A link where the download goes is not followed: what it leads to stays as it was"
-    out.mkdir(); (tmp_path/'precious').write_text('mine'); (out/f'.{scans}.part').symlink_to(tmp_path/'precious')
-    refused(capfd, out, f'.{scans}.part', 'is a link')
-    assert (tmp_path/'precious').read_text()=='mine'
-    (out/f'.{scans}.part').unlink(); (out/scans).symlink_to(tmp_path/'precious')
+    out.mkdir(); (tmp_path/'precious').write_text('mine'); folder = out/Path(scans).stem; folder.symlink_to(tmp_path/'nowhere')
+    refused(capfd, out, folder, 'is a link')
+    assert not (tmp_path/'nowhere').exists() and zenodo.log==[]
+    folder.unlink(); (out/scans).symlink_to(tmp_path/'precious')
     assert get(out)==0; complete(out)
     assert (tmp_path/'precious').read_text()=='mine'
 
@@ -409,17 +353,18 @@ def test_two_downloads_at_once(zenodo, out, capfd):
 
 def test_too_little_room(zenodo, out, capfd, monkeypatch):
     "Said before the first byte"
-    monkeypatch.setattr(shutil, 'disk_usage', lambda p: SimpleNamespace(free=2*len(zenodo.files[scans])))
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: SimpleNamespace(free=2**23))
     refused(capfd, out, out, 'too little room', scans)
-    assert zenodo.asked==[] and names(out)==[]
+    assert zenodo.log==[] and names(out)==[]
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs /dev/full')
-@each('end', ['.part','.nii.gz'])
-def test_disk_full(zenodo, out, capfd, monkeypatch, end):
+@each('where', ['download','unpack'])
+def test_disk_full(zenodo, out, capfd, monkeypatch, where):
     "No space left while downloading or unpacking: said so, no folder, and the next run completes"
-    real = Path.open
+    real,file = Path.open,io.FileIO
     with monkeypatch.context() as m:
-        m.setattr(Path, 'open', lambda self,*a,**k: open('/dev/full','wb') if self.name.endswith(end) else real(self,*a,**k))
+        if where=='download': m.setattr(io, 'FileIO', lambda p, mode: file('/dev/full', mode))
+        else: m.setattr(Path, 'open', lambda self,*a,**k: open('/dev/full','wb') if self.name.endswith('.nii.gz') else real(self,*a,**k))
         refused(capfd, out, out, 'cannot be written', 'No space left', 'free space')
     assert not any((out/o).exists() for o in folders)
     assert get(out)==0; complete(out)

@@ -52,7 +52,7 @@ class Server:
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
     "Data, weights, and the server"
-    from covid3d.datasets import write_coronacases
+    from covid3d.layouts import write_layout
     from covid3d.dicom import write_series
     from covid3d.weights import NetSpec, save_model
     from covid3d.phantom import phantom, write_phantoms
@@ -61,7 +61,7 @@ def world(tmp_path_factory):
     made = dict(shape=(32,96,96), spacing=(9,3.7,3.7))
     write_phantoms(d/'data', n=4, seed=0, **made)
     for i in range(2): write_series(phantom(10+i, **made).ct, d/'dicom'/f'DOE^JOHN_{i}', patient=f'DOE{i}', seed=f'{i}')
-    write_coronacases([phantom(20+i, **made) for i in range(3)], d/'corona')
+    write_layout([phantom(20+i, **made) for i in range(3)], d/'corona', 'coronacases')
     (d/'w').mkdir(); save_model(net.build(spec.classes), d/'w'/'model.safetensors', spec, net)
     s = Server()
     res = s(['pretrain','--out',d/'encoder','--width','4','--steps','2','--phantoms','1',*small,'--device','cpu'])

@@ -69,6 +69,7 @@ def test_the_source_distribution_builds(tmp_path):
     for o in ('settings.ini','nbs/00_volume.ipynb','tests/test_packaging.py','THIRD_PARTY.md'): assert (there/o).is_file(), o
     with zipfile.ZipFile(build('wheel', there, tmp_path/'dist')) as z: inside = z.namelist()
     assert {f'covid3d/{p.name}' for p in (root/'covid3d').glob('*.py')}<={*inside}
+    assert {f'covid3d/templates/{p.name}' for p in (root/'covid3d/templates').iterdir()}<={*inside}
 
 def test_licences_are_listed():
     page = (root/'THIRD_PARTY.md').read_text(encoding='utf-8')

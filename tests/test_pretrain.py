@@ -1,5 +1,6 @@
 "Synthetic volumes on any grid; a pretraining that is cut off anywhere"
-import os, random, shutil, signal, subprocess, sys
+import os, random, signal, subprocess, sys
+from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -276,3 +277,19 @@ def test_from_synthetic_shapes_to_a_training(tmp_path, capsys):
     assert main(['pretrain','--out',str(tmp_path/'enc'),'--device','cpu'])==2 and 'exists already' in capsys.readouterr().err
     assert main(['train',str(table),'--out',str(tmp_path/'run'),'--init',str(file),'--epochs','1','--patches','2','--device','cpu',*grid])==0
     assert (tmp_path/'run'/'model.safetensors').is_file() and list((tmp_path/'run'/'examples').glob('*.png'))
+
+def test_only_the_encoders_differ(tmp_path, monkeypatch):
+    "benchmarks/transfer.py: from the very weights with which the random arm starts, trained alike, the other arm scores the same: decoder, patches, their order and augmentation are the same. By the recipe it does not"
+    monkeypatch.syspath_prepend(Path(__file__).parents[1]/'benchmarks')
+    import transfer
+    plain,file = transfer.unet_learner_3d,tmp_path/'e.safetensors'
+    def keep(*args, **kwargs):
+        learn = plain(*args, **kwargs)
+        if not kwargs['pretrained']: save_encoder(learn.model.encoder, file, dict(encoder='r3d_18', width=8, norm='batch'))
+        return learn
+    monkeypatch.setattr(transfer, 'unet_learner_3d', keep)
+    table = write_phantoms(tmp_path/'scans', n=2, seed=1, **grid)
+    how = dict(lr=.02, spec=CTSpec(spec.spacing, patch=spec.patch, classes=('lung',)), width=8)
+    run = lambda weights, **kw: [r['dice'] for r in transfer.run(table, weights, (0,2), 0, 160, 2, **how, **kw)]
+    random_weights = run(None)
+    assert random_weights[-1]>.1 and run(file, alike=True)==random_weights and run(file)!=random_weights

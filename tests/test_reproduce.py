@@ -8,8 +8,9 @@ from safetensors import safe_open
 
 from covid3d.cases import read_cases
 from covid3d.data import CTDataLoaders, prepare_table
-from covid3d.datasets import write_coronacases, write_mosmed, write_ricord
-from covid3d.evaluate import read_scores, score_case
+from covid3d.layouts import write_layout
+from covid3d.evaluate import score_case
+from covid3d.statistics import read_scores
 from covid3d.inference import Segmenter
 from covid3d.weights import NetSpec, load_model, save_model
 from covid3d.phantom import phantom, write_phantoms
@@ -62,7 +63,8 @@ def data(tmp_path_factory):
     "All three data sets; one scan of each is damaged: a slice that is cut short, a mask of another size, a file that is no gzip"
     root = tmp_path_factory.mktemp('sets')
     ph = [phantom(i, shape=(32,96,96), spacing=(9,3.7,3.7)) for i in range(14)]
-    write_ricord(ph[:6], root/'ricord'); write_coronacases([*ph[6:9], ph[0]], root/'corona'); write_mosmed([*ph[9:12], ph[0]], root/'mosmed')
+    write_layout(ph[:6], root/'ricord', 'ricord'); write_layout([*ph[6:9], ph[0]], root/'corona', 'coronacases')
+    write_layout([*ph[9:12], ph[0]], root/'mosmed', 'mosmed')
     dcm = sorted((root/'ricord').rglob('1-009.dcm'))[1]; dcm.write_bytes(dcm.read_bytes()[:700])
     nii = root/'corona'/'Infection_Mask'/'coronacases_002.nii.gz'; nib.save(nib.Nifti1Image(np.zeros((5,5,5), np.uint8), np.eye(4)), nii)
     gz = root/'mosmed'/'studies'/'CT-1'/'study_0256.nii.gz'; gz.write_bytes(gz.read_bytes()[:5000])
@@ -239,7 +241,7 @@ def test_whole_scans_beside_patches(start, data, straight, tmp_path):
 def test_data_sets_of_the_same_phantoms_say_so(tmp_path):
     "Three layouts of the same phantoms (`covid3d phantom --layout …` with one seed) share every scan: nothing is left to train on, and that is the reason given"
     ph = [phantom(i, shape=(32,96,96), spacing=(9,3.7,3.7)) for i in range(4)]
-    write_ricord(ph, tmp_path/'r'); write_coronacases(ph, tmp_path/'c'); write_mosmed(ph, tmp_path/'m')
+    write_layout(ph, tmp_path/'r', 'ricord'); write_layout(ph, tmp_path/'c', 'coronacases'); write_layout(ph, tmp_path/'m', 'mosmed')
     with pytest.raises(CTError, match=r'no scan for training is left: \d scans of \d scans left out hold the same voxels as scans that test. Give data sets that share no scan \(phantoms: another --seed for each\)'):
         reproduce(tmp_path/'run', tmp_path/'r', tmp_path/'c', tmp_path/'m', **small)
 

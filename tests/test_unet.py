@@ -4,8 +4,8 @@ from copy import deepcopy
 from functools import cache
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from covid3d.encoder import encoder3d
-from covid3d.unet import DynamicUnet3d, _Stage, group_norm, param_groups, _pieces, _resize, _size_levels, stage_sizes, keep_bn_stats
+from covid3d.encoder import encoder3d, group_norm
+from covid3d.unet import DynamicUnet3d, _Stage, param_groups, _pieces, _resize, _size_levels, stage_sizes, keep_bn_stats
 from covid3d.volume import CTError
 
 names = ('r3d_18', 'mc3_18', 'r2plus1d_18')

@@ -105,7 +105,7 @@ def main():
     src,html = tmp/'src',tmp/'html'
     try: pages = sorted(proc_nbs(cfg.nbs_path, force=True, n_workers=2).glob('*.ipynb'))
     except Exception as e: raise SystemExit(f'The site was not built. {e}')
-    shutil.rmtree(tmp, ignore_errors=True); shutil.copytree(site, src, ignore=shutil.ignore_patterns('__pycache__', 'build.py', 'address.py'))
+    shutil.rmtree(tmp, ignore_errors=True); shutil.copytree(site, src, ignore=shutil.ignore_patterns('__pycache__', 'build.py'))
     (src/'raw').mkdir()
     if (cfg.nbs_path/'images').exists():
         for o in (src/'images', src/'raw/images'): shutil.copytree(cfg.nbs_path/'images', o)

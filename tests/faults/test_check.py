@@ -191,8 +191,8 @@ def test_P10_split_without_mask(capfd, cohort, split):
 
 @pytest.mark.fault('D12')
 def test_D12_no_lung(capfd, cohort):
-    "No lung in the field of view: no share, and the reason, never 0"
-    r = odd(capfd, cohort, 'warning', 'none.nii', 'there is no lung', 'no share', lung=save(cohort/'none.nii', lung*0).name)
+    "No lung in the field of view: no fraction, and the reason, never 0"
+    r = odd(capfd, cohort, 'warning', 'none.nii', 'there is no lung', 'no fraction', lung=save(cohort/'none.nii', lung*0).name)
     assert r.lesion_share is None and r.lung_ml==0 and r.lesion_ml>0
 
 @pytest.mark.fault('D12')
@@ -200,8 +200,8 @@ def test_D12_no_lung(capfd, cohort):
     ('right',((2,8),(3,13),(0,16))),
     ('left',((2,8),(3,13),(2,18))),('lower and upper',((0,10),(3,13),(2,16)))], ids=lambda o: o if isinstance(o, str) else '')
 def test_D12_lung_cut_off(capfd, cohort, sides, ranges):
-    "The lung runs out of the scan: no share of it, and the reason"
-    r = odd(capfd, cohort, 'warning', 'cut.nii', f'cut off at the {sides} edge', 'no share', lung=save(cohort/'cut.nii', box(*ranges)).name)
+    "The lung runs out of the scan: no fraction of it, and the reason"
+    r = odd(capfd, cohort, 'warning', 'cut.nii', f'cut off at the {sides} edge', 'no fraction', lung=save(cohort/'cut.nii', box(*ranges)).name)
     assert r.lesion_share is None and r.lesion_ml>0
     line = pd.DataFrame(json.loads(json_of(capfd, cohort))['reports']).set_index('case').loc['c1']
     assert line.lesion_share is None or np.isnan(line.lesion_share)

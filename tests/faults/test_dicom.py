@@ -7,7 +7,8 @@ from pydicom.dataset import Dataset
 from pydicom.uid import JPEG2000Lossless, RLELossless
 
 import covid3d.dicom as cd
-from covid3d.dicom import find_series, open_scan, open_series, pseudonym, read_slices, require_seg, save_dicom, save_seg, survey, volume_of, write_series
+from covid3d.dicom import find_series, open_scan, open_series, pseudonym, read_slices, save_dicom, survey, volume_of, write_series
+from covid3d.dicom_seg import require_seg, save_seg
 from covid3d.volume import CTError, save_volume
 from dicom_files import (by_simpleitk, encode, enhanced, jane, meta, native, noted, packed, quiet, refused, same_image, save_all, scan, sets_of)
 

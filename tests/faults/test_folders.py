@@ -9,7 +9,7 @@ from covid3d.cases import check_table, columns, read_cases, safe_cell, write_cas
 from covid3d.cli import main
 from covid3d.predict import find_scans
 from covid3d.dicom import write_series
-from covid3d.evaluate import as_table, scores_csv
+from covid3d.statistics import score_table, scores_csv
 from covid3d.volume import CTError, Volume, canonical_affine, save_volume
 
 each = pytest.mark.parametrize
@@ -479,7 +479,7 @@ def test_S6_formulas(tmp_path, cell):
         assert not re.search(r'(^|,)"?[=+@-]', (tmp_path/'t.csv').read_text(), re.M)
         c, = read_cases(tmp_path/'t.csv')
         assert (c.name,c.patient)==(cell,cell)
-    (tmp_path/'scores.csv').write_bytes(scores_csv(as_table([dict(case=cell, dice=.5, error=cell)])))
+    (tmp_path/'scores.csv').write_bytes(scores_csv(score_table([dict(case=cell, dice=.5, error=cell)])))
     line = next(csv.DictReader((tmp_path/'scores.csv').open(newline='')))
     assert {line['case'][0],line['error'][0]}<={"'",' '} and line['dice']=='0.5'
 

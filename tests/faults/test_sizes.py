@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 from covid3d import inference
 from covid3d.cases import bare_cell, read_cases, safe_cell
 from covid3d.cli import main
-from covid3d.evaluate import read_scores
+from covid3d.statistics import read_scores
 from covid3d.weights import NetSpec, save_model
 from covid3d.phantom import phantom
 from covid3d.transforms import CTSpec
@@ -168,7 +168,7 @@ def test_no_control_character_reaches_a_table(s):
 @pytest.mark.promise('executed')
 def test_a_patient_with_an_escape(tmp_path):
     "An escape sequence in the column `patient` does not reach the scores"
-    from covid3d.evaluate import scores_csv
+    from covid3d.statistics import scores_csv
     (tmp_path/'t.csv').write_text('case,ct,patient\na,a.nii,p\x1b[2J1\n')
     assert read_cases(tmp_path/'t.csv')[0].patient=='p [2J1'
     assert b'\x1b' not in scores_csv(pd.DataFrame([dict(case='a', patient='\x1b[2Jp', dice=.5)]))
@@ -182,9 +182,11 @@ def test_a_safe_cell_reads_back(s):
 @pytest.mark.promise('executed')
 def test_no_escape_reaches_a_page(tmp_path):
     "Titles, notes and cells of a report lose their control characters and cannot be HTML"
-    from covid3d.evaluate import bullets, html_table, section
-    page = html_table(['a\x1b'], [['\x1b[2J<b>','\x9b1m']])+bullets(['\x07<i>'])+section('\x1b','x')
-    assert not any(ord(c)<32 and c!='\n' or 127<=ord(c)<160 for c in page) and '<b>' not in page and '<i>' not in page
+    from covid3d.report import render
+    odd = '\x1b[2J<b>\x9b1m"\x07<i>'
+    page = render('reproduction.html', title=odd, lead=odd, head=[odd], rows=[[odd,odd]], pages={odd:odd}, left_out=[[odd]],
+                  notes=[odd], about={odd:odd}).decode()
+    assert page.count('&lt;b&gt;')==12 and not any(ord(c)<32 and c!='\n' or 127<=ord(c)<160 for c in page) and '<b>' not in page and '<i>' not in page
 
 few = """
 import os, resource, sys

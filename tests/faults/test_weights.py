@@ -16,7 +16,7 @@ from torch import nn
 
 import covid3d.encoder, covid3d.inference
 from covid3d.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from covid3d.cli import main, _one_line
+from covid3d.cli import main, one_line
 from covid3d.encoder import encoder3d, encoder_info, read_weights
 from covid3d.files import locked
 from covid3d.inference import Segmenter
@@ -47,7 +47,7 @@ def forged(good, path, state=None, **about):
 def refused(f, *words):
     "`f` ends in one line with these words"
     with pytest.raises(CTError) as e: f()
-    line = _one_line(e.value)
+    line = one_line(e.value)
     assert '\n' not in line and len(line)<1000 and all(w in line for w in words), line
 
 class Payload:
@@ -370,7 +370,7 @@ def test_a_misfit_in_any_part_of_a_checkpoint_is_one_line(stopped, tmp_path):
         else: put(state, at, value)
         write_checkpoint(path, state, tensors)
         try: run(stopped, True); line = 'accepted'
-        except CTError as e: line = _one_line(e)
+        except CTError as e: line = one_line(e)
         except Exception as e: line = repr(e)
         if '\n' in line or '\x1b' in line or len(line)>1000 or 'checkpoint.safetensors' not in line: wrong.append((at, str(value)[:60], line[:200]))
         path.write_bytes(raw)

@@ -41,7 +41,7 @@ def steps_an_epoch(out): return len(CTDataLoaders.from_table(out/'cases.csv', pa
 def ours(out, weights, seed):
     "The commands as a user types them, with their defaults"
     start = cpu(resource.RUSAGE_CHILDREN)
-    covid3d('train',out/'cases.csv','--out',out/'run','--weights',weights,'--seed',seed,'--device','cpu','--overwrite')
+    covid3d('train',out/'cases.csv','--out',out/'run','--init',weights,'--seed',seed,'--device','cpu','--overwrite')
     spent = cpu(resource.RUSAGE_CHILDREN)-start
     model,spec,net = load_model(out/'run'/'model.safetensors')
     epochs = len((out/'run'/'history.csv').read_text().splitlines())-1
@@ -67,6 +67,6 @@ if __name__=='__main__':
     p.add_argument('--out', type=Path, default=Path('_bench')); p.add_argument('--seed', type=int, default=0); p.add_argument('--weights', default='random', help='random, or a file such as covid3d pretrain writes')
     a = p.parse_args()
     if 'COVID3D_TEST_DATA' not in os.environ: sys.exit('COVID3D_TEST_DATA: not set. Let it name the folder that holds coronacases_7')
-    covid3d('cases','folder',Path(os.environ['COVID3D_TEST_DATA'])/'coronacases_7','--valid','coronacases_005','--test','coronacases_006,coronacases_007',
+    covid3d('table',Path(os.environ['COVID3D_TEST_DATA'])/'coronacases_7','--valid','coronacases_005','--test','coronacases_006','--test','coronacases_007',
             '--already-windowed','-1000:20','-o',a.out/'cases.csv','--overwrite')
     ours(a.out, a.weights, a.seed)

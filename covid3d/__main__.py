@@ -21,7 +21,7 @@ def _imported():
     try: from covid3d.cli import main
     except MemoryError: raise
     except Exception as e:
-        while e.__cause__: e = e.__cause__  # numpy puts a page of advice before what the system said
+        while e.__cause__: e = e.__cause__  # what the system said
         raise _Broken(' '.join(f'{type(e).__name__} {e}'.split())[:200]) from None
     return main
 

@@ -17,8 +17,6 @@ import typer
 from typer.core import TyperCommand
 
 from . import __version__
-from .files import Outputs, locked, no_links
-from .volume import CTError, plain, temp_beside, temps_here
 
 # %% ../nbs/30_cli.ipynb #41df06f2
 def _opt(kind, help, *names, **how):
@@ -28,6 +26,13 @@ def _opt(kind, help, *names, **how):
     return Annotated[kind|None, typer.Option(*names, help=help, **how)]
 
 def _arg(kind, help, **how): return Annotated[kind, typer.Argument(help=help, **how)]
+
+# %% ../nbs/30_cli.ipynb #f6027629
+class _Refused(typer.BadParameter):
+    "Something on the command line that cannot work: the word or file, the fault and the remedy"
+    def __init__(self, what, fault, remedy):
+        super().__init__(f'{what}: {fault}. {remedy}')
+        self.line = f'{what}: {fault}. {remedy}.'
 
 # %% ../nbs/30_cli.ipynb #2b1534cc
 def _numbers(kind, n=None, low=-math.inf, rising=False):
@@ -48,7 +53,8 @@ def _exists(fault, remedy, *words):
         for p in value if isinstance(value, list) else [value]:
             if not p or p in words: continue
             try: os.lstat(p)
-            except (FileNotFoundError,NotADirectoryError): raise CTError(p, fault, remedy) from None
+            except (FileNotFoundError,NotADirectoryError):
+                raise _Refused(p, fault, remedy) from None
             except (OSError,ValueError): pass  # a name that no file can have: told when opened
         return value
     return check
@@ -56,13 +62,13 @@ def _exists(fault, remedy, *words):
 def _writable(out):
     "A callback that refuses a folder if it, or the nearest one above, cannot be written to"
     if out is None: return
-    if not out: raise CTError('out', 'no folder to write to', 'Add --out FOLDER')
+    if not out: raise _Refused('out', 'no folder to write to', 'Add --out FOLDER')
     try: p = next(o for o in (Path(out).absolute(), *Path(out).absolute().parents) if o.exists())
     except (OSError,ValueError) as e:
         fault = f'cannot be written to ({getattr(e, "strerror", None) or e})'
-        raise CTError(out, fault, 'Choose another --out') from None
+        raise _Refused(out, fault, 'Choose another --out') from None
     if p.is_dir() and os.access(p, os.W_OK): return out
-    raise CTError(p, 'is no folder that can be written to', 'Choose another --out')
+    raise _Refused(p, 'is no folder that can be written to', 'Choose another --out')
 
 # %% ../nbs/30_cli.ipynb #a02e149c
 _table_there = _exists('no such case table', 'Write one with `covid3d table`')
@@ -166,8 +172,14 @@ def _hushed(quiet):
             with redirect_stdout(nowhere if quiet else sys.stdout): yield
         finally: _loud = None
 
+def _plain(text)->str:
+    "One line of text that is safe to print"
+    if str(text).isprintable(): return str(text)
+    from covid3d.volume import plain
+    return plain(text)
+
 def _result(text): print(text, file=_loud or sys.stdout, flush=True)
-def _wrote(path, more=''): _result(plain(path) if _loud else f'wrote {path}{more}')
+def _wrote(path, more=''): _result(_plain(path) if _loud else f'wrote {path}{more}')
 
 # %% ../nbs/30_cli.ipynb #e709050c
 def _check_args(args):
@@ -175,9 +187,10 @@ def _check_args(args):
     for k,v in args.items():
         for o in v if isinstance(v, (list,tuple)) else [v]:
             if isinstance(o, str) and '\0' in o:
-                raise CTError(ascii(o), 'no path has a zero byte in it', 'Check the argument')
+                raise _Refused(ascii(o), 'no path has a zero byte in it', 'Check the argument')
             if isinstance(o, float) and not math.isfinite(o):
-                raise CTError(k, f'{o} is not a number that can be used', 'Give another')
+                option = '--'+k.replace('_', '-')
+                raise _Refused(option, f'{o} is not a number that can be used', 'Give another')
 
 # %% ../nbs/30_cli.ipynb #5e2e15f5
 class _Command(TyperCommand):
@@ -244,30 +257,33 @@ def _find_device(name):
         if (x+x).item()==2: return x.device  # `meta` has no values, and fails here
     except Exception: pass  # each kind of device that is missing has its own error
     remedy = 'Use --device cpu, or leave it out'
-    raise CTError('device', f'{name!r} is not available on this machine', remedy)
+    raise _Refused('--device', f'{name!r} is not available on this machine', remedy)
 
 # %% ../nbs/30_cli.ipynb #a8dc381f
 def _clear_demo(out, overwrite):
     "Remove a former demo; refuse a folder that holds anything else"
-    from covid3d.report import report_files
     from covid3d.callbacks import run_outputs
+    from covid3d.files import Outputs, no_links
+    from covid3d.report import report_files
     from covid3d.phantom import phantom_outputs
     mine = Outputs(out, 'demo', 'demo.png', 'phantom_*_lesion.nii.gz')
     data,scores = phantom_outputs(out/'data'),Outputs(out/'scores', 'evaluate', *report_files)
     if not mine.listed and any(not o.name.startswith('.covid3d') for o in out.iterdir()):
         fault = 'exists already and is not the folder of a demo'
-        raise CTError(out, fault, 'Choose another --out')
+        raise _Refused(out, fault, 'Choose another --out')
     if mine.listed and not overwrite:
         remedy = 'Choose another --out, or add --overwrite to replace a former demo'
-        raise CTError(out, 'exists already', remedy)
+        raise _Refused(out, 'exists already', remedy)
     no_links(out, 'data/', 'run/', 'scores/')
     for o in (mine, data, scores, run_outputs(out/'run')): o.require(True)
     mine.add('demo.png')
     for o in (data, scores, run_outputs(out/'run')): o.clear()
     for k in mine.listed: (out/k).unlink(missing_ok=True)
 
+# %% ../nbs/30_cli.ipynb #f99679db
 def _show_one(segmenter, case, score, out):
     "Segment a scan, write its mask and its picture, the reference beside the prediction"
+    from covid3d.files import Outputs
     from covid3d.learner import save_figure, show_slices
     seg = segmenter(case)
     Outputs(out, 'demo', 'phantom_*_lesion.nii.gz').add(f'{case.name}_lesion.nii.gz')
@@ -285,10 +301,12 @@ def _demo(
     overwrite: _Overwrite = False
 ):
     "See it all on synthetic CT: train, score, segment. Takes some minutes."
+    from covid3d.files import locked
     with locked(out, folder=True):
         _clear_demo(Path(out), overwrite)
         return _run_demo(Path(out), n, seed, time.time())
 
+# %% ../nbs/30_cli.ipynb #6fd01d02
 def _run_demo(out, n, seed, start):
     "The four steps"
     from covid3d.evaluate import score_cases
@@ -337,11 +355,13 @@ _trees = dict(coronacases=[f'{d}/*.nii.gz' for d in _corona],
               ricord=['MIDRC-RICORD-1A/MIDRC-RICORD-1A-419639-*/*/*/1-*.dcm',
                       'MIDRC-RICORD-1a_annotations_labelgroup_all_2020-Dec-8.json'])
 
+# %% ../nbs/30_cli.ipynb #77c743b2
 def _write_layout(layout, out, n, seed, overwrite):
     "Phantoms as another data set has them; only what we wrote is replaced"
-    from covid3d.layouts import write_layout
+    from covid3d.files import Outputs, locked
     from covid3d.layouts import write_layout
     from covid3d.phantom import phantom
+    from covid3d.volume import CTError, temp_beside, temps_here
     mine,draft = Outputs(out, 'phantom', *_trees[layout]),temp_beside(out/'draft')
     with locked(out, folder=True):
         mine.require(overwrite)
@@ -382,23 +402,8 @@ def _names_or_fraction(given):
     if given and len(given)==1 and re.fullmatch(r'0|[01]?\.\d+', given[0]): return float(given[0])
     return given or None
 
-# %% ../nbs/30_cli.ipynb #3a74d492
-_part_of = dict(plain='folder', nnunet='folder', dicom='folder', zenodo='coronacases',
-                kaggle='coronacases')
-_marks = dict(ricord=('MIDRC-RICORD-1*','*/MIDRC-RICORD-1*'), mosmed=('studies',),
-              covid1920=('Train',), coronacases=('COVID-19-CT-Seg_20cases','ct_scans'))
-
-def _data_set(root, layout):
-    "The data set that lies in `root`, and which of its layouts, if `--layout` says so"
-    if layout: return _part_of.get(layout, layout),layout*(layout in _part_of)
-    try: near = [Path(root), *(o for o in Path(root).iterdir() if o.is_dir())]
-    except (OSError,ValueError): return 'folder',''
-    found = (k for k,names in _marks.items() for o in near for n in names if any(o.glob(n)))
-    return next(found, 'folder'),''
-
 # %% ../nbs/30_cli.ipynb #ee2e839f
-_any_layout = Literal['folder','plain','nnunet','dicom','coronacases','zenodo','kaggle','ricord',
-                      'mosmed','covid1920']
+_any_layout = Literal['coronacases','mosmed','covid1920','ricord','plain','nnunet','dicom']
 
 @_command('Data')
 def _table(
@@ -423,35 +428,26 @@ def _table(
     _writable(out.parent); require_table(out, overwrite)
     given = dict(already_windowed=already_windowed, annotations=annotations, labels=labels,
                  agree=agree)
-    kind,options = _table_options(root, out, layout, {k:v for k,v in given.items() if v})
     splits = dict(valid=_names_or_fraction(valid), test=_names_or_fraction(test))
-    _write_table(kind, root, out, seed=seed, **splits, **options)
+    _write_table(root, out, layout, seed=seed, **splits, **{k:v for k,v in given.items() if v})
 
 # %% ../nbs/30_cli.ipynb #ea66ef70
-_own_options = dict(ricord=('annotations','labels','agree'), folder=('already_windowed',),
-                    coronacases=('already_windowed',))
-
-def _table_options(root, out, layout, given):
-    "The data set, and the options that its function takes; refuses those of other sets"
-    kind,layout = _data_set(root, layout)
-    mine = _own_options.get(kind, ())
-    if odd := next((k for k in given if k not in mine), None):
-        raise CTError(odd, f'{kind} has no such option', 'Leave it out')
-    if kind!='ricord': return kind,given|(dict(layout=layout) if layout else {})
-    no_links(out.parent, f'{out.stem}_masks/')
-    return kind,given|dict(masks=out.parent/f'{out.stem}_masks')
-
-def _write_table(kind, root, out, **options):
+def _write_table(root, out, layout, **options):
     "Make the table, write it, and say what is in it"
-    from covid3d import datasets
     from covid3d.cases import write_cases
+    from covid3d.datasets import case_table, recognise
+    from covid3d.files import locked, no_links
+    layout = layout or recognise(root)
+    if layout=='ricord':
+        no_links(out.parent, f'{out.stem}_masks/')
+        options['masks'] = out.parent/f'{out.stem}_masks'
     with locked(out):
-        df = getattr(datasets, kind)(root, **options)
+        df = case_table(root, layout, **options)
         write_cases(df, out)
     for n in df.attrs['notes']: print('note:', n)
     n = df.split.value_counts()
     counts = ', '.join(f'{v} {k or "without a split"}' for k,v in n.items())
-    _wrote(out, f' · {kind} · {counts}')
+    _wrote(out, f' · {layout} · {counts}')
     if (df.split=='').all():
         print('no case has a split: covid3d predict takes the table, training needs lesion masks')
 
@@ -484,6 +480,7 @@ def _prepare(table: _Table, out: _Out, workers: _Workers = None, **spec):
     from covid3d.cases import _read_csv
     from covid3d.data import prepare_table
     from covid3d.transforms import CTSpec
+    from covid3d.volume import CTError
     spec = CTSpec(**spec)
     done = prepare_table(table, out, spec, workers)
     failed = [o for o in done if isinstance(o, CTError)]
@@ -537,19 +534,21 @@ def _runs(out, folds, fold)->list:
     if folds is None and fold is None: return [Path(out)]
     if folds is None:
         remedy = 'Give both, for example --folds 5 --fold 0'
-        raise CTError('fold', 'is of no use without --folds', remedy)
+        raise _Refused('--fold', 'is of no use without --folds', remedy)
     if fold is not None and fold>=folds:
-        raise CTError('fold', f'{fold} is not one of {folds} folds', f'Give 0 to {folds-1}')
+        raise _Refused('--fold', f'{fold} is not one of {folds} folds', f'Give 0 to {folds-1}')
     if fold is None and _started()[1]>1:
         fault = 'several processes train one fold at a time'
-        raise CTError('folds', fault, 'Add --fold 0, then 1, …')
+        raise _Refused('--folds', fault, 'Add --fold 0, then 1, …')
     return [Path(out)/f'fold_{i}' for i in (range(folds) if fold is None else [fold])]
 
 # %% ../nbs/30_cli.ipynb #1c42abe1
 def _absent_run(run, resume, overwrite, command='train', file='model.safetensors'):
     "Refuse to replace a training"
     if resume and overwrite:
-        raise CTError('resume', 'it contradicts --overwrite', 'Give one of the two')
+        raise _Refused('--resume', 'it contradicts --overwrite', 'Give one of the two')
+    if not os.path.lexists(run): return
+    from covid3d.files import Outputs
     may = overwrite or resume and (run/'checkpoint.safetensors').exists()
     remedy = 'Add --resume to continue an interrupted run, choose another --out, or add --overwrite'
     Outputs(run, command, 'checkpoint.safetensors', file).require(may, remedy)
@@ -559,7 +558,7 @@ def _own_spec(table, given):
     odd = next((k for k in given if k in _spec_options), None)
     if not odd or not Path(table).is_dir(): return
     remedy = f'Leave --{odd} out, or give the case table'
-    raise CTError(odd, f'{table} is prepared and has its own', remedy)
+    raise _Refused(f'--{odd}', f'{table} is prepared and has its own', remedy)
 
 # %% ../nbs/30_cli.ipynb #627e173d
 def _train_folds(table, out, config, folds, fold, how):
@@ -635,6 +634,7 @@ def _segmenter(weights, device, overlap):
     paths = weights[0] if len(weights)==1 else weights
     return Segmenter.load(paths, _find_device(device), overlap=overlap)
 
+# %% ../nbs/30_cli.ipynb #c1ea0aad
 def _cases_to_score(table, split, segmenter, klass, out, files):
     "The cases of a split; no file that is read here may be written"
     from covid3d.cases import read_cases
@@ -646,7 +646,7 @@ def _cases_to_score(table, split, segmenter, klass, out, files):
 def _class_of(spec, klass)->str:
     if klass is None or klass in spec.classes: return klass or spec.lesion
     remedy = f'Give {" or ".join(spec.classes)}'
-    raise CTError('score_class', f'the weights do not find {klass!r}', remedy)
+    raise _Refused('--score-class', f'the weights do not find {klass!r}', remedy)
 
 def _told_before(cases, klass, segmenter)->str:
     "Print the warnings of the check; say which cases the weights know"
@@ -666,9 +666,9 @@ def _labels(paths)->dict:
     "Names for other models' scores: their folders, with the one above where two are the same"
     folders = [(Path(p) if Path(p).is_dir() else Path(p).parent).resolve() for p in paths]
     alone = lambda f: sum(f.name==o.name for o in folders)==1
-    names = [plain(f.name if alone(f) else '/'.join(f.parts[-2:])) for f in folders]
+    names = [_plain(f.name if alone(f) else '/'.join(f.parts[-2:])) for f in folders]
     if len({*names})<len(names):
-        raise CTError('compare', 'two of the folders have the same name', 'Rename one')
+        raise _Refused('--compare', 'two of the folders have the same name', 'Rename one')
     return dict(zip(names, paths))
 
 def _difference(c)->str:
@@ -687,7 +687,7 @@ def _print_scores(df, indent=''):
     for r in df.itertuples():
         ml = f'{r.predicted_ml:.0f} ml, reference {r.reference_ml:.0f} ml' if not r.error else ''
         line = r.error or f'{r.case}  Dice {r.dice:.3f}  {ml}'
-        print(indent+plain(line), file=sys.stderr if r.error else sys.stdout)
+        print(indent+_plain(line), file=sys.stderr if r.error else sys.stdout)
 
 def _print_report(df, page, kept, others, spec, klass)->int:
     "What an evaluation found, in a few lines"
@@ -704,15 +704,15 @@ def _print_report(df, page, kept, others, spec, klass)->int:
 # %% ../nbs/30_cli.ipynb #95d77b94
 def _tell_scan(row):
     "A line for each mask of a scan, its notes, or its error"
-    say = lambda line: print(plain(line), file=sys.stderr, flush=True)
+    say = lambda line: print(_plain(line), file=sys.stderr, flush=True)
     if row['state']=='failed': say(row['line']); return
     ml = {k[:-3]:v for k,v in row.items() if k.endswith('_ml') and v}
     files,kept = row['masks'].split(' / '),' · already done'*(row['state']=='kept')
     for (k,v),f in zip(ml.items(), files*len(ml)):
-        print(plain(f'{row["scan"]} → {f} · {k} {float(v):.1f} ml{kept}'), flush=True)
+        print(_plain(f'{row["scan"]} → {f} · {k} {float(v):.1f} ml{kept}'), flush=True)
     for n in filter(None, row['notes'].split(' · ')):
         if n.startswith('warning: '): say(f'{row["scan"]}: {n[9:]}')
-        else: print(plain(f'  note: {n}'), flush=True)
+        else: print(_plain(f'  note: {n}'), flush=True)
 
 # %% ../nbs/30_cli.ipynb #3d6186a7
 _scans_there = _exists('no such file or folder', 'Check the path')
@@ -733,7 +733,7 @@ def _predict(
 ):
     "Write a mask for each scan, on the scan's own grid."
     paths = [*(ct or []), *(inputs or [])]
-    if not paths: raise CTError('CT', 'no scan was given', 'Name files or folders, or add -i PATH')
+    if not paths: raise _Refused('SCAN', 'no scan was given', 'Name files or folders, or add -i')
     from covid3d.cases import parse_window
     window,notes = parse_window(already_windowed),[]
     from covid3d.predict import find_scans, predict_scans
@@ -803,6 +803,11 @@ def _is_scarce(e)->bool:
     told = isinstance(e, (RuntimeError,ImportError,OSError)) and any(o in str(e) for o in _scarce)
     return told or isinstance(e, MemoryError)
 
+def _is_ours(e)->bool:
+    "Whether it is a `CTError`, whose module may not be loaded"
+    volume = sys.modules.get('covid3d.volume')
+    return volume is not None and isinstance(e, volume.CTError)
+
 def _options(words)->set:
     "Names of the parameters of the command that `words` begin with"
     command = typer.main.get_command(app).commands.get(words[0] if words else None)
@@ -811,8 +816,8 @@ def _options(words)->set:
 # %% ../nbs/30_cli.ipynb #34929346
 def _one_line(e, options=())->str:
     "An error as one line"
-    if isinstance(e, CTError):
-        what = plain(e.what)
+    if _is_ours(e):
+        what = _plain(e.what)
         if what in options: what = '--'+what.replace('_', '-')
         return re.sub(r'pretrained=(True|False)', _in_words, f'{what}: {e.fault}. {e.cure}.')
     if _is_scarce(e):
@@ -824,9 +829,11 @@ def _one_line(e, options=())->str:
         return 'too many files are open at once. Raise the limit with ulimit -n.'
     if isinstance(e, OSError) and e.strerror:
         remedy = 'Check the path, its permissions and the free space'
-        return plain(f'{e.filename or "output"}: {e.strerror}. {remedy}.')
+        return _plain(f'{e.filename or "output"}: {e.strerror}. {remedy}.')
     text = ' '.join(str(e).split())[:300]
-    return plain(f'unexpected {type(e).__name__}: {text}. --debug shows where')
+    if 'covid3d.volume' not in sys.modules:  # an import failed
+        return _plain(f'cannot be started ({text}). Close other programs, or install it again.')
+    return _plain(f'unexpected {type(e).__name__}: {text}. --debug shows where')
 
 # %% ../nbs/30_cli.ipynb #fff216f0
 _UsageError = typer.BadParameter.__base__
@@ -834,6 +841,7 @@ _limit = re.compile('(greater|less) than or equal to ([^ ]+)')
 
 def _usage_line(e)->str:
     "What is wrong with the words of a command line"
+    if isinstance(e, _Refused): return f'{e.ctx.command_path if e.ctx else "covid3d"}: {e.line}'
     where,param = e.ctx.command_path if e.ctx else 'covid3d',getattr(e, 'param', None)
     what,fault,remedy = '',e.format_message(),f'See {where} --help'
     if param:
@@ -871,7 +879,7 @@ def _lead_nowhere():
 # %% ../nbs/30_cli.ipynb #8ba37917
 def _say(line):
     "A line on stderr, if that can still be written to"
-    try: print(plain(line), file=sys.stderr, flush=True)
+    try: print(_plain(line), file=sys.stderr, flush=True)
     except OSError: pass
 
 def main(
@@ -901,17 +909,21 @@ def _run(argv)->int:
         with typer.main.get_command(app).make_context('covid3d', [*words]) as ctx:
             return ctx.command.invoke(ctx) or 0
     except typer.Exit as e: return e.exit_code if argv else 2
-    except _UsageError as e: _say(_usage_line(e)); return 2
+    except _UsageError as e:
+        if '--debug' in argv: raise
+        if words[0]!='train' or not _started()[0]: _say(_usage_line(e))  # else process 0 tells it
+        return 2
     except typer.Abort: raise KeyboardInterrupt from None
     except SystemExit as e:  # rich ends the process where nobody reads
         raise e.__context__ if isinstance(e.__context__, BrokenPipeError) else e
     except BrokenPipeError: raise
     except Exception as e:
         if '--debug' in argv: raise
-        if words[0]=='train' and isinstance(e, CTError) and not hasattr(e, 'joined'):
+        while isinstance(e, ImportError) and e.__cause__: e = e.__cause__  # not numpy's advice
+        if words[0]=='train' and _is_ours(e) and not hasattr(e, 'joined'):
             if _started()[0]: return 2  # process 0 tells it
-        _say(f'covid3d {plain(words[0])}: {_one_line(e, _options(words))}')
-        return 2 if isinstance(e, (CTError,OSError)) or _is_scarce(e) else 3
+        _say(f'covid3d {_plain(words[0])}: {_one_line(e, _options(words))}')
+        return 2 if _is_ours(e) or isinstance(e, OSError) or _is_scarce(e) else 3
 
 # %% ../nbs/30_cli.ipynb #5389f833
 if __name__=='__main__': sys.exit(main())

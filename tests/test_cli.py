@@ -196,8 +196,7 @@ def test_kinetics_offline(capfd, data, tmp_path, monkeypatch):
     assert not (tmp_path/'run').exists()
 
 def test_debug_shows_the_traceback(): 
-    from covid3d.volume import CTError
-    with pytest.raises(CTError): main(['predict','nowhere.nii.gz','--weights',os.devnull,'--out','o','--debug'])
+    with pytest.raises(typer.BadParameter): main(['predict','nowhere.nii.gz','--weights',os.devnull,'--out','o','--debug'])
 
 @pytest.mark.parametrize('argv,status', [(['--help'],0), (['predict','--help'],0), (['--version'],0), ([],2), (['frobnicate'],2), (['predict'],2)])
 def test_console_script(argv, status):
@@ -250,7 +249,7 @@ def test_too_few_open_files_is_one_line(weights, ct, tmp_path, capfd, monkeypatc
     r = started('check', tmp_path/'nowhere.csv', sh='ulimit -n 6;')
     assert r.returncode in (2,3) and r.stderr.count('\n')==1 and 'Traceback' not in r.stderr, r.stderr
     def no_more(*a, **k): raise OSError(24, 'Too many open files', 'x')
-    monkeypatch.setattr('covid3d.inference.load_model', no_more)
+    monkeypatch.setattr('covid3d.weights.load_model', no_more)
     refused(capfd, ['predict',ct,'--weights',weights,'--out',tmp_path/'n','--device','cpu'], 'too many files are open', 'ulimit -n')
 
 def test_advice_names_options_that_exist():
@@ -307,7 +306,7 @@ def test_a_folder_without_permission_is_refused_before_work(capfd, ct, weights, 
     "A folder that may not be written to is refused before anything is opened."
     (tmp_path/'m').mkdir()
     monkeypatch.setattr(os, 'access', lambda p, mode: False)
-    monkeypatch.setattr('covid3d.inference.load_model', lambda *a: pytest.fail('weights were opened'))
+    monkeypatch.setattr('covid3d.weights.load_model', lambda *a: pytest.fail('weights were opened'))
     refused(capfd, ['predict',ct,'--weights',weights,'--out',tmp_path/'m'], tmp_path/'m', 'Choose another --out')
 
 @pytest.mark.fault('K5')

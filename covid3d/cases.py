@@ -155,7 +155,7 @@ def told(
 
 # %% ../nbs/04_cases.ipynb #88ed24ac
 _most_bytes,_most_line,_most_cases = 2**24,2**16,10**5 # of a table, of one line of it, and how many
-_rewrite = 'Save the sheet as CSV (UTF-8), or write one with `covid3d cases`'
+_rewrite = 'Save the sheet as CSV (UTF-8), or write one with `covid3d table`'
 
 def csv_text(
     p, # A file
@@ -190,7 +190,7 @@ def _read_csv(path) -> pd.DataFrame:
     "A CSV as text; commas, semicolons, tabs, a byte-order mark and Windows line ends are all right"
     p = Path(path)
     if not os.path.lexists(p):
-        raise CTError(p, 'no such case table', 'Write one with `covid3d cases`')
+        raise CTError(p, 'no such case table', 'Write one with `covid3d table`')
     text = csv_text(p)
     head = next((o for o in text.splitlines() if o.strip()), '')
     sep = max(',;\t', key=head.count)

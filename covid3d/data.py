@@ -373,7 +373,7 @@ def _portable(df, root, spec, at, failed)->pd.DataFrame:
 def _input(table, out, spec)->tuple:
     "The rows of a table, the folder its paths start from, and its cases; refused if it would be overwritten"
     if not isinstance(table, pd.DataFrame):
-        if Path(table).is_dir(): raise CTError(table, 'is a folder, not a case table', 'Give the table that `covid3d cases` wrote')
+        if Path(table).is_dir(): raise CTError(table, 'is a folder, not a case table', 'Give the table that `covid3d table` wrote')
         if os.path.realpath(table)==os.path.realpath(out/'cases.csv'): raise CTError(table, 'is read, so it is not replaced', 'Choose another --out')
     if 'not_prepared' in (table if isinstance(table, pd.DataFrame) else _read_csv(table)):
         raise CTError('table', 'is that of a prepared folder, not of scans', 'Give the table it was made from')

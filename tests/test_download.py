@@ -376,9 +376,9 @@ def test_out_is_a_file(zenodo, out, capfd):
 
 # The others
 
-@each('name,words', [('ricord',['CC BY-NC 4.0','nbia-data-retriever --cli MANIFEST.tcia -d {} -v -f','covid3d cases ricord {} -o cases.csv']),
-    ('mosmed',['CC BY-NC-ND 3.0','mosmed.ai','covid3d cases mosmed {} -o cases.csv']), ('covid1920',
-    ['CC BY-NC-ND 4.0','grand-challenge.org','covid3d cases covid1920 {} -o cases.csv'])])
+@each('name,words', [('ricord',['CC BY-NC 4.0','nbia-data-retriever --cli MANIFEST.tcia -d {} -v -f','covid3d table {} -o cases.csv']),
+    ('mosmed',['CC BY-NC-ND 3.0','mosmed.ai','covid3d table {} -o cases.csv']), ('covid1920',
+    ['CC BY-NC-ND 4.0','grand-challenge.org','covid3d table {} -o cases.csv'])])
 def test_instructions(zenodo, out, capfd, name, words):
     "Steps for what needs a login, with the folder filled in; no network, no folder"
     assert main(['download',name,'-o',str(out)])==0

@@ -16,7 +16,7 @@ from torch import nn
 
 import covid3d.encoder, covid3d.inference
 from covid3d.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from covid3d.cli import main, one_line
+from covid3d.cli import _one_line as one_line, main
 from covid3d.encoder import encoder3d, encoder_info, read_weights
 from covid3d.files import locked
 from covid3d.inference import Segmenter

@@ -34,7 +34,6 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from plum import dispatch
 from torch.backends import cudnn
-from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18
 
 from .augment import Augment3d, ct_aug_transforms, light_aug_transforms
 from .callbacks import EMA, History, KeepBest, Pictures, ScanDice, plain_log, run_outputs
@@ -44,7 +43,7 @@ from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock
 from .dicom import open_scan
 from .dicom_seg import save_seg
 from .distributed import joined, once, own_random, place, split_training
-from .encoder import build_of, encoder3d, unfinished
+from .encoder import (build_of, encoder3d, mc3_18, r2plus1d_18, r3d_18, unfinished)
 from .files import locked, sweep
 from .inference import Segmentation, Segmenter, out_of_memory, segment, sliding_window
 from .weights import NetSpec, Seen, load_model, read_seen, save_model

@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from budget import Budget, add_row, budget_name, done, here, peak_mb, reset_peak, seven_scans, versions
 from covid3d.evaluate import score_cases
 from covid3d.inference import Segmenter
-from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, thaw, unet_learner_3d
+from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, unfreeze_for, unet_learner_3d
 from covid3d.statistics import compare, mean_interval, score_table
 from covid3d.transforms import ResizeSpec
 from memory import nnunet
@@ -52,7 +52,7 @@ def learner(name, dls, encoder, lr):
     else:
         pretrained = encoder if name.endswith('pretrained') else False
         learn = unet_learner_3d(dls, pretrained=pretrained, width=None if pretrained else 16, metrics=[])
-        lr = thaw(learn, pretrained, lr)
+        lr = unfreeze_for(learn, pretrained, lr)
     learn.model.to(memory_format=torch.channels_last_3d)
     return learn,lr
 

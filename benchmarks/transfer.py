@@ -18,7 +18,7 @@ from budget import add_row, done, here, seven_scans
 from covid3d.augment import light_aug_transforms
 from covid3d.data import CTDataLoaders
 from covid3d.encoder import encoder_info
-from covid3d.learner import ScanDice, thaw, unet_learner_3d
+from covid3d.learner import ScanDice, unfreeze_for, unet_learner_3d
 from covid3d.phantom import write_phantoms
 from covid3d.transforms import CTSpec
 
@@ -40,7 +40,7 @@ def run(table, weights, fold, seed, patches, points, alike=False, spec=None, lr=
     learn = unet_learner_3d(loaders(max(bs, round(patches/points/steps))), pretrained=weights or False, metrics=[ScanDice()], **net)
     learn.model.to(memory_format=torch.channels_last_3d)
     curve = Curve()
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(points, thaw(learn, weights, lr, *((0, 1.) if alike else (2, 3.))), cbs=[curve])
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(points, unfreeze_for(learn, weights, lr, *((0, 1.) if alike else (2, 3.))), cbs=[curve])
     return curve.rows
 
 def main():

@@ -34,7 +34,8 @@ def start(
     except KeyboardInterrupt: print('stopped', file=sys.stderr); return 130
     except MemoryError: print(_scarce, file=sys.stderr); return 3  # no room even for the message of `main`
     except _Broken as e:
-        print(f'covid3d: cannot be started ({e}). Close other programs, or install it again.', file=sys.stderr)
+        print(f'covid3d: cannot be started ({e}). Close other programs, or install it again.',
+              file=sys.stderr)
         return 3
 
 # %% ../nbs/31_main.ipynb #506290bb

@@ -26,13 +26,15 @@ from .volume import CTError
 @dataclass
 class Draw:
     "The random numbers of one augmentation, for `n` samples"
-    n:int                      # Samples
-    matrix:torch.Tensor        # (n, 4, 4): mm in the patch → mm in the scan, both from the centre, as (slice, row, column, 1)
-    field:torch.Tensor=None    # (n, 3, slice, row, column): shifts of knots spread over the patch, mm; None for no bending
-    gain:torch.Tensor=None     # (n,): greys in [0, 1] are multiplied by it (1 if None), …
-    shift:torch.Tensor=None    # (n,): … this is added (0 if None), …
-    gamma:torch.Tensor=None    # (n,): … and they are raised to this (1 if None)
-    then:tuple=()              # What comes last: pairs of a `Then3d` and its strength for each sample, None where it is left out
+    n: int                     # Samples
+    # (n, 4, 4): mm in the patch → mm in the scan, both from the centre, as (slice, row, column, 1)
+    matrix: torch.Tensor
+    # (n, 3, slice, row, column): shifts of knots spread over the patch, mm; None for no bending
+    field: torch.Tensor = None
+    gain: torch.Tensor = None  # (n,): greys in [0, 1] are multiplied by it (1 if None), …
+    shift: torch.Tensor = None # (n,): … this is added (0 if None), …
+    gamma: torch.Tensor = None # (n,): … and they are raised to this (1 if None)
+    then: tuple = ()           # What comes last: pairs of a `Then3d` and its strength for each sample, None where it is left out
 
     def __post_init__(self):
         if self.gain is None: self.gain = torch.ones(self.n)
@@ -41,10 +43,10 @@ class Draw:
 
 # %% ../nbs/07_augment.ipynb #799d4f77
 def uniform(
-    n,         # Samples, or a shape
-    low:float, # Least value
-    high:float # Greatest value
-)->torch.Tensor: # (n,)
+    n,          # Samples, or a shape
+    low: float, # Least value
+    high: float # Greatest value
+) -> torch.Tensor: # (n,)
     "A random number for each sample"
     return low+(high-low)*torch.rand(n)
 
@@ -52,22 +54,22 @@ class Aug3d(ItemTransform):
     "A random change of a patch and its masks; alone it is a fastai transform, several are better given to `Augment3d`"
     split_idx,order = 0,20
     def __init__(self,
-        p:float=.5 # Probability for each sample, 0 to 1
+        p: float = .5 # Probability for each sample, 0 to 1
     ):
         if not 0<=p<=1: raise CTError('p', f'{p} is no probability', 'Give 0 to 1')
         self.p = p
-    def hit(self, n:int)->torch.Tensor:
+    def hit(self, n: int) -> torch.Tensor:
         "Which of `n` samples are changed"
         return torch.rand(n)<self.p
-    def add(self, d:Draw): "Put this change's random numbers into a `Draw`"
+    def add(self, d: Draw): "Put this change's random numbers into a `Draw`"
     def encodes(self, xy): return Augment3d([self])(xy, split_idx=0)
 
 # %% ../nbs/07_augment.ipynb #96047266
-def _eye(n)->torch.Tensor: return torch.eye(4).repeat(n,1,1)
+def _eye(n) -> torch.Tensor: return torch.eye(4).repeat(n,1,1)
 
 class Spatial3d(Aug3d):
     "A change that is a matrix; a subclass gives `matrices`"
-    def matrices(self, n:int)->torch.Tensor:
+    def matrices(self, n: int) -> torch.Tensor:
         "A 4×4 matrix for each of `n` samples, mm in the patch → mm in the scan"
         return _eye(n)
     def add(self, d):
@@ -78,8 +80,8 @@ class Spatial3d(Aug3d):
 class Flip3d(Spatial3d):
     "Mirror an axis, as a rule the patient's left for the right"
     def __init__(self,
-        p:float=.5,   # Probability, 0 to 1
-        axis:int=2    # 0 slices, 1 rows, 2 columns
+        p: float = .5, # Probability, 0 to 1
+        axis: int = 2  # 0 slices, 1 rows, 2 columns
     ):
         super().__init__(p); self.axis = axis
     def matrices(self, n):
@@ -88,10 +90,10 @@ class Flip3d(Spatial3d):
 
 # %% ../nbs/07_augment.ipynb #72fd548b
 def turn(
-    angle:torch.Tensor, # (n,) radians
-    a:int, # From this axis (0 slices, 1 rows, 2 columns)
-    b:int  # To this one
-)->torch.Tensor: # (n, 4, 4)
+    angle: torch.Tensor, # (n,) radians
+    a: int,              # From this axis (0 slices, 1 rows, 2 columns)
+    b: int               # To this one
+) -> torch.Tensor: # (n, 4, 4)
     "Rotation in the plane of two axes"
     m = _eye(len(angle))
     m[:,a,a] = m[:,b,b] = angle.cos(); m[:,b,a] = angle.sin(); m[:,a,b] = -angle.sin()
@@ -101,9 +103,9 @@ def turn(
 class Rotate3d(Spatial3d):
     "Turn about the body axis; with `tilt` about the two others too, which needs 3D interpolation"
     def __init__(self,
-        degrees:float=15, # About the body axis, at most, either way
-        tilt:float=0,     # Degrees about the row and the column axis, at most, either way
-        p:float=.5        # Probability, 0 to 1
+        degrees: float = 15, # About the body axis, at most, either way
+        tilt: float = 0,     # Degrees about the row and the column axis, at most, either way
+        p: float = .5        # Probability, 0 to 1
     ):
         super().__init__(p); self.degrees,self.tilt = degrees,tilt
     def matrices(self, n):
@@ -115,10 +117,10 @@ class Rotate3d(Spatial3d):
 class Zoom3d(Spatial3d):
     "Make the body larger or smaller"
     def __init__(self,
-        low:float=.85,     # Smallest factor, above 0
-        high:float=1.2,    # Largest factor
-        slices:bool=False, # Along the body axis too
-        p:float=.5         # Probability, 0 to 1
+        low: float = .85,     # Smallest factor, above 0
+        high: float = 1.2,    # Largest factor
+        slices: bool = False, # Along the body axis too
+        p: float = .5         # Probability, 0 to 1
     ):
         super().__init__(p); self.low,self.high,self.slices = low,high,slices
     def matrices(self, n):
@@ -129,13 +131,14 @@ class Zoom3d(Spatial3d):
 class Shear3d(Spatial3d):
     "Slant rows against columns"
     def __init__(self,
-        degrees:float=5, # At most, either way, below 90
-        p:float=.3       # Probability, 0 to 1
+        degrees: float = 5, # At most, either way, below 90
+        p: float = .3       # Probability, 0 to 1
     ):
         super().__init__(p); self.degrees = degrees
     def matrices(self, n):
         m = _eye(n)
-        for a,b in ((1,2),(2,1)): m[:,a,b] = torch.deg2rad(uniform(n, -self.degrees, self.degrees)).tan()
+        for a,b in ((1,2),(2,1)):
+            m[:,a,b] = torch.deg2rad(uniform(n, -self.degrees, self.degrees)).tan()
         return m
 
 # %% ../nbs/07_augment.ipynb #7fd3abad
@@ -143,7 +146,7 @@ class Shift3d(Spatial3d):
     "Move the patch; where patches are cut at random this adds little"
     def __init__(self,
         mm=(0,10,10), # At most, either way, (slice, row, column)
-        p:float=.5    # Probability, 0 to 1
+        p: float = .5 # Probability, 0 to 1
     ):
         super().__init__(p); self.mm = mm
     def matrices(self, n):
@@ -154,8 +157,8 @@ class Shift3d(Spatial3d):
 class Perspective3d(Spatial3d):
     "Nearer parts larger, as in a photograph"
     def __init__(self,
-        amount:float=.1, # Change of scale 100 mm from the centre, at most, as a part: 0.1 is 10 %
-        p:float=.5       # Probability, 0 to 1
+        amount: float = .1, # Change of scale 100 mm from the centre, at most, as a part: 0.1 is 10 %
+        p: float = .5       # Probability, 0 to 1
     ):
         super().__init__(p); self.amount = amount
     def matrices(self, n):
@@ -166,9 +169,9 @@ class Perspective3d(Spatial3d):
 # %% ../nbs/07_augment.ipynb #f3fa5fbb
 @lru_cache(maxsize=32)
 def spline_weights(
-    n:int, # Voxels along an axis
-    k:int  # Knots along it, the first and the last at the edges
-)->torch.Tensor: # (n, k), rows sum to 1
+    n: int, # Voxels along an axis
+    k: int  # Knots along it, the first and the last at the edges
+) -> torch.Tensor: # (n, k), rows sum to 1
     "How much each knot counts at each voxel, by cubic B-splines"
     if k==1: return torch.ones(n,1)
     t = (torch.linspace(0, k-1, n)[:,None]-torch.arange(-1, k+1)).abs()
@@ -180,37 +183,41 @@ def spline_weights(
 class Elastic3d(Aug3d):
     "Bend smoothly"
     def __init__(self,
-        mm:float=6,   # Standard deviation of the knots' own shifts; about half of it arrives at a voxel
-        knots:int=5,  # Along rows and columns, 1 or more
-        through:int=1,# Knots along the slices; 1 bends all slices alike
-        p:float=.3    # Probability, 0 to 1
+        mm: float = 6,   # Standard deviation of the knots' own shifts; about half of it arrives at a voxel
+        knots: int = 5,   # Along rows and columns, 1 or more
+        through: int = 1, # Knots along the slices; 1 bends all slices alike
+        p: float = .3     # Probability, 0 to 1
     ):
         super().__init__(p); self.mm,self.knots,self.through = mm,knots,through
     def add(self, d):
-        field = self.mm*torch.randn(d.n, 3, self.through, self.knots, self.knots)*self.hit(d.n)[:,None,None,None,None]
+        field = self.mm*torch.randn(d.n, 3, self.through, self.knots, self.knots)*self.hit(d.n)[:,
+            None,None,None,None]
         if self.through==1: field[:,0] = 0
         if d.field is not None: raise CTError('Elastic3d', 'it was given twice', 'Give one')
         d.field = field if field.any() else None
 
 # %% ../nbs/07_augment.ipynb #5e02060b
 @patch(as_prop=True)
-def still(self:Draw)->bool:
+def still(self: Draw) -> bool:
     "Whether every voxel stays where it is"
     return self.field is None and bool((self.matrix==torch.eye(4)).all())
 
 @patch(as_prop=True)
-def flat(self:Draw)->bool:
+def flat(self: Draw) -> bool:
     "Whether every slice is treated alike, so that the slices stay slices"
     m = self.matrix
-    through = torch.cat([m[:,0,1:3].flatten(), m[:,1:3,0].flatten(), (m[:,3]-torch.tensor([0.,0,0,1])).flatten()])
-    return bool(through.abs().max()<1e-6) and (self.field is None or self.field.shape[2]==1 and not self.field[:,0].any())
+    through = torch.cat([m[:,0,1:3].flatten(), m[:,1:3,0].flatten(),
+                         (m[:,3]-torch.tensor([0.,0,0,1])).flatten()])
+    return bool(through.abs().max()<1e-6) and (self.field is None or self.field.shape[2]==1
+                                               and not self.field[:,0].any())
 
 # %% ../nbs/07_augment.ipynb #910d6bca
-def _along(n, spacing)->torch.Tensor: return (torch.arange(n)-(n-1)/2)*spacing  # mm from the centre of a patch
+# mm from the centre of a patch
+def _along(n, spacing) -> torch.Tensor: return (torch.arange(n)-(n-1)/2)*spacing
 
-def _unit(at, n)->torch.Tensor: return at*(2/max(n-1,1))-1  # voxels → −1…1
+def _unit(at, n) -> torch.Tensor: return at*(2/max(n-1,1))-1  # voxels → −1…1
 
-def _plane(d, size, spacing, centre, shape)->torch.Tensor:
+def _plane(d, size, spacing, centre, shape) -> torch.Tensor:
     "(n, row, column, 2): where the voxels of a slice come from, for grid_sample"
     (r,c),m = [_along(size[a], spacing[a]) for a in (1,2)],d.matrix
     out = [m[:,a,1,None,None]*r[:,None]+m[:,a,2,None,None]*c+m[:,a,3,None,None] for a in (1,2)]
@@ -218,18 +225,20 @@ def _plane(d, size, spacing, centre, shape)->torch.Tensor:
         w = [spline_weights(size[a], d.field.shape[a+2]) for a in (1,2)]
         bend = torch.einsum('nakl,rk,cl->narc', d.field[:,1:,0], *w)
         out = [o+bend[:,i] for i,o in enumerate(out)]
-    return torch.stack([_unit(out[a-1]/spacing[a]+centre[:,a,None,None], shape[a]) for a in (2,1)], -1)
+    return torch.stack([_unit(out[a-1]/spacing[a]+centre[:,a,None,None], shape[a]) for a in (2,1)],
+                       -1)
 
 # %% ../nbs/07_augment.ipynb #a564f017
-def _pick(x, which)->torch.Tensor:
+def _pick(x, which) -> torch.Tensor:
     "Slices of each sample by number, black where there is none"
     n,i = x.shape[2],which.long()
     inside = ((i>=0)&(i<n)).to(x.device)[:,None,:,None,None]
     return torch.stack([o[:,j] for o,j in zip(x, i.clamp(0, n-1).to(x.device))])*inside
 
-def _slices(x, d, size, spacing, centre)->torch.Tensor:
+def _slices(x, d, size, spacing, centre) -> torch.Tensor:
     "(n, channel, slice, row, column) with the slices of the new patch: zoomed, mirrored or moved along the body axis"
-    at = (d.matrix[:,0,0,None]*_along(size[0], spacing[0])+d.matrix[:,0,3,None])/spacing[0]+centre[:,0,None]
+    at = (d.matrix[:,0,0,None]*_along(size[0], spacing[0])
+          +d.matrix[:,0,3,None])/spacing[0]+centre[:,0,None]
     first = int(at[0,0]); stay = torch.arange(first, first+size[0]).float().expand_as(at)
     if 0<=first<=x.shape[2]-size[0] and torch.equal(at, stay): return x[:,:,first:first+size[0]]
     if x.dtype==torch.uint8: return _pick(x, at.round())
@@ -237,7 +246,7 @@ def _slices(x, d, size, spacing, centre)->torch.Tensor:
     return torch.lerp(_pick(x, low), _pick(x, low+1), part) if part.any() else _pick(x, low)
 
 # %% ../nbs/07_augment.ipynb #c192bd2e
-def _volume(d, size, spacing, centre, shape)->torch.Tensor:
+def _volume(d, size, spacing, centre, shape) -> torch.Tensor:
     "(n, slice, row, column, 3): where each voxel comes from, for grid_sample"
     z,r,c = (_along(s,mm) for s,mm in zip(size, spacing)); m = d.matrix[...,None,None,None]
     row = lambda a: (m[:,a,0]*z[:,None,None]+m[:,a,1]*r[:,None])+(m[:,a,2]*c+m[:,a,3])
@@ -246,34 +255,37 @@ def _volume(d, size, spacing, centre, shape)->torch.Tensor:
     if d.field is not None:
         weights = [spline_weights(s,k) for s,k in zip(size, d.field.shape[2:])]
         bend = torch.einsum('nazkl,sz,rk,cl->ansrc', d.field, *weights)
-    return torch.stack([_unit((out[a]/w+bend[a])/spacing[a]+centre[:,a,None,None,None], shape[a]) for a in (2,1,0)], -1)
+    return torch.stack([_unit((out[a]/w+bend[a])/spacing[a]+centre[:,a,None,None,None], shape[a])
+                        for a in (2,1,0)], -1)
 
 # %% ../nbs/07_augment.ipynb #b78ce172
 def warp(
-    x:torch.Tensor,    # CT (n, 1, slice, row, column), float
-    y:torch.Tensor,    # Masks (n, class, slice, row, column), uint8; or None
-    d:Draw,            # What was drawn
-    size:tuple,        # Of the new patch, (slice, row, column) in voxels
-    spacing:tuple,     # (slice, row, column) in mm
-    centre:torch.Tensor=None, # (n, 3): voxel of `x` on which the new patch is centred; its middle if None
-    linear_masks:bool=False   # Interpolate masks and cut at one half, instead of taking the nearest voxel
-)->tuple: # (CT (n, 1, *size), masks (n, class, *size))
+    x: torch.Tensor,             # CT (n, 1, slice, row, column), float
+    y: torch.Tensor,             # Masks (n, class, slice, row, column), uint8; or None
+    d: Draw,                     # What was drawn
+    size: tuple,                 # Of the new patch, (slice, row, column) in voxels
+    spacing: tuple,              # (slice, row, column) in mm
+    centre: torch.Tensor = None, # (n, 3): voxel of `x` on which the new patch is centred; its middle if None
+    linear_masks: bool = False   # Interpolate masks and cut at one half, instead of taking the nearest voxel
+) -> tuple: # (CT (n, 1, *size), masks (n, class, *size))
     "Apply the spatial part of a draw, by one resampling"
     shape,flat = x.shape[2:],d.flat
     if centre is None: centre = (torch.tensor([shape])-1)/2
     grid = (_plane if flat else _volume)(d, size, spacing, centre, shape)
     def read(o, mode='bilinear'):
         src = _slices(o, d, size, spacing, centre).flatten(1,2) if flat else o
-        return F.grid_sample(src.float(), grid.to(o.device), mode=mode, align_corners=True).reshape(*o.shape[:2], *size)
+        return F.grid_sample(src.float(), grid.to(o.device), mode=mode,
+                             align_corners=True).reshape(*o.shape[:2], *size)
     if y is None: return read(x),None
-    return read(x),(read(y.float())>=.5).to(y.dtype) if linear_masks else read(y, 'nearest').to(y.dtype)
+    return read(x),(read(y.float())>=.5).to(y.dtype) if linear_masks else read(y,
+        'nearest').to(y.dtype)
 
 # %% ../nbs/07_augment.ipynb #0bbb42b9
 class Brightness3d(Aug3d):
     "Lighter or darker"
     def __init__(self,
-        by:float=.05, # At most, either way, where the window is 1 wide
-        p:float=.5    # Probability, 0 to 1
+        by: float = .05, # At most, either way, where the window is 1 wide
+        p: float = .5    # Probability, 0 to 1
     ):
         super().__init__(p); self.by = by
     def add(self, d): d.shift = d.shift+self.hit(d.n)*uniform(d.n, -self.by, self.by)
@@ -281,8 +293,8 @@ class Brightness3d(Aug3d):
 class Contrast3d(Aug3d):
     "A narrower or wider window about its middle"
     def __init__(self,
-        by:float=.15, # Factor 1 ± this, at most; below 1
-        p:float=.5    # Probability, 0 to 1
+        by: float = .15, # Factor 1 ± this, at most; below 1
+        p: float = .5    # Probability, 0 to 1
     ):
         super().__init__(p); self.by = by
     def add(self, d):
@@ -293,30 +305,33 @@ class Contrast3d(Aug3d):
 class Window3d(Aug3d):
     "Both ends of the window moved, each on its own"
     def __init__(self,
-        by:float=.05, # At most, either way, where the window is 1 wide; below 0.5
-        p:float=.5    # Probability, 0 to 1
+        by: float = .05, # At most, either way, where the window is 1 wide; below 0.5
+        p: float = .5    # Probability, 0 to 1
     ):
         super().__init__(p); self.by = by
     def add(self, d):
-        hit,low,high = self.hit(d.n),uniform(d.n, -self.by, self.by),1+uniform(d.n, -self.by, self.by)
+        hit,low,high = self.hit(d.n),uniform(d.n, -self.by, self.by),1+uniform(d.n, -self.by,
+            self.by)
         g = torch.where(hit, 1/(high-low), 1.); s = torch.where(hit, -low/(high-low), 0.)
         d.gain,d.shift = d.gain*g,d.shift*g+s
 
 class Gamma3d(Aug3d):
     "Dark greys lifted or lowered more than light ones"
     def __init__(self,
-        low:float=.8,   # Smallest exponent, above 0; below 1 lifts
-        high:float=1.25,# Largest exponent
-        p:float=.3      # Probability, 0 to 1
+        low: float = .8,    # Smallest exponent, above 0; below 1 lifts
+        high: float = 1.25, # Largest exponent
+        p: float = .3       # Probability, 0 to 1
     ):
         super().__init__(p); self.low,self.high = low,high
-    def add(self, d): d.gamma = d.gamma*torch.where(self.hit(d.n), uniform(d.n, math.log(self.low), math.log(self.high)).exp(), 1.)
+    def add(self, d):
+        d.gamma = d.gamma*torch.where(self.hit(d.n),
+            uniform(d.n, math.log(self.low), math.log(self.high)).exp(), 1.)
 
 # %% ../nbs/07_augment.ipynb #3c4d442e
 def tone(
-    x:torch.Tensor, # (n, …), uint8 0…255 or float in [0, 1]
-    d:Draw          # What was drawn
-)->torch.Tensor: # float32 in [0, 1]
+    x: torch.Tensor, # (n, …), uint8 0…255 or float in [0, 1]
+    d: Draw          # What was drawn
+) -> torch.Tensor: # float32 in [0, 1]
     "Apply gain, shift and gamma"
     col = lambda v,o: v.to(o.device).reshape(-1, *[1]*(o.dim()-1))
     curve = lambda o: (col(d.gain,o)*o+col(d.shift,o)).clamp_(0,1).pow_(col(d.gamma,o))
@@ -334,14 +349,14 @@ class Then3d(Aug3d):
         hit,by = self.hit(d.n),uniform(d.n, self.low, self.high)
         if hit.any(): d.then += ((self,[float(b) if h else None for h,b in zip(hit, by)]),)
     def change(self,
-        x:torch.Tensor, # (1, slice, row, column), values in [0, 1]
-        by:float        # Strength, as drawn
-    )->torch.Tensor: # The same shape, cut to [0, 1] later
+        x: torch.Tensor, # (1, slice, row, column), values in [0, 1]
+        by: float        # Strength, as drawn
+    ) -> torch.Tensor: # The same shape, cut to [0, 1] later
         "The changed sample"
         return x
     def apply(self,
-        x:torch.Tensor, # (n, 1, slice, row, column), changed in place
-        strengths       # Of each sample, None where it is left out
+        x: torch.Tensor, # (n, 1, slice, row, column), changed in place
+        strengths        # Of each sample, None where it is left out
     ):
         "Change the samples that were hit"
         for o,by in zip(x, strengths):
@@ -351,15 +366,17 @@ class Then3d(Aug3d):
 class Pool:
     "Normal random numbers, drawn once and read from random places"
     def __init__(self,
-        n:int=2**21 # How many; a patch of more than half of them gets fresh ones
+        n: int = 2**21 # How many; a patch of more than half of them gets fresh ones
     ): self.n,self.kept = n,{}
     def __call__(self,
-        like:torch.Tensor # Gives shape and device
-    )->torch.Tensor: # Not to be written to
+        like: torch.Tensor # Gives shape and device
+    ) -> torch.Tensor: # Not to be written to
         "Numbers of mean 0 and standard deviation 1"
         k,dev = like.numel(),like.device
         if k>self.n//2: return torch.randn_like(like)
-        if dev not in self.kept: self.kept[dev] = torch.randn(self.n, device=dev, generator=torch.Generator(dev).manual_seed(0))
+        if dev not in self.kept:
+            self.kept[dev] = torch.randn(self.n, device=dev,
+                                         generator=torch.Generator(dev).manual_seed(0))
         at,negate = int(torch.randint(self.n-k, ())),bool(torch.randint(2, ()))
         part = self.kept[dev][at:at+k].view_as(like)
         return -part if negate else part
@@ -369,8 +386,8 @@ class Pool:
 class Noise3d(Then3d):
     "Grain, as less dose gives it"
     def __init__(self,
-        by:float=.04, # Standard deviation, at most, where the window is 1 wide
-        p:float=.3    # Probability, 0 to 1
+        by: float = .04, # Standard deviation, at most, where the window is 1 wide
+        p: float = .3    # Probability, 0 to 1
     ):
         super().__init__(p); self.high,self.pool = by,Pool()
     def change(self, x, by): return torch.add(x, self.pool(x), alpha=by)
@@ -378,21 +395,22 @@ class Noise3d(Then3d):
 class Streaks3d(Then3d):
     "Noise that runs from side to side"
     def __init__(self,
-        by:float=.04, # Standard deviation where a streak begins or ends, at most, where the window is 1 wide
-        length:int=24,# Of a streak, voxels, at most
-        p:float=.1    # Probability, 0 to 1
+        by: float = .04, # Standard deviation where a streak begins or ends, at most, where the window is 1 wide
+        length: int = 24, # Of a streak, voxels, at most
+        p: float = .1     # Probability, 0 to 1
     ):
         super().__init__(p); self.high,self.length = by,length
     def change(self, x, by):
         coarse = torch.randn(*x.shape[:3], max(2, x.shape[3]//self.length+1), device=x.device)
-        return x+by*F.interpolate(coarse.flatten(0,1), x.shape[3], mode='linear', align_corners=True).view_as(x)
+        return x+by*F.interpolate(coarse.flatten(0,1), x.shape[3], mode='linear',
+                                  align_corners=True).view_as(x)
 
 # %% ../nbs/07_augment.ipynb #a4461818
 def weighted(
-    x:torch.Tensor, # (1, slice, row, column)
-    weights:list,   # An odd number of them, for the neighbours along the axis
-    axis:int        # 1 slices, 2 rows, 3 columns
-)->torch.Tensor: # The same shape
+    x: torch.Tensor, # (1, slice, row, column)
+    weights: list,   # An odd number of them, for the neighbours along the axis
+    axis: int        # 1 slices, 2 rows, 3 columns
+) -> torch.Tensor: # The same shape
     "Each voxel as a weighted sum of its neighbours along an axis; the edge is repeated"
     r,n = len(weights)//2,x.shape[axis]
     s = torch.cat([x.narrow(axis, 0, 1)]*r+[x]+[x.narrow(axis, n-1, 1)]*r, axis)
@@ -401,9 +419,9 @@ def weighted(
     return out
 
 def smooth(
-    x:torch.Tensor, # (1, slice, row, column)
-    sigma:float     # Voxels, along rows and columns, above 0
-)->torch.Tensor: # The same shape
+    x: torch.Tensor, # (1, slice, row, column)
+    sigma: float     # Voxels, along rows and columns, above 0
+) -> torch.Tensor: # The same shape
     "Blur each slice with a Gaussian"
     r = math.ceil(2.5*sigma); w = [math.exp(-.5*(i/sigma)**2) for i in range(-r, r+1)]
     w = [o/sum(w) for o in w]
@@ -414,8 +432,8 @@ class Blur3d(Then3d):
     "A softer kernel"
     low = .3
     def __init__(self,
-        sigma:float=1., # Voxels, at most; 0.3 or more
-        p:float=.1      # Probability, 0 to 1
+        sigma: float = 1., # Voxels, at most; 0.3 or more
+        p: float = .1      # Probability, 0 to 1
     ):
         super().__init__(p); self.high = sigma
     def change(self, x, by): return smooth(x, by)
@@ -424,8 +442,8 @@ class Sharpen3d(Then3d):
     "A harder kernel"
     low = .2
     def __init__(self,
-        by:float=.8, # Part of the detail that is added, at most; 0.2 or more
-        p:float=.1   # Probability, 0 to 1
+        by: float = .8, # Part of the detail that is added, at most; 0.2 or more
+        p: float = .1   # Probability, 0 to 1
     ):
         super().__init__(p); self.high = by
     def change(self, x, by): return x+by*(x-smooth(x, 1.))
@@ -435,8 +453,8 @@ class ThickSlices3d(Then3d):
     "Neighbouring slices averaged, as a thicker reconstruction does"
     low = 1.
     def __init__(self,
-        slices:float=3, # Thickness, at most, in slices, 1 to 5
-        p:float=.1      # Probability, 0 to 1
+        slices: float = 3, # Thickness, at most, in slices, 1 to 5
+        p: float = .1      # Probability, 0 to 1
     ):
         super().__init__(p); self.high = slices
     def change(self, x, by):
@@ -449,8 +467,8 @@ class CutOut3d(Then3d):
     "A box of the CT set to black, so that no single sign is relied upon; the masks stay"
     low = .1
     def __init__(self,
-        by:float=.3, # Of each side of the patch, at most, 0.1 to 1
-        p:float=0.   # Probability, 0 to 1
+        by: float = .3, # Of each side of the patch, at most, 0.1 to 1
+        p: float = 0.   # Probability, 0 to 1
     ):
         super().__init__(p); self.high = by
     def change(self, x, by):
@@ -464,15 +482,15 @@ class Augment3d(ItemTransform):
     "Several random changes, applied as one"
     split_idx,order = 0,20
     def __init__(self,
-        tfms:list,           # `Aug3d`s, in the order in which they are drawn
+        tfms: list,                # `Aug3d`s, in the order in which they are drawn
         spacing=None,        # (slice, row, column) of the patches in mm; `CTDataLoaders` fill it in; needed for all but zooms, mirror images and greys
-        size:tuple=None,     # (slice, row, column) of the patch that is wanted, voxels; that of the input if None
-        linear_masks:bool=False # Interpolate masks and cut at one half, instead of taking the nearest voxel
+        size: tuple = None,     # (slice, row, column) of the patch that is wanted, voxels; that of the input if None
+        linear_masks: bool = False # Interpolate masks and cut at one half, instead of taking the nearest voxel
     ): self.tfms,self.spacing,self.size,self.linear_masks = list(tfms),spacing and tuple(spacing),size,linear_masks
 
     def draw(self,
-        n:int=1 # Samples
-    )->Draw:
+        n: int = 1 # Samples
+    ) -> Draw:
         "The random numbers of all changes"
         d = Draw(n, _eye(n))
         for t in self.tfms: t.add(d)
@@ -487,35 +505,37 @@ class Augment3d(ItemTransform):
 
 # %% ../nbs/07_augment.ipynb #6e85e9e4
 @patch
-def mm(self:Augment3d,
-    d:Draw # What was drawn
-)->tuple: # (slice, row, column); three ones where it makes no difference
+def mm(self: Augment3d,
+    d: Draw # What was drawn
+) -> tuple: # (slice, row, column); three ones where it makes no difference
     "The size of a voxel, for the changes that need it; `CTError` if it is not known"
     if self.spacing is not None: return self.spacing
     if d.field is None and bool((d.matrix*(1-torch.eye(4))).abs().max()<1e-6): return 1.,1.,1.
-    raise CTError('spacing', 'the size of a voxel is not known, and this augmentation is in mm', 'Give Augment3d([…], spacing=(4,2.8,2.8))')
+    raise CTError('spacing', 'the size of a voxel is not known, and this augmentation is in mm',
+                  'Give Augment3d([…], spacing=(4,2.8,2.8))')
 
 # %% ../nbs/07_augment.ipynb #b2627e51
 @patch
-def apply(self:Augment3d,
-    x:torch.Tensor, # CT (n, 1, slice, row, column), uint8 0…255 or float in [0, 1]
-    y:torch.Tensor, # Masks (n, class, slice, row, column), uint8; or None
-    d:Draw,         # What was drawn
-    size:tuple,     # Of the patch that is wanted, (slice, row, column) in voxels
-    centre:torch.Tensor=None # (n, 3): voxel of `x` on which it is centred; its middle if None
-)->tuple: # (CT float32 in [0, 1], masks)
+def apply(self: Augment3d,
+    x: torch.Tensor,            # CT (n, 1, slice, row, column), uint8 0…255 or float in [0, 1]
+    y: torch.Tensor,            # Masks (n, class, slice, row, column), uint8; or None
+    d: Draw,                    # What was drawn
+    size: tuple,                # Of the patch that is wanted, (slice, row, column) in voxels
+    centre: torch.Tensor = None # (n, 3): voxel of `x` on which it is centred; its middle if None
+) -> tuple: # (CT float32 in [0, 1], masks)
     "Apply a draw to a batch"
     x = tone(x, d)
-    if not d.still or tuple(size)!=tuple(x.shape[2:]): x,y = warp(x, y, d, size, self.mm(d), centre, self.linear_masks)
+    if not d.still or tuple(size)!=tuple(x.shape[2:]):
+        x,y = warp(x, y, d, size, self.mm(d), centre, self.linear_masks)
     for t,strengths in d.then: t.apply(x, strengths)
     return x.clamp_(0,1) if d.then else x,y
 
 # %% ../nbs/07_augment.ipynb #f693eb78
 @patch
-def reach(self:Augment3d,
-    d:Draw,           # What was drawn, for one sample
-    half:torch.Tensor # (3,): from the centre of the patch to its outermost voxels, mm
-)->tuple: # Two tensors (3,): lowest and highest (slice, row, column)
+def reach(self: Augment3d,
+    d: Draw,           # What was drawn, for one sample
+    half: torch.Tensor # (3,): from the centre of the patch to its outermost voxels, mm
+) -> tuple: # Two tensors (3,): lowest and highest (slice, row, column)
     "The box of the scan that a patch is read from, mm from its centre"
     corners = torch.cartesian_prod(*(torch.tensor([-h,h]) for h in half.tolist()))
     v = F.pad(corners, (0,1), value=1.)@d.matrix[0].T
@@ -525,13 +545,13 @@ def reach(self:Augment3d,
 
 # %% ../nbs/07_augment.ipynb #c703c729
 @patch
-def cut(self:Augment3d,
-    x:torch.Tensor, # CT of the whole scan, (1, slice, row, column), uint8 or float in [0, 1]
-    y:torch.Tensor, # Its masks, (class, slice, row, column), uint8
-    start,          # First voxel of the patch on each axis, if nothing were drawn; may be negative
-    size:tuple,     # (slice, row, column) in voxels
+def cut(self: Augment3d,
+    x: torch.Tensor, # CT of the whole scan, (1, slice, row, column), uint8 or float in [0, 1]
+    y: torch.Tensor, # Its masks, (class, slice, row, column), uint8
+    start,           # First voxel of the patch on each axis, if nothing were drawn; may be negative
+    size: tuple,     # (slice, row, column) in voxels
     voxel=None      # A voxel of the scan, (slice, row, column), that stays where `start` would put it
-)->tuple: # (CT (1, *size) float32 in [0, 1], masks (class, *size))
+) -> tuple: # (CT (1, *size) float32 in [0, 1], masks (class, *size))
     "Cut a patch from a scan, bent on the way"
     d,start,n = self.draw(),torch.tensor(start),torch.tensor(size); mm = torch.tensor(self.mm(d))
     half = (n-1)/2; centre = start+half
@@ -542,18 +562,21 @@ def cut(self:Augment3d,
     if not d.still:
         near,far = self.reach(d, half*mm)
         low,high = (centre+near/mm-1).floor().int(),(centre+far/mm+1).ceil().int()
-    box = [crop(o.as_subclass(torch.Tensor), low.tolist(), (high-low+1).tolist())[None] for o in (x,y)]
+    box = [crop(o.as_subclass(torch.Tensor), low.tolist(), (high-low+1).tolist())[None]
+           for o in (x,y)]
     out = self.apply(*box, d, size, (centre-low)[None])
     return tuple(type(o)(v[0]) for o,v in zip((x,y), out))
 
 # %% ../nbs/07_augment.ipynb #930b8325
 @patch
-def room(self:Augment3d,
-    size:tuple,   # (slice, row, column) of the patch that is wanted, voxels
-    tries:int=300 # Draws, of which the largest counts
-)->tuple: # (slice, row, column) in voxels, `size` or more
+def room(self: Augment3d,
+    size: tuple,     # (slice, row, column) of the patch that is wanted, voxels
+    tries: int = 300 # Draws, of which the largest counts
+) -> tuple: # (slice, row, column) in voxels, `size` or more
     "The size that patches need, so that what is turned into a patch of `size` lies in them"
-    def box(d): mm = torch.tensor(self.mm(d)); return [o.abs()/mm for o in self.reach(d, (torch.tensor(size)-1)/2*mm)]
+    def box(d):
+        mm = torch.tensor(self.mm(d))
+        return [o.abs()/mm for o in self.reach(d, (torch.tensor(size)-1)/2*mm)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         most = torch.stack([o for _ in range(tries) for o in box(self.draw())]).amax(0)
@@ -562,34 +585,36 @@ def room(self:Augment3d,
 # %% ../nbs/07_augment.ipynb #b59962a4
 def ct_aug_transforms(
     spacing=None,         # (slice, row, column) of the patches in mm; `CTDataLoaders` fill it in
-    flip:float=.5,        # Probability of a mirror image, 0 to 1
-    degrees:float=15,     # Rotation about the body axis, at most
-    tilt:float=0,         # Degrees about the other axes, at most; more than 0 needs 3D interpolation and zooms slices too
-    zoom=(.85,1.2),       # Smallest and largest factor of scale
-    shear:float=5,        # Degrees, at most
-    elastic:float=6,      # Standard deviation of the knots' shifts, mm, of which about half arrives; 0 leaves it out
-    through:int=1,        # Knots of bending along the slices; more than 1 needs 3D interpolation
-    brightness:float=.05, # Shift of greys in [0, 1], at most
-    contrast:float=.15,   # Factor 1 ± this, at most
-    gamma=(.8,1.25),      # Smallest and largest exponent
-    noise:float=.04,      # Standard deviation of grain, greys in [0, 1], at most
-    streaks:float=.03,    # Standard deviation of streaks, greys in [0, 1], at most
-    blur:float=1.,        # Sigma of the Gaussian, voxels, at most
-    sharpen:float=.8,     # Part of the detail that is added, at most
-    thick:float=3,        # Thickness of simulated slices, at most, 1 to 5
-    cutout:float=0.,      # Side of a black box, part of the patch, at most; 0 leaves it out
-    p:float=1.,           # Factor on the probability of each, 0 or more
-    linear_masks:bool=False # Interpolate masks and cut at one half
-)->Augment3d:
+    flip: float = .5,          # Probability of a mirror image, 0 to 1
+    degrees: float = 15,       # Rotation about the body axis, at most
+    tilt: float = 0,         # Degrees about the other axes, at most; more than 0 needs 3D interpolation and zooms slices too
+    zoom=(.85,1.2),            # Smallest and largest factor of scale
+    shear: float = 5,          # Degrees, at most
+    elastic: float = 6,      # Standard deviation of the knots' shifts, mm, of which about half arrives; 0 leaves it out
+    through: int = 1,        # Knots of bending along the slices; more than 1 needs 3D interpolation
+    brightness: float = .05,   # Shift of greys in [0, 1], at most
+    contrast: float = .15,     # Factor 1 ± this, at most
+    gamma=(.8,1.25),           # Smallest and largest exponent
+    noise: float = .04,        # Standard deviation of grain, greys in [0, 1], at most
+    streaks: float = .03,      # Standard deviation of streaks, greys in [0, 1], at most
+    blur: float = 1.,          # Sigma of the Gaussian, voxels, at most
+    sharpen: float = .8,       # Part of the detail that is added, at most
+    thick: float = 3,          # Thickness of simulated slices, at most, 1 to 5
+    cutout: float = 0.,        # Side of a black box, part of the patch, at most; 0 leaves it out
+    p: float = 1.,             # Factor on the probability of each, 0 or more
+    linear_masks: bool = False # Interpolate masks and cut at one half
+) -> Augment3d:
     "The default augmentation of CT patches"
-    tfms = [Flip3d(flip), Rotate3d(degrees, tilt, p=.5), Zoom3d(*zoom, slices=tilt>0, p=.5), Shear3d(shear, p=.3)]
+    tfms = [Flip3d(flip), Rotate3d(degrees, tilt, p=.5), Zoom3d(*zoom, slices=tilt>0, p=.5),
+            Shear3d(shear, p=.3)]
     if elastic: tfms += [Elastic3d(elastic, through=through, p=.3)]
-    tfms += [Brightness3d(brightness), Contrast3d(contrast), Gamma3d(*gamma), Noise3d(noise), Streaks3d(streaks), Blur3d(blur), Sharpen3d(sharpen)]
+    tfms += [Brightness3d(brightness), Contrast3d(contrast), Gamma3d(*gamma), Noise3d(noise),
+             Streaks3d(streaks), Blur3d(blur), Sharpen3d(sharpen)]
     tfms += [ThickSlices3d(thick)]+[CutOut3d(cutout, p=.2)]*bool(cutout)
     for t in tfms: t.p = min(1., t.p*p)
     return Augment3d(tfms, spacing, linear_masks=linear_masks)
 
 # %% ../nbs/07_augment.ipynb #6004344b
-def light_aug_transforms()->Augment3d:
+def light_aug_transforms() -> Augment3d:
     "Mirror image, contrast and brightness: for short trainings"
     return Augment3d([Flip3d(), Contrast3d(.1, p=1), Brightness3d(.05, p=1)])

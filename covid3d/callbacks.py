@@ -56,7 +56,7 @@ class ScanDice(Metric):
     @property
     def name(self): return 'scan_dice'
     @property
-    def due(self)-> bool:
+    def due(self) -> bool:
         epoch,n = getattr(self.learn, 'epoch', 0),getattr(self.learn, 'n_epoch', 1)
         return (epoch+1)%self.every==0 or epoch+1==n
     @property
@@ -65,7 +65,7 @@ class ScanDice(Metric):
         cases = cases_in(self.learn.dls.valid_ds) if self.cases is None else self.cases
         scores = [o for o in split_map(self.score, cases, 'scoring scans') if not math.isnan(o)]
         return sum(scores)/len(scores) if scores else float('nan')
-    def score(self, case)-> float:
+    def score(self, case) -> float:
         "Dice of the first class"
         ct,klass = case.open_ct(),self.learn.spec.lesion
         found = Segmenter(self.learn.model, self.learn.spec, self.overlap)(ct).masks[klass]
@@ -83,30 +83,34 @@ class KeepBest(WhileTraining):
     "Write the weights whenever the whole-scan Dice rises; end with the best ones"
     order,keeps = 61,('best','best_epoch')
     def __init__(self,
-        path,                  # `.safetensors`
-        monitor='scan_dice',   # Column of the metrics
-        last: bool = False,    # Keep the weights of the last epoch; then nothing is chosen
-        seen: Seen = None      # What the training holds; kept with the weights
+        path,                # `.safetensors`
+        monitor='scan_dice', # Column of the metrics
+        last: bool = False,  # Keep the weights of the last epoch; then nothing is chosen
+        seen: Seen = None    # What the training holds; kept with the weights
     ):
         self.file,self.monitor,self.last,self.seen = Path(path),monitor,last,seen
         self.best,self.best_epoch = -math.inf,None
-    def fits(self, learn, done, tensors, best, best_epoch)-> bool:
+    def fits(self, learn, done, tensors, best, best_epoch) -> bool:
         "Whether these are a score and its epoch; the weights must be there"
         if best_epoch is None: return best==-math.inf
         good = not math.isinf(best) and (self.last or best<=1 or self.monitor!='scan_dice')
-        if not (good and type(best_epoch) is int and 0<=best_epoch<(10**6 if done is None else done)): return False
+        if not (good and type(best_epoch) is int
+                and 0<=best_epoch<(10**6 if done is None else done)):
+            return False
         once(lambda: self._weights(learn.model) and None)
         return True
     def before_train(self):
         super().before_train()
         if self.monitor not in self.recorder.metric_names:
-            raise CTError('metrics', f'{self.monitor} is not among them', 'Add ScanDice() to the metrics')
+            raise CTError('metrics', f'{self.monitor} is not among them',
+                          'Add ScanDice() to the metrics')
     def after_epoch(self):
         if not self.trains: return
         score = self.recorder.values[-1][list(self.recorder.metric_names[1:]).index(self.monitor)]
         if not (self.last or score>self.best): return  # NaN too
         self.best,self.best_epoch = score,self.epoch
-        once(lambda: save_model(self.learn.model, self.file, self.learn.spec, self.learn.net, self.seen))
+        once(lambda: save_model(self.learn.model, self.file, self.learn.spec, self.learn.net,
+                                self.seen))
 
 # %% ../nbs/17_callbacks.ipynb #601a1b5c
 @patch
@@ -127,11 +131,12 @@ def _load(self: KeepBest, model):
     model.load_state_dict(self._weights(model))
 
 @patch
-def _weights(self: KeepBest, model)-> dict:
+def _weights(self: KeepBest, model) -> dict:
     "The weights that were kept, if they are of this network"
     best,own = load_model(self.file)[0].state_dict(),get_model(model).state_dict()
     if {k:v.shape for k,v in best.items()}!={k:v.shape for k,v in own.items()}:
-        raise CTError(self.file, 'holds the weights of another network', 'Start anew with --overwrite')
+        raise CTError(self.file, 'holds the weights of another network',
+                      'Start anew with --overwrite')
     return best
 
 # %% ../nbs/17_callbacks.ipynb #5ba73b10
@@ -139,7 +144,7 @@ class History(WhileTraining):
     "Write the table of epochs, whole after each epoch, one table over several fits"
     order,keeps = 62,('rows',)
     def __init__(self, path): self.file,self.rows = Path(path),[]
-    def fits(self, learn, done, tensors, rows)-> bool:
+    def fits(self, learn, done, tensors, rows) -> bool:
         "Whether there is a row for each epoch, as long as those that come"
         n = len(getattr(learn.recorder, 'metric_names', ())) or 4+len(learn.metrics)
         def good(i, r): return isinstance(r, list) and len(r)==n and type(r[0]) is int and r[0]==i \
@@ -149,7 +154,8 @@ class History(WhileTraining):
         if not self.trains: return
         self.rows.append([len(self.rows), *self.recorder.log[1:]])
         buf = io.StringIO()
-        csv.writer(buf, lineterminator='\n').writerows([list(self.recorder.metric_names), *self.rows])
+        csv.writer(buf,
+                   lineterminator='\n').writerows([list(self.recorder.metric_names), *self.rows])
         once(lambda: write_atomic(self.file, buf.getvalue().encode()))
 
 # %% ../nbs/17_callbacks.ipynb #04c9a541
@@ -159,7 +165,7 @@ class EMA(WhileTraining):
     def __init__(self,
         decay: float = .99 # d, in (0, 1)
     ): self.decay,self.n,self.mean,self.own = decay,0,{},None
-    def fits(self, learn, done, tensors, n)-> bool:
+    def fits(self, learn, done, tensors, n) -> bool:
         "Whether there is a mean of `n` steps; a finished training needs it no more"
         if done is not None and n>(done+1)*10**7: return False
         return tensors is None or (n>0)==any(k.startswith(f'{self.name}.') for k in tensors)
@@ -182,7 +188,8 @@ class EMA(WhileTraining):
         get_model(self.learn.model).load_state_dict(self.own); self.own = None
 
 # %% ../nbs/17_callbacks.ipynb #fbef4dd5
-run_files = ('recipe.json', 'checkpoint.safetensors', 'model.safetensors', 'history.csv', 'history.png',
+run_files = ('recipe.json', 'checkpoint.safetensors', 'model.safetensors', 'history.csv',
+             'history.png',
              'examples/epoch_*.png')
 
 def run_outputs(
@@ -227,7 +234,9 @@ def curves(self: Pictures):
         seen = [(r[0],r[i]) for r in self.history.rows if not math.isnan(r[i])]
         if seen: axs[int('loss' not in name)].plot(*zip(*seen), '.-', label=name.replace('_',' '))
     for ax,label in zip(axs, ('loss','Dice')):
-        ax.set(xlabel='epoch', ylabel=label); ax.legend(frameon=False); ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(xlabel='epoch', ylabel=label)
+        ax.legend(frameon=False)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axs[1].set_ylim(0, 1)
     save_figure(fig, self.history.file.with_suffix('.png'))
 
@@ -242,7 +251,8 @@ def examples(self: Pictures):
     epoch = len(self.history.rows)-1
     title = f'epoch {epoch} · blue: reference, orange: prediction'
     axs = get_grid(len(x), nrows=1, figsize=(max(6,3*len(x)),3.2), title=title)
-    for ax,ct,mask,logit in zip(axs, x, y, logits): show_patch(TensorCT(ct), [mask, (logit>0).float()], ax)
+    for ax,ct,mask,logit in zip(axs, x, y, logits):
+        show_patch(TensorCT(ct), [mask, (logit>0).float()], ax)
     out,name = self.history.file.parent,f'examples/epoch_{epoch:03d}.png'
     run_outputs(out).add(name)
     save_figure(axs[0].figure, out/name)

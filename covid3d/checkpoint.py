@@ -35,10 +35,12 @@ from .volume import CTError, temp_beside, temps_here
 # %% ../nbs/17_checkpoint.ipynb #c150e157
 def _plain(o): return o.item() if hasattr(o, 'item') else list(o)  # numbers of NumPy and torch; `L`
 
-def _crc(text, tensors)->str:
+def _crc(text, tensors) -> str:
     "CRC-32 of the text and of the tensors in order of their names"
     crc = zlib.crc32(text.encode())
-    for k in sorted(tensors): crc = zlib.crc32(tensors[k].flatten().view(torch.uint8).numpy(), zlib.crc32(k.encode(), crc))
+    for k in sorted(tensors):
+        crc = zlib.crc32(tensors[k].flatten().view(torch.uint8).numpy(),
+                         zlib.crc32(k.encode(), crc))
     return f'{crc:08x}'
 
 def _flush(path):
@@ -55,15 +57,16 @@ def _flush(path):
 # %% ../nbs/17_checkpoint.ipynb #747be126
 def write_checkpoint(
     path,         # `.safetensors`
-    state:dict,   # What JSON can hold
-    tensors:dict  # Name → tensor
+    state: dict,  # What JSON can hold
+    tensors: dict # Name → tensor
 ):
     "Put a checkpoint in the place of the last one"
     path,text = Path(path),json.dumps(state, default=_plain)
     tensors = {k:t.detach().cpu().contiguous() for k,t in tensors.items()}
     draft = temp_beside(path)
     try:
-        draft.mkdir(parents=True)  # a folder, since safetensors has a draft of its own beside the file
+        # a folder, since safetensors has a draft of its own beside the file
+        draft.mkdir(parents=True)
         new = draft/path.name
         new.touch(); mode = new.stat().st_mode
         save_file(tensors, new, dict(covid3d_run=text, crc=_crc(text, tensors)))
@@ -90,19 +93,22 @@ def _check_sizes(path, cure, most, parts, size):
     if n>parts: raise CTError(path, f'its header has {n} parts, of at most {parts}', cure)
 
 def read_checkpoint(
-    path, # From `write_checkpoint`
-    most:int=2**22, # Bytes that its header may have
-    parts:int=2**16,# Tensors, lists and dicts in it, at most; a tensor counts as three
-    size:float=math.inf # Bytes that the tensors may have
-)->tuple: # State, tensors by name
+    path,                  # From `write_checkpoint`
+    most: int = 2**22,     # Bytes that its header may have
+    parts: int = 2**16,    # Tensors, lists and dicts in it, at most; a tensor counts as three
+    size: float = math.inf # Bytes that the tensors may have
+) -> tuple: # State, tensors by name
     "State and tensors of a checkpoint"
     cure = 'Give the folder of a training that was interrupted, or start anew with --overwrite'
     _check_sizes(path, cure, most, parts, size)
-    with open_tensors(path, cure, most=most) as f: tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
+    with open_tensors(path, cure, most=most) as f:
+        tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
     if 'covid3d_run' not in meta: raise CTError(path, 'is no checkpoint of `covid3d train`', cure)
-    if _crc(meta['covid3d_run'], tensors)!=meta.get('crc'): raise CTError(path, 'the checkpoint is damaged: its checksum is wrong', cure)
+    if _crc(meta['covid3d_run'], tensors)!=meta.get('crc'):
+        raise CTError(path, 'the checkpoint is damaged: its checksum is wrong', cure)
     try: return json.loads(meta['covid3d_run']),tensors
-    except (ValueError,RecursionError): raise CTError(path, 'is no checkpoint of `covid3d train`', cure) from None
+    except (ValueError,RecursionError):
+        raise CTError(path, 'is no checkpoint of `covid3d train`', cure) from None
 
 # %% ../nbs/17_checkpoint.ipynb #9631aa7b
 class Misfit(ValueError):
@@ -111,37 +117,42 @@ class Misfit(ValueError):
 def _need(ok, what):
     if not ok: raise Misfit(what)
 
-def _is_int(v, low=0, high=2**63)->bool: return type(v) is int and low<=v<high
-def _is_number(v)->bool: return type(v) in (int,float) and not (type(v) is int and abs(v)>2**63)
-def _is_finite(v)->bool: return _is_number(v) and math.isfinite(v)
-def _is_normal(v)->bool: return _is_number(v) and abs(v)<64  # no generator draws a normal number beyond 14
-def _numbers(v, most=10**7)->bool: return isinstance(v, list) and len(v)<=most and all(map(_is_number, v))
+def _is_int(v, low=0, high=2**63) -> bool: return type(v) is int and low<=v<high
+def _is_number(v) -> bool: return type(v) in (int,float) and not (type(v) is int and abs(v)>2**63)
+def _is_finite(v) -> bool: return _is_number(v) and math.isfinite(v)
+# no generator draws a normal number beyond 14
+def _is_normal(v) -> bool: return _is_number(v) and abs(v)<64
+def _numbers(v, most=10**7) -> bool:
+    return isinstance(v, list) and len(v)<=most and all(map(_is_number, v))
 
 # %% ../nbs/17_checkpoint.ipynb #d68b3874
-def _loaders(dls)->list: return [d.dl if isinstance(d, DistributedDL) else d for d in dls.loaders]
+def _loaders(dls) -> list: return [d.dl if isinstance(d, DistributedDL) else d for d in dls.loaders]
 
-def _seed_hex(t)->str: return t.numpy().tobytes().hex()
+def _seed_hex(t) -> str: return t.numpy().tobytes().hex()
 
-def _hex_seed(s)->torch.Tensor: return torch.frombuffer(bytearray.fromhex(s), dtype=torch.uint8)
+def _hex_seed(s) -> torch.Tensor: return torch.frombuffer(bytearray.fromhex(s), dtype=torch.uint8)
 
 def get_random(
     dls # fastai `DataLoaders`
-)->dict: # What JSON can hold
+) -> dict: # What JSON can hold
     "Where all random numbers are"
     kind,keys,*rest = np.random.get_state()
     gpu = _seed_hex(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else None
-    return dict(torch=_seed_hex(torch.get_rng_state()), gpu=gpu, numpy=[kind,keys.tolist(),*rest], python=random.getstate(), loaders=[d.rng.getstate() for d in _loaders(dls)])
+    return dict(torch=_seed_hex(torch.get_rng_state()), gpu=gpu, numpy=[kind,keys.tolist(),*rest],
+                python=random.getstate(), loaders=[d.rng.getstate() for d in _loaders(dls)])
 
 # %% ../nbs/17_checkpoint.ipynb #aedb975e
-def _is_python(s)->bool:
+def _is_python(s) -> bool:
     "Whether `s` is the state of Python's generator"
-    return isinstance(s, list) and len(s)==3 and s[0]==3 and isinstance(s[1], list) and len(s[1])==625 \
+    return isinstance(s, list) and len(s)==3 and s[0]==3 and isinstance(s[1],
+        list) and len(s[1])==625 \
         and all(_is_int(o, 0, 2**32) for o in s[1]) and any(s[1][:-1]) and s[1][-1]<=624 \
         and (s[2] is None or _is_normal(s[2]))
 
-def _is_hex(s, n)->bool: return isinstance(s, str) and len(s)==2*n and re.fullmatch('[0-9a-f]*', s) is not None
+def _is_hex(s, n) -> bool:
+    return isinstance(s, str) and len(s)==2*n and re.fullmatch('[0-9a-f]*', s) is not None
 
-def _is_torch(raw)->bool:
+def _is_torch(raw) -> bool:
     "Whether torch's generator of the CPU stays within its 624 numbers, and its normal ones are possible"
     if len(raw)!=5056: return True  # of a PyTorch with another layout
     left,_,at = unpack_from('<iiQ', raw, 8)
@@ -151,29 +162,34 @@ def _is_torch(raw)->bool:
 def _try_random(s):
     "Let generators that nobody uses take a state"
     torch.Generator().set_state(_hex_seed(s['torch']))
-    if s['gpu'] and torch.cuda.is_available(): torch.Generator('cuda').set_state(_hex_seed(s['gpu']))
+    if s['gpu'] and torch.cuda.is_available():
+        torch.Generator('cuda').set_state(_hex_seed(s['gpu']))
     np.random.RandomState().set_state(tuple(s['numpy']))
     for o in (s['python'],*s['loaders']): random.Random().setstate(_python_state(o))
 
 def _check_random(s, dls):
     "`Misfit` unless `s` has the form that `get_random` gives"
     _need(isinstance(s, dict) and {*s}=={'torch','gpu','numpy','python','loaders'}, 'random')
-    _need(_is_hex(s['torch'], len(torch.get_rng_state())) and _is_torch(bytes.fromhex(s['torch'])), 'random')
-    _need(s['gpu'] is None or isinstance(s['gpu'], str) and _is_hex(s['gpu'], len(s['gpu'])//2) and 0<len(s['gpu'])<1e5, 'random')
+    _need(_is_hex(s['torch'], len(torch.get_rng_state())) and _is_torch(bytes.fromhex(s['torch'])),
+          'random')
+    _need(s['gpu'] is None or isinstance(s['gpu'], str) and _is_hex(s['gpu'], len(s['gpu'])//2)
+          and 0<len(s['gpu'])<1e5, 'random')
     n = s['numpy']
-    _need(isinstance(n, list) and len(n)==5 and n[0]=='MT19937' and isinstance(n[1], list) and len(n[1])==624, 'random')
+    _need(isinstance(n, list) and len(n)==5 and n[0]=='MT19937' and isinstance(n[1], list)
+          and len(n[1])==624, 'random')
     _need(all(_is_int(o, 0, 2**32) for o in n[1]) and any(n[1]) and _is_int(n[2], 0, 625), 'random')
     _need(_is_int(n[3], 0, 2) and _is_normal(n[4]), 'random')
     ls = s['loaders']
-    _need(_is_python(s['python']) and isinstance(ls, list) and len(ls)==len(_loaders(dls)) and all(map(_is_python, ls)), 'random')
+    _need(_is_python(s['python']) and isinstance(ls, list) and len(ls)==len(_loaders(dls))
+          and all(map(_is_python, ls)), 'random')
     try: _try_random(s)
     except (RuntimeError,TypeError,ValueError,OverflowError): raise Misfit('random') from None
 
 def _python_state(s): return (s[0],tuple(s[1]),s[2])
 
 def set_random(
-    state:dict, # From `get_random`
-    dls         # fastai `DataLoaders`
+    state: dict, # From `get_random`
+    dls          # fastai `DataLoaders`
 ):
     "Go on with the random numbers from there"
     _check_random(state, dls)
@@ -184,22 +200,24 @@ def set_random(
     for d,s in zip(_loaders(dls), state['loaders']): d.rng.setstate(_python_state(s))
 
 # %% ../nbs/17_checkpoint.ipynb #280fad78
-def _holders(cbs)->list: return [c for c in cbs if hasattr(type(c), 'keeps_tensors')]
-def _keepers(cbs)->list: return [c for c in cbs if hasattr(type(c), 'keeps')]
+def _holders(cbs) -> list: return [c for c in cbs if hasattr(type(c), 'keeps_tensors')]
+def _keepers(cbs) -> list: return [c for c in cbs if hasattr(type(c), 'keeps')]
 
 def callback_state(
     cbs # Callbacks; one with a list `keeps` of attributes is kept
-)->dict: # Name → attributes
+) -> dict: # Name → attributes
     "What callbacks keep"
     return {c.name:{k:getattr(c, k) for k in c.keeps} for c in _keepers(cbs)}
 
 # %% ../nbs/17_checkpoint.ipynb #72946abd
-def _is_row(v)->bool:
+def _is_row(v) -> bool:
     "Numbers, times and gaps, in a list or by name"
-    if isinstance(v, dict): return all(re.fullmatch('[a-z_]{1,32}', k) for k in v) and _is_row([*v.values()])
-    return isinstance(v, list) and len(v)<1000 and all(o is None or _is_number(o) or isinstance(o, str) and re.fullmatch(r'[\d:.]{1,16}', o) for o in v)
+    if isinstance(v, dict):
+        return all(re.fullmatch('[a-z_]{1,32}', k) for k in v) and _is_row([*v.values()])
+    return isinstance(v, list) and len(v)<1000 and all(o is None or _is_number(o)
+        or isinstance(o, str) and re.fullmatch(r'[\d:.]{1,16}', o) for o in v)
 
-def _is_kept(new, old)->bool:
+def _is_kept(new, old) -> bool:
     "Whether `new` may take the place of the attribute `old` of a callback"
     if type(old) is int: return _is_int(new)
     if not isinstance(old, list): return _is_number(new) or new is old is None
@@ -207,8 +225,9 @@ def _is_kept(new, old)->bool:
     return _numbers(new) or all(map(_is_row, new)) and len({*map(len, new)})<=1
 
 # %% ../nbs/17_checkpoint.ipynb #8f97a558
-def _form(tensors)->dict: return {k:(v.dtype,tuple(v.shape)) for k,v in tensors.items()}
-def _below(prefix, tensors)->dict: return {k[len(prefix):]:v for k,v in tensors.items() if k.startswith(prefix)}
+def _form(tensors) -> dict: return {k:(v.dtype,tuple(v.shape)) for k,v in tensors.items()}
+def _below(prefix, tensors) -> dict:
+    return {k[len(prefix):]:v for k,v in tensors.items() if k.startswith(prefix)}
 
 def _check_callbacks(cbs, state, tensors, model=None, learn=None, done=None):
     "`Misfit` unless each callback gets what it declares, and nobody else gets anything"
@@ -216,20 +235,22 @@ def _check_callbacks(cbs, state, tensors, model=None, learn=None, done=None):
     _need({*state}=={c.name for c in _keepers(cbs)}, 'callbacks')
     for c in _holders(cbs):
         mine = _form(_below(f'{c.name}.', tensors or {}))
-        _need(not mine or model is None or mine==_form(get_model(model).state_dict()), f'tensors of {c.name}')
+        _need(not mine or model is None or mine==_form(get_model(model).state_dict()),
+              f'tensors of {c.name}')
     for c in (o for o in _keepers(cbs) if o.name in state):
         kept = state[c.name]
-        _need({*kept}=={*c.keeps} and all(_is_kept(kept[k], getattr(c, k)) for k in c.keeps), f'callback {c.name}')
+        _need({*kept}=={*c.keeps} and all(_is_kept(kept[k], getattr(c, k)) for k in c.keeps),
+              f'callback {c.name}')
         fits = learn is None or not hasattr(type(c), 'fits') or c.fits(learn, done, tensors, **kept)
         _need(fits, f'callback {c.name}')
 
 def set_callbacks(
-    cbs,       # Callbacks
-    state:dict,# From `callback_state`
-    tensors:dict={}, # From `learner_state`; None once they are gone, when a training has finished
-    model=None,# Network, whose tensors those of callbacks must be like
-    learn=None,# `Learner`, for callbacks that look whether what they get `fits`
-    done:int=None # Epochs that were finished, in all phases; None if unknown
+    cbs,                # Callbacks
+    state: dict,        # From `callback_state`
+    tensors: dict = {}, # From `learner_state`; None once they are gone, when a training has finished
+    model=None,         # Network, whose tensors those of callbacks must be like
+    learn=None,         # `Learner`, for callbacks that look whether what they get `fits`
+    done: int = None    # Epochs that were finished, in all phases; None if unknown
 ):
     "Give callbacks what they kept: the attributes that they declare, and no others"
     cbs = list(cbs)
@@ -237,32 +258,41 @@ def set_callbacks(
     for c in (o for o in _keepers(cbs) if o.name in state):
         for k in c.keeps: setattr(c, k, state[c.name][k])
     for c in _holders(cbs):  # copies, as the originals are the file's
-        setattr(c, c.keeps_tensors, {k:v.clone() for k,v in _below(f'{c.name}.', tensors or {}).items()})
+        setattr(c, c.keeps_tensors,
+                {k:v.clone() for k,v in _below(f'{c.name}.', tensors or {}).items()})
 
 # %% ../nbs/17_checkpoint.ipynb #980fbe4b
-def _opt_state(opt)->list:
+def _opt_state(opt) -> list:
     "The state of each parameter"
-    if not isinstance(opt, Optimizer): raise CTError('opt_func', f'checkpoints know fastai\'s optimisers, not {type(opt).__name__}', 'Use Adam, SGD, RAdam, …')
+    if not isinstance(opt, Optimizer):
+        raise CTError('opt_func',
+                      f'checkpoints know fastai\'s optimisers, not {type(opt).__name__}',
+                      'Use Adam, SGD, RAdam, …')
     return [s for _,_,s,_ in opt.all_params()]
 
-def _recorder_state(r)->dict:
-    return dict(lrs=r.lrs, iters=r.iters, losses=r.losses, values=[list(v) for v in r.values], count=r.smooth_loss.count, smooth=r.smooth_loss.val)
+def _recorder_state(r) -> dict:
+    return dict(lrs=r.lrs, iters=r.iters, losses=r.losses, values=[list(v) for v in r.values],
+                count=r.smooth_loss.count, smooth=r.smooth_loss.val)
 
 # %% ../nbs/17_checkpoint.ipynb #1b57f73f
 def learner_state(
     learn # fastai `Learner`
-)->tuple: # What JSON can hold, tensors by name
+) -> tuple: # What JSON can hold, tensors by name
     "All that a learner has gathered"
     opt = _opt_state(learn.opt)
     tensors = {f'model.{k}':v for k,v in get_model(learn.model).state_dict().items()}
-    tensors |= {f'opt.{i}.{k}':v for i,s in enumerate(opt) for k,v in s.items() if isinstance(v, torch.Tensor)}
-    tensors |= {f'{c.name}.{k}':v for c in _holders(learn.cbs) for k,v in getattr(c, c.keeps_tensors).items()}
+    tensors |= {f'opt.{i}.{k}':v for i,s in enumerate(opt) for k,
+                v in s.items() if isinstance(v, torch.Tensor)}
+    tensors |= {f'{c.name}.{k}':v for c in _holders(learn.cbs) for k,
+                v in getattr(c, c.keeps_tensors).items()}
     scaler = getattr(learn, 'scaler', None)
-    return dict(opt=[{k:v for k,v in s.items() if not isinstance(v, torch.Tensor)} for s in opt], hypers=list(learn.opt.hypers),
-        scaler=scaler.state_dict() if scaler else None, recorder=_recorder_state(learn.recorder), callbacks=callback_state(learn.cbs)),tensors
+    return dict(opt=[{k:v for k,v in s.items() if not isinstance(v, torch.Tensor)} for s in opt],
+                hypers=list(learn.opt.hypers),
+        scaler=scaler.state_dict() if scaler else None, recorder=_recorder_state(learn.recorder),
+        callbacks=callback_state(learn.cbs)),tensors
 
 # %% ../nbs/17_checkpoint.ipynb #5d688bb6
-def _update_form(opt, p, own, hyper)->dict:
+def _update_form(opt, p, own, hyper) -> dict:
     "What a step of the optimiser keeps of a parameter, tried on zeros in its place"
     q,state = torch.zeros_like(p, requires_grad=False),dict(own)
     q.grad = torch.zeros_like(q)
@@ -270,7 +300,7 @@ def _update_form(opt, p, own, hyper)->dict:
         if isinstance(new := f(q, **state|hyper), dict): state.update(new)
     return {k:v for k,v in state.items() if k not in own}
 
-def _is_like(new, old)->bool:
+def _is_like(new, old) -> bool:
     "Whether `new` may be the optimiser's state where a step gives `old`"
     if isinstance(new, torch.Tensor):
         same = isinstance(old, torch.Tensor) and (new.shape,new.dtype)==(old.shape,old.dtype)
@@ -278,19 +308,21 @@ def _is_like(new, old)->bool:
     if type(old) is int: return _is_int(new, 1, 2**53)
     return _is_finite(new) and (not isinstance(old, torch.Tensor) or old.dim()==0)
 
-def _is_sound(k, t)->bool:
+def _is_sound(k, t) -> bool:
     "Whether the numbers of a tensor are finite, and variances and counts not negative"
     if t.is_floating_point() and not bool(torch.isfinite(t).all()): return False
     return not k.endswith(('sqr_avg','running_var','num_batches_tracked')) or bool((t>=0).all())
 
 # %% ../nbs/17_checkpoint.ipynb #7a2adcdc
-def _is_hyper(k, v)->bool: return _is_finite(v) and v>=0 and (v<=1 or not k.endswith('mom'))
+def _is_hyper(k, v) -> bool: return _is_finite(v) and v>=0 and (v<=1 or not k.endswith('mom'))
 
 def _check_hypers(learn, hypers):
     "`Misfit` unless hyper-parameters are possible and, if no schedule changes them, those of now"
     own,n = learn.opt.hypers,len(learn.opt.hypers)
-    scheduled = {k for c in learn.cbs if isinstance(c, ParamScheduler) for k in c.scheds} or {'lr','mom','wd'}
-    _need(isinstance(hypers, list) and len(hypers)==n and all(isinstance(h, dict) for h in hypers), 'hypers')
+    scheduled = {k for c in learn.cbs if isinstance(c, ParamScheduler) for k in c.scheds} or {'lr',
+        'mom','wd'}
+    _need(isinstance(hypers, list) and len(hypers)==n and all(isinstance(h, dict) for h in hypers),
+          'hypers')
     for h,o in zip(hypers, own):
         _need({*h}=={*o} and all(_is_hyper(k, v) for k,v in h.items()), 'hypers')
         _need(all(h[k]==o[k] for k in o if k not in scheduled), 'hypers')
@@ -298,11 +330,13 @@ def _check_hypers(learn, hypers):
 def _check_opt(opt, state, tensors, trained):
     "`Misfit` unless the state is what this optimiser keeps of its parameters"
     params,seen,new = list(opt.all_params()),0,state.get('opt')
-    _need(isinstance(new, list) and len(new)==len(params) and all(isinstance(o, dict) for o in new), 'opt')
+    _need(isinstance(new, list) and len(new)==len(params) and all(isinstance(o, dict) for o in new),
+          'opt')
     for i,(p,_,s,hyper) in enumerate(params):
         own = {k:s[k] for k in opt._keep_on_clear if k in s}
         mine = _below(f'opt.{i}.', tensors)
-        _need({k:v for k,v in new[i].items() if k in own}==own and not {*mine}&{*new[i]}, f'opt {i}')
+        _need({k:v for k,v in new[i].items() if k in own}==own and not {*mine}&{*new[i]},
+              f'opt {i}')
         kept = {k:v for k,v in (new[i]|mine).items() if k not in own}
         if not kept: continue  # no step was taken
         form,seen = _update_form(opt, p, own, hyper),seen+1
@@ -310,24 +344,29 @@ def _check_opt(opt, state, tensors, trained):
     _need(seen or not trained, 'opt')
 
 # %% ../nbs/17_checkpoint.ipynb #20497f7f
-def _is_loss(v)->bool: return type(v) is float and abs(v)<=torch.finfo(torch.float32).max
+def _is_loss(v) -> bool: return type(v) is float and abs(v)<=torch.finfo(torch.float32).max
 
 def _check_recorder(s, epoch=None):
     "`Misfit` unless there is a loss for each step, and a row for each of `epoch` epochs"
-    _need(isinstance(s, dict) and {*s}=={'lrs','iters','losses','values','count','smooth'}, 'recorder')
+    _need(isinstance(s, dict) and {*s}=={'lrs','iters','losses','values','count','smooth'},
+          'recorder')
     lists = [s[k] for k in ('lrs','losses','iters','values')]
-    _need(all(isinstance(o, list) for o in lists) and _is_int(s['count']) and _is_loss(s['smooth']), 'recorder')
+    _need(all(isinstance(o, list) for o in lists) and _is_int(s['count']) and _is_loss(s['smooth']),
+          'recorder')
     lrs,losses,iters,values = lists
-    _need(len(lrs)==len(losses)==s['count'] and all(_is_hyper('lr', o) for o in lrs) and all(map(_is_loss, losses)), 'recorder')
+    _need(len(lrs)==len(losses)==s['count'] and all(_is_hyper('lr', o) for o in lrs)
+          and all(map(_is_loss, losses)), 'recorder')
     _need(len(values)==len(iters) and epoch in (None,len(values)), 'recorder')
     _need(all(_is_int(o, 0, s['count']+1) for o in iters) and iters==sorted(iters), 'recorder')
-    _need(all(isinstance(v, list) and all(o is None or _is_number(o) for o in v) for v in values), 'recorder')
+    _need(all(isinstance(v, list) and all(o is None or _is_number(o) for o in v) for v in values),
+          'recorder')
     _need(len({*map(len, values)})<=1, 'recorder')
 
 def _check_scaler(own, kept):
     "`Misfit` unless mixed precision is as it was, and its scale is one"
     if own is None or kept is None: _need(own is kept, 'scaler'); return
-    _need(isinstance(kept, dict) and {*kept}=={*own} and all(map(_is_finite, kept.values())), 'scaler')
+    _need(isinstance(kept, dict) and {*kept}=={*own} and all(map(_is_finite, kept.values())),
+          'scaler')
     fixed = [k for k in own if k not in ('scale','_growth_tracker')]
     _need(all(kept[k]==own[k] for k in fixed) and 0<kept.get('scale', 1)<=2**100, 'scaler')
     _need(_is_int(kept.get('_growth_tracker', 0), 0, own.get('growth_interval', 1)+1), 'scaler')
@@ -335,7 +374,8 @@ def _check_scaler(own, kept):
 def _check_learner(learn, state, tensors, cbs):
     "`Misfit` unless a checkpoint is of this network, optimiser and scaler"
     _need(_form(_below('model.', tensors))==_form(get_model(learn.model).state_dict()), 'weights')
-    known = ['model.', *(f'opt.{i}.' for i,_ in enumerate(learn.opt.all_params())), *(f'{c.name}.' for c in _holders([*learn.cbs, *cbs]))]
+    known = ['model.', *(f'opt.{i}.' for i,_ in enumerate(learn.opt.all_params())),
+             *(f'{c.name}.' for c in _holders([*learn.cbs, *cbs]))]
     _need(all(k.startswith(tuple(known)) for k in tensors), 'tensors')
     _need(all(_is_sound(k, v) for k,v in tensors.items()), 'tensors')
     _check_hypers(learn, state.get('hypers'))
@@ -345,28 +385,33 @@ def _check_learner(learn, state, tensors, cbs):
     _check_recorder(state.get('recorder'), state.get('epoch'))
 
 # %% ../nbs/17_checkpoint.ipynb #b0d78492
-def _like(p, t)->torch.Tensor:
+def _like(p, t) -> torch.Tensor:
     "`t` on the device and, if it has its shape, in the memory layout of `p`"
     return torch.empty_like(p, dtype=t.dtype).copy_(t) if t.shape==p.shape else t.to(p.device)
 
 def _set_recorder(r, s):
-    r.lrs,r.iters,r.losses,r.values = list(s['lrs']),list(s['iters']),[torch.tensor(o) for o in s['losses']],[list(v) for v in s['values']]
+    r.lrs,r.iters,r.losses,r.values = list(s['lrs']),list(s['iters']),[torch.tensor(o)
+        for o in s['losses']],[list(v) for v in s['values']]
     r.smooth_loss.count,r.smooth_loss.val = s['count'],torch.tensor(s['smooth'])
 
 def set_learner(
-    learn,       # `Learner` of the same network and optimiser
-    state:dict,  # From `learner_state`
-    tensors:dict, # From `learner_state`
-    cbs=() # Callbacks that are not with the learner
+    learn,         # `Learner` of the same network and optimiser
+    state: dict,   # From `learner_state`
+    tensors: dict, # From `learner_state`
+    cbs=()         # Callbacks that are not with the learner
 ):
     "Put back what a learner had gathered"
     if learn.opt is None: learn.create_opt()
     _check_learner(learn, state, tensors, cbs)
-    get_model(learn.model).load_state_dict({k[6:]:v for k,v in tensors.items() if k.startswith('model.')})
+    get_model(learn.model).load_state_dict({k[6:]:v for k,
+                                            v in tensors.items() if k.startswith('model.')})
     for i,((p,_,s,_),new) in enumerate(zip(learn.opt.all_params(), state['opt'])):
-        s.clear(); s.update(new | {k[len(f'opt.{i}.'):]:_like(p, t) for k,t in tensors.items() if k.startswith(f'opt.{i}.')})
+        s.clear()
+        s.update(new | {k[len(f'opt.{i}.'):]:_like(p, t) for k,
+                        t in tensors.items() if k.startswith(f'opt.{i}.')})
     for h,new in zip(learn.opt.hypers, state['hypers']): h.update(new)
-    if state['scaler'] and getattr(learn, 'scaler', None): learn.scaler.load_state_dict(state['scaler'])
+    if state['scaler'] and getattr(learn, 'scaler', None):
+        learn.scaler.load_state_dict(state['scaler'])
     if hasattr(learn.recorder, 'lrs'): _set_recorder(learn.recorder, state['recorder'])
 
 # %% ../nbs/17_checkpoint.ipynb #456ef28d
@@ -374,29 +419,31 @@ class Checkpoint(Callback):
     "Keep the whole state of a training after each epoch"
     order = 100
     def __init__(self,
-        path,      # `.safetensors`
-        about:dict,# Arguments of the training, which must be the same when it is resumed
-        epochs:int=None, # Of all phases together, if known
-        steps:int=10**5, # Of each phase, at most; a file that tells of more is not read
+        path,               # `.safetensors`
+        about: dict,        # Arguments of the training, which must be the same when it is resumed
+        epochs: int = None, # Of all phases together, if known
+        steps: int = 10**5, # Of each phase, at most; a file that tells of more is not read
         model=None       # Network; a file much larger than it and an optimiser's averages is not read
     ):
         self.file,self.about,self.phase,self.start,self.at,self.tensors = Path(path),about,-1,0,{},{}
         self.epochs,self.steps,self.before = epochs,steps,0
         weights = model.state_dict().values() if model is not None else ()
-        self.size = 2**24+16*sum(t.numel()*t.element_size() for t in weights) if weights else math.inf
+        self.size = 2**24+16*sum(t.numel()*t.element_size()
+                                 for t in weights) if weights else math.inf
         self.ran = self.last = self.stop = self.ctrl_c = self.validating = self.waits = False
 
 # %% ../nbs/17_checkpoint.ipynb #b0dc6f69
-def _made_by()->str: return f'covid3d {__version__}, torch {torch.__version__}'
+def _made_by() -> str: return f'covid3d {__version__}, torch {torch.__version__}'
 
 @patch
-def _write(self:Checkpoint, state=None, tensors=None, **kwargs)->dict:
-    state = dict(about=self.about, made_by=_made_by(), threads=torch.get_num_threads(), phase=0, epoch=0, finished=False) | (state or {}) | kwargs
+def _write(self: Checkpoint, state=None, tensors=None, **kwargs) -> dict:
+    state = dict(about=self.about, made_by=_made_by(), threads=torch.get_num_threads(), phase=0,
+                 epoch=0, finished=False) | (state or {}) | kwargs
     write_checkpoint(self.file, state, tensors or {})
     return state
 
 @patch
-def finish(self:Checkpoint,
+def finish(self: Checkpoint,
     cbs,       # Callbacks whose state is kept
     check=noop # Called before, to look whether all is there
 ):
@@ -412,14 +459,18 @@ _learned = {'opt','hypers','scaler','recorder','callbacks','random'}
 def _check_within(w):
     "`Misfit` unless `w` is what is noted within an epoch, or None"
     _need(w is None or isinstance(w, dict) and {*w}=={'step','pct_train','train_iter','began'}
-          and _is_int(w['step'], 1, 10**9) and _is_finite(w['pct_train']) and _is_int(w['train_iter'], 0, 10**12), 'within')
+          and _is_int(w['step'], 1,
+                      10**9) and _is_finite(w['pct_train']) and _is_int(w['train_iter'], 0, 10**12),
+                      'within')
 
 def _check_state(s, tensors):
     "`Misfit` unless `s` is what `Checkpoint` writes, as far as that can be told without the learner"
     _need(isinstance(s, dict) and isinstance(s.get('about'), dict), 'about')
-    _need(isinstance(s.get('made_by'), str) and re.fullmatch(r'[\w .,+-]{1,100}', s['made_by']), 'made_by')
+    _need(isinstance(s.get('made_by'), str) and re.fullmatch(r'[\w .,+-]{1,100}', s['made_by']),
+          'made_by')
     _need(_is_int(s.get('threads'), 1, max(64, 4*(os.cpu_count() or 1))), 'threads')
-    _need(_is_int(s.get('phase'), 0, 100) and _is_int(s.get('epoch'), 0, 10**6) and isinstance(s.get('finished'), bool), 'phase and epoch')
+    _need(_is_int(s.get('phase'), 0, 100) and _is_int(s.get('epoch'), 0, 10**6)
+          and isinstance(s.get('finished'), bool), 'phase and epoch')
     _check_within(w := s.get('within'))
     begun = s['epoch']>0 or w is not None
     _need(not begun if s['finished'] else begun or not s['phase'], 'phase and epoch')
@@ -427,37 +478,43 @@ def _check_state(s, tensors):
     more = {'callbacks'} if s['finished'] else _learned if begun else set()
     _need({*s}==_always|more|({'within'} if w else set()), 'list of parts')
 
-_dtypes = {str(o)[6:]:o for o in (torch.float64,torch.float32,torch.float16,torch.bfloat16,torch.int64)}
+_dtypes = {str(o)[6:]:o
+           for o in (torch.float64,torch.float32,torch.float16,torch.bfloat16,torch.int64)}
 
 @patch
 @contextmanager
-def _fitting(self:Checkpoint):
+def _fitting(self: Checkpoint):
     "A part that does not fit, in one line"
     try: yield
     except (Misfit,RecursionError) as e:
         part = e if isinstance(e, Misfit) else 'about'  # nested too deep
-        raise CTError(self.file, f'is no checkpoint of this training: its part {part} does not fit', 'Start anew with --overwrite, or give the folder of this training') from None
+        raise CTError(self.file, f'is no checkpoint of this training: its part {part} does not fit',
+                      'Start anew with --overwrite, or give the folder of this training') from None
 
 @patch
-def _tell(self:Checkpoint, state):
+def _tell(self: Checkpoint, state):
     done = 'it had finished' if state['finished'] else f'phase {state["phase"]+1}, {state["epoch"]} of its epochs are done'
     if w := state.get('within'): done += f', and {w["step"]} steps of the next'
-    then,now = [f'{by}, {n} thread{"s"[:n!=1]}' for by,n in ((state['made_by'], state['threads']), (_made_by(), torch.get_num_threads()))]
+    then,now = [f'{by}, {n} thread{"s"[:n!=1]}' for by,
+                n in ((state['made_by'], state['threads']), (_made_by(), torch.get_num_threads()))]
     note = '' if then==now else f' (by {then}; with {now} the weights may differ)'
     print(f'{self.file}: {done}{note}', flush=True)
 
 @patch
-def _room(self:Checkpoint)->dict:
+def _room(self: Checkpoint) -> dict:
     "How long the header of a checkpoint of this training may be, and how many parts it may have"
-    about,epochs = json.dumps(self.about, default=_plain),1000 if self.epochs is None else self.epochs
-    return dict(size=self.size, most=2**22 + 2**17*place()[1] + 2*len(about) + 4000*epochs + 64*self.steps,
+    about,epochs = json.dumps(self.about,
+                              default=_plain),1000 if self.epochs is None else self.epochs
+    return dict(size=self.size,
+                most=2**22 + 2**17*place()[1] + 2*len(about) + 4000*epochs + 64*self.steps,
                 parts=2**16 + 8*epochs + about.count('{')+about.count('['))
 
 @patch
-def _open(self:Checkpoint, resume)->dict:
+def _open(self: Checkpoint, resume) -> dict:
     sweep(self.file.parent)  # what a killed run was writing
     if not resume or not self.file.exists():
-        if resume: print(f'no checkpoint in {self.file.parent}: the training begins anew', flush=True)
+        if resume:
+            print(f'no checkpoint in {self.file.parent}: the training begins anew', flush=True)
         return self._write()
     state,self.tensors = read_checkpoint(self.file, **self._room())
     with self._fitting():
@@ -469,17 +526,18 @@ def _open(self:Checkpoint, resume)->dict:
 
 # %% ../nbs/17_checkpoint.ipynb #5aaff346
 @patch
-def begin(self:Checkpoint,
-    resume:bool=False # Go on from the checkpoint, if there is one
-)->bool: # Whether the training had finished
+def begin(self: Checkpoint,
+    resume: bool = False # Go on from the checkpoint, if there is one
+) -> bool: # Whether the training had finished
     "Read the checkpoint, or mark the beginning of a training"
     self.at = once(lambda: self._open(resume))
-    for k,(dtype,shape) in self.at.get('shapes', {}).items(): self.tensors.setdefault(k, torch.empty(shape, dtype=_dtypes[dtype]))
+    for k,(dtype,shape) in self.at.get('shapes', {}).items():
+        self.tensors.setdefault(k, torch.empty(shape, dtype=_dtypes[dtype]))
     if self.at.get('shapes'): spread([self.tensors[k] for k in self.at['shapes']])
     return self.at['finished']
 
 # %% ../nbs/17_checkpoint.ipynb #a60fec5f
-def _now(dls)->dict: return json.loads(json.dumps(get_random(dls)))
+def _now(dls) -> dict: return json.loads(json.dumps(get_random(dls)))
 
 def _pass_over(dl, n, then):
     "Leave out the first `n` samples of the next epoch of a fastai `DataLoader`; `then` is called before the others are made"
@@ -492,7 +550,8 @@ def _pass_over(dl, n, then):
         then()
         return sample()
     dl.get_idxs = rest
-    if dl.fake_l.num_workers==0: dl.sample = begin  # PyTorch's iterator draws a seed between the two
+    # PyTorch's iterator draws a seed between the two
+    if dl.fake_l.num_workers==0: dl.sample = begin
 
 
 
@@ -514,12 +573,13 @@ def _deaf_workers(dls):
 
 @patch
 @contextmanager
-def _on_sigterm(self:Checkpoint, dls):
+def _on_sigterm(self: Checkpoint, dls):
     "Let SIGTERM end the training with a checkpoint, and Ctrl-C end it in any case"
     self.stop = self.ctrl_c = False
     if place()[1]>1 or threading.current_thread() is not threading.main_thread(): yield; return
     told = {signal.SIGTERM:self._told_to_stop}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler: told[signal.SIGINT] = self._interrupted
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        told[signal.SIGINT] = self._interrupted
     old = {k:signal.signal(k, f) for k,f in told.items()}
     try:
         with _deaf_workers(dls): yield
@@ -527,44 +587,48 @@ def _on_sigterm(self:Checkpoint, dls):
         for k,f in old.items(): signal.signal(k, f or signal.SIG_DFL)
 
 @patch
-def _interrupted(self:Checkpoint, *_):
+def _interrupted(self: Checkpoint, *_):
     "What Ctrl-C calls"
     self.ctrl_c = True
     raise KeyboardInterrupt
 
 @patch
-def before_batch(self:Checkpoint):
+def before_batch(self: Checkpoint):
     if self.ctrl_c: raise KeyboardInterrupt  # the first was lost
 
 @patch
-def _told_to_stop(self:Checkpoint, *_):
+def _told_to_stop(self: Checkpoint, *_):
     "What SIGTERM calls"
     again,self.stop = self.stop,True
     if again: raise SystemExit(143)
     if self.validating: self._save_within(len(self.learn.dls.train)); self._leave()
 
 @patch
-def _leave(self:Checkpoint):
-    if self.stop: print(f'{self.file}: stopped by SIGTERM; --resume continues', flush=True); raise SystemExit(143)
+def _leave(self: Checkpoint):
+    if self.stop:
+        print(f'{self.file}: stopped by SIGTERM; --resume continues', flush=True)
+        raise SystemExit(143)
 
 # %% ../nbs/17_checkpoint.ipynb #3f777571
 @patch
-def _mark(self:Checkpoint, rand=None):
+def _mark(self: Checkpoint, rand=None):
     "Note what validation and the end of the epoch are going to change"
-    self.here = dict(rand=rand or _now(self.learn.dls), callbacks=json.loads(json.dumps(callback_state(self.learn.cbs), default=_plain)),
+    self.here = dict(rand=rand or _now(self.learn.dls),
+        callbacks=json.loads(json.dumps(callback_state(self.learn.cbs), default=_plain)),
                      pct_train=float(self.learn.pct_train), train_iter=int(self.learn.train_iter))
 
 @patch
-def _save_within(self:Checkpoint, step):
+def _save_within(self: Checkpoint, step):
     "Write a checkpoint after `step` steps of this epoch"
     for c in self.learn.cbs:
-        if hasattr(c, 'swap_back'): c.swap_back()  # the weights that train, where others are validated
+        # the weights that train, where others are validated
+        if hasattr(c, 'swap_back'): c.swap_back()
     h = self.here
     within = dict(step=step, began=self.began, pct_train=h['pct_train'], train_iter=h['train_iter'])
     self.save(self.epoch, h['rand'], callbacks=h['callbacks'], within=within)
 
 @patch
-def before_train(self:Checkpoint):
+def before_train(self: Checkpoint):
     self.ran,w,dls = True,self.at.pop('within', None),self.learn.dls
     rand = _now(dls)
     self.began,self.done = (w['began'],w['step']) if w else (rand,0)
@@ -576,17 +640,19 @@ def before_train(self:Checkpoint):
 
 # %% ../nbs/17_checkpoint.ipynb #ff1dc37d
 @patch
-def after_batch(self:Checkpoint):
+def after_batch(self: Checkpoint):
     if not (self.training and self.ran): return
     if self.stop or self.done+self.iter+1==self.n_iter: self._mark()
-    half = any(p.grad is not None and bool(p.grad.any()) for p in self.model.parameters()) if self.stop else True
-    if not half: self._save_within(self.done+self.iter+1); self._leave()  # not between the batches of one step
+    half = any(p.grad is not None and bool(p.grad.any())
+               for p in self.model.parameters()) if self.stop else True
+    # not between the batches of one step
+    if not half: self._save_within(self.done+self.iter+1); self._leave()
 
 @patch
-def before_validate(self:Checkpoint): self.validating = self.ran
+def before_validate(self: Checkpoint): self.validating = self.ran
 
 @patch
-def after_validate(self:Checkpoint): self.validating = False
+def after_validate(self: Checkpoint): self.validating = False
 
 # %% ../nbs/17_checkpoint.ipynb #11b89167
 @contextmanager
@@ -598,19 +664,19 @@ def _to_be_resumed():
         raise CTError(e.what, e.fault, f'{e.cure}, then go on with --resume') from None
 
 @patch
-def _require_room(self:Checkpoint, n_epoch, steps):
+def _require_room(self: Checkpoint, n_epoch, steps):
     "Refuse to train for longer than a checkpoint is read of"
     if steps>self.steps or n_epoch>(1000 if self.epochs is None else self.epochs):
         fault = f'{n_epoch} epochs of {steps} steps are more than its checkpoint was told of'
         raise CTError('epochs', fault, 'Give Checkpoint their number: epochs, steps')
 
 @patch
-def fit(self:Checkpoint,
-    learn,    # `Learner`
-    n_epoch,  # Of this phase
-    *args,    # For `fit_one_cycle`
-    cbs=(),   # Callbacks, without this one
-    **kwargs  # For `fit_one_cycle`
+def fit(self: Checkpoint,
+    learn,   # `Learner`
+    n_epoch, # Of this phase
+    *args,   # For `fit_one_cycle`
+    cbs=(),  # Callbacks, without this one
+    **kwargs # For `fit_one_cycle`
 ):
     "`learn.fit_one_cycle`, from where it was left"
     self.phase += 1
@@ -620,13 +686,17 @@ def fit(self:Checkpoint,
     self.waits = self.phase==here and bool(self.tensors)
     with self._fitting(): _need(self.start<=n_epoch, 'epoch')
     if self.phase<here: self.before += n_epoch; return
-    if self.start==n_epoch: self.waits = False; learn.model.to(learn.dls.device); self.restore(learn, cbs)
+    if self.start==n_epoch:
+        self.waits = False
+        learn.model.to(learn.dls.device)
+        self.restore(learn, cbs)
     else:
-        with self._on_sigterm(learn.dls), _to_be_resumed(): learn.fit_one_cycle(n_epoch, *args, cbs=[*cbs, self], start_epoch=self.start, **kwargs)
+        with self._on_sigterm(learn.dls), _to_be_resumed():
+            learn.fit_one_cycle(n_epoch, *args, cbs=[*cbs, self], start_epoch=self.start, **kwargs)
 
 # %% ../nbs/17_checkpoint.ipynb #5a677783
 @patch
-def _check_place(self:Checkpoint, learn):
+def _check_place(self: Checkpoint, learn):
     "`Misfit` unless the random numbers, and the place within the epoch, are of this training"
     rand,w,steps = self.at['random'],self.at.get('within'),len(learn.dls.train)
     _need(isinstance(rand, list) and len(rand)==place()[1], 'random')
@@ -638,14 +708,16 @@ def _check_place(self:Checkpoint, learn):
     _need(w['train_iter']<=done*steps+.5 and abs(w['pct_train']-done/learn.n_epoch)<1e-6, 'within')
 
 @patch
-def restore(self:Checkpoint,
+def restore(self: Checkpoint,
     learn, # `Learner`
     cbs    # Its callbacks
 ):
     "Put back the state of the checkpoint; of a finished training, that of the callbacks"
     at = self.at
     with self._fitting():
-        if at['finished']: set_callbacks(cbs, at['callbacks'], None, learn.model, learn, self.epochs); return
+        if at['finished']:
+            set_callbacks(cbs, at['callbacks'], None, learn.model, learn, self.epochs)
+            return
         if learn.opt is None: learn.create_opt()
         cbs,done = [*learn.cbs, *(c for c in cbs if c not in learn.cbs)],self.before+at['epoch']
         _check_callbacks(cbs, at['callbacks'], self.tensors, learn.model, learn, done)
@@ -657,10 +729,10 @@ def restore(self:Checkpoint,
     self.tensors = {}
 
 @patch
-def save(self:Checkpoint,
-    epoch:int, # Finished epochs of this phase
-    rand=None, # From `get_random`; where the random numbers are now if None
-    **kwargs   # More to keep
+def save(self: Checkpoint,
+    epoch: int, # Finished epochs of this phase
+    rand=None,  # From `get_random`; where the random numbers are now if None
+    **kwargs    # More to keep
 ):
     "Write the state of the learner"
     rand = gather(json.loads(json.dumps(rand or get_random(self.learn.dls))))
@@ -671,41 +743,44 @@ def save(self:Checkpoint,
 
 # %% ../nbs/17_checkpoint.ipynb #b32afeed
 @patch
-def before_fit(self:Checkpoint):
+def before_fit(self: Checkpoint):
     self.ran = self.last = False
-    if self.start: self.logger_,self.learn.logger = self.learn.logger,noop  # quiet until the epochs that are done are passed
+    # quiet until the epochs that are done are passed
+    if self.start: self.logger_,self.learn.logger = self.learn.logger,noop
 
 @patch
-def before_epoch(self:Checkpoint):  # not called for an epoch that is passed over
+def before_epoch(self: Checkpoint):  # not called for an epoch that is passed over
     if self.start: self.learn.logger,self.start = self.logger_,0
     if self.waits: self.restore(self.learn, self.learn.cbs); self.waits = False
 
 @patch
-def after_epoch(self:Checkpoint):
+def after_epoch(self: Checkpoint):
     self.last = self.ran and self.epoch+1==self.n_epoch
     if self.ran and not self.last: self.save(self.epoch+1); self._leave()
     self.ran = False
 
 @patch
-def after_fit(self:Checkpoint):
+def after_fit(self: Checkpoint):
     if self.last: self.save(self.n_epoch); self._leave()
 
 # %% ../nbs/17_checkpoint.ipynb #8598789c
 def batch_names(
     learn # `Learner` in training
-)->list: # Names of the cases, or numbers of the samples
+) -> list: # Names of the cases, or numbers of the samples
     "Which cases the batch at hand was cut from"
     dl,i = learn.dl,learn.iter
-    idxs = list(getattr(dl, '_DataLoader__idxs', []))[i*dl.bs:(i+1)*dl.bs]  # in the order in which this epoch draws them
+    # in the order in which this epoch draws them
+    idxs = list(getattr(dl, '_DataLoader__idxs', []))[i*dl.bs:(i+1)*dl.bs]
     items = getattr(dl.dataset, 'items', None)
-    return list(dict.fromkeys(str(getattr(items[j], 'name', items[j])) if items is not None else f'sample {j}' for j in idxs))
+    return list(dict.fromkeys(str(getattr(items[j], 'name', items[j])) if items is not None
+                              else f'sample {j}' for j in idxs))
 
 # %% ../nbs/17_checkpoint.ipynb #99498beb
 class StopOnNaN(Callback):
     "End a training whose loss or weights are no longer finite"
     order,keeps = 51,('steps','epochs')  # after the recorder, whose loss is that of all processes
     def __init__(self): self.steps = self.epochs = 0
-    def fits(self, learn, done, tensors, steps, epochs)->bool:
+    def fits(self, learn, done, tensors, steps, epochs) -> bool:
         "Whether there were so many epochs, and steps"
         return done is None or epochs<=done and steps<=(done+1)*10**7
     def after_batch(self):
@@ -714,12 +789,16 @@ class StopOnNaN(Callback):
         if math.isfinite(self.learn.smooth_loss): return
         bad = not bool(torch.isfinite(self.learn.loss).all())
         names = [n for o in gather(batch_names(self.learn) if bad else []) for n in o]
-        self._stop('the loss', f'batch {self.iter+1} of epoch {self.epochs} (from 0, as in history.csv), cut from {", ".join(names)}')
+        self._stop('the loss',
+                   f'batch {self.iter+1} of epoch {self.epochs} (from 0, as in history.csv), cut from {", ".join(names)}')
     def after_train(self):
         fine = all(bool(torch.isfinite(v).all()) for v in self.model.state_dict().values())
-        if not fine: self._stop('a weight', f'the end of epoch {self.epochs} (from 0, as in history.csv)')
+        if not fine:
+            self._stop('a weight', f'the end of epoch {self.epochs} (from 0, as in history.csv)')
         self.epochs += 1
     def _stop(self, what, where):
         cure = 'Start anew with a lower lr (--lr, with --overwrite), or look at these scans; until then the weights that were kept stay'
-        def stop(): raise CTError('loss', f'{what} became NaN or infinite at step {self.steps}, {where}', cure)
+        def stop():
+            raise CTError('loss', f'{what} became NaN or infinite at step {self.steps}, {where}',
+                          cure)
         once(stop)

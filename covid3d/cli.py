@@ -172,7 +172,7 @@ def _hushed(quiet):
             with redirect_stdout(nowhere if quiet else sys.stdout): yield
         finally: _loud = None
 
-def _plain(text)->str:
+def _plain(text) -> str:
     "One line of text that is safe to print"
     if str(text).isprintable(): return str(text)
     from covid3d.volume import plain
@@ -403,7 +403,8 @@ def _names_or_fraction(given):
     return given or None
 
 # %% ../nbs/30_cli.ipynb #ee2e839f
-_any_layout = Literal['coronacases','mosmed','covid1920','ricord','plain','nnunet','dicom']
+_any_layout = Literal['folder','plain','nnunet','dicom','coronacases','zenodo','kaggle','ricord',
+                      'mosmed','covid1920']
 
 @_command('Data')
 def _table(
@@ -523,13 +524,13 @@ def _train(
     _wrote(runs[0]/'model.safetensors', f' · whole-scan Dice on valid {learn.kept.best:.3f}')
 
 # %% ../nbs/30_cli.ipynb #50716aa3
-def _started()->tuple:
+def _started() -> tuple:
     "The number of this process, and how many torchrun started; (0, 1) if it is alone"
     if not {'RANK','WORLD_SIZE'} & {*os.environ}: return 0,1
     from covid3d.distributed import started
     return started()
 
-def _runs(out, folds, fold)->list:
+def _runs(out, folds, fold) -> list:
     "Folders of the trainings to come"
     if folds is None and fold is None: return [Path(out)]
     if folds is None:
@@ -643,12 +644,12 @@ def _cases_to_score(table, split, segmenter, klass, out, files):
     keep_inputs(out, [table, *files, *(p for c in cases for p in (c.ct, *c.masks.values()))])
     return cases
 
-def _class_of(spec, klass)->str:
+def _class_of(spec, klass) -> str:
     if klass is None or klass in spec.classes: return klass or spec.lesion
     remedy = f'Give {" or ".join(spec.classes)}'
     raise _Refused('--score-class', f'the weights do not find {klass!r}', remedy)
 
-def _told_before(cases, klass, segmenter)->str:
+def _told_before(cases, klass, segmenter) -> str:
     "Print the warnings of the check; say which cases the weights know"
     from covid3d.cases import check_cases
     from covid3d.evaluate import seen_note
@@ -662,7 +663,7 @@ def _told_before(cases, klass, segmenter)->str:
     return note
 
 # %% ../nbs/30_cli.ipynb #b49a422d
-def _labels(paths)->dict:
+def _labels(paths) -> dict:
     "Names for other models' scores: their folders, with the one above where two are the same"
     folders = [(Path(p) if Path(p).is_dir() else Path(p).parent).resolve() for p in paths]
     alone = lambda f: sum(f.name==o.name for o in folders)==1
@@ -671,7 +672,7 @@ def _labels(paths)->dict:
         raise _Refused('--compare', 'two of the folders have the same name', 'Rename one')
     return dict(zip(names, paths))
 
-def _difference(c)->str:
+def _difference(c) -> str:
     "The difference in Dice to another model, or why there is none"
     from covid3d.statistics import span, too_few
     if isinstance(c, str) or 'p' not in c[0]: return c if isinstance(c, str) else c[0]['reason']
@@ -689,7 +690,7 @@ def _print_scores(df, indent=''):
         line = r.error or f'{r.case}  Dice {r.dice:.3f}  {ml}'
         print(indent+_plain(line), file=sys.stderr if r.error else sys.stdout)
 
-def _print_report(df, page, kept, others, spec, klass)->int:
+def _print_report(df, page, kept, others, spec, klass) -> int:
     "What an evaluation found, in a few lines"
     from covid3d.evaluate import class_note
     from covid3d.statistics import compare_all, headline
@@ -744,7 +745,7 @@ def _predict(
     return _print_masks(df, Path(out))
 
 # %% ../nbs/30_cli.ipynb #4b0fc7c1
-def _print_masks(df, out)->int:
+def _print_masks(df, out) -> int:
     "How many masks were written, and where to look"
     n = df.state.value_counts().to_dict()
     masks = [k for r in df.itertuples() if r.state!='failed' for k in r.masks.split(' / ')]
@@ -798,23 +799,23 @@ def _in_words(m): return f'--init {"kinetics" if m[1]=="True" else "random"}'
 
 _scarce = 'out of memory','allocate',"can't start new thread",'failed to map segment'
 
-def _is_scarce(e)->bool:
+def _is_scarce(e) -> bool:
     "Whether memory ran out: as an object, a thread or a library that found no room"
     told = isinstance(e, (RuntimeError,ImportError,OSError)) and any(o in str(e) for o in _scarce)
     return told or isinstance(e, MemoryError)
 
-def _is_ours(e)->bool:
+def _is_ours(e) -> bool:
     "Whether it is a `CTError`, whose module may not be loaded"
     volume = sys.modules.get('covid3d.volume')
     return volume is not None and isinstance(e, volume.CTError)
 
-def _options(words)->set:
+def _options(words) -> set:
     "Names of the parameters of the command that `words` begin with"
     command = typer.main.get_command(app).commands.get(words[0] if words else None)
     return {p.name for p in command.params} if command else set()
 
 # %% ../nbs/30_cli.ipynb #34929346
-def _one_line(e, options=())->str:
+def _one_line(e, options=()) -> str:
     "An error as one line"
     if _is_ours(e):
         what = _plain(e.what)
@@ -839,7 +840,7 @@ def _one_line(e, options=())->str:
 _UsageError = typer.BadParameter.__base__
 _limit = re.compile('(greater|less) than or equal to ([^ ]+)')
 
-def _usage_line(e)->str:
+def _usage_line(e) -> str:
     "What is wrong with the words of a command line"
     if isinstance(e, _Refused): return f'{e.ctx.command_path if e.ctx else "covid3d"}: {e.line}'
     where,param = e.ctx.command_path if e.ctx else 'covid3d',getattr(e, 'param', None)
@@ -884,7 +885,7 @@ def _say(line):
 
 def main(
     argv=None # Words of the command line; those of the process if None
-)->int: # Exit status
+) -> int: # Exit status
     "The `covid3d` command"
     if '_COVID3D_COMPLETE' in os.environ:
         return typer.main.get_command(app).main(prog_name='covid3d')
@@ -902,7 +903,7 @@ def main(
         _say(f'covid3d: {_one_line(e)}'); _lead_nowhere(); return 2
 
 # %% ../nbs/30_cli.ipynb #b818dcc5
-def _run(argv)->int:
+def _run(argv) -> int:
     "Parse and run one command, tell what goes wrong"
     words = ['--help'] if argv in ([],['help']) else argv
     try:

@@ -33,8 +33,8 @@ from .volume import CTError, write_atomic
 
 # %% ../nbs/09_data.ipynb #83bd19f6
 def prepared_folder(
-    table:str|Path|pd.DataFrame # CSV, a folder that `covid3d prepare` wrote, or a DataFrame
-)->Path: # None where there is no place beside it
+    table: str|Path|pd.DataFrame # CSV, a folder that `covid3d prepare` wrote, or a DataFrame
+) -> Path: # None where there is no place beside it
     "Where the prepared cases of a table lie"
     if isinstance(table, pd.DataFrame): return None
     p = Path(table)
@@ -46,28 +46,32 @@ def prepared_folder(
 class CaseReader:
     "`Case` → `Prepared`, for one spec"
     def __init__(self,
-        spec:CTSpec,         # Spacing, window and classes
-        folder:str|Path=None # Of prepared cases; a temporary one if None
+        spec: CTSpec,           # Spacing, window and classes
+        folder: str|Path = None # Of prepared cases; a temporary one if None
     ):
         self.spec,self.open,self._sound,self._tmp = spec,{},set(),None if folder else tempfile.TemporaryDirectory(prefix='covid3d-')
         self.folder = Path(folder or self._tmp.name)
         sweep(self.folder)
-    def __call__(self, case:Case)->Prepared:
-        if case not in self.open: self.open[case] = prepare_case(case, self.spec, self.folder, check=case not in self._sound)
+    def __call__(self, case: Case) -> Prepared:
+        if case not in self.open:
+            self.open[case] = prepare_case(case, self.spec, self.folder,
+                                           check=case not in self._sound)
         return self.open[case]
-    def __getstate__(self): return dict(spec=self.spec, folder=self.folder, open={}, _sound={*self.open}|self._sound, _tmp=None)
+    def __getstate__(self):
+        return dict(spec=self.spec, folder=self.folder, open={}, _sound={*self.open}|self._sound,
+                    _tmp=None)
 
 # %% ../nbs/09_data.ipynb #1331f886
 @patch
-def prepare(self:CaseReader,
-    cases:list,      # `Case`s
-    workers:int=None # Threads; two if None
-)->list: # Of `Prepared`, or of `CTError` where a case could not be prepared
+def prepare(self: CaseReader,
+    cases: list,        # `Case`s
+    workers: int = None # Threads; two if None
+) -> list: # Of `Prepared`, or of `CTError` where a case could not be prepared
     "Prepare many"
     return prepare_cases(cases, self.spec, self.folder, workers)
 
 @patch
-def ready(self:CaseReader, case:Case)->bool:
+def ready(self: CaseReader, case: Case) -> bool:
     "Whether the case is prepared in its present form"
     if case in self.open: return True
     try: found = find_prepared(case, self.spec, self.folder)
@@ -76,7 +80,7 @@ def ready(self:CaseReader, case:Case)->bool:
     return found is not None
 
 @patch
-def read(self:CaseReader, case: Case) -> torch.Tensor: # uint8 (1, slice, row, column)
+def read(self: CaseReader, case: Case) -> torch.Tensor: # uint8 (1, slice, row, column)
     "The CT alone, prepared in memory where the case has no masks"
     if all(k in case.masks for k in self.spec.classes): return self(case).ct
     return (self.spec.prepare(case.open_ct())*255).round_().to(torch.uint8)
@@ -86,7 +90,8 @@ def _case(o) -> Case:
     "The case of a path; DICOM is called by a pseudonym, since its paths may name a patient"
     if isinstance(o, Case): return o
     p = Path(o)
-    return Case(re.sub(r'\.nii(\.gz)?$', '', p.name, flags=re.I) if is_nifti(p) else pseudonym(str(p.absolute())), p)
+    return Case(re.sub(r'\.nii(\.gz)?$', '', p.name, flags=re.I) if is_nifti(p)
+                else pseudonym(str(p.absolute())), p)
 
 def _mask_files(o, classes) -> dict:
     "Class → file of a mask"
@@ -94,10 +99,12 @@ def _mask_files(o, classes) -> dict:
     if isinstance(o, dict): return {k:Path(v) for k,v in o.items()}
     paths = [o] if isinstance(o, (str,Path)) else list(o)
     if len(paths)>len(classes):
-        raise CTError('get_y', f'{len(paths)} masks for the classes {", ".join(classes)}', 'Give one for each class, in this order')
+        raise CTError('get_y', f'{len(paths)} masks for the classes {", ".join(classes)}',
+                      'Give one for each class, in this order')
     return dict(zip(classes, map(Path, paths)))
 
-def _joined(case, masks=None) -> Case: return case if masks is None or masks is case.masks else replace(case, masks=masks)
+def _joined(case, masks=None) -> Case:
+    return case if masks is None or masks is case.masks else replace(case, masks=masks)
 
 # %% ../nbs/09_data.ipynb #f9d33b36
 class ReadCT(Transform):
@@ -122,15 +129,15 @@ class OpenScan(ItemTransform):
         return TensorCT(p.ct),p
 
 # %% ../nbs/09_data.ipynb #002025ca
-def _to_float(x:TensorCT): return x.float()/255 if x.dtype==torch.uint8 else x.float()
+def _to_float(x: TensorCT): return x.float()/255 if x.dtype==torch.uint8 else x.float()
 
 def _ct_block(reader) -> TransformBlock:
     cut = [OpenScan(reader),RandomPatch(reader.spec.patch)]
     return TransformBlock(type_tfms=[ReadCT(reader)], item_tfms=cut, batch_tfms=[_to_float])
 
 def CTBlock(
-    spec: CTSpec = None,       # Spacing, window, patch and classes; the default `CTSpec()` if None
-    prepared: str|Path = None  # Folder in which prepared scans are kept; a temporary one if None
+    spec: CTSpec = None,      # Spacing, window, patch and classes; the default `CTSpec()` if None
+    prepared: str|Path = None # Folder in which prepared scans are kept; a temporary one if None
 ) -> TransformBlock:
     "The input, from paths or `Case`s: patches of CT with one channel, values in [0, 1]"
     return _ct_block(CaseReader(spec or CTSpec(), prepared))
@@ -161,62 +168,71 @@ def cases_in(
 
 # %% ../nbs/09_data.ipynb #5e1fe98a
 def stratified_folds(
-    cases:list,# `Case`s
-    loads,     # Lesion volume of each, 0 or more, any unit
-    k:int=5,   # Folds, from 2 to the number of patients
-    seed:int=0 # Of the dealing
-)->list: # Fold of each case, 0…k−1
+    cases: list,  # `Case`s
+    loads,        # Lesion volume of each, 0 or more, any unit
+    k: int = 5,   # Folds, from 2 to the number of patients
+    seed: int = 0 # Of the dealing
+) -> list: # Fold of each case, 0…k−1
     "Folds by patient, balanced by lesion burden"
     who,total = [c.patient or c.name for c in cases],{}
     for w,l in zip(who, loads): total[w] = total.get(w, 0)+l
-    if not 2<=k<=len(total): raise CTError('folds', f'{len(total)} patients cannot make {k} folds', f'Give 2 to {len(total)}')
+    if not 2<=k<=len(total):
+        raise CTError('folds', f'{len(total)} patients cannot make {k} folds',
+                      f'Give 2 to {len(total)}')
     rng,order,fold = random.Random(seed),sorted(total, key=lambda w: (total[w],w)),{}
     for i in range(0, len(order), k): fold |= dict(zip(order[i:i+k], rng.sample(range(k), k)))
     return [fold[w] for w in who]
 
 # %% ../nbs/09_data.ipynb #619837bd
-def _masks(spec)->tuple: return tuple(dict.fromkeys((*spec.classes,'lung')))
+def _masks(spec) -> tuple: return tuple(dict.fromkeys((*spec.classes,'lung')))
 
 # %% ../nbs/09_data.ipynb #3ee7e73f
 _again = 'Run `covid3d prepare` again'
 
-def _read_spec(path)->CTSpec:
+def _read_spec(path) -> CTSpec:
     "The `spec.json` of a prepared folder"
     o = read_json(path, most=2**16, remedy=_again)
     if {*o}!={f.name for f in fields(CTSpec)}: raise CTError(path, 'is not a specification', _again)
     try: return spec_class(o)(**o)
     except CTError as e: raise CTError(path, f'{e.what}: {e.fault}', _again) from None
 
-def _prepared_table(table, spec)->tuple:
+def _prepared_table(table, spec) -> tuple:
     "The case table, and the spec where a prepared folder brings one"
-    if spec is not None and not isinstance(spec, CTSpec): raise CTError('spec', f'a {type(spec).__name__} is not a CTSpec', 'Give CTSpec(…)')
+    if spec is not None and not isinstance(spec, CTSpec):
+        raise CTError('spec', f'a {type(spec).__name__} is not a CTSpec', 'Give CTSpec(…)')
     if isinstance(table, pd.DataFrame) or not Path(table).is_dir(): return table,spec or CTSpec()
     f = Path(table); t = f/'cases.csv'
-    if not t.is_file(): raise CTError(table, 'this folder holds no prepared cases', 'Write them with `covid3d prepare`')
+    if not t.is_file():
+        raise CTError(table, 'this folder holds no prepared cases',
+                      'Write them with `covid3d prepare`')
     spec,df = spec or _read_spec(f/'spec.json'),_read_csv(t)
     if 'not_prepared' not in df: return t,spec
     df = df[df.not_prepared=='']
-    if not len(df): raise CTError(t, 'no case of it could be prepared', 'Mend the scans, and run `covid3d prepare` again')
-    return df.assign(**{k:[str(f/o) if o else '' for o in df[k]] for k in ('ct',*_masks(spec)) if k in df}),spec
+    if not len(df):
+        raise CTError(t, 'no case of it could be prepared',
+                      'Mend the scans, and run `covid3d prepare` again')
+    return df.assign(**{k:[str(f/o) if o else '' for o in df[k]] for k in ('ct',*_masks(spec))
+                        if k in df}),spec
 
 # %% ../nbs/09_data.ipynb #c22d0e21
 _about_sources = 'where the scans and masks lie from which the cases of this folder were prepared; paths may name patients: leave this file out when you pass the folder on'
 
-def _read_sources(folder)->dict:
+def _read_sources(folder) -> dict:
     "Case → paths by column, of a prepared folder"
     f = Path(folder)/'sources.json'
     if not os.path.lexists(f): return {}
     o = read_json(f, remedy='Remove it, or run `covid3d prepare` again').get('cases')
-    text = lambda v: isinstance(v, dict) and 'ct' in v and all(isinstance(p, str) and '\0' not in p for p in v.values())
+    text = lambda v: isinstance(v,
+        dict) and 'ct' in v and all(isinstance(p, str) and '\0' not in p for p in v.values())
     if isinstance(o, dict) and all(map(text, o.values())): return o
     raise CTError(f, 'is not a list of sources', 'Remove it, or run `covid3d prepare` again')
 
-def _there(p)->bool:
+def _there(p) -> bool:
     try: return p.exists()
     except OSError: return False
 
 # %% ../nbs/09_data.ipynb #724112c8
-def _at_hand(cases, folder)->list:
+def _at_hand(cases, folder) -> list:
     "Cases of a prepared folder: the scans where they are, else their prepared forms"
     inside = lambda c: c.ct.parent==Path(os.path.normpath(folder)) and (c.ct/'info.json').is_file()
     if not any(map(inside, cases)): return cases
@@ -225,30 +241,38 @@ def _at_hand(cases, folder)->list:
         paths = {k:Path(p) for k,p in known.get(c.name, {}).items()}
         if not inside(c): res.append(c)
         elif paths and all(map(_there, paths.values())):
-            res.append(Case(c.name, paths.pop('ct'), paths, c.split, c.already_windowed, c.patient, c.flip))
+            res.append(Case(c.name, paths.pop('ct'), paths, c.split, c.already_windowed, c.patient,
+                            c.flip))
         else: res.append(PreparedCase(c.name, c.ct, c.masks, c.split, None, c.patient))
     n = sum(isinstance(c, PreparedCase) for c in res)
-    if n: print(f'note: {n} of {len(res)} scans are not at hand; their prepared forms are used, also for scores of whole scans', file=sys.stderr)
+    if n:
+        print(f'note: {n} of {len(res)} scans are not at hand; their prepared forms are used, also for scores of whole scans', file=sys.stderr)
     return res
 
 # %% ../nbs/09_data.ipynb #5e1d9338
 def _check_fold(fold):
     "Refuse what is not (i, k)"
     if not (isinstance(fold, (tuple,list)) and len(fold)==2 and all(type(o) is int for o in fold)):
-        raise CTError('fold', f'{str(fold)[:40]!r} is not a pair (i, k) of whole numbers', 'Give, for example, (0, 5)')
-    if not 0<=fold[0]<fold[1]: raise CTError('fold', f'{fold[0]} is not one of {fold[1]} folds', f'Give 0 to {max(fold[1]-1, 0)}')
+        raise CTError('fold', f'{str(fold)[:40]!r} is not a pair (i, k) of whole numbers',
+                      'Give, for example, (0, 5)')
+    if not 0<=fold[0]<fold[1]:
+        raise CTError('fold', f'{fold[0]} is not one of {fold[1]} folds',
+                      f'Give 0 to {max(fold[1]-1, 0)}')
 
-def _train_valid(table, spec, fold, reader)->tuple:
+def _train_valid(table, spec, fold, reader) -> tuple:
     "Training and validation cases: by the table's split, or fold `i` of `k`"
     at_hand = lambda cases: _at_hand(cases, reader.folder)
-    if fold is None: return tuple(at_hand(read_cases(table, split=s, masks=_masks(spec), need=spec.classes)) for s in ('train','valid'))
+    if fold is None:
+        return tuple(at_hand(read_cases(table, split=s, masks=_masks(spec), need=spec.classes))
+                     for s in ('train','valid'))
     _check_fold(fold); i,k = fold
-    cases = at_hand([c for c in read_cases(table, masks=_masks(spec)) if c.split in ('train','valid')])
+    cases = at_hand([c for c in read_cases(table, masks=_masks(spec))
+                     if c.split in ('train','valid')])
     folds = stratified_folds(cases, [reader(c).info['lesion_ml'] for c in cases], k)
     return [c for c,f in zip(cases, folds) if f!=i],[c for c,f in zip(cases, folds) if f==i]
 
 # %% ../nbs/09_data.ipynb #86023905
-def _cut_and_aug(spec, p_lesion, aug, on_batch)->tuple:
+def _cut_and_aug(spec, p_lesion, aug, on_batch) -> tuple:
     "`RandomPatch`, and what augments batches, if anything does"
     aug = copy(ct_aug_transforms() if aug is None else aug or None)
     if aug: aug.size,aug.spacing = spec.patch,aug.spacing or spec.mm
@@ -264,63 +288,69 @@ class CTDataLoaders(DataLoaders):
 # %% ../nbs/09_data.ipynb #5a4edd2f
 @patch(cls_method=True)
 @delegates(DataLoaders.from_dblock)
-def from_table(cls:CTDataLoaders,
+def from_table(cls: CTDataLoaders,
     table: str|Path|pd.DataFrame, # With `case`, `ct`, a mask for each class, and `split`; or a folder that `covid3d prepare` wrote
     spec: CTSpec = None,     # Spacing, window, patch, classes; that of the prepared folder if None
-    bs: int = 2,             # Patches in a batch
-    patches: int = 6,        # Patches of each training scan per epoch
-    p_lesion: float = .7,    # Fraction of training patches placed on a lesion, 0 to 1
-    aug: Augment3d = None,   # Augmentation; `ct_aug_transforms()` if None, False for none
+    bs: int = 2,                  # Patches in a batch
+    patches: int = 6,             # Patches of each training scan per epoch
+    p_lesion: float = .7,         # Fraction of training patches placed on a lesion, 0 to 1
+    aug: Augment3d = None,        # Augmentation; `ct_aug_transforms()` if None, False for none
     on_batch: bool = False,  # Augment whole batches, on the device that trains, instead of patches
     fold: tuple = None,      # (i, k): fold i of k, 0…k−1, is `valid`, in place of the table's split
-    prepared: str|Path = None, # Folder for prepared cases; beside the table if None
-    **kwargs                 # For `DataBlock.dataloaders`: also `num_workers`
+    prepared: str|Path = None,    # Folder for prepared cases; beside the table if None
+    **kwargs                      # For `DataBlock.dataloaders`: also `num_workers`
 ) -> CTDataLoaders:
     "DataLoaders of the `train` and `valid` cases of a table"
     folder = prepared or prepared_folder(table)
     table,spec = _prepared_table(table, spec)
     reader = CaseReader(spec, folder)
     train,valid = _train_valid(table, spec, fold, reader)
-    dls = _loaders(reader, train, valid, bs, patches, _cut_and_aug(spec, p_lesion, aug, on_batch), kwargs)
+    dls = _loaders(reader, train, valid, bs, patches, _cut_and_aug(spec, p_lesion, aug, on_batch),
+                   kwargs)
     return cls(*dls.loaders, path=dls.path, device=dls.device)
 
 # %% ../nbs/09_data.ipynb #ef8edb8c
 def _loaders(reader, train, valid, bs, patches, cut_and_aug, kwargs) -> DataLoaders:
     "For training and validation"
     if (n := len(train)*patches)<bs:
-        raise CTError('bs', f'a batch of {bs} is more than the {n} patches of an epoch', 'Use a smaller bs or more patches')
+        raise CTError('bs', f'a batch of {bs} is more than the {n} patches of an epoch',
+                      'Use a smaller bs or more patches')
     cut,on_device = cut_and_aug
-    block = DataBlock((_ct_block(reader), LesionBlock(reader.spec)), item_tfms=cut, batch_tfms=on_device,
+    block = DataBlock((_ct_block(reader), LesionBlock(reader.spec)), item_tfms=cut,
+                      batch_tfms=on_device,
         splitter=RepeatSplitter(IndexSplitter(range(len(train), len(train)+len(valid))), patches))
-    gpu = torch.device(kwargs.get('device') or ('cuda' if torch.cuda.is_available() else 'cpu')).type!='cpu'
+    gpu = torch.device(kwargs.get('device')
+                       or ('cuda' if torch.cuda.is_available() else 'cpu')).type!='cpu'
     workers = min(8, os.cpu_count()) if gpu else 0
     return block.dataloaders(train+valid, bs=bs, **{'num_workers':workers, **kwargs})
 
 # %% ../nbs/09_data.ipynb #f422d446
 @patch(cls_method=True)
 @delegates(CTDataLoaders.from_table)
-def from_df(cls:CTDataLoaders,
-    df: pd.DataFrame,       # A case table; `split` and `patient` may be missing
-    path: str|Path = '.',   # Where its paths start from
-    valid_pct: float = .2,  # Fraction of patients in `valid`, where there is no `split`
-    seed: int = 0,          # Of that choice
+def from_df(cls: CTDataLoaders,
+    df: pd.DataFrame,      # A case table; `split` and `patient` may be missing
+    path: str|Path = '.',  # Where its paths start from
+    valid_pct: float = .2, # Fraction of patients in `valid`, where there is no `split`
+    seed: int = 0,         # Of that choice
     **kwargs
 ) -> CTDataLoaders:
     "DataLoaders from a case table in memory"
     spec = kwargs.get('spec') or CTSpec()
     files = [k for k in ('ct',*_masks(spec)) if k in df]
-    df = df.fillna('').assign(**{k:[str(Path(path)/v) if v else '' for v in df[k].fillna('')] for k in files})
+    df = df.fillna('').assign(**{k:[str(Path(path)/v) if v else '' for v in df[k].fillna('')]
+                                 for k in files})
     if 'split' not in df:
         first,who = (df.get(k, pd.Series('', df.index)) for k in (spec.classes[0],'patient'))
-        df = df.assign(split=choose_splits(df.assign(lesion=first, patient=who.where(who!='', df.case)), valid_pct, 0., seed))
+        df = df.assign(split=choose_splits(df.assign(lesion=first,
+            patient=who.where(who!='', df.case)), valid_pct, 0., seed))
     return cls.from_table(df, **kwargs)
 
 # %% ../nbs/09_data.ipynb #60dcb60b
 @patch(cls_method=True)
 @delegates(CTDataLoaders.from_df)
-def from_csv(cls:CTDataLoaders,
-    path: str|Path,         # A CSV, or the folder it lies in
-    csv_fname: str = None,  # Its name, where `path` is a folder
+def from_csv(cls: CTDataLoaders,
+    path: str|Path,        # A CSV, or the folder it lies in
+    csv_fname: str = None, # Its name, where `path` is a folder
     **kwargs
 ) -> CTDataLoaders:
     "DataLoaders from a case table in a file"
@@ -329,10 +359,10 @@ def from_csv(cls:CTDataLoaders,
 
 @patch(cls_method=True)
 @delegates(CTDataLoaders.from_table)
-def from_folder(cls:CTDataLoaders,
-    path: str|Path,         # `ct/` and `infection_mask/`, nnU-Net's folders, or DICOM with segmentations
-    valid_pct: float = .2,  # Fraction of patients in `valid`
-    seed: int = 0,          # Of that choice
+def from_folder(cls: CTDataLoaders,
+    path: str|Path,        # `ct/` and `infection_mask/`, nnU-Net's folders, or DICOM with segmentations
+    valid_pct: float = .2, # Fraction of patients in `valid`
+    seed: int = 0,         # Of that choice
     **kwargs
 ) -> CTDataLoaders:
     "DataLoaders from a folder of scans and masks"
@@ -340,58 +370,71 @@ def from_folder(cls:CTDataLoaders,
 
 # %% ../nbs/09_data.ipynb #0ab53660
 @dispatch
-def show_batch(x:TensorCT, y:TensorMask3d, samples, ctxs=None, max_n=6, nrows=None, ncols=None, figsize=None, **kwargs):
-    if ctxs is None: ctxs = get_grid(min(len(samples), max_n), nrows=nrows or 1, ncols=ncols, figsize=figsize or (3*min(len(samples), max_n),3))
+def show_batch(x: TensorCT, y: TensorMask3d, samples, ctxs=None, max_n=6, nrows=None, ncols=None,
+               figsize=None, **kwargs):
+    if ctxs is None:
+        ctxs = get_grid(min(len(samples), max_n), nrows=nrows or 1, ncols=ncols,
+                        figsize=figsize or (3*min(len(samples), max_n),3))
     return [show_patch(s[0], [s[1]], c) for s,c in zip(samples, ctxs)]
 
 # %% ../nbs/09_data.ipynb #c85af50d
 @dispatch
-def plot_top_losses(x:TensorCT, y:TensorMask3d, samples, outs, raws, losses, nrows=None, ncols=None, figsize=None, **kwargs):
+def plot_top_losses(x: TensorCT, y: TensorMask3d, samples, outs, raws, losses, nrows=None,
+                    ncols=None, figsize=None, **kwargs):
     n,title = len(samples),'loss · reference in blue, prediction in orange'
-    axs = get_grid(n, nrows=nrows or 1, ncols=ncols, figsize=figsize or (max(5,3*n),3.3), title=title)
-    return [show_patch(s[0], [s[1],o[0]], c, title=f'{float(l):.2f}') for s,o,l,c in zip(samples, outs, losses, axs)]
+    axs = get_grid(n, nrows=nrows or 1, ncols=ncols, figsize=figsize or (max(5,3*n),3.3),
+                   title=title)
+    return [show_patch(s[0], [s[1],o[0]], c, title=f'{float(l):.2f}') for s,o,l,
+            c in zip(samples, outs, losses, axs)]
 
 # %% ../nbs/09_data.ipynb #215a837a
-def _is_path(s, root)->bool:
+def _is_path(s, root) -> bool:
     "Whether a cell names a file, or anything by an absolute path"
     s = str(s)
     like = '/' in s or '\\' in s or s.lower().endswith(('.nii','.gz','.dcm'))
     return bool(s) and '\0' not in s and (os.path.isabs(s) or like and _there(Path(root)/s))
 
-def _portable(df, root, spec, at, failed)->pd.DataFrame:
+def _portable(df, root, spec, at, failed) -> pd.DataFrame:
     "A case table in which a scan is the folder of its prepared form (`at`, by case), and no path leads outside"
     files = {'ct','lesion','lung',*spec.classes}
     def row(r):
         f = at.get(r['case'])
-        why = '' if f else 'failed' if r['case'] in failed else 'without a mask of '+', '.join(k for k in spec.classes if not r.get(k))
+        why = '' if f else 'failed' if r['case'] in failed else 'without a mask of '+', '.join(k
+            for k in spec.classes if not r.get(k))
         extra = {k:'' if _is_path(v, root) else v for k,v in r.items() if k not in files}
         masks = {k:f'{f}/masks.npy' if f and k in spec.classes else '' for k in files&{*r}-{'ct'}}
         return {k:(extra|masks|dict(ct=f or r['case']))[k] for k in r}|dict(not_prepared=why)
     return pd.DataFrame([row(r) for r in df.to_dict('records')])
 
 # %% ../nbs/09_data.ipynb #c814db53
-def _input(table, out, spec)->tuple:
+def _input(table, out, spec) -> tuple:
     "The rows of a table, the folder its paths start from, and its cases; refused if it would be overwritten"
     if not isinstance(table, pd.DataFrame):
-        if Path(table).is_dir(): raise CTError(table, 'is a folder, not a case table', 'Give the table that `covid3d table` wrote')
-        if os.path.realpath(table)==os.path.realpath(out/'cases.csv'): raise CTError(table, 'is read, so it is not replaced', 'Choose another --out')
+        if Path(table).is_dir():
+            raise CTError(table, 'is a folder, not a case table',
+                          'Give the table that `covid3d table` wrote')
+        if os.path.realpath(table)==os.path.realpath(out/'cases.csv'):
+            raise CTError(table, 'is read, so it is not replaced', 'Choose another --out')
     if 'not_prepared' in (table if isinstance(table, pd.DataFrame) else _read_csv(table)):
-        raise CTError('table', 'is that of a prepared folder, not of scans', 'Give the table it was made from')
+        raise CTError('table', 'is that of a prepared folder, not of scans',
+                      'Give the table it was made from')
     df,root,_ = _open_table(table, spec.classes)
     return df,root,read_cases(table, masks=_masks(spec))
 
 # %% ../nbs/09_data.ipynb #3daa5c48
 def prepare_table(
-    table:str|Path|pd.DataFrame, # Case table
-    out:str|Path,    # Folder to write
-    spec:CTSpec=None,# Spacing, window and classes; the default `CTSpec()` if None
-    workers:int=None # Threads; two if None
-)->list: # Of `Prepared`, or of `CTError` where a case could not be prepared
+    table: str|Path|pd.DataFrame, # Case table
+    out: str|Path,                # Folder to write
+    spec: CTSpec = None,          # Spacing, window and classes; the default `CTSpec()` if None
+    workers: int = None           # Threads; two if None
+) -> list: # Of `Prepared`, or of `CTError` where a case could not be prepared
     "Prepare all cases of a table that have the masks, with table and spec beside them"
     spec,out = spec or CTSpec(),Path(out)
     df,root,cases = _input(table, out, spec)
     usable = [c for c in cases if all(k in c.masks for k in spec.classes)]
-    if not usable: raise CTError(table if isinstance(table, (str,Path)) else 'table', f'no case has a mask of {", ".join(spec.classes)}', 'Add masks')
+    if not usable:
+        raise CTError(table if isinstance(table, (str,Path)) else 'table',
+                      f'no case has a mask of {", ".join(spec.classes)}', 'Add masks')
     with locked(out):
         mine = Outputs(out, 'prepare', 'cases.csv', 'spec.json', 'sources.json')
         mine.require(overwrite=True)
@@ -405,10 +448,13 @@ def prepare_table(
 def _write_table(mine, df, root, spec, keep, failed):
     "The files of a prepared folder, beside its cases"
     at = {c.name:located(c, spec, mine.folder).name for c in keep}
-    sources = {c.name:{k:str(Path(p).absolute()) for k,p in dict(ct=c.ct, **c.masks).items()} for c in keep}
+    sources = {c.name:{k:str(Path(p).absolute()) for k,p in dict(ct=c.ct, **c.masks).items()}
+               for c in keep}
     mine.add('cases.csv', 'spec.json', 'sources.json')
-    write_atomic(mine.folder/'sources.json', json.dumps(dict(about=_about_sources, cases=sources), indent=1).encode())
+    write_atomic(mine.folder/'sources.json',
+                 json.dumps(dict(about=_about_sources, cases=sources), indent=1).encode())
     if os.name!='nt': os.chmod(mine.folder/'sources.json', 0o600)
     write_atomic(mine.folder/'spec.json', json.dumps(asdict(spec)).encode())
-    text = _portable(df, root, spec, at, failed).map(safe_cell).to_csv(index=False, lineterminator='\n')
+    text = _portable(df, root, spec, at, failed).map(safe_cell).to_csv(index=False,
+        lineterminator='\n')
     write_atomic(mine.folder/'cases.csv', text.encode())

@@ -628,7 +628,7 @@ def recognise(
 # %% ../nbs/05_datasets.ipynb #84e5e5c6
 _tables = dict(coronacases=coronacases, mosmed=mosmed, covid1920=covid1920, ricord=ricord,
                **{k:partial(folder, layout=k) for k in _own},
-               **{k:partial(coronacases, layout=k) for k in ('zenodo','kaggle')})
+               **{k:partial(coronacases, layout=k) for k in ('zenodo','kaggle')}, folder=folder)
 
 # %% ../nbs/05_datasets.ipynb #46885b63
 def case_table(

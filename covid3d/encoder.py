@@ -41,8 +41,10 @@ def _grey_weights(
 ) -> tuple[Tensor, Tensor]: # weight and shift, each (out, 1, depth, height, width)
     "What `conv` does to a one-channel volume: its weight, and the weight of the mean it subtracts."
     if conv.bias is not None or conv.groups > 1 or conv.padding_mode != 'zeros' or conv.in_channels != len(mean):
-        raise CTError(conv, f'no stem of {len(mean)} colours', 'Give a convolution padded with zeros, ungrouped and without bias')
-    per_colour = lambda o: torch.as_tensor(o, dtype=torch.float64, device=conv.weight.device).view(1, -1, 1, 1, 1)
+        raise CTError(conv, f'no stem of {len(mean)} colours',
+                      'Give a convolution padded with zeros, ungrouped and without bias')
+    per_colour = lambda o: torch.as_tensor(o, dtype=torch.float64,
+                                           device=conv.weight.device).view(1, -1, 1, 1, 1)
     weight = conv.weight.detach().double() / per_colour(std)
     shift = -(weight * per_colour(mean)).sum(1, keepdim=True)
     return weight.sum(1, keepdim=True).to(conv.weight), shift.to(conv.weight)
@@ -76,16 +78,21 @@ class GreyConv3d(nn.Module):
         weight, shift = _grey_weights(conv, mean, std)
         self.weight = nn.Parameter(weight)
         self.register_buffer('shift', shift)
-        self.geometry, self.biases = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation), _LastUsed()
+        self.geometry, self.biases = dict(stride=conv.stride, padding=conv.padding,
+                                          dilation=conv.dilation), _LastUsed()
 
-    def extra_repr(self): return f'1, {len(self.weight)}, kernel_size={tuple(self.weight.shape[2:])}, ' \
+    def extra_repr(self):
+        return f'1, {len(self.weight)}, kernel_size={tuple(self.weight.shape[2:])}, ' \
         + ', '.join(f'{k}={v}' for k, v in self.geometry.items())
 
-    def forward(self, x: Tensor) -> Tensor: # (batch, 1, slice, row, column) in [0, 1]; (batch, out, slice, row, column)
+    # (batch, 1, slice, row, column) in [0, 1]; (batch, out, slice, row, column)
+    def forward(self, x: Tensor) -> Tensor:
         y = F.conv3d(x, self.weight, **self.geometry)
-        return y + self.biases.find((x.shape[2:], y.device, y.dtype), lambda: self.bias(x.shape[2:], y.dtype))
+        return y + self.biases.find((x.shape[2:], y.device, y.dtype),
+                                    lambda: self.bias(x.shape[2:], y.dtype))
 
-    def bias(self, size: tuple, dtype: torch.dtype) -> Tensor: # (slice, row, column); of the result (1, out, slice, row, column)
+    # (slice, row, column); of the result (1, out, slice, row, column)
+    def bias(self, size: tuple, dtype: torch.dtype) -> Tensor:
         "The share of the colours' means in the output for volumes of `size`."
         with torch.inference_mode(False), torch.no_grad():
             return F.conv3d(self.shift.new_ones(1, 1, *size), self.shift, **self.geometry).to(dtype)
@@ -105,9 +112,11 @@ def _kinetics(arch: Callable): # torchvision's function, such as `r3d_18`; a `We
     return get_model_weights(arch.__name__).KINETICS400_V1
 
 # %% ../nbs/10_encoder.ipynb #0a315f56
-def _trunk(net: nn.Module) -> nn.Sequential: # torchvision's classifier of videos; its stages, by name
+# torchvision's classifier of videos; its stages, by name
+def _trunk(net: nn.Module) -> nn.Sequential:
     "The convolutional stages of `net`, without the pooling and the classifier."
-    return nn.Sequential(OrderedDict((name, stage) for name, stage in net.named_children() if name not in ('avgpool', 'fc')))
+    return nn.Sequential(OrderedDict((name, stage) for name,
+        stage in net.named_children() if name not in ('avgpool', 'fc')))
 
 # %% ../nbs/10_encoder.ipynb #54c9a6e7
 def _find_arch(arch: Callable | str) -> Callable: # torchvision's function or its name; the function
@@ -120,7 +129,8 @@ def _find_arch(arch: Callable | str) -> Callable: # torchvision's function or it
         with torch.device('meta'): net = build(weights=None)
     except (ValueError, TypeError): net = None
     if isinstance(net, VideoResNet): return build
-    raise CTError(f'arch={getattr(arch, "__name__", arch)}', 'no video ResNet of torchvision', 'Give r3d_18, mc3_18 or r2plus1d_18')
+    raise CTError(f'arch={getattr(arch, "__name__", arch)}', 'no video ResNet of torchvision',
+                  'Give r3d_18, mc3_18 or r2plus1d_18')
 
 # %% ../nbs/10_encoder.ipynb #dc04226e
 def _narrowed(
@@ -130,7 +140,8 @@ def _narrowed(
     "The stem's `layer` with a `share` of its channels; the three colours stay."
     fewer = lambda n: n if n == 3 else max(1, int(n * share))
     if isinstance(layer, nn.Conv3d):
-        return nn.Conv3d(fewer(layer.in_channels), fewer(layer.out_channels), layer.kernel_size, layer.stride, layer.padding, bias=False)
+        return nn.Conv3d(fewer(layer.in_channels), fewer(layer.out_channels), layer.kernel_size,
+                         layer.stride, layer.padding, bias=False)
     return nn.BatchNorm3d(fewer(layer.num_features)) if isinstance(layer, nn.BatchNorm3d) else layer
 
 # %% ../nbs/10_encoder.ipynb #04c96d60
@@ -148,13 +159,15 @@ def _narrow_resnet() -> type:
             self.share = width / 64
             layers = [layer for name, layer in _trunk(like).named_children() if name != 'stem']
             block, = {type(block) for layer in layers for block in layer}
-            makers = [next(type(m) for m in layer.modules() if hasattr(m, 'get_downsample_stride')) for layer in layers]
+            makers = [next(type(m) for m in layer.modules() if hasattr(m, 'get_downsample_stride'))
+                      for layer in layers]
             stem = lambda: nn.Sequential(*[_narrowed(layer, self.share) for layer in like.stem])
             super().__init__(block, makers, [len(layer) for layer in layers], stem)
 
         def _make_layer(self, block, conv_builder, planes, blocks, stride=1):
             self.inplanes = int(planes // stride * self.share)
-            return super()._make_layer(block, conv_builder, int(planes * self.share), blocks, stride)
+            return super()._make_layer(block, conv_builder, int(planes * self.share), blocks,
+                                       stride)
     return NarrowResNet
 
 # %% ../nbs/10_encoder.ipynb #e9fac3e2
@@ -164,7 +177,8 @@ def _video_net(
 ) -> nn.Module: # a `VideoResNet`, randomly initialised, reads three colours
     "A new video ResNet, torchvision's own at width 64."
     if width == 64: return arch(weights=None)
-    if not 4 <= width <= 512: raise CTError(f'width={width}', 'too few or too many channels', 'Give 4 to 512')
+    if not 4 <= width <= 512:
+        raise CTError(f'width={width}', 'too few or too many channels', 'Give 4 to 512')
     with torch.device('meta'): like = arch(weights=None)
     return _narrow_resnet()(like, width)
 
@@ -180,7 +194,8 @@ def _grey_trunk(
     return body
 
 # %% ../nbs/10_encoder.ipynb #48d25f9d
-def group_norm(channels: int) -> nn.GroupNorm: # number of channels; up to 8 groups of at least 4 channels
+# number of channels; up to 8 groups of at least 4 channels
+def group_norm(channels: int) -> nn.GroupNorm:
     "A normalisation that treats each sample alone."
     return nn.GroupNorm(math.gcd(8, channels, max(1, channels // 4)), channels)
 
@@ -192,11 +207,13 @@ class _FrozenNorm(nn.BatchNorm3d):
 class _InstanceNorm(nn.GroupNorm):
     "Each channel of each sample by itself."
     def __init__(self, channels: int): super().__init__(channels, channels)
-    def forward(self, x): return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+    def forward(self, x):
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 _norms = dict(batch=nn.BatchNorm3d, frozen=_FrozenNorm, group=group_norm, instance=_InstanceNorm)
 
-def norm_layer(kind: str, channels: int) -> nn.Module: # `batch`, `frozen`, `group` or `instance`; of what it normalises
+# `batch`, `frozen`, `group` or `instance`; of what it normalises
+def norm_layer(kind: str, channels: int) -> nn.Module:
     "A new normalisation."
     if kind not in _norms: raise CTError(f'norm={kind}', 'unknown', f'Give {", ".join(_norms)}')
     return _norms[kind](channels)
@@ -218,7 +235,9 @@ def _change_norm(
 def _download(weights) -> dict: # a `WeightsEnum`; tensors by name
     "torchvision's pretrained weights, from its cache folder or the network."
     try:
-        with redirect_stdout(sys.stderr): return weights.get_state_dict(progress=sys.stderr.isatty(), weights_only=True, check_hash=True)
+        with redirect_stdout(sys.stderr):
+            return weights.get_state_dict(progress=sys.stderr.isatty(), weights_only=True,
+                                          check_hash=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
         cure = f'Put a good copy into {get_dir()}/checkpoints, name a local file, or use pretrained=False'
         raise CTError(weights.url, f'not read ({_one_line(e)})', cure) from e
@@ -236,46 +255,58 @@ def open_tensors(
 ): # the open file: `keys()`, `get_slice(name)`, `get_tensor(name)`, `metadata()`
     "Open a safetensors file without reading its tensors; `CTError` if it is damaged."
     path = Path(path)
-    if not path.is_file(): raise CTError(path, 'is not a regular file' if path.exists() else 'no such file', remedy)
+    if not path.is_file():
+        raise CTError(path, 'is not a regular file' if path.exists() else 'no such file', remedy)
     try:
         with open(path, 'rb') as f: size = int.from_bytes(f.read(8), 'little')
-        if most < size < path.stat().st_size: raise CTError(path, f'its header has more than {most} bytes', remedy)
+        if most < size < path.stat().st_size:
+            raise CTError(path, f'its header has more than {most} bytes', remedy)
         with safe_open(path, 'pt') as f: yield f
     except (SafetensorError, OSError) as e:
         if getattr(e, 'errno', None): raise unreadable(path, e) from None
         raise CTError(path, f'damaged or cut short ({_one_line(e)})', remedy) from None
 
 # %% ../nbs/10_encoder.ipynb #826b3405
-def _torch_names(path: Path) -> set: # of a file that `torch.save` wrote; such as 'torch FloatStorage'
+# of a file that `torch.save` wrote; such as 'torch FloatStorage'
+def _torch_names(path: Path) -> set:
     "The names that a zip file's pickle asks for; `ValueError` if the file would unpack to more than its own size."
     with ZipFile(path) as z:
         infos = z.infolist()
-        if any(i.compress_type != ZIP_STORED or i.file_size != i.compress_size for i in infos): raise ValueError('it is compressed')
-        if sum(i.file_size for i in infos) > path.stat().st_size: raise ValueError('its entries overlap')
+        if any(i.compress_type != ZIP_STORED or i.file_size != i.compress_size for i in infos):
+            raise ValueError('it is compressed')
+        if sum(i.file_size for i in infos) > path.stat().st_size:
+            raise ValueError('its entries overlap')
         name, = (i for i in infos if i.filename.endswith('/data.pkl'))
         if name.file_size > 2**24: raise ValueError('its pickle is too large')
         ops = [(op.name, arg) for op, arg, _ in genops(z.read(name))]
-    return {arg if op == 'GLOBAL' else op for op, arg in ops if op in ('GLOBAL', 'STACK_GLOBAL', 'INST', 'EXT1', 'EXT2', 'EXT4')}
+    return {arg if op == 'GLOBAL' else op for op,
+            arg in ops if op in ('GLOBAL', 'STACK_GLOBAL', 'INST', 'EXT1', 'EXT2', 'EXT4')}
 
 _plain_names = re.compile(r'collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage')
 
 # %% ../nbs/10_encoder.ipynb #c928f030
-def read_weights(path: str | Path) -> dict: # `.safetensors`, or `.pth` as `torch.save` writes a state dict; tensors by name
+# `.safetensors`, or `.pth` as `torch.save` writes a state dict; tensors by name
+def read_weights(path: str | Path) -> dict:
     "The tensors in the file `path`; no code in it is run."
     path, remedy = Path(path), 'Save the state dict alone, as .safetensors or with torch.save, or copy the file again'
-    if not path.is_file(): raise CTError(path, 'no such file', 'Give the path of .safetensors or .pth weights, or pretrained=True')
+    if not path.is_file():
+        raise CTError(path, 'no such file',
+                      'Give the path of .safetensors or .pth weights, or pretrained=True')
     if path.suffix == '.safetensors':
         with open_tensors(path, remedy) as f: return {k: f.get_tensor(k) for k in f.keys()}
     try:
         odd = [k for k in _torch_names(path) if not _plain_names.fullmatch(k)]
         if odd: raise CTError(path, 'holds Python objects, which are never run', remedy)
         state = torch.load(str(path), map_location='cpu', weights_only=True, mmap=True)
-    except BadZipFile: raise CTError(path, 'damaged, or not a file that torch.save writes', remedy) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, pickle.UnpicklingError) as e:
+    except BadZipFile:
+        raise CTError(path, 'damaged, or not a file that torch.save writes', remedy) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError,
+            NotImplementedError, pickle.UnpicklingError) as e:
         if isinstance(e, CTError): raise
         raise CTError(path, f'damaged ({_one_line(e)})', remedy) from None
     if isinstance(state, dict) and all(isinstance(o, Tensor) for o in state.values()): return state
-    raise CTError(path, f'holds {type(state).__name__}, not tensors by name', 'Save the state dict alone')
+    raise CTError(path, f'holds {type(state).__name__}, not tensors by name',
+                  'Save the state dict alone')
 
 # %% ../nbs/10_encoder.ipynb #76cfc85d
 def _load_weights(
@@ -285,13 +316,16 @@ def _load_weights(
     name: str, # of the encoder, for the message
 ) -> nn.Module: # `net`
     "Put `state` into `net`, if name and shape of every tensor fit."
-    used = lambda tensors: {k: v for k, v in tensors.items() if not k.startswith('fc.') and not k.endswith('num_batches_tracked')}
+    used = lambda tensors: {k: v for k,
+        v in tensors.items() if not k.startswith('fc.') and not k.endswith('num_batches_tracked')}
     kind = lambda v: tuple(v.shape) if v.is_floating_point() else v.dtype
-    need, have = ({k: kind(v) for k, v in used(tensors).items()} for tensors in (net.state_dict(), state))
+    need, have = ({k: kind(v) for k, v in used(tensors).items()}
+                  for tensors in (net.state_dict(), state))
     misfit = next((k for k in [*need, *have] if need.get(k) != have.get(k)), None)
     fault = f'weights of another encoder: {misfit} is {have.get(misfit, "missing")}, {name} needs {need.get(misfit, "none")}'
     if misfit: raise CTError(source, fault, f'Give the weights of {name}')
-    if not any(p.is_meta for p in net.parameters()): net.load_state_dict({**net.state_dict(), **used(state)})
+    if not any(p.is_meta for p in net.parameters()):
+        net.load_state_dict({**net.state_dict(), **used(state)})
     return net
 
 # %% ../nbs/10_encoder.ipynb #1005c968
@@ -300,9 +334,11 @@ def _encoder_state(state: dict) -> dict: # tensors of an encoder, or of a whole 
     inner = {k.removeprefix('encoder.'): v for k, v in state.items() if k.startswith('encoder.')}
     return inner or state
 
-def _weights_width(state: dict) -> int: # tensors of an encoder by name; 64 where they are no encoder's
+# tensors of an encoder by name; 64 where they are no encoder's
+def _weights_width(state: dict) -> int:
     "Channels of the first stage: what its first convolution reads."
-    return next((v.shape[1] for k, v in state.items() if k.startswith('layer1.0.conv1.0') and v.ndim == 5), 64)
+    return next((v.shape[1] for k,
+                 v in state.items() if k.startswith('layer1.0.conv1.0') and v.ndim == 5), 64)
 
 # %% ../nbs/10_encoder.ipynb #aa72e16e
 def encoder_info(
@@ -311,16 +347,19 @@ def encoder_info(
     "What covid3d wrote beside the weights of an encoder, or of a U-Net."
     if Path(path).suffix != '.safetensors': return {}
     with open_tensors(path, 'Copy the file again') as f: about = f.metadata() or {}
-    try: info = json.loads(about['covid3d_encoder']) if 'covid3d_encoder' in about else json.loads(about.get('covid3d', '{}')).get('net', {})
+    try:
+        info = json.loads(about['covid3d_encoder']) if 'covid3d_encoder' in about else json.loads(about.get('covid3d', '{}')).get('net', {})
     except (ValueError, AttributeError, RecursionError): info = None
     if not isinstance(info, dict) or not all(_is_info(k, v) for k, v in info.items()):
-        raise CTError(path, 'what it says of its encoder cannot be read', 'Copy the file again, or pretrain again')
+        raise CTError(path, 'what it says of its encoder cannot be read',
+                      'Copy the file again, or pretrain again')
     return info
 
 def _is_info(key: str, value) -> bool: # of what is written beside an encoder
     "Whether the entries that decide something are of their kind."
     whole = isinstance(value, int) and 0 <= value < 10**9
-    return {'norm': value is None or value in list(_norms), 'width': value is None or whole and value <= 512, 'step': whole, 'steps': whole,
+    return {'norm': value is None or value in list(_norms),
+            'width': value is None or whole and value <= 512, 'step': whole, 'steps': whole,
             'encoder': isinstance(value, str) and len(value) < 40}.get(key, True)
 
 # %% ../nbs/10_encoder.ipynb #6d102400
@@ -339,10 +378,16 @@ def _load(arch, state, source, width, norm):
 
 def _filled(arch, state, source, width, norm):
     "An encoder with the weights `state`: in colour, in grey, or in grey with the statistics of each sample"
-    net, weights, name = _video_net(arch, width), _kinetics(arch), f'{arch.__name__} of width {width}'
-    if not any(k.endswith('.shift') for k in state): return _change_norm(_grey_trunk(_load_weights(net, state, source, name), weights), norm)
-    if any(k.endswith('.running_mean') for k in state): return _change_norm(_load_weights(_grey_trunk(net, weights), state, source, name), norm)
-    if norm not in ('group', 'instance'): raise CTError(source, f'was trained without BatchNorm, so there are no statistics for norm={norm}', 'Use norm=group or norm=instance')
+    net, weights, name = _video_net(arch,
+                                    width), _kinetics(arch), f'{arch.__name__} of width {width}'
+    if not any(k.endswith('.shift') for k in state):
+        return _change_norm(_grey_trunk(_load_weights(net, state, source, name), weights), norm)
+    if any(k.endswith('.running_mean') for k in state):
+        return _change_norm(_load_weights(_grey_trunk(net, weights), state, source, name), norm)
+    if norm not in ('group', 'instance'):
+        raise CTError(source,
+                      f'was trained without BatchNorm, so there are no statistics for norm={norm}',
+                      'Use norm=group or norm=instance')
     return _load_weights(_change_norm(_grey_trunk(net, weights), norm), state, source, name)
 
 # %% ../nbs/10_encoder.ipynb #a4f1c3eb
@@ -354,11 +399,18 @@ def encoder3d(
 ) -> nn.Sequential: # `stem`, `layer1` … `layer4`; reads (batch, 1, slice, row, column) in [0, 1]
     "A video ResNet without its classifier, reading one grey channel."
     arch = _find_arch(arch)
-    if pretrained is False: return _change_norm(_grey_trunk(_video_net(arch, 64 if width is None else width), _kinetics(arch)), norm or 'batch')
-    if pretrained is True and width not in (None, 64): raise CTError(f'width={width}', 'pretrained weights have width 64', 'Use pretrained=False or width=64')
-    source, state = (_kinetics(arch).url, _download(_kinetics(arch))) if pretrained is True else (pretrained, _encoder_state(read_weights(pretrained)))
+    if pretrained is False:
+        return _change_norm(_grey_trunk(_video_net(arch, 64 if width is None else width),
+                                        _kinetics(arch)), norm or 'batch')
+    if pretrained is True and width not in (None, 64):
+        raise CTError(f'width={width}', 'pretrained weights have width 64',
+                      'Use pretrained=False or width=64')
+    source, state = (_kinetics(arch).url,
+                     _download(_kinetics(arch))) if pretrained is True else (pretrained,
+                         _encoder_state(read_weights(pretrained)))
     info = {} if pretrained is True else encoder_info(pretrained)
-    return _load(arch, state, source, _weights_width(state) if width is None else width, norm or info.get('norm', 'batch'))
+    return _load(arch, state, source, _weights_width(state) if width is None else width,
+                 norm or info.get('norm', 'batch'))
 
 # %% ../nbs/10_encoder.ipynb #c793b5b1
 def build_of(
@@ -366,6 +418,9 @@ def build_of(
 ) -> dict: # `width` and `norm`
     "How an encoder is built."
     norm = next(m for m in body.stem if isinstance(m, (nn.BatchNorm3d, nn.GroupNorm)))
-    return dict(width=_weights_width(body.state_dict()), norm=next(k for k, kind in _norm_kinds if isinstance(norm, kind)))
+    return dict(width=_weights_width(body.state_dict()),
+                norm=next(k for k, kind in _norm_kinds if isinstance(norm, kind)))
 
-_norm_kinds = [('frozen', _FrozenNorm), ('batch', nn.BatchNorm3d), ('instance', _InstanceNorm), ('group', nn.GroupNorm)] # the special before the general
+# the special before the general
+_norm_kinds = [('frozen', _FrozenNorm), ('batch', nn.BatchNorm3d), ('instance', _InstanceNorm),
+               ('group', nn.GroupNorm)]

@@ -181,7 +181,7 @@ def _differing(then, now) -> str:
     return plain('; '.join('other weights' if k=='weights' else one(k) for k in keys))
 
 @patch
-def begin(self:Journal, names, overwrite: bool = False) -> bool: # Whether it resumes
+def begin(self: Journal, names, overwrite: bool = False) -> bool: # Whether it resumes
     "Read the rows of a run that was interrupted, or begin; `names` are those of the cases"
     if self.path.is_symlink(): raise CTError(self.path, 'is a link', 'Choose another --out')
     if overwrite or not self.path.exists():

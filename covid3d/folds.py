@@ -56,7 +56,8 @@ def same_study(
     mine.require(True)
     if f.exists():
         then = read_json(f, remedy='Choose another --out')
-        require_same(f, then, about, 'cross-validation', 'Give what it was started with, or choose another --out')
+        require_same(f, then, about, 'cross-validation',
+                     'Give what it was started with, or choose another --out')
     else:
         mine.add('folds.json')
         write_atomic(f, json.dumps(about, indent=1).encode())
@@ -69,9 +70,11 @@ def _old_folds(out) -> list:
 
 def _clear_study(out, folds, overwrite):
     "Remove what a former cross-validation wrote"
-    parts = [(Outputs(out, 'folds', 'folds.json'), True), (Outputs(out/'report', 'evaluate', *report_files), True)]
+    parts = [(Outputs(out, 'folds', 'folds.json'), True),
+             (Outputs(out/'report', 'evaluate', *report_files), True)]
     for i in folds:
-        parts += [(run_outputs(out/f'fold_{i}'), overwrite), (Outputs(out/f'fold_{i}', 'folds', 'scores.csv'), overwrite)]
+        parts += [(run_outputs(out/f'fold_{i}'), overwrite),
+                  (Outputs(out/f'fold_{i}', 'folds', 'scores.csv'), overwrite)]
     for o,may in parts: o.require(may)
     for i in folds: run_outputs(out/f'fold_{i}').clear()
     for o,_ in reversed(parts): o.clear()
@@ -91,7 +94,8 @@ def _locked_soon(out, seconds=60):
 def _lock_folds(out, k, todo, anew, held):
     "Lock what is going to be written until `held` is closed"
     if len(todo)==k: held.enter_context(locked(out, folder=True))
-    for i in sorted({*todo, *(_old_folds(out) if anew else [])}): held.enter_context(locked(out/f'fold_{i}', folder=True))
+    for i in sorted({*todo, *(_old_folds(out) if anew else [])}):
+        held.enter_context(locked(out/f'fold_{i}', folder=True))
 
 # %% ../nbs/23_folds.ipynb #2a67c16f
 def _train_fold(table, out, recipe, i, k, overlap, resume, **kwargs):
@@ -104,14 +108,16 @@ def _train_fold(table, out, recipe, i, k, overlap, resume, **kwargs):
     learn = train(table, at, recipe, fold=(i,k), resume=begun, **kwargs)
     if not first: return
     scores.add('scores.csv')
-    write_atomic(at/'scores.csv', scores_csv(score_cases(learn.segmenter(overlap=overlap), learn.dls.valid_cases)))
+    write_atomic(at/'scores.csv',
+                 scores_csv(score_cases(learn.segmenter(overlap=overlap), learn.dls.valid_cases)))
 
 def _join_folds(out, k, keep) -> pd.DataFrame:
     "The scores of the folds that are done, and the report when all are"
     done = [i for i in range(k) if i not in missing_folds(out, k)]
     df = pd.concat([read_scores(out/f'fold_{i}'/'scores.csv') for i in done], ignore_index=True)
     weights = f'each case scored by the network that did not see it, with the weights of the {keep} epoch'
-    if len(done)==k: write_report(df, out/'report', f'Cross-validation, {k} folds', about=dict(weights=weights))
+    if len(done)==k:
+        write_report(df, out/'report', f'Cross-validation, {k} folds', about=dict(weights=weights))
     return df
 
 # %% ../nbs/23_folds.ipynb #48d1d0c2
@@ -131,14 +137,17 @@ def train_folds(
     "Train `k` networks, each scored on the cases that it did not see"
     out,todo = Path(out),[*range(k)] if folds is None else [*folds]
     recipe = Recipe.load(recipe).but(keep=keep, **changes)
-    if odd := [i for i in todo if not 0<=i<k]: raise CTError(f'fold {odd[0]}', f'there is no such fold of {k}', f'Give 0 to {k-1}')
-    how = dict(device=device, workers=workers, examples=examples, plot=plot, cbs=cbs, overwrite=overwrite)
+    if odd := [i for i in todo if not 0<=i<k]:
+        raise CTError(f'fold {odd[0]}', f'there is no such fold of {k}', f'Give 0 to {k-1}')
+    how = dict(device=device, workers=workers, examples=examples, plot=plot, cbs=cbs,
+               overwrite=overwrite)
     first,anew = not started()[0],folds is None and not resume
     no_links(out, 'fold_*/', 'report/')
     with ExitStack() as held:
         if first:
             _lock_folds(out, k, todo, anew, held)
-            about = dict(k=k, overlap=overlap, recipe=recipe.identity, cases=study_cases(table, recipe.spec, k))
+            about = dict(k=k, overlap=overlap, recipe=recipe.identity,
+                         cases=study_cases(table, recipe.spec, k))
             with _locked_soon(out):
                 if anew: _clear_study(out, sorted({*todo, *_old_folds(out)}), overwrite)
                 same_study(out, about)

@@ -15,7 +15,6 @@ from itertools import product
 
 import numpy as np, torch
 from fastcore.basics import patch
-from torch.nn import functional as F
 
 from .dicom import open_scan
 from .show import track
@@ -25,12 +24,13 @@ from .weights import load_all, network_digest, read_seen, weights_in
 
 # %% ../nbs/15_inference.ipynb #68500e88
 def window_starts(
-    n:int,             # Voxels on the axis
-    p:int,             # Window
-    overlap:float=.5   # Share of a window that the next one covers again, 0…<1
-)->list: # First voxel of each window
+    n: int,             # Voxels on the axis
+    p: int,             # Window
+    overlap: float = .5 # Share of a window that the next one covers again, 0…<1
+) -> list: # First voxel of each window
     "Where the windows start on an axis"
-    if not 0<=overlap<1: raise CTError('overlap', f'{overlap} is not in 0…1', 'Give 0.5, or less for speed')
+    if not 0<=overlap<1:
+        raise CTError('overlap', f'{overlap} is not in 0…1', 'Give 0.5, or less for speed')
     if n<=p: return [(n-p)//2]
     steps = int(np.ceil((n-p)/max(1,p*(1-overlap))))
     return [round(i*(n-p)/steps) for i in range(steps+1)]
@@ -38,31 +38,34 @@ def window_starts(
 # %% ../nbs/15_inference.ipynb #366067cf
 def blend_weights(
     size # (slice, row, column) of a window
-)->torch.Tensor: # `size`, in (0, 1]
+) -> torch.Tensor: # `size`, in (0, 1]
     "How much each voxel of a window counts"
     axes = [torch.exp(-.5*((torch.arange(n)-(n-1)/2)/(n/8))**2).clamp(min=1e-3) for n in size]
     return axes[0][:,None,None]*axes[1][:,None]*axes[2]
 
 # %% ../nbs/15_inference.ipynb #5d7b9e31
-def _at_once(patch, windows=4)->int:
+def _at_once(patch, windows=4) -> int:
     "How many windows are computed at a time: `windows`, fewer where they are large"
     return max(1, min(windows, 2**22//math.prod(patch)))
 
 def sliding_window(
     model,              # (batch, 1, slice, row, column) → logits (batch, class, slice, row, column)
-    x:torch.Tensor,     # Prepared scan, (1, slice, row, column)
-    patch,              # Window, (slice, row, column)
-    overlap:float=.5,   # Share of a window that the next one covers again
-    classes:int=1,      # Channels of logits
-    bar:bool=False,     # Show a progress bar
-    windows:int=4       # At a time, at most
-)->torch.Tensor: # Probabilities, (class, slice, row, column)
+    x: torch.Tensor,     # Prepared scan, (1, slice, row, column)
+    patch,               # Window, (slice, row, column)
+    overlap: float = .5, # Share of a window that the next one covers again
+    classes: int = 1,    # Channels of logits
+    bar: bool = False,   # Show a progress bar
+    windows: int = 4     # At a time, at most
+) -> torch.Tensor: # Probabilities, (class, slice, row, column)
     "Probabilities for a whole scan"
     n = math.prod(len(window_starts(n, p, overlap)) for n,p in zip(x.shape[1:], patch))
-    if n>2**20: raise CTError('overlap', f'{n} windows would have to be computed', 'Give a smaller overlap, or weights of a coarser spacing')
+    if n>2**20:
+        raise CTError('overlap', f'{n} windows would have to be computed',
+                      'Give a smaller overlap, or weights of a coarser spacing')
     w = blend_weights(patch).to(x.device)
     pad = [max(0,p-n) for p,n in zip(patch, x.shape[1:])]
-    total,seen = x.new_zeros(classes, *(n+p for n,p in zip(x.shape[1:], pad))),x.new_zeros([n+p for n,p in zip(x.shape[1:], pad)])
+    total,seen = x.new_zeros(classes,
+        *(n+p for n,p in zip(x.shape[1:], pad))),x.new_zeros([n+p for n,p in zip(x.shape[1:], pad)])
     off = [-min(0, window_starts(n,p)[0]) for n,p in zip(x.shape[1:], patch)]
     starts = list(product(*(window_starts(n,p,overlap) for n,p in zip(x.shape[1:], patch))))
     windows = _at_once(patch, windows)
@@ -70,7 +73,9 @@ def sliding_window(
     for group in track(groups, 'segmenting') if bar else groups:
         with torch.autocast(x.device.type, enabled=x.device.type=='cuda'):
             logits = model(torch.stack([crop(x, start, patch) for start in group])).float()
-        if not torch.isfinite(logits).all(): raise CTError('logits', 'the network answers with NaN or infinite logits', 'Train again, or use other weights')
+        if not torch.isfinite(logits).all():
+            raise CTError('logits', 'the network answers with NaN or infinite logits',
+                          'Train again, or use other weights')
         for start,prob in zip(group, logits.sigmoid()):
             at = tuple(slice(s+o, s+o+p) for s,o,p in zip(start, off, patch))
             total[(slice(None),*at)] += prob*w; seen[at] += w
@@ -79,10 +84,11 @@ def sliding_window(
 
 # %% ../nbs/15_inference.ipynb #be9d4b60
 def out_of_memory(
-    e:BaseException # What went wrong
-)->bool:
+    e: BaseException # What went wrong
+) -> bool:
     "Whether memory ran out, on the CPU or on a GPU"
-    return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and any(o in str(e) for o in ('out of memory','allocate memory'))
+    return isinstance(e, MemoryError) or isinstance(e,
+        RuntimeError) and any(o in str(e) for o in ('out of memory','allocate memory'))
 
 # %% ../nbs/15_inference.ipynb #dc15e8e7
 def _check_scan(name, ct, spec, device, full):
@@ -118,7 +124,8 @@ def segment(
     bar: bool = False       # Show a progress bar
 ) -> dict: # Class → uint8 mask, canonical axes, shape of `ct`
     "Masks of a whole scan, on its own voxels"
-    if not 0<threshold<1: raise CTError('threshold', f'{threshold} is not between 0 and 1', 'Give 0.5')
+    if not 0<threshold<1:
+        raise CTError('threshold', f'{threshold} is not between 0 and 1', 'Give 0.5')
     return _whole_scan(model, spec, ct, overlap, bar, lambda p: _cut(p, threshold))
 
 def _cut(p, threshold) -> np.ndarray: return (p>=threshold).cpu().numpy().astype(np.uint8)
@@ -128,7 +135,7 @@ def window_bytes(
     model, # Network
     patch, # Window, (slice, row, column)
     n=1    # Windows at a time
-)->int: # Bytes
+) -> int: # Bytes
     "What the forward pass of windows needs at its peak, counted without numbers"
     from covid3d.memory import LiveBytes, on_meta
     meta = on_meta(model).eval()
@@ -138,7 +145,8 @@ def window_bytes(
 def _check_window(path, model, spec, device):
     "`CTError` where the weights ask for windows that do not fit in memory"
     n,widest = _at_once(spec.patch),max(p.shape[0] for p in model.parameters() if p.ndim)
-    if 4*n*math.prod(spec.patch)*widest<2**30: return  # an upper bound, and most networks stay below it
+    # an upper bound, and most networks stay below it
+    if 4*n*math.prod(spec.patch)*widest<2**30: return
     device,need = torch.device(device),window_bytes(model, spec.patch, n)
     left = torch.cuda.mem_get_info(device)[0] if device.type=='cuda' else memory_left()
     if need<left: return
@@ -181,7 +189,7 @@ class Segmentation:
 
 # %% ../nbs/15_inference.ipynb #2056564a
 @patch
-def show(self:Segmentation,
+def show(self: Segmentation,
     **kwargs # For `show_slices`: `n`, `plane`, `slices`, `window`, `size`, `title`
 ):
     "Slices of the scan, masks outlined"
@@ -189,9 +197,9 @@ def show(self:Segmentation,
     return show_slices(self.ct, self.masks, **kwargs)
 
 @patch
-def save(self:Segmentation,
-    path,               # `.nii` or `.nii.gz`
-    klass: str = None   # Class of the mask; the first if None
+def save(self: Segmentation,
+    path,             # `.nii` or `.nii.gz`
+    klass: str = None # Class of the mask; the first if None
 ):
     "Write a mask on the grid of the file that the scan was read from"
     klass = next(iter(self.masks)) if klass is None else klass
@@ -228,9 +236,9 @@ class Segmenter:
 
 # %% ../nbs/15_inference.ipynb #be3d723b
 @patch
-def __call__(self:Segmenter,
-    scan,               # A `Volume`, a `Case`, or the path of a NIfTI file or a DICOM folder
-    bar: bool = False   # Show a progress bar
+def __call__(self: Segmenter,
+    scan,             # A `Volume`, a `Case`, or the path of a NIfTI file or a DICOM folder
+    bar: bool = False # Show a progress bar
 ) -> Segmentation:
     "Segment a whole scan"
     ct,how = as_volume(scan),(self.overlap,self.threshold,bar)
@@ -240,23 +248,23 @@ def __call__(self:Segmenter,
     return Segmentation(ct, masks, self, kept)
 
 @patch
-def probabilities(self:Segmenter,
-    scan,               # As for a call
-    bar: bool = False   # Show a progress bar
+def probabilities(self: Segmenter,
+    scan,             # As for a call
+    bar: bool = False # Show a progress bar
 ) -> dict: # Class → float32, canonical axes, shape of the scan
     "The probability of each voxel of a scan"
     return self._each(as_volume(scan), lambda p: p.cpu().numpy(), bar)
 
 @patch
-def _each(self:Segmenter, ct, finish, bar):
+def _each(self: Segmenter, ct, finish, bar):
     return _whole_scan(self.model, self.spec, ct, self.overlap, bar, finish, len(self.classes))
 
 # %% ../nbs/15_inference.ipynb #fca3e8fb
 @patch(cls_method=True)
-def load(cls:Segmenter,
-    paths,          # One `.safetensors`, a list of them, or a folder of `covid3d train --folds`
-    device = None,  # Where to put them: `cpu`, `cuda`, …; the best there is if None
-    **kwargs        # For `Segmenter`: `overlap`, `threshold`, `keep`
+def load(cls: Segmenter,
+    paths,         # One `.safetensors`, a list of them, or a folder of `covid3d train --folds`
+    device = None, # Where to put them: `cpu`, `cuda`, …; the best there is if None
+    **kwargs       # For `Segmenter`: `overlap`, `threshold`, `keep`
 ) -> Segmenter:
     "Open one saved model, or several as one; nothing in them can run code"
     if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'

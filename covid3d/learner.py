@@ -15,7 +15,7 @@ __all__ = ['CTLearner', 'unet_learner_3d', 'unfreeze_for', 'train', 'r3d_18', 'm
            'Recipe', 'ScanDice', 'KeepBest', 'History', 'EMA', 'Pictures', 'set_seed']
 
 # %% ../nbs/18_learner.ipynb #fe9f8fe1
-import math, re
+import re
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import fields, replace
@@ -59,23 +59,32 @@ from .unet import DynamicUnet3d, param_groups
 from .volume import CTError, Volume, open_ct, open_mask, save_mask, save_volume
 
 # %% ../nbs/18_learner.ipynb #012de542
-_all_ = ['r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_scan', 'open_mask', 'save_mask',
-         'save_seg', 'save_volume', 'show_slices', 'save_figure', 'phantom', 'write_phantoms', 'CTSpec', 'TensorCT',
-         'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms', 'light_aug_transforms', 'apply_window',
-         'resample_image', 'resample_mask', 'Case', 'CaseReader', 'CTBlock', 'LesionBlock', 'CTDataLoaders',
-         'read_cases', 'check_table', 'write_cases', 'encoder3d', 'DynamicUnet3d', 'param_groups', 'DiceCELoss',
-         'DiceFocalLoss', 'soft_dice', 'dice', 'PatchDice', 'NetSpec', 'save_model', 'load_model', 'Segmenter',
-         'Segmentation', 'segment', 'sliding_window', 'Recipe', 'ScanDice', 'KeepBest', 'History', 'EMA', 'Pictures',
+_all_ = ['r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_scan',
+         'open_mask', 'save_mask',
+         'save_seg', 'save_volume', 'show_slices', 'save_figure', 'phantom', 'write_phantoms',
+         'CTSpec', 'TensorCT',
+         'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms', 'light_aug_transforms',
+         'apply_window',
+         'resample_image', 'resample_mask', 'Case', 'CaseReader', 'CTBlock', 'LesionBlock',
+         'CTDataLoaders',
+         'read_cases', 'check_table', 'write_cases', 'encoder3d', 'DynamicUnet3d', 'param_groups',
+         'DiceCELoss',
+         'DiceFocalLoss', 'soft_dice', 'dice', 'PatchDice', 'NetSpec', 'save_model', 'load_model',
+         'Segmenter',
+         'Segmentation', 'segment', 'sliding_window', 'Recipe', 'ScanDice', 'KeepBest', 'History',
+         'EMA', 'Pictures',
          'set_seed']
 
 # %% ../nbs/18_learner.ipynb #ec5521fb
-_argmax_metrics = ('Dice','DiceMulti','JaccardCoeff','JaccardCoeffMulti','foreground_acc','accuracy',
+_argmax_metrics = ('Dice','DiceMulti','JaccardCoeff','JaccardCoeffMulti','foreground_acc',
+                   'accuracy',
                    'error_rate','top_k_accuracy')
 
 def _takes_argmax(m) -> bool:
     "Whether a metric of fastai's takes the largest channel as the class"
     f = m if isinstance(m, type) or not isinstance(m, Metric) else getattr(m, 'func', type(m))
-    return getattr(f, '__module__', '')=='fastai.metrics' and getattr(f, '__name__', '') in _argmax_metrics
+    return getattr(f, '__module__', '')=='fastai.metrics' and getattr(f, '__name__',
+        '') in _argmax_metrics
 
 class CTLearner(Learner):
     "A `Learner` that predicts masks of whole scans"
@@ -84,7 +93,8 @@ class CTLearner(Learner):
     @metrics.setter
     def metrics(self, v):
         if odd := next((m for m in L(v) if _takes_argmax(m)), None):
-            name = getattr(odd, '__name__', None) or getattr(getattr(odd, 'func', type(odd)), '__name__', odd)
+            name = getattr(odd, '__name__', None) or getattr(getattr(odd, 'func', type(odd)),
+                                                             '__name__', odd)
             fault = f'{name} of fastai compares channels, and a mask has one channel for each class'
             raise CTError('metrics', fault, 'Use PatchDice')
         Learner.metrics.fset(self, v)
@@ -116,11 +126,14 @@ def unet_learner_3d(
 ) -> Learner:
     "A `Learner` that trains a `DynamicUnet3d`"
     spec = spec or getattr(dls, 'spec', None)
-    if spec is None: raise CTError('spec', 'these DataLoaders do not say how their scans were prepared', 'Give spec=CTSpec(…)')
+    if spec is None:
+        raise CTError('spec', 'these DataLoaders do not say how their scans were prepared',
+                      'Give spec=CTSpec(…)')
     net,kwargs = _net_of(arch, pretrained, kwargs)
     model = net.build(spec.classes, pretrained)
     if memory is not None: dls = _copied(dls)  # the batch may change, and yours stays as it is
-    learn = CTLearner(dls, model, loss_func=loss_func or DiceFocalLoss(), opt_func=opt_func, lr=lr, splitter=param_groups,
+    learn = CTLearner(dls, model, loss_func=loss_func or DiceFocalLoss(), opt_func=opt_func, lr=lr,
+                      splitter=param_groups,
                       train_bn=False, metrics=PatchDice() if metrics is None else metrics, **kwargs)
     learn.spec,learn.net = spec,replace(net, **build_of(model.encoder))
     plain_log(learn)
@@ -137,26 +150,32 @@ def _copied(dls):
 def _net_of(arch, pretrained, kwargs) -> tuple:
     "The network that is meant, and the arguments that are left"
     own = {f.name:kwargs[f.name] for f in fields(NetSpec) if f.name in kwargs}
-    net = replace(arch, **own) if isinstance(arch, NetSpec) else NetSpec(getattr(arch, '__name__', arch), **own)
+    net = replace(arch, **own) if isinstance(arch,
+        NetSpec) else NetSpec(getattr(arch, '__name__', arch), **own)
     if net.norm=='frozen' and not pretrained:
-        raise CTError('norm=frozen', 'random weights have no statistics to freeze', 'Use norm=batch, or pretrained weights')
-    if isinstance(pretrained, (str,Path)) and (note := unfinished(pretrained)): once(lambda: print(note, flush=True))
+        raise CTError('norm=frozen', 'random weights have no statistics to freeze',
+                      'Use norm=batch, or pretrained weights')
+    if isinstance(pretrained, (str,Path)) and (note := unfinished(pretrained)):
+        once(lambda: print(note, flush=True))
     return net,{k:v for k,v in kwargs.items() if k not in own}
 
 # %% ../nbs/18_learner.ipynb #18284b2a
 def _fit_memory(learn, memory, frozen_stages=0, average=False):
     "Choose a setting that fits, say which, and use it"
     device = torch.device(learn.dls.device).type
-    plan = plan_memory(learn.model, learn.spec.patch, memory, learn.dls.train.bs, device, frozen_stages, average)
+    plan = plan_memory(learn.model, learn.spec.patch, memory, learn.dls.train.bs, device,
+                       frozen_stages, average)
     once(lambda: print(plan, flush=True))
     apply_plan(learn, plan)
 
 # %% ../nbs/18_learner.ipynb #1c431f6c
 @dispatch
-def show_results(x:TensorCT, y:TensorMask3d, samples, outs, ctxs=None, max_n=4, nrows=None, ncols=None, figsize=None, **kwargs):
+def show_results(x: TensorCT, y: TensorMask3d, samples, outs, ctxs=None, max_n=4, nrows=None,
+                 ncols=None, figsize=None, **kwargs):
     n = min(len(samples), max_n)
     title = 'blue: reference, orange: prediction'
-    if ctxs is None: ctxs = get_grid(n, nrows=nrows or 1, ncols=ncols, figsize=figsize or (3*n,3.2), title=title)
+    if ctxs is None:
+        ctxs = get_grid(n, nrows=nrows or 1, ncols=ncols, figsize=figsize or (3*n,3.2), title=title)
     return [show_patch(s[0], [s[1], o[0]], c) for s,o,c in zip(samples, outs, ctxs)]
 
 # %% ../nbs/18_learner.ipynb #2883d2d8
@@ -178,7 +197,8 @@ def _identity(learn, recipe) -> dict:
     train = case_digests(reader, [*dict.fromkeys(dls.train_ds.items)])
     made = replace(recipe, spec=learn.spec, net=learn.net).identity
     return dict(recipe=made, device=torch.device(dls.device).type, processes=place()[1],
-                workers=dls.train.fake_l.num_workers, train=train, valid=case_digests(reader, dls.valid_cases))
+                workers=dls.train.fake_l.num_workers, train=train,
+                valid=case_digests(reader, dls.valid_cases))
 
 # %% ../nbs/18_learner.ipynb #68edece4
 def _check(dls, table, choose=True):
@@ -218,7 +238,8 @@ def _begin(out, recipe, resume, plot):
     mine,resumed = run_outputs(out),resume and (out/'checkpoint.safetensors').exists()
     sweep(out/'examples')
     if not resumed: mine.clear()
-    mine.add('recipe.json', 'checkpoint.safetensors', 'model.safetensors', 'history.csv', *['history.png']*plot)
+    mine.add('recipe.json', 'checkpoint.safetensors', 'model.safetensors', 'history.csv',
+             *['history.png']*plot)
     if not resumed: recipe.save(out/'recipe.json')
 
 # %% ../nbs/18_learner.ipynb #e7d3ec1d
@@ -238,9 +259,13 @@ def _awaited(learn) -> str:
 _no_workers = 'or use --workers 0 (with --overwrite, as other patches are drawn then)'
 
 _failures = [  # pattern, fault, remedy
-    (r'shared memory|Bus error|/torch_\d', 'the shared memory (/dev/shm) is too small for processes that draw patches', 'Enlarge it and add --resume'),
-    (r'Too many open files|ancdata', 'too many files are open', 'Raise the limit (ulimit -n) and add --resume'),
-    (r'DataLoader worker.*(killed|exited)', 'a process that draws patches was killed', 'Free memory and add --resume')]
+    (r'shared memory|Bus error|/torch_\d',
+     'the shared memory (/dev/shm) is too small for processes that draw patches',
+     'Enlarge it and add --resume'),
+    (r'Too many open files|ancdata', 'too many files are open',
+     'Raise the limit (ulimit -n) and add --resume'),
+    (r'DataLoader worker.*(killed|exited)', 'a process that draws patches was killed',
+     'Free memory and add --resume')]
 
 def why_stopped(
     e: Exception,   # Raised by a training
@@ -248,7 +273,8 @@ def why_stopped(
 ) -> CTError: # None if it is nothing that we know
     "What to do where memory, or a process that draws patches, has failed"
     def of_workers(fault, remedy):
-        return CTError('workers', fault+f', while patches of {names} were awaited'*bool(names), f'{remedy}, {_no_workers}')
+        return CTError('workers', fault+f', while patches of {names} were awaited'*bool(names),
+                       f'{remedy}, {_no_workers}')
     text = str(e).strip()
     last = text.rpartition('\n')[2]
     if 'CTError: ' in last:  # of a scan, raised in such a process
@@ -279,22 +305,29 @@ def _seeded(seed, reproducible):
 def _callbacks(learn, out, recipe, examples, plot) -> list:
     history = History(out/'history.csv')
     clip,ema = [GradientClip(recipe.clip)]*bool(recipe.clip),[EMA(recipe.ema)]*bool(recipe.ema)
-    return [learn.kept, history, Awaited(), StopOnNaN(), *clip, *ema, Pictures(history, examples, plot)]
+    return [learn.kept, history, Awaited(), StopOnNaN(), *clip, *ema,
+            Pictures(history, examples, plot)]
 
 # %% ../nbs/18_learner.ipynb #8c03ba7d
 def _learner(table, out, recipe, fold, device, workers, cbs) -> Learner:
     "The learner of a recipe"
     more = {} if workers is None else dict(num_workers=workers)
-    dls = CTDataLoaders.from_table(table, recipe.spec, bs=recipe.bs, patches=recipe.patches, p_lesion=recipe.oversample_foreground,
-                                   fold=fold, aug=recipe.augmentation, path=out, device=device, **more)
-    return unet_learner_3d(dls, recipe.network, recipe.pretrained, loss_func=recipe.loss_func, cbs=cbs, wd=recipe.wd,
+    dls = CTDataLoaders.from_table(table, recipe.spec, bs=recipe.bs, patches=recipe.patches,
+                                   p_lesion=recipe.oversample_foreground,
+                                   fold=fold, aug=recipe.augmentation, path=out, device=device,
+                                   **more)
+    return unet_learner_3d(dls, recipe.network, recipe.pretrained, loss_func=recipe.loss_func,
+                           cbs=cbs, wd=recipe.wd,
                            metrics=[PatchDice(), ScanDice(recipe.score_every)])
 
 def _to_device(learn, recipe):
     "The memory layout and the precision that suit the device; those of a budget where there is one"
     device = torch.device(learn.dls.device).type
-    if device=='cpu': learn.model.to(memory_format=torch.channels_last_3d)  # quicker at width 16 (`benchmarks/step.csv`)
-    if recipe.memory is not None: _fit_memory(learn, recipe.memory, recipe.frozen_stages if recipe.pretrained else 0, bool(recipe.ema))
+    # quicker at width 16 (`benchmarks/step.csv`)
+    if device=='cpu': learn.model.to(memory_format=torch.channels_last_3d)
+    if recipe.memory is not None:
+        _fit_memory(learn, recipe.memory, recipe.frozen_stages if recipe.pretrained else 0,
+                    bool(recipe.ema))
     elif device=='cuda': learn.to_fp16()
 
 def _check_counts(**kwargs):
@@ -330,9 +363,12 @@ def train(
 
 def _fit(learn, out, recipe, resume, examples, plot) -> Learner:
     "Both phases, from where they were left"
-    seen,last = seen_by(learn.dls.reader, [*dict.fromkeys(learn.dls.train_ds.items)]),recipe.keep=='last'
-    learn.kept,frozen = KeepBest(out/'model.safetensors', last=last, seen=seen),recipe.frozen_epochs if recipe.pretrained else 0
-    about,cbs = once(lambda: _identity(learn, recipe)),_callbacks(learn, out, recipe, examples, plot)
+    seen,last = seen_by(learn.dls.reader,
+                        [*dict.fromkeys(learn.dls.train_ds.items)]),recipe.keep=='last'
+    learn.kept,frozen = KeepBest(out/'model.safetensors', last=last,
+                                 seen=seen),recipe.frozen_epochs if recipe.pretrained else 0
+    about,cbs = once(lambda: _identity(learn, recipe)),_callbacks(learn, out, recipe, examples,
+                                                                  plot)
     steps = max(frozen, recipe.epochs)*len(learn.dls.train)
     ck = Checkpoint(out/'checkpoint.safetensors', about, frozen+recipe.epochs, steps, learn.model)
     once(lambda: _begin(out, recipe, resume, plot))
@@ -340,6 +376,7 @@ def _fit(learn, out, recipe, resume, examples, plot) -> Learner:
     if ck.begin(resume): ck.restore(learn, cbs); learn.kept.put_back(learn); return learn
     with split_training(learn), _explained(learn):
         if frozen: learn.freeze(); ck.fit(learn, frozen, recipe.frozen_lr, cbs=cbs)
-        ck.fit(learn, recipe.epochs, unfreeze_for(learn, recipe.pretrained, recipe.lr, recipe.frozen_stages, recipe.lr_ratio), cbs=cbs)
+        ck.fit(learn, recipe.epochs, unfreeze_for(learn, recipe.pretrained, recipe.lr,
+                                                  recipe.frozen_stages, recipe.lr_ratio), cbs=cbs)
     ck.finish(cbs, lambda: learn.kept.put_back(learn))  # the file that the training is for is there
     return learn

@@ -15,10 +15,10 @@ from .volume import CTError
 
 # %% ../nbs/12_losses.ipynb #7cf648bd
 def soft_dice(
-    prob:torch.Tensor,  # (batch, class, slice, row, column), in [0, 1]
-    mask:torch.Tensor,  # The same shape, 0 or 1
-    smooth:float=1.     # s in the formula, in voxels
-)->torch.Tensor: # (batch, class), in (0, 1]
+    prob: torch.Tensor, # (batch, class, slice, row, column), in [0, 1]
+    mask: torch.Tensor, # The same shape, 0 or 1
+    smooth: float = 1.  # s in the formula, in voxels
+) -> torch.Tensor: # (batch, class), in (0, 1]
     "Dice of probabilities, for each sample and class"
     dims = tuple(range(2, prob.ndim))
     mask = mask.to(prob.dtype)
@@ -29,24 +29,26 @@ class SampleLoss(nn.Module):
     "A loss of logits and masks, in float32, a value for each sample"
     y_int = True # fastai's MixUp then blends the losses of two samples, not their masks
     def __init__(self,
-        reduction:str='mean' # `mean` of the batch, or `none`: one loss a sample
+        reduction: str = 'mean' # `mean` of the batch, or `none`: one loss a sample
     ):
         super().__init__()
         self.reduction = reduction
     def per_sample(self, logits, mask): raise NotImplementedError
     def forward(self,
-        logits, # (batch, class, slice, row, column)
-        mask,   # The same shape, 0 or 1
+        logits,        # (batch, class, slice, row, column)
+        mask,          # The same shape, 0 or 1
         reduction=None # In place of the loss's own
-    )->torch.Tensor: # Scalar, or (batch,); 0 or more
-        if logits.shape!=mask.shape: raise CTError('mask', f'shape {tuple(mask.shape)} is not that of the logits, {tuple(logits.shape)}', 'Give one channel for each class')
+    ) -> torch.Tensor: # Scalar, or (batch,); 0 or more
+        if logits.shape!=mask.shape:
+            raise CTError('mask',
+                          f'shape {tuple(mask.shape)} is not that of the logits, {tuple(logits.shape)}', 'Give one channel for each class')
         with torch.autocast(logits.device.type, enabled=False):
             loss = self.per_sample(*(o.as_subclass(torch.Tensor).float() for o in (logits,mask)))
         return loss if (reduction or self.reduction)=='none' else loss.mean()
     def activation(self, logits): return logits.sigmoid()
     def decodes(self, prob): return (prob>=.5).to(torch.uint8)
 
-def cross_entropy(logits, mask)->torch.Tensor: # (batch,), nats a voxel
+def cross_entropy(logits, mask) -> torch.Tensor: # (batch,), nats a voxel
     "Binary cross-entropy, the mean over a sample"
     return F.binary_cross_entropy_with_logits(logits, mask, reduction='none').flatten(1).mean(1)
 
@@ -54,23 +56,24 @@ def cross_entropy(logits, mask)->torch.Tensor: # (batch,), nats a voxel
 class DiceCELoss(SampleLoss):
     "1 − soft Dice, plus binary cross-entropy, both the mean over samples and classes"
     def __init__(self,
-        dice:float=1.,   # Weight of 1 − Dice
-        ce:float=1.,     # Weight of the cross-entropy, in nats a voxel
-        smooth:float=1., # See `soft_dice`
-        reduction:str='mean' # See `SampleLoss`
+        dice: float = 1.,       # Weight of 1 − Dice
+        ce: float = 1.,         # Weight of the cross-entropy, in nats a voxel
+        smooth: float = 1.,     # See `soft_dice`
+        reduction: str = 'mean' # See `SampleLoss`
     ):
         super().__init__(reduction)
         self.dice,self.ce,self.smooth = dice,ce,smooth
     def per_sample(self, logits, mask):
-        return self.dice*(1-soft_dice(logits.sigmoid(), mask, self.smooth).mean(1)) + self.ce*cross_entropy(logits, mask)
+        return self.dice*(1-soft_dice(logits.sigmoid(), mask,
+                                      self.smooth).mean(1)) + self.ce*cross_entropy(logits, mask)
 
 # %% ../nbs/12_losses.ipynb #a76f4e67
 def _focal(
-    logits, # (batch, class, slice, row, column)
-    mask,   # The same shape, 0 or 1
-    gamma:float=2.,  # 0 or more
-    alpha:float=None # Weight of lesion voxels in [0, 1]
-)->torch.Tensor: # (batch,), nats a voxel
+    logits,             # (batch, class, slice, row, column)
+    mask,               # The same shape, 0 or 1
+    gamma: float = 2.,  # 0 or more
+    alpha: float = None # Weight of lesion voxels in [0, 1]
+) -> torch.Tensor: # (batch,), nats a voxel
     "Focal loss, the mean over a sample"
     z = logits*(2*mask-1)
     loss = -F.logsigmoid(z)*(gamma*F.logsigmoid(-z)).exp()
@@ -80,27 +83,28 @@ def _focal(
 class DiceFocalLoss(SampleLoss):
     "1 − soft Dice, plus focal loss"
     def __init__(self,
-        dice:float=1.,    # Weight of 1 − Dice
-        focal:float=1.,   # Weight of the focal loss
-        gamma:float=2.,   # See `_focal`
-        alpha:float=None, # See `_focal`
-        smooth:float=1.,  # See `soft_dice`
-        reduction:str='mean' # See `SampleLoss`
+        dice: float = 1.,       # Weight of 1 − Dice
+        focal: float = 1.,      # Weight of the focal loss
+        gamma: float = 2.,      # See `_focal`
+        alpha: float = None,    # See `_focal`
+        smooth: float = 1.,     # See `soft_dice`
+        reduction: str = 'mean' # See `SampleLoss`
     ):
         super().__init__(reduction)
         self.dice,self.focal,self.gamma,self.alpha,self.smooth = dice,focal,gamma,alpha,smooth
     def per_sample(self, logits, mask):
-        return self.dice*(1-soft_dice(logits.sigmoid(), mask, self.smooth).mean(1)) + self.focal*_focal(logits, mask, self.gamma, self.alpha)
+        return self.dice*(1-soft_dice(logits.sigmoid(), mask,
+            self.smooth).mean(1)) + self.focal*_focal(logits, mask, self.gamma, self.alpha)
 
 # %% ../nbs/12_losses.ipynb #c159213f
 class TverskyLoss(SampleLoss):
     "1 − Tversky index, or a root of it"
     def __init__(self,
-        alpha:float=.3,  # Weight of false positives
-        beta:float=.7,   # Weight of misses
-        gamma:float=1.,  # Above 1 for the focal Tversky loss
-        smooth:float=1., # s in the formula, in voxels
-        reduction:str='mean' # See `SampleLoss`
+        alpha: float = .3,      # Weight of false positives
+        beta: float = .7,       # Weight of misses
+        gamma: float = 1.,      # Above 1 for the focal Tversky loss
+        smooth: float = 1.,     # s in the formula, in voxels
+        reduction: str = 'mean' # See `SampleLoss`
     ):
         super().__init__(reduction)
         self.alpha,self.beta,self.gamma,self.smooth = alpha,beta,gamma,smooth
@@ -113,7 +117,7 @@ class TverskyLoss(SampleLoss):
 # %% ../nbs/12_losses.ipynb #e7cfd760
 def _jaccard_steps(
     mask # (rows, voxel), 0 or 1, greatest error first
-)->torch.Tensor: # The same shape, sums to 1 or less
+) -> torch.Tensor: # The same shape, sums to 1 or less
     "Growth of the Jaccard loss as voxel after voxel becomes wrong"
     size = mask.sum(1, keepdim=True)
     loss = 1-(size-mask.cumsum(1))/(size+(1-mask).cumsum(1))
@@ -122,9 +126,9 @@ def _jaccard_steps(
 class LovaszHingeLoss(SampleLoss):
     "Convex surrogate of 1 − Jaccard"
     def __init__(self,
-        lovasz:float=1., # Weight of the Lovász hinge
-        ce:float=0.,     # Weight of the cross-entropy, in nats a voxel
-        reduction:str='mean' # See `SampleLoss`
+        lovasz: float = 1.,     # Weight of the Lovász hinge
+        ce: float = 0.,         # Weight of the cross-entropy, in nats a voxel
+        reduction: str = 'mean' # See `SampleLoss`
     ):
         super().__init__(reduction)
         self.lovasz,self.ce = lovasz,ce
@@ -135,11 +139,13 @@ class LovaszHingeLoss(SampleLoss):
         return self.lovasz*hinge + (self.ce*cross_entropy(logits, mask) if self.ce else 0)
 
 # %% ../nbs/12_losses.ipynb #9e3fa9c3
-losses_by_name = {'dice-focal':DiceFocalLoss, 'dice-ce':DiceCELoss, 'tversky':TverskyLoss, 'lovasz':LovaszHingeLoss}
+losses_by_name = {'dice-focal':DiceFocalLoss, 'dice-ce':DiceCELoss, 'tversky':TverskyLoss,
+                  'lovasz':LovaszHingeLoss}
 
 def find_loss(
-    name:str # `dice-focal`, `dice-ce`, `tversky` or `lovasz`
-)->SampleLoss:
+    name: str # `dice-focal`, `dice-ce`, `tversky` or `lovasz`
+) -> SampleLoss:
     "The loss of that name, with its default weights"
-    if name not in losses_by_name: raise CTError('loss', f'{name!r} is unknown', f'Give {", ".join(losses_by_name)}')
+    if name not in losses_by_name:
+        raise CTError('loss', f'{name!r} is unknown', f'Give {", ".join(losses_by_name)}')
     return losses_by_name[name]()

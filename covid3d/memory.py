@@ -22,7 +22,8 @@ from .losses import cross_entropy, soft_dice
 from .volume import CTError
 
 # %% ../nbs/13_memory.ipynb #10a9da90
-def on_meta(model: nn.Module) -> nn.Module: # on any device, left alone; the same layers in training mode, without numbers
+# on any device, left alone; the same layers in training mode, without numbers
+def on_meta(model: nn.Module) -> nn.Module:
     "A copy of `model` on the meta device, made without copying its weights."
     like = {id(p): nn.Parameter(p.detach().to('meta'), p.requires_grad) for p in model.parameters()}
     return deepcopy(model, like | {id(b): b.to('meta') for b in model.buffers()}).train()
@@ -39,7 +40,9 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for t in made: self.add(t.untyped_storage())
-        if func is torch.ops.aten.convolution.default: self.conv = max(self.conv, sum(t.nbytes for t in [*args, *made] if isinstance(t, Tensor)))
+        if func is torch.ops.aten.convolution.default:
+            self.conv = max(self.conv,
+                            sum(t.nbytes for t in [*args, *made] if isinstance(t, Tensor)))
         return out
 
     def add(self, storage):
@@ -73,11 +76,14 @@ def saved_bytes(
 class _LikeAutocast(TorchFunctionMode):
     "The types that autocast for CUDA chooses, on any device."
     half = {torch.conv3d, torch.conv_transpose3d, nn.functional.scaled_dot_product_attention}
-    full = {torch.group_norm, nn.functional.group_norm, nn.functional.interpolate, nn.functional.binary_cross_entropy_with_logits}
+    full = {torch.group_norm, nn.functional.group_norm, nn.functional.interpolate,
+            nn.functional.binary_cross_entropy_with_logits}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         to = torch.float16 if func in self.half else torch.float32 if func in self.full else None
-        if to: args = tree_map(lambda t: t.to(to) if isinstance(t, Tensor) and t.is_floating_point() else t, args)
+        if to:
+            args = tree_map(lambda t: t.to(to) if isinstance(t, Tensor) and t.is_floating_point()
+                            else t, args)
         return func(*args, **(kwargs or {}))
 
 def _like_autocast(model: nn.Module) -> nn.Module: # changed in place; itself
@@ -90,10 +96,12 @@ def _like_autocast(model: nn.Module) -> nn.Module: # changed in place; itself
     return model
 
 # %% ../nbs/13_memory.ipynb #a36cf81d
-def step_loss(out, mask: Tensor) -> Tensor: # logits, or a list of them at several sizes; (batch, class, slice, row, column); scalar
+# logits, or a list of them at several sizes; (batch, class, slice, row, column); scalar
+def step_loss(out, mask: Tensor) -> Tensor:
     "Dice with cross-entropy of all that a network gives; the mask is taken to each size."
     at = lambda y: mask if y.shape == mask.shape else nn.functional.interpolate(mask, y.shape[2:])
-    return sum(1 - soft_dice(y.sigmoid(), at(y)).mean() + cross_entropy(y, at(y)).mean() for y in (o.float() for o in tree_leaves(out)))
+    return sum(1 - soft_dice(y.sigmoid(), at(y)).mean() + cross_entropy(y, at(y)).mean()
+               for y in (o.float() for o in tree_leaves(out)))
 
 # %% ../nbs/13_memory.ipynb #9c042c0c
 def live_step(
@@ -129,11 +137,13 @@ def step_bytes(
     forward, peak, conv = live_step(model, size, bs, fp16)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    return dict(weights=weights, gradients=trained, adam=2 * trained, average=2 * weights * average, forward=forward - weights - trained, backward=peak - forward,
+    return dict(weights=weights, gradients=trained, adam=2 * trained, average=2 * weights * average,
+                forward=forward - weights - trained, backward=peak - forward,
                 workspace=2 * conv, program=int(program_bytes[device]))
 
 # %% ../nbs/13_memory.ipynb #dd6023cc
-def _parse_bytes(o: str | int | float) -> int: # '6GB', '6 GiB', '900 MB', or a number of bytes; bytes
+# '6GB', '6 GiB', '900 MB', or a number of bytes; bytes
+def _parse_bytes(o: str | int | float) -> int:
     "A number of bytes from how people write it."
     m = re.fullmatch(r'\s*(\d+\.?\d*(?:e\d+)?)\s*(?:([kMGT])(i?))?B?\s*', str(o), re.I)
     n = float(m[1]) * (1024 if m[3] else 1000) ** ' KMGT'.index((m[2] or ' ').upper()) if m else 0
@@ -166,8 +176,10 @@ def _options(
     device: str, # `cpu` or `cuda`
 ) -> list: # of (patches at a time, recompute, fp16), the quickest first
     "Ways to take a step of `bs` patches."
-    split, again = [n for n in range(bs, 0, -1) if bs % n == 0], [False, True] if hasattr(model, 'recompute') else [False]
-    statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in on_meta(model).modules())
+    split, again = [n for n in range(bs, 0, -1) if bs % n == 0], [False, True] if hasattr(model,
+        'recompute') else [False]
+    statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+                     for m in on_meta(model).modules())
     loss = lambda way: (statistics and way[0] < bs, device == 'cpu' and way[0] == 1, way[1])
     return [(n, r, device == 'cuda') for n, r in sorted(product(split, again), key=loss)]
 
@@ -178,21 +190,28 @@ def _as_trained(
 ) -> nn.Module: # a copy on the meta device, in training mode
     "`model` as it will be trained, whatever is frozen now."
     meta = on_meta(model).requires_grad_(True)
-    if frozen_stages: nn.ModuleList([*meta.encoder.children()][:frozen_stages]).requires_grad_(False)
+    if frozen_stages:
+        nn.ModuleList([*meta.encoder.children()][:frozen_stages]).requires_grad_(False)
     return meta.train()
 
 # %% ../nbs/13_memory.ipynb #3ca04337
-def _try_bytes(model: nn.Module, patch: tuple, bs: int, recompute: bool, fp16: bool, device: str, average: bool = False) -> int: # see `plan_memory`; bytes
+# see `plan_memory`; bytes
+def _try_bytes(model: nn.Module, patch: tuple, bs: int, recompute: bool, fp16: bool, device: str,
+               average: bool = False) -> int:
     "What one way to train needs."
     meta = on_meta(model)
     meta.recompute = recompute
     return sum(step_bytes(meta, patch, bs, fp16, device, average).values())
 
-def _largest_patch(model: nn.Module, patch: tuple, budget: int, recompute: bool, fp16: bool, device: str, average: bool = False) -> tuple | None: # see `plan_memory`; bytes; None: none fits
+# see `plan_memory`; bytes; None: none fits
+def _largest_patch(model: nn.Module, patch: tuple, budget: int, recompute: bool, fp16: bool,
+                   device: str, average: bool = False) -> tuple | None:
     "The largest patch of about the shape of `patch` of which one fits, each axis a multiple of 16 voxels."
     steps = max(patch) // 16
-    sizes = dict.fromkeys(tuple(min(n, max(16, round(n * i / steps / 16) * 16)) for n in patch) for i in range(steps - 1, 0, -1))
-    return next((s for s in sizes if s != tuple(patch) and _try_bytes(model, s, 1, recompute, fp16, device, average) <= budget), None)
+    sizes = dict.fromkeys(tuple(min(n, max(16, round(n * i / steps / 16) * 16)) for n in patch)
+                          for i in range(steps - 1, 0, -1))
+    return next((s for s in sizes if s != tuple(patch)
+                 and _try_bytes(model, s, 1, recompute, fp16, device, average) <= budget), None)
 
 # %% ../nbs/13_memory.ipynb #d3fcfffc
 def plan_memory(
@@ -205,14 +224,17 @@ def plan_memory(
     average: bool = False, # a moving average of the weights is kept too
 ) -> MemoryPlan: # the quickest that fits
     "Choose how to train within a budget."
-    budget, device = _parse_bytes(memory), torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')).type
+    budget, device = _parse_bytes(memory), torch.device(device
+        or ('cuda' if torch.cuda.is_available() else 'cpu')).type
     model = _as_trained(model, frozen_stages)
     for n, recompute, fp16 in _options(model, bs, device):
         need = _try_bytes(model, patch, n, recompute, fp16, device, average)
         if need <= budget: return MemoryPlan(n, bs // n, recompute, fp16, need, budget)
-    smaller, shape = _largest_patch(model, patch, budget, recompute, fp16, device, average), lambda s: '×'.join(map(str, s))
+    smaller, shape = _largest_patch(model, patch, budget, recompute, fp16, device,
+                                    average), lambda s: '×'.join(map(str, s))
     cure = f'Give a patch of {shape(smaller)}, or a narrower network' if smaller else 'Give a narrower network'
-    raise CTError(f'memory={memory}', f'one patch of {shape(patch)} needs {show_bytes(need)} at the least', cure)
+    raise CTError(f'memory={memory}',
+                  f'one patch of {shape(patch)} needs {show_bytes(need)} at the least', cure)
 
 # %% ../nbs/13_memory.ipynb #7705ddf5
 class Accumulate(GradientAccumulation):
@@ -229,7 +251,8 @@ def apply_plan(
     "Train as `plan` says."
     learn.model.recompute = plan.recompute
     for dl in learn.dls.loaders: dl.bs = plan.bs
-    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, (GradientAccumulation, MixedPrecision))])
+    learn.remove_cbs([cb for cb in learn.cbs
+                      if isinstance(cb, (GradientAccumulation, MixedPrecision))])
     if plan.accumulate > 1: learn.add_cb(Accumulate(plan.bs * plan.accumulate))
     if plan.fp16: learn.add_cb(MixedPrecision())
     return learn

@@ -45,7 +45,8 @@ def _below(p, notes) -> list:
     "Cases of the DICOM series below `p`; of a folder with several series, the largest"
     largest,found,odd = {},{},[]
     for at,s in dicom_series(p, odd): largest.setdefault(s.folder if s else Path(at), s)
-    notes += [o for o in odd if ' left out: ' not in o]  # what does not open is tried, and told, in its turn
+    # what does not open is tried, and told, in its turn
+    notes += [o for o in odd if ' left out: ' not in o]
     if not largest:
         raise CTError(p, 'there is no .nii or .nii.gz and no CT series in it', 'Check the folder')
     for folder,s in largest.items():
@@ -70,7 +71,8 @@ def _meant_by(path, notes) -> list:
         if p.is_dir(): return _in_folder(p, notes)
         if not p.exists(): raise CTError(p, 'no such file or folder', 'Check the path')
         if not p.is_file():
-            raise CTError(p, 'is neither a file nor a folder', 'Give a scan, a folder or a case table')
+            raise CTError(p, 'is neither a file nor a folder',
+                          'Give a scan, a folder or a case table')
         if p.suffix.lower()=='.csv': return read_cases(p)
         return [Case(case_name(p) if is_nifti(p) else _series_name([p]), p)]
     except CTError: raise
@@ -116,7 +118,8 @@ def _check_names(cases, classes, format):
                 fault = f'the masks of {seen[key]!r} and {c.name!r} would be one file'
                 raise CTError(k, fault, 'Rename one scan, or use two runs')
             if len(k.encode('utf8', 'surrogatepass'))>255:
-                raise CTError(f'{k[:60]}…', 'the name of this mask is longer than 255 bytes', 'Rename the scan')
+                raise CTError(f'{k[:60]}…', 'the name of this mask is longer than 255 bytes',
+                              'Rename the scan')
             seen[key] = c.name
 
 def _check_inputs(cases, names, out):
@@ -124,7 +127,8 @@ def _check_inputs(cases, names, out):
     inputs = {os.path.realpath(p) for c in cases for p in (c.ct, *c.masks.values())}
     hit = next((k for k in names if os.path.realpath(out/k) in inputs), None)
     if not hit: return
-    raise CTError(out/hit, 'is one of the inputs, and a mask would replace it', 'Choose another --out')
+    raise CTError(out/hit, 'is one of the inputs, and a mask would replace it',
+                  'Choose another --out')
 
 # %% ../nbs/21_predict.ipynb #0f1f7ace
 def _check_format(cases, format):
@@ -166,7 +170,8 @@ def _read_rows(path) -> dict:
         if not {*_first,*_last}<={*(rows.fieldnames or ())}: raise csv.Error
         skip = (None,_private)
         return {_bare(r['scan']):{k:_bare(v) for k,v in r.items() if k not in skip} for r in rows}
-    except csv.Error: raise CTError(path, 'is not a table of scans that covid3d wrote', remedy) from None
+    except csv.Error:
+        raise CTError(path, 'is not a table of scans that covid3d wrote', remedy) from None
 
 # %% ../nbs/21_predict.ipynb #38c3539e
 class _Record:
@@ -212,10 +217,13 @@ def _is_done(old, row, names, out, overwrite) -> bool:
     same = lambda *keys: all(old[k]==row[k] for k in keys)
     there = [k for k in (*names,*{*wrote}-{*map(plain, names)}) if os.path.lexists(out/k)]
     if there and not same('digest','grid'):
-        raise CTError(out/there[0], 'is the mask of another scan of this name', 'Choose another --out')
+        raise CTError(out/there[0], 'is the mask of another scan of this name',
+                      'Choose another --out')
     if not old['written'] or not same('weights','settings'): return False
-    changed = next((k for k in names if k in there and _mask_digest(out/k)!=wrote.get(plain(k))), None)
-    if changed and not overwrite: raise CTError(out/changed, 'was changed since it was written', _other)
+    changed = next((k for k in names if k in there and _mask_digest(out/k)!=wrote.get(plain(k))),
+                   None)
+    if changed and not overwrite:
+        raise CTError(out/changed, 'was changed since it was written', _other)
     return not changed and all(k in there for k in names)
 
 # %% ../nbs/21_predict.ipynb #36e0e871
@@ -231,7 +239,8 @@ def _claim(out, names, made, overwrite):
     rows = _read_rows(out/record)
     for k,scan in there.items():
         old = rows.get(scan, {})
-        if not old.get('masks'): raise CTError(out/k, f'{record} does not say whose mask it is', _away)
+        if not old.get('masks'):
+            raise CTError(out/k, f'{record} does not say whose mask it is', _away)
         if old['written'] and any(old[o]!=v for o,v in made.items()) and not overwrite:
             fault = 'exists already, made with other weights or settings'
             raise CTError(out/k, fault, _other)
@@ -244,14 +253,16 @@ def _most_seen(seen) -> Seen:
     "What the trainings of all weights held at most; None where none says"
     found = [s for s in seen if s]
     most = lambda k: max(getattr(s, k) for s in found)
-    return Seen(lesion_ml=most('lesion_ml'), lesion_of_body=most('lesion_of_body')) if found else None
+    return Seen(lesion_ml=most('lesion_ml'),
+                lesion_of_body=most('lesion_of_body')) if found else None
 
 def _unlike(masks, ct, seen) -> list:
     "Warnings for a scan with far more lesion than the training held"
     if not seen: return []
     ml = masks[next(iter(masks))].sum()*ct.ml_per_voxel
     of_body,out = min(1., ml/max(body_ml(ct), 1e-9)),[]
-    if 0<seen.lesion_ml*beyond<ml: out.append(f'{ml:,.0f} ml, where training held {seen.lesion_ml:,.0f} at most')
+    if 0<seen.lesion_ml*beyond<ml:
+        out.append(f'{ml:,.0f} ml, where training held {seen.lesion_ml:,.0f} at most')
     if 0<seen.lesion_of_body*beyond<of_body:
         out.append(f'{of_body:.0%} of the body, where training held {seen.lesion_of_body:.0%} at most')
     return [f'warning: {"; ".join(out)}: look whether the scan is of a kind that the network knows']*bool(out)
@@ -286,7 +297,8 @@ def _as_error(e, case) -> CTError:
     if isinstance(e, OSError):
         remedy = 'Check its permissions and the free space'
         if isinstance(t := unreadable(case.ct, e), Scarce) or e.errno==errno.EIO: return t
-        return CTError(e.filename or case.ct, f'the operating system refuses ({e.strerror or e})', remedy)
+        return CTError(e.filename or case.ct, f'the operating system refuses ({e.strerror or e})',
+                       remedy)
     return CTError(case.ct, f'{type(e).__name__} ({str(e)[:200]})', 'Try --device cpu')
 
 def _line(e, case) -> str:
@@ -299,14 +311,16 @@ def _line(e, case) -> str:
 # %% ../nbs/21_predict.ipynb #7da8c4e9
 def _scan(case, names, job) -> dict:
     "The row of a scan that was tried, with its `state` and, if it failed, the `line` to print"
-    row = dict(scan=plain(case.name), source=plain(os.path.abspath(case.ct)), **job['made'], masks='')
+    row = dict(scan=plain(case.name), source=plain(os.path.abspath(case.ct)), **job['made'],
+               masks='')
     records = job['record']
     try:
         state,line = _do(case, row, names, job),''
         if records.rows.get(row['scan'])!=row: records.add(dict(row))
     except (CTError,MemoryError,OSError,RuntimeError) as e:
         e = _as_error(e, case)
-        if isinstance(e, Scarce): raise Scarce(case.name, e.fault, e.cure) from None  # no fault of this scan
+        # no fault of this scan
+        if isinstance(e, Scarce): raise Scarce(case.name, e.fault, e.cure) from None
         state,line,old = 'failed',_line(e, case),records.rows.get(row['scan'])
         row = (old if old and old['masks'] else row)|dict(error=line)
         try: records.add(dict(row))

@@ -26,30 +26,35 @@ from .volume import CTError, Scarce, Volume, canonical_affine, scan_digest, stor
 # %% ../nbs/08_prepare.ipynb #8d3a5011
 version = 2  # of the layout; a new one makes all prepared cases stale
 
-def _files(path)->list:
+def _files(path) -> list:
     "A file, or the files of a series"
     p = Path(path)
     try:
-        series = p if p.is_dir() else None if is_nifti(p) else p.parent  # any file of a series stands for it
+        # any file of a series stands for it
+        series = p if p.is_dir() else None if is_nifti(p) else p.parent
         if series is None and p.is_file(): return [p]
-        if series is not None and p.exists(): return [p]*p.is_file()+sorted(o for o in series.iterdir() if o.is_file())
+        if series is not None and p.exists():
+            return [p]*p.is_file()+sorted(o for o in series.iterdir() if o.is_file())
     except OSError as e: raise unreadable(p, e) from None
     raise CTError(p, 'no such file', 'Correct the path in the case table')
 
-def _stat(f)->list: return [str(f.absolute()), (s := f.stat()).st_size, s.st_mtime_ns]
+def _stat(f) -> list: return [str(f.absolute()), (s := f.stat()).st_size, s.st_mtime_ns]
 
-def _content(f)->list:
+def _content(f) -> list:
     "Size and two checksums of a file"
     crc,adler,n = 0,1,0
     with f.open('rb') as o:
-        while part := o.read(2**22): crc,adler,n = isal_zlib.crc32(part, crc),isal_zlib.adler32(part, adler),n+len(part)
+        while part := o.read(2**22):
+            crc,adler,n = isal_zlib.crc32(part, crc),isal_zlib.adler32(part, adler),n+len(part)
     return [n,crc,adler]
 
 # %% ../nbs/08_prepare.ipynb #16506201
-def _digest(case, spec, of)->str:
+def _digest(case, spec, of) -> str:
     "A digest of the spec and of what `of` says about each file"
     missing = [k for k in spec.classes if k not in case.masks]
-    if missing: raise CTError(case.name, f'the case has no mask of class {missing[0]!r}', 'Add it to the case table')
+    if missing:
+        raise CTError(case.name, f'the case has no mask of class {missing[0]!r}',
+                      'Add it to the case table')
     made_by = dict(version=version, **spec.form, greys=case.already_windowed, flip=list(case.flip))
     about = lambda p: sorted(map(of, _files(p)))
     try:
@@ -59,9 +64,9 @@ def _digest(case, spec, of)->str:
     return hashlib.blake2b(json.dumps(made_by | files).encode(), digest_size=8).hexdigest()
 
 def fingerprint(
-    case:Case,   # From `read_cases`
-    spec:CTSpec  # Spacing, window and classes
-)->str: # 16 hexadecimal digits
+    case: Case,  # From `read_cases`
+    spec: CTSpec # Spacing, window and classes
+) -> str: # 16 hexadecimal digits
     "A digest of what a prepared case depends on: the content of its files, wherever they lie"
     return _digest(case, spec, _content)
 
@@ -69,14 +74,15 @@ def fingerprint(
 @dataclass(eq=False, repr=False)
 class Prepared:
     "A case on disk, mapped into memory"
-    ct:torch.Tensor    # uint8 (1, slice, row, column), 0 and 255 are the ends of the window
-    masks:torch.Tensor # uint8 (class, slice, row, column), 0 and 1
-    at:dict            # `lesion` and `body` → flat indices of voxels, for placing patches
-    info:dict          # `case`, `shape`, `spacing` (None for a whole scan in one patch, and then its `patch`), `window`, `classes`, `lesion_ml`, `body_ml`, `digest` (of the scan), checksums
+    ct: torch.Tensor    # uint8 (1, slice, row, column), 0 and 255 are the ends of the window
+    masks: torch.Tensor # uint8 (class, slice, row, column), 0 and 1
+    at: dict            # `lesion` and `body` → flat indices of voxels, for placing patches
+    info: dict          # `case`, `shape`, `spacing` (None for a whole scan in one patch, and then its `patch`), `window`, `classes`, `lesion_ml`, `body_ml`, `digest` (of the scan), checksums
 
-    def __repr__(self): return f'Prepared {self.info["case"]}: {"×".join(map(str, self.ct.shape[1:]))} voxels, {", ".join(self.info["classes"])}'
+    def __repr__(self):
+        return f'Prepared {self.info["case"]}: {"×".join(map(str, self.ct.shape[1:]))} voxels, {", ".join(self.info["classes"])}'
     @property
-    def nbytes(self)->int:
+    def nbytes(self) -> int:
         "Of CT and masks"
         return self.ct.nbytes+self.masks.nbytes
 
@@ -86,28 +92,35 @@ _names = (*(f'{k}.npy' for k in _arrays_of), 'info.json')
 _whole = lambda v, most: type(v) is int and 0<=v<=most
 _number = lambda v: type(v) in (int,float) and math.isfinite(v) and v>=0
 _hex = lambda n: lambda v: isinstance(v, str) and bool(re.fullmatch(f'[0-9a-f]{{{n}}}', v))
-_fields = dict(covid3d=lambda v: v=='prepared case', version=lambda v: v==version, case=lambda v: isinstance(v, str),
-    shape=lambda v: isinstance(v, list) and len(v)==3 and all(_whole(o, 2**30) and o for o in v) and math.prod(v)<=2**30,
+_fields = dict(covid3d=lambda v: v=='prepared case', version=lambda v: v==version,
+               case=lambda v: isinstance(v, str),
+    shape=lambda v: isinstance(v,
+        list) and len(v)==3 and all(_whole(o, 2**30) and o for o in v) and math.prod(v)<=2**30,
     lesion_ml=_number, body_ml=_number, digest=_hex(32), stamp=_hex(16),
-    at=lambda v: isinstance(v, dict) and {*v}=={'lesion','body'} and all(_whole(o, _most) for o in v.values()),
-    crc=lambda v: isinstance(v, dict) and {*v}=={*_arrays_of} and all(_whole(o, 2**32-1) for o in v.values()))
+    at=lambda v: isinstance(v, dict) and {*v}=={'lesion',
+        'body'} and all(_whole(o, _most) for o in v.values()),
+    crc=lambda v: isinstance(v,
+        dict) and {*v}=={*_arrays_of} and all(_whole(o, 2**32-1) for o in v.values()))
 
-def _read_info(folder)->dict:
+def _read_info(folder) -> dict:
     "The checked `info.json` of a prepared case"
     f = Path(folder)/'info.json'
     info = read_json(f, most=2**16, remedy=_anew)
-    if bad := [k for k,ok in _fields.items() if k not in info or not ok(info[k])]: raise CTError(f, f'{bad[0]} is missing or makes no sense', _anew)
+    if bad := [k for k,ok in _fields.items() if k not in info or not ok(info[k])]:
+        raise CTError(f, f'{bad[0]} is missing or makes no sense', _anew)
     cls = spec_class(info)
     try: spec = cls(**{k:info[k] for k in cls().form})
     except KeyError as e: raise CTError(f, f'{e.args[0]} is missing', _anew) from None
     except CTError as e: raise CTError(f, f'{e.what}: {e.fault}', _anew) from None
-    if 'patch' in spec.form and list(spec.patch)!=info['shape']: raise CTError(f, 'its patch is not its shape', _anew)
+    if 'patch' in spec.form and list(spec.patch)!=info['shape']:
+        raise CTError(f, 'its patch is not its shape', _anew)
     return info
 
 # %% ../nbs/08_prepare.ipynb #81d322af
-_most,_anew = 2**16,'Run `covid3d prepare` again, or copy the folder again' # positions kept of each kind; the remedy
+# positions kept of each kind; the remedy
+_most,_anew = 2**16,'Run `covid3d prepare` again, or copy the folder again'
 
-def _map(path, dtype, shape)->np.ndarray:
+def _map(path, dtype, shape) -> np.ndarray:
     "The array of a `.npy` file, mapped into memory; `CTError` if it is another one"
     try:
         if not path.is_file(): raise ValueError('no such file')
@@ -115,9 +128,12 @@ def _map(path, dtype, shape)->np.ndarray:
             if np.lib.format.read_magic(f)!=(1,0): raise ValueError('unknown version')
             there = np.lib.format.read_array_header_1_0(f, max_header_size=1024)
             n = math.prod(shape)*np.dtype(dtype).itemsize
-            if there!=(shape,False,np.dtype(dtype)) or os.fstat(f.fileno()).st_size!=f.tell()+n: raise ValueError('another array')
-            if n>2**29 and n>300*stored_bytes(path, n//300+1): raise ValueError('a sparse file, mostly holes')
-            return np.memmap(f, dtype, 'c', f.tell(), shape) if n else np.empty(shape, dtype)  # c: copy on write
+            if there!=(shape,False,np.dtype(dtype)) or os.fstat(f.fileno()).st_size!=f.tell()+n:
+                raise ValueError('another array')
+            if n>2**29 and n>300*stored_bytes(path, n//300+1):
+                raise ValueError('a sparse file, mostly holes')
+            # c: copy on write
+            return np.memmap(f, dtype, 'c', f.tell(), shape) if n else np.empty(shape, dtype)
     except OSError as e: raise unreadable(path, e, _anew) from None
     except Exception as e:  # NumPy's reader of headers ends in many ways
         raise CTError(path, f'is damaged ({type(e).__name__}: {str(e)[:60]})', _anew) from None
@@ -127,61 +143,68 @@ def _verify(folder, arrays, info):
     "Refuse arrays that are not what was written, or cannot be right"
     for k,a in arrays.items():
         if isal_zlib.crc32(a.reshape(-1).view(np.uint8))!=info['crc'][k]:
-            raise CTError(folder/f'{k}.npy', 'is damaged: its checksum is not the one noted when it was written', _anew)
-    if arrays['masks'].max()>1: raise CTError(folder/'masks.npy', 'holds something else than 0 and 1', _anew)
+            raise CTError(folder/f'{k}.npy',
+                'is damaged: its checksum is not the one noted when it was written', _anew)
+    if arrays['masks'].max()>1:
+        raise CTError(folder/'masks.npy', 'holds something else than 0 and 1', _anew)
     for k in ('lesion','body'):
         a = arrays[k]
-        if len(a) and not 0<=a.min()<=a.max()<math.prod(info['shape']): raise CTError(folder/f'{k}.npy', 'holds positions outside the scan', _anew)
+        if len(a) and not 0<=a.min()<=a.max()<math.prod(info['shape']):
+            raise CTError(folder/f'{k}.npy', 'holds positions outside the scan', _anew)
 
-def _load(folder, check)->Prepared:
+def _load(folder, check) -> Prepared:
     "A prepared case; `CTError` if it is not there or damaged"
     f,info = Path(folder),_read_info(folder)
     shape,n = tuple(info['shape']),len(info['classes'])
     at = np.int32 if math.prod(shape)<2**31 else np.int64
-    kinds = dict(ct=(np.uint8,(1,*shape)), masks=(np.uint8,(n,*shape)), **{k:(at,(v,)) for k,v in info['at'].items()})
+    kinds = dict(ct=(np.uint8,(1,*shape)), masks=(np.uint8,(n,*shape)),
+                 **{k:(at,(v,)) for k,v in info['at'].items()})
     arrays = {k:_map(f/f'{k}.npy', *kinds[k]) for k in _arrays_of}
     if check: _verify(f, arrays, info)
-    return Prepared(*(torch.from_numpy(arrays[k]) for k in ('ct','masks')), {k:np.array(arrays[k]) for k in ('lesion','body')}, info)
+    return Prepared(*(torch.from_numpy(arrays[k]) for k in ('ct','masks')),
+                    {k:np.array(arrays[k]) for k in ('lesion','body')}, info)
 
 # %% ../nbs/08_prepare.ipynb #a20485bc
 def open_prepared(
-    folder:str|Path, # Of one case
-    check:bool=True  # Read it once and compare checksums
-)->Prepared: # None if it is not there or damaged
+    folder: str|Path,  # Of one case
+    check: bool = True # Read it once and compare checksums
+) -> Prepared: # None if it is not there or damaged
     "Open a prepared case"
     try: return _load(folder, check)
     except Scarce: raise  # it may be sound
     except CTError: return None
 
 # %% ../nbs/08_prepare.ipynb #92d69b4b
-def _positions(mask, seed=0)->np.ndarray:
+def _positions(mask, seed=0) -> np.ndarray:
     "Flat indices of the set voxels, thinned"
     at = np.flatnonzero(mask)
     if len(at)>_most: at = np.sort(np.random.default_rng(seed).choice(at, _most, replace=False))
     return at.astype(np.int32 if mask.size<2**31 else np.int64)
 
-def _body(case, ct, size, grey)->np.ndarray:
+def _body(case, ct, size, grey) -> np.ndarray:
     "Where a patch without a lesion is worth looking at: the lung if there is a mask, else all that is not air"
     if 'lung' in case.masks: return resample_mask(case.open_mask('lung', ct).data, size).numpy()
     return grey>np.median(grey)
 
 # %% ../nbs/08_prepare.ipynb #71bd7b8c
-def _arrays(case, spec)->tuple:
+def _arrays(case, spec) -> tuple:
     "What is kept of a case: arrays by name, and its info"
     ct = case.open_ct()
     size = spec.size(ct)
-    with ThreadPoolExecutor(1) as beside:  # the digest takes as long as reading the masks, on another processor
+    # the digest takes as long as reading the masks, on another processor
+    with ThreadPoolExecutor(1) as beside:
         about = beside.submit(lambda: dict(digest=scan_digest(ct), body_ml=body_ml(ct)))
         masks = [case.open_mask(k, ct).data for k in spec.classes]
         ml = float(masks[0].sum()*ct.ml_per_voxel)
         small = np.stack([resample_mask(m, size).numpy() for m in masks])
         grey = (spec.prepare(ct)*255).round_().to(torch.uint8).numpy()
         body = _positions(_body(case, ct, size, grey[0]))
-    info = dict(covid3d='prepared case', version=version, case=case.name, shape=list(size), **spec.form, lesion_ml=ml, **about.result())
+    info = dict(covid3d='prepared case', version=version, case=case.name, shape=list(size),
+                **spec.form, lesion_ml=ml, **about.result())
     return dict(ct=grey, masks=small, lesion=_positions(small[0]), body=body),info
 
 # %% ../nbs/08_prepare.ipynb #3462d8d3
-def _sealed(arrays, info, stamp)->dict:
+def _sealed(arrays, info, stamp) -> dict:
     "`info.json`, with what the arrays are checked against"
     crc = {k:isal_zlib.crc32(a.reshape(-1).view(np.uint8)) for k,a in arrays.items()}
     return info|dict(stamp=stamp, at={k:len(arrays[k]) for k in ('lesion','body')}, crc=crc)
@@ -189,16 +212,23 @@ def _sealed(arrays, info, stamp)->dict:
 def _write(folder, arrays, info):
     "Files on the disk, not only in its cache"
     for k,a in arrays.items():
-        with open(folder/f'{k}.npy', 'wb') as f: np.save(f, a, allow_pickle=False); f.flush(); os.fsync(f.fileno())
+        with open(folder/f'{k}.npy', 'wb') as f:
+            np.save(f, a, allow_pickle=False)
+            f.flush()
+            os.fsync(f.fileno())
     with open(folder/'info.json', 'w') as f: json.dump(info, f); f.flush(); os.fsync(f.fileno())
 
 # %% ../nbs/08_prepare.ipynb #9d66da5e
 def _remove(folder):
     "Remove the files of a prepared case, and its folder; `CTError` if something else is in it"
-    if folder.is_symlink() or not folder.is_dir(): raise CTError(folder, 'is in the way of a prepared case', 'Move it away')
+    if folder.is_symlink() or not folder.is_dir():
+        raise CTError(folder, 'is in the way of a prepared case', 'Move it away')
     sweep(folder)
     odd = [p for p in folder.iterdir() if p.name not in _names or p.is_dir()]
-    if odd: raise CTError(odd[0], 'was not written by covid3d, and lies in a prepared case that is damaged', 'Move it away')
+    if odd:
+        raise CTError(odd[0],
+                      'was not written by covid3d, and lies in a prepared case that is damaged',
+                      'Move it away')
     for k in _names: (folder/k).unlink(missing_ok=True)
     folder.rmdir()
 
@@ -215,7 +245,7 @@ def _stamp_of(folder):
     except Scarce: raise
     except CTError: return None
 
-def _locate(case, spec, out)->tuple:
+def _locate(case, spec, out) -> tuple:
     "The stamp of a case, and the folder of its prepared form, which may not exist; None if no form of it is there"
     stamp = _digest(case, spec, _stat)
     there = sorted(Path(out).glob(f'{glob.escape(case.name)}-{"[0-9a-f]"*16}'))
@@ -223,10 +253,10 @@ def _locate(case, spec, out)->tuple:
     return stamp,at or (Path(out)/f'{case.name}-{fingerprint(case, spec)}' if there else None)
 
 def located(
-    case:Case,   # From `read_cases`
-    spec:CTSpec, # Spacing, window and classes
-    out:str|Path # Folder of prepared cases
-)->Path: # None if no form of it is there
+    case: Case,   # From `read_cases`
+    spec: CTSpec, # Spacing, window and classes
+    out: str|Path # Folder of prepared cases
+) -> Path: # None if no form of it is there
     "The folder of the present form of a prepared case"
     return _locate(case, spec, out)[1]
 
@@ -241,7 +271,7 @@ def _restamp(folder, p, stamp):
     return replace(p, info=info)
 
 # %% ../nbs/08_prepare.ipynb #102528b4
-def _make(case, spec, out, stamp)->Path:
+def _make(case, spec, out, stamp) -> Path:
     "Make a prepared case; its folder"
     with ThreadPoolExecutor(1) as beside:
         name = beside.submit(fingerprint, case, spec)
@@ -253,7 +283,8 @@ def _make(case, spec, out, stamp)->Path:
         draft.mkdir()
         _write(draft, arrays, _sealed(arrays, info, stamp)); _put(draft, target)
     except OSError as e:
-        raise CTError(f'{case.name}, prepared', f'cannot be written ({e.strerror or e})', 'Check --out, its permissions and the free space') from None
+        raise CTError(f'{case.name}, prepared', f'cannot be written ({e.strerror or e})',
+                      'Check --out, its permissions and the free space') from None
     finally:
         for k in _names: (draft/k).unlink(missing_ok=True)
         if draft.exists(): draft.rmdir()
@@ -265,25 +296,30 @@ def _make(case, spec, out, stamp)->Path:
 class PreparedCase(Case):
     "A case whose scan is not at hand: `ct` is the folder of its prepared form, which stands for the scan"
     def load(self,
-        spec:CTSpec=None,# What it must have been prepared for; anything if None
-        check:bool=False # Read it once and compare checksums
-    )->Prepared:
+        spec: CTSpec = None, # What it must have been prepared for; anything if None
+        check: bool = False  # Read it once and compare checksums
+    ) -> Prepared:
         "The prepared form"
         p = _load(self.ct, check)
         odd = [k for k,v in spec.form.items() if p.info.get(k)!=v] if spec else []
-        if odd: raise CTError(self.name, f'was prepared with another {odd[0]}, and the scan is not at hand', 'Leave it out, or prepare the scans anew')
+        if odd:
+            raise CTError(self.name,
+                          f'was prepared with another {odd[0]}, and the scan is not at hand',
+                          'Leave it out, or prepare the scans anew')
         return p
-    def open_ct(self)->Volume:
+    def open_ct(self) -> Volume:
         p = self.load(); low,high = p.info['window']
         mm = p.info['spacing'] or ResizeSpec(patch=p.info['patch']).mm
         return Volume(low+p.ct[0].numpy().astype(np.float32)*((high-low)/255), canonical_affine(mm))
-    def open_mask(self, klass, ct)->Volume:
+    def open_mask(self, klass, ct) -> Volume:
         p = self.load()
-        if klass not in p.info['classes']: raise CTError(self.name, f'the case has no mask of class {klass!r}', 'Prepare it with this class')
+        if klass not in p.info['classes']:
+            raise CTError(self.name, f'the case has no mask of class {klass!r}',
+                          'Prepare it with this class')
         return Volume(p.masks[p.info['classes'].index(klass)].numpy(), ct.affine)
 
 # %% ../nbs/08_prepare.ipynb #1e385e26
-def _find(case, spec, out, check)->tuple:
+def _find(case, spec, out, check) -> tuple:
     "The prepared case, if it is there in its present form, or what is wrong with it"
     if isinstance(case, PreparedCase): return case.load(spec, check),None
     stamp,at = _locate(case, spec, out)
@@ -293,34 +329,36 @@ def _find(case, spec, out, check)->tuple:
     except CTError as e: return None,e
 
 def find_prepared(
-    case:Case,   # From `read_cases`
-    spec:CTSpec, # Spacing, window and classes
-    out:str|Path,# Folder of prepared cases
-    check:bool=True # Read it once and compare checksums
-)->Prepared: # None if it is not there, or damaged
+    case: Case,        # From `read_cases`
+    spec: CTSpec,      # Spacing, window and classes
+    out: str|Path,     # Folder of prepared cases
+    check: bool = True # Read it once and compare checksums
+) -> Prepared: # None if it is not there, or damaged
     "The prepared case, if it is there in its present form"
     return _find(case, spec, out, check)[0]
 
 # %% ../nbs/08_prepare.ipynb #b53d02f0
 def prepare_case(
-    case:Case,   # From `read_cases`
-    spec:CTSpec, # Spacing, window and classes
-    out:str|Path,# Folder of prepared cases
-    check:bool=True # Read what is there once, and compare checksums
-)->Prepared:
+    case: Case,        # From `read_cases`
+    spec: CTSpec,      # Spacing, window and classes
+    out: str|Path,     # Folder of prepared cases
+    check: bool = True # Read what is there once, and compare checksums
+) -> Prepared:
     "The prepared case, made if it is not there yet"
     done,fault = _find(case, spec, out, check)
     if done: return done
-    if fault: print(f'note: {case.name}: {Path(fault.what).name} {fault.fault}; it is prepared again', file=sys.stderr)
+    if fault:
+        print(f'note: {case.name}: {Path(fault.what).name} {fault.fault}; it is prepared again',
+              file=sys.stderr)
     return _load(_make(case, spec, Path(out), _digest(case, spec, _stat)), False)
 
 # %% ../nbs/08_prepare.ipynb #a09f6b3f
 def prepare_cases(
-    cases:list,      # `Case`s from `read_cases`
-    spec:CTSpec,     # Spacing, window and classes
-    out:str|Path,    # Folder of prepared cases
-    workers:int=None # Threads; two if None: a thread holds one scan in memory
-)->list: # Of `Prepared`, or of `CTError` where a case could not be prepared
+    cases: list,        # `Case`s from `read_cases`
+    spec: CTSpec,       # Spacing, window and classes
+    out: str|Path,      # Folder of prepared cases
+    workers: int = None # Threads; two if None: a thread holds one scan in memory
+) -> list: # Of `Prepared`, or of `CTError` where a case could not be prepared
     "Prepare cases; one that fails, or is too large for the memory, stops nothing"
     def one(case):
         try: return prepare_case(case, spec, out)
@@ -333,16 +371,16 @@ def prepare_cases(
         return [next(done) for _ in track(cases, 'preparing')]
 
 # %% ../nbs/08_prepare.ipynb #4a6df1c2
-def _same_spec(folder, spec)->bool:
+def _same_spec(folder, spec) -> bool:
     "Whether a prepared case has this spacing, window and classes: then only its source has changed"
     try: info = _read_info(folder)
     except CTError: return False
     return all(k in info and info[k]==v for k,v in spec.form.items())
 
 def tidy(
-    out:str|Path,     # Folder of prepared cases
-    keep:list=(),     # `Case`s whose present form stays
-    spec:CTSpec=None  # Of the present form; needed with `keep`
+    out: str|Path,      # Folder of prepared cases
+    keep: list = (),    # `Case`s whose present form stays
+    spec: CTSpec = None # Of the present form; needed with `keep`
 ):
     "Remove what interrupted runs left behind, and former forms of `keep`"
     sweep(out)

@@ -41,7 +41,8 @@ _ranges = dict(
 def _in_range(name, v):
     "The number `v` as its type, if it lies in its range"
     kind,low,high,remedy = _ranges[name]
-    ok = isinstance(v, numbers.Integral if kind is int else numbers.Real) and not isinstance(v, bool)
+    ok = isinstance(v, numbers.Integral if kind is int else numbers.Real) and not isinstance(v,
+        bool)
     if ok and low<=v<=high: return kind(v)
     raise CTError(name, f'{v!r} is not in {low}…{high}', remedy)
 
@@ -57,14 +58,17 @@ def _one_of(name, v):
 @dataclass(frozen=True)
 class Recipe:
     "All that decides the result of a training"
-    spec: CTSpec = None         # Spacing, window, patch, classes; those of a prepared folder if None
+    # Spacing, window, patch, classes; those of a prepared folder if None
+    spec: CTSpec = None
     net: NetSpec = field(default_factory=NetSpec) # Which network
-    init: str = 'kinetics'      # Where the encoder starts: `kinetics`, `random`, or a file of weights
+    # Where the encoder starts: `kinetics`, `random`, or a file of weights
+    init: str = 'kinetics'
     epochs: int = 25            # Of the whole network
     frozen_epochs: int = 1      # Of the decoder alone, before; only from pretrained weights
     lr: float = 2e-3            # Highest learning rate
     frozen_lr: float = None     # That of the frozen epochs; `lr` if None
-    frozen_stages: int = 2      # Of a pretrained encoder's five (stem, layers 1–4), so many stay as they are
+    # Of a pretrained encoder's five (stem, layers 1–4), so many stay as they are
+    frozen_stages: int = 2
     lr_ratio: float = 3.        # From pretrained weights: the decoder's rate over the stem's
     bs: int = 2                 # Patches in a batch
     patches: int = 24           # Patches of each training scan in an epoch
@@ -73,10 +77,13 @@ class Recipe:
     augment: str = 'light'      # `none`, `light`, or `full` for long trainings
     clip: float = 12.           # Largest L2 norm of all gradients together; 0 for any
     wd: float = .01             # Weight decay
-    ema: float = 0.             # Decay of a moving average of the weights, which is scored and kept; 0 for none
+    # Decay of a moving average of the weights, which is scored and kept; 0 for none
+    ema: float = 0.
     score_every: int = 5        # Epochs from one score of whole validation scans to the next
-    keep: str = 'best'          # Weights of the epoch with the `best` whole-scan Dice, or of the `last`
-    memory: str = None          # What a step may take, such as '6GB'; batch and precision are chosen to fit
+    # Weights of the epoch with the `best` whole-scan Dice, or of the `last`
+    keep: str = 'best'
+    # What a step may take, such as '6GB'; batch and precision are chosen to fit
+    memory: str = None
     reproducible: bool = True   # Use only algorithms that give the same result each time
     seed: int = 0               # Of weights, patches and augmentation
 
@@ -104,11 +111,12 @@ def _check_parts(r):
     need('reproducible', isinstance(r.reproducible, bool), 'Give true or false')
 
 # %% ../nbs/15_recipe.ipynb #86bf1689
-def _names(o)->list: return [f.name for f in fields(o)]
+def _names(o) -> list: return [f.name for f in fields(o)]
 
 def _unknown(name, known, what):
     near = difflib.get_close_matches(str(name), known, 1)
-    raise CTError(what, f'has no setting {str(name)[:60]!r}', f'Did you mean {near[0]}?' if near else f'Settings are {", ".join(known)}')
+    raise CTError(what, f'has no setting {str(name)[:60]!r}',
+                  f'Did you mean {near[0]}?' if near else f'Settings are {", ".join(known)}')
 
 @patch
 def but(self: Recipe, **changes) -> Recipe:
@@ -123,7 +131,7 @@ def but(self: Recipe, **changes) -> Recipe:
     return replace(self, **changes)
 
 # %% ../nbs/15_recipe.ipynb #e7712903
-def _parts(d, what)->dict:
+def _parts(d, what) -> dict:
     "What JSON holds, its parts as objects"
     kinds = dict(spec=spec_class(d.get('spec')), net=NetSpec)
     for k,kind in kinds.items():
@@ -132,7 +140,8 @@ def _parts(d, what)->dict:
             if o not in _names(kind): _unknown(o, _names(kind), what)
         try: d = d|{k:kind(**{n:tuple(v) if isinstance(v, list) else v for n,v in d[k].items()})}
         except CTError: raise
-        except (TypeError,ValueError,OverflowError): raise CTError(what, f'{k} is not understood', f'See {kind.__name__}') from None
+        except (TypeError,ValueError,OverflowError):
+            raise CTError(what, f'{k} is not understood', f'See {kind.__name__}') from None
     return d
 
 @patch
@@ -150,18 +159,22 @@ def load(cls: Recipe,
     if o is None: return cls()
     if isinstance(o, cls): return o
     if str(o) in recipes: return recipes[str(o)]
-    if not Path(o).exists(): raise CTError(o, 'no such recipe', f'Give {", ".join(recipes)}, or a JSON file')
+    if not Path(o).exists():
+        raise CTError(o, 'no such recipe', f'Give {", ".join(recipes)}, or a JSON file')
     d = read_json(o, most=2**20, remedy='Write it with Recipe.save')
     for k in d:
         if k not in _names(cls): _unknown(k, _names(cls), o)
     try: return cls(**_parts(d, o))
-    except CTError as e: raise e if str(e.what)==str(o) else CTError(o, f'{e.what}: {e.fault}', e.cure) from None
+    except CTError as e:
+        raise e if str(e.what)==str(o) else CTError(o, f'{e.what}: {e.fault}', e.cure) from None
 
 # %% ../nbs/15_recipe.ipynb #630c5982
 recipes = dict(
     default=Recipe(),
-    small=Recipe(CTSpec(spacing=(6.,2.8,2.8), patch=(16,64,64)), NetSpec(width=16), 'random', epochs=21, lr=1e-2, score_every=11),
-    resize=Recipe(ResizeSpec(), frozen_stages=0, bs=1, patches=1, epochs=50, frozen_epochs=3, lr=1e-3, frozen_lr=1e-2,
+    small=Recipe(CTSpec(spacing=(6.,2.8,2.8), patch=(16,64,64)), NetSpec(width=16), 'random',
+                 epochs=21, lr=1e-2, score_every=11),
+    resize=Recipe(ResizeSpec(), frozen_stages=0, bs=1, patches=1, epochs=50, frozen_epochs=3,
+                  lr=1e-3, frozen_lr=1e-2,
                   lr_ratio=1., wd=1e-4, loss='dice-ce'))
 
 # %% ../nbs/15_recipe.ipynb #25945247
@@ -170,7 +183,9 @@ def init_digest(
 ) -> str: # The word, or the checksum of the file
     "What tells initial weights from others"
     if init in ('kinetics','random'): return init
-    if not Path(init).is_file(): raise CTError(init, 'no such file', 'Give the path of weights, or --init kinetics or random')
+    if not Path(init).is_file():
+        raise CTError(init, 'no such file',
+                      'Give the path of weights, or --init kinetics or random')
     crc = 0
     with open(init, 'rb') as f:
         while block := f.read(2**20): crc = zlib.crc32(block, crc)
@@ -193,7 +208,9 @@ def case_digests(
     cases   # `Case`s
 ) -> dict: # Name → 8 hexadecimal digits
     "What tells a prepared case from another"
-    def digest(p): return zlib.crc32(p.masks[:,::8].contiguous().numpy(), zlib.crc32(p.ct[:,::8].contiguous().numpy()))
+    def digest(p):
+        return zlib.crc32(p.masks[:,::8].contiguous().numpy(),
+                          zlib.crc32(p.ct[:,::8].contiguous().numpy()))
     return {c.name:f'{digest(reader(c)):08x}' for c in cases}
 
 # %% ../nbs/15_recipe.ipynb #5f2f07bd

@@ -77,7 +77,8 @@ def _find_way(recipe, **changes) -> _Way:
     "A recipe, changed where that is asked for"
     r = Recipe.load(recipe).but(**changes)
     r = r.but(spec=r.spec or CTSpec())
-    own = f'the recipe {Path(recipe).name}' if isinstance(recipe, (str, Path)) else 'a recipe of its own'
+    own = f'the recipe {Path(recipe).name}' if isinstance(recipe,
+                                                          (str, Path)) else 'a recipe of its own'
     title = _methods.get(str(recipe), own).format('×'.join(map(str, r.spec.patch)))
     changed = tuple(k for k in changes if k not in ('seed', 'init'))
     return _Way(r, title + ', settings changed' * bool(changed), changed)

@@ -56,10 +56,10 @@ class TensorMask3d(TensorImageBase):
 
 # %% ../nbs/06_transforms.ipynb #549ef399
 def apply_window(
-    x,        # HU, array or tensor
-    low:float,  # HU that becomes 0
-    high:float  # HU that becomes 1
-)->torch.Tensor: # float32 in [0, 1]
+    x,          # HU, array or tensor
+    low: float, # HU that becomes 0
+    high: float # HU that becomes 1
+) -> torch.Tensor: # float32 in [0, 1]
     "Map HU to [0, 1] through a window"
     return ((torch.as_tensor(x, dtype=torch.float32)-low)/(high-low)).clamp_(0,1)
 
@@ -67,19 +67,20 @@ def apply_window(
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # cached, so it must serve training too
 def axis_weights(
-    n_in:int,              # Voxels before
-    n_out:int,             # Voxels after
-    kernel:str='linear'    # `linear` (images) or `overlap` (masks)
-)->torch.Tensor: # (n_out, n_in), rows sum to 1
+    n_in: int,             # Voxels before
+    n_out: int,            # Voxels after
+    kernel: str = 'linear' # `linear` (images) or `overlap` (masks)
+) -> torch.Tensor: # (n_out, n_in), rows sum to 1
     "Weights that resample one axis, both grids covering the same length"
     step = n_in/n_out
-    at,old = (torch.arange(n_out, dtype=torch.float64)[:,None]+.5)*step,torch.arange(n_in, dtype=torch.float64)[None]+.5
+    at,old = (torch.arange(n_out, dtype=torch.float64)[:,None]+.5)*step,torch.arange(n_in,
+        dtype=torch.float64)[None]+.5
     if kernel=='linear': w = (1-(at-old).abs()/max(step,1)).clamp(min=0)
     else: w = (torch.minimum(at+step/2, old+.5)-torch.maximum(at-step/2, old-.5)).clamp(min=0)
     return (w/w.sum(1, keepdim=True)).float()
 
 # %% ../nbs/06_transforms.ipynb #07721c1a
-def _shrink_slices(x, size)->torch.Tensor:
+def _shrink_slices(x, size) -> torch.Tensor:
     "Rows and columns by the linear kernel, a few slices at a time: the weights are few, and PyTorch's own interpolation skips the zeros among them"
     out = x.new_empty(*x.shape[:-2], *size, dtype=torch.float32)
     for o,i in zip(out.view(-1, *size).split(16), x.reshape(-1, *x.shape[-2:]).split(16)):
@@ -87,30 +88,33 @@ def _shrink_slices(x, size)->torch.Tensor:
     return out
 
 def resize(
-    x:torch.Tensor,       # (…, slice, row, column)
-    size,                 # New (slice, row, column)
-    kernel:str='linear'   # `linear` or `overlap`
-)->torch.Tensor: # float32, (…, *size)
+    x: torch.Tensor,       # (…, slice, row, column)
+    size,                  # New (slice, row, column)
+    kernel: str = 'linear' # `linear` or `overlap`
+) -> torch.Tensor: # float32, (…, *size)
     "Resample the last three axes to `size`"
-    if kernel=='linear' and tuple(x.shape[-2:])!=tuple(size[1:]): x = _shrink_slices(x, tuple(size[1:]))
+    if kernel=='linear' and tuple(x.shape[-2:])!=tuple(size[1:]):
+        x = _shrink_slices(x, tuple(size[1:]))
     x = x.float()
     for axis,n in zip((-3,-2,-1), size):
-        if x.shape[axis]!=n: x = torch.tensordot(x, axis_weights(x.shape[axis], n, kernel).to(x.device), dims=([axis],[1])).movedim(-1,axis)
+        if x.shape[axis]!=n:
+            x = torch.tensordot(x, axis_weights(x.shape[axis], n, kernel).to(x.device),
+                                dims=([axis],[1])).movedim(-1,axis)
     return x.contiguous()
 
 # %% ../nbs/06_transforms.ipynb #039e27d0
 def size_at(
-    vol:Volume, # A scan
-    spacing     # Wanted (slice, row, column) in mm
-)->tuple: # Whole numbers of voxels
+    vol: Volume, # A scan
+    spacing      # Wanted (slice, row, column) in mm
+) -> tuple: # Whole numbers of voxels
     "Voxels along each axis at about `spacing`, over the same block of tissue"
     return tuple(max(1, round(n*s/t)) for n,s,t in zip(vol.shape, vol.spacing, spacing))
 
 # %% ../nbs/06_transforms.ipynb #f5af5971
 def resample_image(
-    vol:Volume, # HU
-    size        # New (slice, row, column)
-)->torch.Tensor: # float32 HU
+    vol: Volume, # HU
+    size         # New (slice, row, column)
+) -> torch.Tensor: # float32 HU
     "HU of `vol` on a grid of `size` voxels"
     return resize(torch.from_numpy(np.ascontiguousarray(vol.data)), size)
 
@@ -122,7 +126,7 @@ def body_ml(
     return sum(int(np.count_nonzero(o>-500)) for o in ct.data)*ct.ml_per_voxel
 
 # %% ../nbs/06_transforms.ipynb #9a699142
-def _not_empty(mask)->tuple:
+def _not_empty(mask) -> tuple:
     "Slices of the box around all that is set; () if nothing is"
     box = ()
     for axis in range(3):
@@ -132,10 +136,10 @@ def _not_empty(mask)->tuple:
     return box
 
 def _keep_volume(
-    part,   # Fraction of each coarse voxel that a lesion fills
-    ratio,  # Fine voxels in a coarse one
-    n       # Fine voxels of the lesion
-)->torch.Tensor: # bool
+    part,  # Fraction of each coarse voxel that a lesion fills
+    ratio, # Fine voxels in a coarse one
+    n      # Fine voxels of the lesion
+) -> torch.Tensor: # bool
     "The fullest coarse voxels, as many as the lesion's volume makes"
     k = max(1, round(n/ratio))
     out = torch.zeros(part.numel(), dtype=torch.bool)
@@ -144,9 +148,9 @@ def _keep_volume(
 
 # %% ../nbs/06_transforms.ipynb #2f70bfa3
 def resample_mask(
-    mask:np.ndarray, # Binary, (slice, row, column)
-    size             # New (slice, row, column)
-)->torch.Tensor: # uint8
+    mask: np.ndarray, # Binary, (slice, row, column)
+    size              # New (slice, row, column)
+) -> torch.Tensor: # uint8
     "`mask` on a grid of `size` voxels, each lesion with its volume"
     out,outer = torch.zeros(tuple(size), dtype=torch.uint8),_not_empty(mask)
     if not outer: return out
@@ -155,7 +159,8 @@ def resample_mask(
     for i,inner in enumerate(ndimage.find_objects(labels), 1):
         fine = torch.from_numpy(labels[inner]==i)
         box = [slice(o.start+s.start, o.start+s.stop) for o,s in zip(outer, inner)]
-        new = tuple(slice(int(s.start/t), min(n, int(np.ceil(s.stop/t)))) for s,t,n in zip(box, step, size))
+        new = tuple(slice(int(s.start/t), min(n, int(np.ceil(s.stop/t)))) for s,t,
+                    n in zip(box, step, size))
         part = fine.float()
         for axis,(s,o,n_in,n_out) in enumerate(zip(box, new, mask.shape, size)):
             w = axis_weights(n_in, n_out, 'overlap')[o,s]
@@ -164,25 +169,34 @@ def resample_mask(
     return out
 
 # %% ../nbs/06_transforms.ipynb #f550f8c3
-def _finite_numbers(name, values, n)->tuple:
+def _finite_numbers(name, values, n) -> tuple:
     "`values` as `n` finite numbers"
     try: res = () if isinstance(values, str) else tuple(float(v) for v in values)
     except (TypeError,ValueError,OverflowError): res = ()
-    if len(res)!=n or not all(map(math.isfinite, res)): raise CTError(name, f'{str(values)[:80]} is not {n} numbers', f'Give {n}')
+    if len(res)!=n or not all(map(math.isfinite, res)):
+        raise CTError(name, f'{str(values)[:80]} is not {n} numbers', f'Give {n}')
     return res
 
 # %% ../nbs/06_transforms.ipynb #5e054c3d
 _taken = ('case','patient','ct','dataset','split','already_windowed')  # columns that are no masks
 
-def _class_names(classes)->tuple:
+def _class_names(classes) -> tuple:
     "`classes` as a tuple of names that can be columns and parts of file names"
-    if isinstance(classes, str): raise CTError('classes', f'{classes[:80]!r} is one name, not a list of names', f'Give ({classes[:80]!r},)')
+    if isinstance(classes, str):
+        raise CTError('classes', f'{classes[:80]!r} is one name, not a list of names',
+                      f'Give ({classes[:80]!r},)')
     names = tuple(classes) if isinstance(classes, (list,tuple)) else ()
-    odd = [c for c in names if not (isinstance(c, str) and re.fullmatch('[A-Za-z][A-Za-z0-9_-]{0,63}', c))]
-    if odd: raise CTError('classes', f'{str(odd[0])[:80]!r} is not a plain name', 'Use up to 64 letters, digits, _ and -: it becomes part of a file name')
-    if used := [c for c in names if c.lower() in _taken]: raise CTError('classes', f'{used[0]!r} is another column of the case table', 'Use another name')
+    odd = [c for c in names
+           if not (isinstance(c, str) and re.fullmatch('[A-Za-z][A-Za-z0-9_-]{0,63}', c))]
+    if odd:
+        raise CTError('classes', f'{str(odd[0])[:80]!r} is not a plain name',
+                      'Use up to 64 letters, digits, _ and -: it becomes part of a file name')
+    if used := [c for c in names if c.lower() in _taken]:
+        raise CTError('classes', f'{used[0]!r} is another column of the case table',
+                      'Use another name')
     if not 0<len({c.lower() for c in names})==len(names)<=64:
-        raise CTError('classes', f'{str(classes)[:80]} is no list of 1 to 64 different names', 'Name each class once')
+        raise CTError('classes', f'{str(classes)[:80]} is no list of 1 to 64 different names',
+                      'Name each class once')
     return names
 
 # %% ../nbs/06_transforms.ipynb #f1f25676
@@ -202,58 +216,66 @@ class CTSpec:
         keep('patch', _checked_patch(self.patch))
         low,high = self.window
         if not -1e5<=low<high<=1e5 or high-low<1e-3:
-            raise CTError('window', f'{self.window} is not (low, high) in HU', 'Give the lower first')
+            raise CTError('window', f'{self.window} is not (low, high) in HU',
+                          'Give the lower first')
 
 def _checked_patch(patch) -> tuple:
     "Whole sizes, not so large that one patch fills the memory"
     remedy,most = 'Give slices, rows and columns',2**24
-    if not all(p==int(p)>=4 for p in patch): raise CTError('patch', f'{patch} is not three whole sizes of 4 voxels or more', remedy)
+    if not all(p==int(p)>=4 for p in patch):
+        raise CTError('patch', f'{patch} is not three whole sizes of 4 voxels or more', remedy)
     if max(patch)<=1024 and math.prod(patch)<=most: return tuple(int(p) for p in patch)
-    raise CTError('patch', f'{patch} is more than {most:,} voxels (256×256×256), or 1024 along an axis', 'Give a smaller one')
+    raise CTError('patch',
+                  f'{patch} is more than {most:,} voxels (256×256×256), or 1024 along an axis',
+                  'Give a smaller one')
 
 # %% ../nbs/06_transforms.ipynb #14dd57a3
 _chest = (320,350,350) # mm, (slice, row, column)
 _most_voxels = 2**28   # of a scan: 1 GiB of numbers
 
 @patch
-def _checked_spacing(self:CTSpec) -> tuple:
+def _checked_spacing(self: CTSpec) -> tuple:
     "Lengths that can be voxels, not so small that a chest fills the memory"
     mm = _finite_numbers('spacing', self.spacing, 3)
     if not all(.05<=s<=100 for s in mm):
-        raise CTError('spacing', f'{mm} is not three lengths of 0.05 to 100 mm', 'Give slice, row and column spacing')
+        raise CTError('spacing', f'{mm} is not three lengths of 0.05 to 100 mm',
+                      'Give slice, row and column spacing')
     voxels,most = math.prod(_chest)/math.prod(mm),f'{_most_voxels/1e6:.0f} million at most can be worked on'
     if voxels<=_most_voxels: return mm
-    raise CTError('spacing', f'{mm} makes {voxels/1e6:,.0f} million voxels of a chest, and {most}', 'Give a coarser one')
+    raise CTError('spacing', f'{mm} makes {voxels/1e6:,.0f} million voxels of a chest, and {most}',
+                  'Give a coarser one')
 
 @patch
-def size(self:CTSpec, vol: Volume) -> tuple:
+def size(self: CTSpec, vol: Volume) -> tuple:
     "Voxels of `vol` along each axis as the network sees it; `CTError` if they are more than 2²⁸"
     size = size_at(vol, self.spacing)
     if math.prod(size)<=_most_voxels: return size
     mm,voxels = "×".join(f"{s:g}" for s in self.spacing),"×".join(map(str, size))
-    raise CTError('spacing', f'{mm} mm would make {voxels} voxels of this scan', 'Use a coarser spacing, or crop the scan')
+    raise CTError('spacing', f'{mm} mm would make {voxels} voxels of this scan',
+                  'Use a coarser spacing, or crop the scan')
 
 # %% ../nbs/06_transforms.ipynb #bda95d7b
 @patch(as_prop=True)
-def mm(self:CTSpec) -> tuple:
+def mm(self: CTSpec) -> tuple:
     "(slice, row, column) of a voxel, in mm"
     return self.spacing
 
 @patch(as_prop=True)
-def lesion(self:CTSpec) -> str:
+def lesion(self: CTSpec) -> str:
     "The class that is scored, measured and written where you choose none: the first"
     return self.classes[0]
 
 @patch(as_prop=True)
-def form(self:CTSpec) -> dict:
+def form(self: CTSpec) -> dict:
     "What a prepared case depends on, as JSON has it"
     return json.loads(json.dumps({k:getattr(self, k) for k in ('spacing','window','classes')}))
 
 @patch
-def prepare(self:CTSpec, vol: Volume) -> torch.Tensor:
+def prepare(self: CTSpec, vol: Volume) -> torch.Tensor:
     "HU of `vol` as the network's input, (1, slice, row, column)"
     need = 8*math.prod(size := self.size(vol))
-    check_memory(vol.source.path if vol.source else vol, need, 'Close other programs, or use a coarser spacing')
+    check_memory(vol.source.path if vol.source else vol, need,
+                 'Close other programs, or use a coarser spacing')
     return apply_window(resample_image(vol, size), *self.window)[None]
 
 # %% ../nbs/06_transforms.ipynb #1cc57260
@@ -264,7 +286,9 @@ class ResizeSpec(CTSpec):
     patch: tuple = (20,224,224)   # (slice, row, column) in voxels, the whole scan
 
     def _checked_spacing(self):
-        if self.spacing is not None: raise CTError('spacing', 'a scan that is resized has none of its own', 'Leave it out, or give CTSpec(spacing=…)')
+        if self.spacing is not None:
+            raise CTError('spacing', 'a scan that is resized has none of its own',
+                          'Leave it out, or give CTSpec(spacing=…)')
     @property
     def mm(self) -> tuple:
         "(slice, row, column) of a voxel of a chest of 320×350×350 mm; it differs from scan to scan"
@@ -282,16 +306,17 @@ def spec_class(
 
 # %% ../nbs/06_transforms.ipynb #012d3c05
 def crop(
-    x:torch.Tensor, # (channel, slice, row, column)
-    start,          # First voxel on each axis; may be negative
-    size            # Patch size
-)->torch.Tensor: # (channel, *size), zero where the patch leaves `x`
+    x: torch.Tensor, # (channel, slice, row, column)
+    start,           # First voxel on each axis; may be negative
+    size             # Patch size
+) -> torch.Tensor: # (channel, *size), zero where the patch leaves `x`
     "Cut a patch, padded with zeros where it leaves the scan"
     inner = tuple(slice(max(0,s), max(0,min(n,s+p))) for s,p,n in zip(start, size, x.shape[1:]))
     before = [max(0,-s) for s in start]
     after = [p-b-(i.stop-i.start) for p,b,i in zip(size, before, inner)]
     out = x[(slice(None),*inner)]
-    return F.pad(out, [o for b,a in zip(before[::-1], after[::-1]) for o in (b,a)]) if any(before) or any(after) else out
+    return F.pad(out, [o for b,
+        a in zip(before[::-1], after[::-1]) for o in (b,a)]) if any(before) or any(after) else out
 
 # %% ../nbs/06_transforms.ipynb #dc6d9e39
 def positions(
@@ -303,16 +328,16 @@ def positions(
     if at is not None: return at[on]
     return np.flatnonzero(np.asarray(masks[0])) if on=='lesion' else np.empty(0, int)
 
-def _middle(at, shape)->np.ndarray:
+def _middle(at, shape) -> np.ndarray:
     "Of the voxels, (slice, row, column) of the one nearest to their mean"
     all_at = np.stack(np.unravel_index(at, shape), 1)
     return all_at[((all_at-all_at.mean(0))**2).sum(1).argmin()]
 
 # %% ../nbs/06_transforms.ipynb #b279deda
 def patch_range(
-    n:int, # Voxels of the scan along an axis
-    p:int  # Voxels of the patch
-)->tuple: # (lowest, highest), below 0 where the scan is smaller
+    n: int, # Voxels of the scan along an axis
+    p: int  # Voxels of the patch
+) -> tuple: # (lowest, highest), below 0 where the scan is smaller
     "Where a patch may start: inside the scan, or, if that is smaller, with the scan in its middle"
     return (0,n-p) if n>=p else ((n-p)//2,)*2
 
@@ -321,20 +346,22 @@ class RandomPatch(ItemTransform):
     "Cut the same patch from CT and masks; often around a lesion"
     order = 10
     def __init__(self,
-        size:tuple,         # (slice, row, column) in voxels
-        p_lesion:float=.7,  # Fraction of the training patches placed on a voxel of the first class, 0 to 1
-        aug=None,           # `Augment3d` that cuts and deforms in one step, in training
-        valid_size:tuple=None # (slice, row, column) in validation; `size` if None
+        size: tuple,             # (slice, row, column) in voxels
+        p_lesion: float = .7,  # Fraction of the training patches placed on a voxel of the first class, 0 to 1
+        aug=None,                # `Augment3d` that cuts and deforms in one step, in training
+        valid_size: tuple = None # (slice, row, column) in validation; `size` if None
     ): self.sizes,self.p_lesion,self.aug,self.train = (tuple(valid_size or size),tuple(size)),p_lesion,aug,True
     @property
-    def size(self)->tuple: return self.sizes[self.train]
+    def size(self) -> tuple: return self.sizes[self.train]
     def __call__(self, x, split_idx=None, **kwargs):
         self.train = split_idx!=1
         return super().__call__(x, split_idx=split_idx, **kwargs)
 
-    def encodes(self, xy):  # `TensorCT` and `TensorMask3d`, the CT alone, or the CT and a `Prepared` case
+    # `TensorCT` and `TensorMask3d`, the CT alone, or the CT and a `Prepared` case
+    def encodes(self, xy):
         x,y = xy[0],xy[1] if len(xy)>1 else None
-        if y is None: start,both = [sum(patch_range(n,p))//2 for n,p in zip(x.shape[1:], self.size)],(x,)
+        if y is None:
+            start,both = [sum(patch_range(n,p))//2 for n,p in zip(x.shape[1:], self.size)],(x,)
         else:
             masks,at = (y,None) if isinstance(y, torch.Tensor) else (TensorMask3d(y.masks),y.at)
             (start,voxel),both = self.place(masks, at),(x,masks)
@@ -343,14 +370,18 @@ class RandomPatch(ItemTransform):
 
 # %% ../nbs/06_transforms.ipynb #2ed82379
 @patch
-def place(self:RandomPatch,
+def place(self: RandomPatch,
     masks: torch.Tensor, # (class, slice, row, column)
     at: dict = None      # `lesion` and `body` → flat indices of voxels, if they are known
 ) -> tuple: # First voxel of the patch on each axis, and the voxel it was placed on, or None
     "Where to cut"
     shape,on = masks.shape[1:],'lesion' if not self.train or random.random()<self.p_lesion else 'body'
     where,axes = positions(masks, on, at),[(p,*patch_range(n,p)) for n,p in zip(shape, self.size)]
-    if not len(where): return [random.randint(lo,hi) if self.train else (lo+hi)//2 for _,lo,hi in axes],None
-    if not self.train: return [min(max(int(c)-p//2,lo),hi) for c,(p,lo,hi) in zip(_middle(where, shape), axes)],None
+    if not len(where):
+        return [random.randint(lo,hi) if self.train else (lo+hi)//2 for _,lo,hi in axes],None
+    if not self.train:
+        return [min(max(int(c)-p//2,lo),hi) for c,
+                (p,lo,hi) in zip(_middle(where, shape), axes)],None
     voxel = [int(v) for v in np.unravel_index(where[random.randrange(len(where))], shape)]
-    return [random.randint(max(lo,min(hi,v-p+1)), max(lo,min(hi,v))) for v,(p,lo,hi) in zip(voxel, axes)],voxel
+    return [random.randint(max(lo,min(hi,v-p+1)), max(lo,min(hi,v))) for v,
+            (p,lo,hi) in zip(voxel, axes)],voxel

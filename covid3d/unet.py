@@ -27,7 +27,9 @@ def stage_sizes(
     size: tuple = (64, 64, 64), # (slice, row, column) of the input, in voxels, at least 16 each
 ) -> list: # of `_Stage`: name, number of channels, (slice, row, column) in voxels
     "What comes out of each stage of `body`, without computing it."
-    if min(size) < 16: raise CTError(f'size={size}', 'too small to see each halving', 'Give at least 16 voxels along each axis')
+    if min(size) < 16:
+        raise CTError(f'size={size}', 'too small to see each halving',
+                      'Give at least 16 voxels along each axis')
     meta, x, found = deepcopy(body).to('meta').eval(), torch.empty(1, 1, *size, device='meta'), []
     with torch.no_grad():
         for name, stage in meta.named_children():
@@ -42,14 +44,17 @@ def _size_levels(
 ) -> list: # of lists of `_Stage`, one for each size, fine → coarse
     "Group `stages` by the size of what comes out."
     levels = [list(group) for _, group in groupby(stages, key=lambda s: s.size)]
-    if len(levels) < 2: raise CTError('encoder', 'never changes size', 'Give one with stages that stride')
+    if len(levels) < 2:
+        raise CTError('encoder', 'never changes size', 'Give one with stages that stride')
     stem, *others = levels[0]
     return levels if stem_skip or not others else [others, *levels[1:]]
 
 # %% ../nbs/11_unet.ipynb #61faa808
-def _conv_norm_relu(ni: int, nf: int, norm: str = 'group') -> nn.Sequential: # channels in; channels out; see `norm_layer`
+# channels in; channels out; see `norm_layer`
+def _conv_norm_relu(ni: int, nf: int, norm: str = 'group') -> nn.Sequential:
     "3×3×3 convolution, normalisation, ReLU."
-    return nn.Sequential(nn.Conv3d(ni, nf, 3, padding=1, bias=False), norm_layer(norm, nf), nn.ReLU(inplace=True))
+    return nn.Sequential(nn.Conv3d(ni, nf, 3, padding=1, bias=False), norm_layer(norm, nf),
+                         nn.ReLU(inplace=True))
 
 def _init_he(m: nn.Module): # any layer; a convolution is initialised
     "He initialisation, which keeps the variance through convolution and ReLU."
@@ -58,15 +63,20 @@ def _init_he(m: nn.Module): # any layer; a convolution is initialised
 # %% ../nbs/11_unet.ipynb #76ce116d
 class _Pointwise3d(nn.Conv3d):
     "A 1×1×1 convolution, as a product of matrices where channels lie last in memory."
-    def __init__(self, ni: int, nf: int, bias: bool = False): super().__init__(ni, nf, 1, bias=bias) # channels in and out
-    def forward(self, x: Tensor) -> Tensor: # (batch, ni, slice, row, column); (batch, nf, …), in the same layout
-        if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last_3d): return super().forward(x)
+    # channels in and out
+    def __init__(self, ni: int, nf: int, bias: bool = False): super().__init__(ni, nf, 1, bias=bias)
+    # (batch, ni, slice, row, column); (batch, nf, …), in the same layout
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last_3d):
+            return super().forward(x)
         return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 # %% ../nbs/11_unet.ipynb #2adec3e1
-def _resize(x: Tensor, size: tuple) -> Tensor: # (batch, channel, slice, row, column); new (slice, row, column)
+# (batch, channel, slice, row, column); new (slice, row, column)
+def _resize(x: Tensor, size: tuple) -> Tensor:
     "Trilinear interpolation of features or logits to `size`, each axis by its own factor."
-    return x if x.shape[2:] == tuple(size) else F.interpolate(x, size=tuple(size), mode='trilinear', align_corners=False)
+    return x if x.shape[2:] == tuple(size) else F.interpolate(x, size=tuple(size), mode='trilinear',
+                                                              align_corners=False)
 
 # %% ../nbs/11_unet.ipynb #0092b952
 def _shuffle3d(
@@ -79,10 +89,12 @@ def _shuffle3d(
     return x.reshape(n, -1, *(s * f for s, f in zip(size, factor)))
 
 # %% ../nbs/11_unet.ipynb #3a5e0d93
-def _icnr(weight: Tensor, n: int, axis: int = 0) -> Tensor: # of a convolution; fine voxels to a coarse one; axis on which they follow each other
+# of a convolution; fine voxels to a coarse one; axis on which they follow each other
+def _icnr(weight: Tensor, n: int, axis: int = 0) -> Tensor:
     "He weights, the same for each fine voxel of a coarse one: ICNR."
     first = weight.unflatten(axis, (-1, n)).select(axis + 1, 0)
-    return nn.init.kaiming_normal_(first.contiguous()).unsqueeze(axis + 1).expand(*weight.unflatten(axis, (-1, n)).shape).reshape(weight.shape)
+    return nn.init.kaiming_normal_(first.contiguous()).unsqueeze(axis
+        + 1).expand(*weight.unflatten(axis, (-1, n)).shape).reshape(weight.shape)
 
 class _Upsample(nn.Module):
     "Features to a finer grid, and to fewer channels."
@@ -94,16 +106,20 @@ class _Upsample(nn.Module):
         up: str = 'transposed', # `trilinear`, `transposed` or `shuffle`
     ):
         super().__init__()
-        if up not in ('trilinear', 'transposed', 'shuffle'): raise CTError(f'up={up}', 'unknown', 'Give trilinear, transposed or shuffle')
+        if up not in ('trilinear', 'transposed', 'shuffle'):
+            raise CTError(f'up={up}', 'unknown', 'Give trilinear, transposed or shuffle')
         self.up, self.factor, n = up, factor, math.prod(factor)
         if up == 'transposed': self.conv = nn.ConvTranspose3d(ni, nf, factor, factor, bias=False)
         else: self.conv = _Pointwise3d(ni, nf * n if up == 'shuffle' else nf)
         _init_he(self.conv)
         with torch.no_grad():
             if up == 'shuffle': self.conv.weight.copy_(_icnr(self.conv.weight, n))
-            if up == 'transposed': self.conv.weight.copy_(nn.init.kaiming_normal_(torch.empty(nf, ni, 1, 1, 1)).transpose(0, 1).expand_as(self.conv.weight))
+            if up == 'transposed':
+                self.conv.weight.copy_(nn.init.kaiming_normal_(torch.empty(nf, ni, 1, 1,
+                    1)).transpose(0, 1).expand_as(self.conv.weight))
 
-    def forward(self, x: Tensor, size: tuple) -> Tensor: # (batch, ni, …); the fine (slice, row, column); (batch, nf, …)
+    # (batch, ni, …); the fine (slice, row, column); (batch, nf, …)
+    def forward(self, x: Tensor, size: tuple) -> Tensor:
         x = self.conv(x)
         if self.up == 'shuffle': x = _shuffle3d(x, self.factor)
         return _resize(x, size) if self.up == 'trilinear' else x[..., :size[0], :size[1], :size[2]]
@@ -132,7 +148,8 @@ class _DecoderLevel(nn.Module):
         skips: list, # tensors (batch, channels, slice, row, column), all of one size
     ) -> Tensor: # (batch, width, slice, row, column), size of the skips
         x = self.reduce(x, skips[-1].shape[2:])
-        return self.join(torch.cat([x, *(lateral(skip) for lateral, skip in zip(self.laterals, skips, strict=True))], 1))
+        return self.join(torch.cat([x,
+            *(lateral(skip) for lateral, skip in zip(self.laterals, skips, strict=True))], 1))
 
 # %% ../nbs/11_unet.ipynb #cf8e7126
 def _level_widths(
@@ -142,17 +159,22 @@ def _level_widths(
     "The number of channels of each decoder level."
     skips = levels[-2::-1]
     if decoder is None: return [max(4, level[-1].channels // 2) for level in skips]
-    widths = [decoder * 2**i for i in range(len(skips))][::-1] if isinstance(decoder, int) else list(decoder)
-    if len(widths) == len(skips) and all(isinstance(n, int) and n > 0 for n in widths): return widths
+    widths = [decoder * 2**i for i in range(len(skips))][::-1] if isinstance(decoder,
+        int) else list(decoder)
+    if len(widths) == len(skips) and all(isinstance(n, int) and n > 0 for n in widths):
+        return widths
     fault, cure = f'does not fit {len(skips)} decoder levels', f'Give {len(skips)} numbers of channels, coarse to fine, or one'
     raise CTError(f'decoder={decoder}', fault, cure)
 
 # %% ../nbs/11_unet.ipynb #6a3de5be
-def _check_classes(classes: list) -> list: # names, such as ['lesion', 'lung']; the same, as a new list
+# names, such as ['lesion', 'lung']; the same, as a new list
+def _check_classes(classes: list) -> list:
     "The names of the classes, if they are names and differ."
     names = [] if isinstance(classes, str) else list(classes)
-    if names and all(isinstance(n, str) for n in names) and len(set(names)) == len(names): return names
-    raise CTError(f'classes={classes!r}', 'not a list of different names', "Give one name for each channel of logits, e.g. ['lesion']")
+    if names and all(isinstance(n, str) for n in names) and len(set(names)) == len(names):
+        return names
+    raise CTError(f'classes={classes!r}', 'not a list of different names',
+                  "Give one name for each channel of logits, e.g. ['lesion']")
 
 # %% ../nbs/11_unet.ipynb #35e00a4b
 def _logit_conv(
@@ -161,7 +183,8 @@ def _logit_conv(
     prior: float = .05, # expected probability at the start, in (0, 1)
 ) -> nn.Conv3d: # 1×1×1, with bias
     "The last convolution, whose logits scatter around that of `prior` at the start."
-    if not 0 < prior < 1: raise CTError(f'prior={prior}', 'not a probability', 'Give a number between 0 and 1')
+    if not 0 < prior < 1:
+        raise CTError(f'prior={prior}', 'not a probability', 'Give a number between 0 and 1')
     conv = _Pointwise3d(ni, n, bias=True)
     nn.init.normal_(conv.weight, std=ni**-.5)
     nn.init.constant_(conv.bias, math.log(prior / (1 - prior)))
@@ -195,7 +218,8 @@ class Attention3d(nn.Module):
     "Self-attention among all positions, added to what comes in."
     def __init__(self, channels: int): # of what comes in, a multiple of 8
         super().__init__()
-        self.qk, self.v, self.share = nn.Conv3d(channels, channels // 4, 1, bias=False), nn.Conv3d(channels, channels, 1, bias=False), nn.Parameter(torch.zeros(()))
+        self.qk, self.v, self.share = nn.Conv3d(channels, channels // 4, 1,
+            bias=False), nn.Conv3d(channels, channels, 1, bias=False), nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor: # (batch, channel, slice, row, column); the same
         q, k = self.qk(x).flatten(2).transpose(1, 2).chunk(2, 2)
@@ -206,27 +230,32 @@ class Attention3d(nn.Module):
 def _check_batch(x: Tensor): # meant to be (batch, 1, slice, row, column)
     "Refuse what the network cannot read."
     if x.ndim != 5 or x.shape[1] != 1 or min(x.shape) == 0:
-        raise CTError('input', f'has shape {tuple(x.shape)}', 'Give a batch (batch, 1, slice, row, column) with voxels along each axis')
+        raise CTError('input', f'has shape {tuple(x.shape)}',
+                      'Give a batch (batch, 1, slice, row, column) with voxels along each axis')
 
 # %% ../nbs/11_unet.ipynb #41456a65
 @contextmanager
 def keep_bn_stats(module: nn.Module): # whose BatchNorm shall keep its running statistics
     "Whatever runs inside leaves the statistics of `module` as they are."
-    moving = [(m, dict(m._buffers)) for m in module.modules() if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m, kept in moving: m._buffers.update({k: None if b is None else b.clone() for k, b in kept.items()})
+    moving = [(m, dict(m._buffers)) for m in module.modules() if m.training
+              and isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m, kept in moving:
+        m._buffers.update({k: None if b is None else b.clone() for k, b in kept.items()})
     try: yield
     finally:
         for m, kept in moving: m._buffers.update(kept)
 
 def checkpointed(piece: nn.Module, *args): # a part of a network; what it is called with
     "`piece(*args)`, of which only `args` are kept for the backward pass, where the rest is computed again."
-    return checkpoint(piece, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), keep_bn_stats(piece)))
+    return checkpoint(piece, *args, use_reentrant=False,
+                      context_fn=lambda: (nullcontext(), keep_bn_stats(piece)))
 
 # %% ../nbs/11_unet.ipynb #197d1692
 def _pieces(stage: nn.Module) -> list: # an encoder's stage; modules to call one after another
     "The residual blocks of `stage`, or `stage` itself where it has no such parts."
     blocks = list(stage.children())
-    return blocks if isinstance(stage, nn.Sequential) and blocks and all(any(True for _ in b.children()) for b in blocks) else [stage]
+    return blocks if isinstance(stage, nn.Sequential) and blocks and all(any(True
+        for _ in b.children()) for b in blocks) else [stage]
 
 # %% ../nbs/11_unet.ipynb #c3447c71
 def _decoder_levels(levels: list, widths: list, coarse: _Stage, up: str, norm: str) -> dict:
@@ -287,7 +316,8 @@ def train(self: DynamicUnet3d, mode: bool = True): # for training, or for evalua
     return self
 
 # %% ../nbs/11_unet.ipynb #3de3d689
-def param_groups(model: DynamicUnet3d) -> list: # of lists of parameters: encoder stages in order, then decoder and head
+# of lists of parameters: encoder stages in order, then decoder and head
+def param_groups(model: DynamicUnet3d) -> list:
     "Every parameter once, grouped for discriminative learning rates."
     stages = [list(stage.parameters()) for stage in model.encoder.children()]
     return [*stages, [p for k, p in model.named_parameters() if not k.startswith('encoder.')]]

@@ -8,7 +8,7 @@ Docs: https://covid3d.github.io/covid3d/weights.html.md"""
 __all__ = ['weights_format', 'NetSpec', 'Seen', 'save_model', 'load_model', 'read_seen', 'Ensemble']
 
 # %% ../nbs/14_weights.ipynb #1a21c84e
-import hashlib, json, math, os, re
+import hashlib, json, os, re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -28,8 +28,10 @@ def _one_of(*names): return lambda v: v in names
 def _count(low, high): return lambda v: type(v) is int and low<=v<=high
 def _channels(v): return v is None or 0<len(v)<=8 and all(map(_count(1, 2048), v))
 
-_net_rules = dict(encoder=_one_of('r3d_18','mc3_18','r2plus1d_18'), width=lambda v: v is None or _count(1, 512)(v),
-    decoder=_channels, norm=_one_of(None,'batch','frozen','group','instance'), up=_one_of('trilinear','transposed','shuffle'),
+_net_rules = dict(encoder=_one_of('r3d_18','mc3_18','r2plus1d_18'),
+                  width=lambda v: v is None or _count(1, 512)(v),
+    decoder=_channels, norm=_one_of(None,'batch','frozen','group','instance'),
+    up=_one_of('trilinear','transposed','shuffle'),
     decoder_norm=_one_of('batch','frozen','group','instance'),
     **dict.fromkeys(('stem_skip','input_skip','attention'), lambda v: isinstance(v, bool)))
 
@@ -37,28 +39,33 @@ _net_rules = dict(encoder=_one_of('r3d_18','mc3_18','r2plus1d_18'), width=lambda
 @dataclass(frozen=True)
 class NetSpec:
     "Which network: all that is needed to build it again"
-    encoder:str='r3d_18'     # `r3d_18`, `mc3_18` or `r2plus1d_18`
-    width:int=None           # Channels of the encoder's first stage; that of the weights, or torchvision's 64, if None
-    decoder:tuple=None       # Channels of the decoder's levels, coarse to fine; None for half the encoder's
-    stem_skip:bool=True      # A skip from the stem besides stages 1 to 3
-    input_skip:bool=False    # A last level at full resolution that sees the input itself
-    norm:str=None            # Normalisation of the encoder: `batch`, `frozen`, `group` or `instance`; that of the weights, or `batch`, if None
-    up:str='transposed'      # The decoder's way to the finer grid: `trilinear`, `transposed` or `shuffle`
-    decoder_norm:str='group' # Normalisation of the decoder
-    attention:bool=False     # Self-attention at the coarsest grid
+    encoder: str = 'r3d_18'     # `r3d_18`, `mc3_18` or `r2plus1d_18`
+    # Channels of the encoder's first stage; that of the weights, or torchvision's 64, if None
+    width: int = None
+    # Channels of the decoder's levels, coarse to fine; None for half the encoder's
+    decoder: tuple = None
+    stem_skip: bool = True      # A skip from the stem besides stages 1 to 3
+    input_skip: bool = False    # A last level at full resolution that sees the input itself
+    norm: str = None            # Normalisation of the encoder: `batch`, `frozen`, `group` or `instance`; that of the weights, or `batch`, if None
+    # The decoder's way to the finer grid: `trilinear`, `transposed` or `shuffle`
+    up: str = 'transposed'
+    decoder_norm: str = 'group' # Normalisation of the decoder
+    attention: bool = False     # Self-attention at the coarsest grid
 
     def __post_init__(self):
         if self.decoder is not None: object.__setattr__(self, 'decoder', tuple(self.decoder))
         for k,ok in _net_rules.items():
-            if not ok(v := getattr(self, k)): raise CTError(k, f'{v!r} builds no network', 'See NetSpec for what it may be')
+            if not ok(v := getattr(self, k)):
+                raise CTError(k, f'{v!r} builds no network', 'See NetSpec for what it may be')
 
     def build(self,
-        classes,               # Names, one channel of logits each
-        pretrained=False       # Kinetics-400 weights for the encoder (True), none (False), or a file
-    )->DynamicUnet3d:
+        classes,         # Names, one channel of logits each
+        pretrained=False # Kinetics-400 weights for the encoder (True), none (False), or a file
+    ) -> DynamicUnet3d:
         "A new network"
         decoder = {k:v for k,v in asdict(self).items() if k not in ('encoder','width','norm')}
-        return DynamicUnet3d(encoder3d(self.encoder, pretrained, self.width, self.norm), list(classes), **decoder)
+        return DynamicUnet3d(encoder3d(self.encoder, pretrained, self.width, self.norm),
+                             list(classes), **decoder)
 
 # %% ../nbs/14_weights.ipynb #5fe29bf3
 @dataclass(frozen=True)
@@ -71,15 +78,18 @@ class Seen:
 
     def __post_init__(self):
         object.__setattr__(self, 'scans', tuple(self.scans))
-        numbers = all(type(v) in (int,float) and 0<=v<1e9 for v in (self.lesion_ml, self.lesion_of_body))
-        digests = len(self.scans)<=100_000 and all(isinstance(o, str) and re.fullmatch('[0-9a-f]{32}', o) for o in self.scans)
+        numbers = all(type(v) in (int,float) and 0<=v<1e9
+                      for v in (self.lesion_ml, self.lesion_of_body))
+        digests = len(self.scans)<=100_000 and all(isinstance(o, str)
+            and re.fullmatch('[0-9a-f]{32}', o) for o in self.scans)
         if not (_count(0, 10**9)(self.cases) and numbers and digests):
-            raise CTError('seen', 'is not what a training writes', 'Give counts, volumes and digests')
+            raise CTError('seen', 'is not what a training writes',
+                          'Give counts, volumes and digests')
 
 # %% ../nbs/14_weights.ipynb #107fd499
 weights_format = 1
 
-def _digest(about, state)->str:
+def _digest(about, state) -> str:
     "Digest of the specification, and of the tensors with names, types and shapes"
     h = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
     for k in sorted(state):
@@ -89,56 +99,69 @@ def _digest(about, state)->str:
     return h.hexdigest()
 
 def save_model(
-    model,        # Network
-    path,         # `.safetensors`
-    ct:CTSpec,    # What it was trained with
-    net:NetSpec,  # How it is built
+    model,            # Network
+    path,             # `.safetensors`
+    ct: CTSpec,       # What it was trained with
+    net: NetSpec,     # How it is built
     seen: Seen = None # What the training held
 ):
     "Write weights and specification to one file, whole or not at all"
-    if Path(path).suffix!='.safetensors': raise CTError(path, 'the name does not end in .safetensors', 'Choose such a name')
+    if Path(path).suffix!='.safetensors':
+        raise CTError(path, 'the name does not end in .safetensors', 'Choose such a name')
     state = {k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
-    about = dict(format=weights_format, ct=asdict(ct), net=asdict(net), seen=asdict(seen) if seen else None)
-    write_atomic(path, save(state, dict(covid3d=json.dumps(about|dict(digest=_digest(about, state))))))
+    about = dict(format=weights_format, ct=asdict(ct), net=asdict(net),
+                 seen=asdict(seen) if seen else None)
+    write_atomic(path,
+                 save(state, dict(covid3d=json.dumps(about|dict(digest=_digest(about, state))))))
 
 # %% ../nbs/14_weights.ipynb #ccb6f1b1
 _again,_give = 'Copy it again, or train again','Give the model.safetensors that `covid3d train` wrote'
 
-def _weights_file(path)->Path:
+def _weights_file(path) -> Path:
     "`path`, if it can be a file of weights"
     path = Path(path)
-    if path.is_dir(): raise CTError(path, 'a folder, not a file of weights nor a cross-validation', _give)
+    if path.is_dir():
+        raise CTError(path, 'a folder, not a file of weights nor a cross-validation', _give)
     if not path.is_file(): raise CTError(path, 'no such file', _give)
-    if path.suffix!='.safetensors': raise CTError(path, 'not a .safetensors file; other formats can run code and are never opened', _give)
+    if path.suffix!='.safetensors':
+        raise CTError(path,
+            'not a .safetensors file; other formats can run code and are never opened', _give)
     return path
 
 def _read(path, f):
     "What `f` makes of the open file"
     with open_tensors(_weights_file(path), _again) as o: return f(o)
 
-_dtypes = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
+_dtypes = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
+               I64=torch.int64)
 
-def _header(o)->tuple:
+def _header(o) -> tuple:
     "Metadata, and type and shape of each tensor"
     parts = {k:o.get_slice(k) for k in o.keys()}
-    return o.metadata() or {},{k:(_dtypes.get(v.get_dtype()),tuple(v.get_shape())) for k,v in parts.items()}
+    return o.metadata() or {},{k:(_dtypes.get(v.get_dtype()),tuple(v.get_shape())) for k,
+                               v in parts.items()}
 
 # %% ../nbs/14_weights.ipynb #d7743375
 def _named(cls, d, path):
     "An object of `cls` from JSON that has its fields and no others"
     names = {f.name for f in fields(cls)}
     if not isinstance(d, dict): raise TypeError(f'{cls.__name__} is missing')
-    if odd := sorted({*d}-names): raise CTError(path, f'the specification has an unknown field {odd[0][:60]!r}', 'Use the covid3d that wrote it, or a newer one')
-    if gone := sorted(names-{*d}): raise CTError(path, f'the specification lacks {gone[0]}', 'Train again, or use another file')
+    if odd := sorted({*d}-names):
+        raise CTError(path, f'the specification has an unknown field {odd[0][:60]!r}',
+                      'Use the covid3d that wrote it, or a newer one')
+    if gone := sorted(names-{*d}):
+        raise CTError(path, f'the specification lacks {gone[0]}',
+                      'Train again, or use another file')
     return cls(**d)
 
 def _require_plain(d):
     "`ValueError` unless the JSON of a `CTSpec` has numbers where numbers belong; their bounds are those of `CTSpec`, the same as in training"
     for k in ('spacing','window','patch'):
         if k=='spacing' and d[k] is None: continue
-        if not isinstance(d[k], list) or not all(type(v) in (int,float) for v in d[k]): raise ValueError(f'{k} is no list of numbers')
+        if not isinstance(d[k], list) or not all(type(v) in (int,float) for v in d[k]):
+            raise ValueError(f'{k} is no list of numbers')
 
-def _specs(text, path)->tuple:
+def _specs(text, path) -> tuple:
     "Specifications and what the training held, from their JSON text"
     if text is None: raise CTError(path, 'the weights carry no specification of covid3d', _give)
     try:
@@ -147,39 +170,48 @@ def _specs(text, path)->tuple:
         if (n := d.get('format'))!=weights_format:
             what = 'a newer format than this covid3d reads' if type(n) is int and n>weights_format else 'no known format'
             raise CTError(path, f'the weights have {what}', 'Use a newer covid3d, or train again')
-        if odd := sorted({*d}-{'format','ct','net','seen','digest'}): raise CTError(path, f'the specification has an unknown field {odd[0][:60]!r}', 'Use a newer covid3d')
-        ct,net = _named(spec_class(d.get('ct')), d.get('ct'), path),_named(NetSpec, d.get('net'), path)
+        if odd := sorted({*d}-{'format','ct','net','seen','digest'}):
+            raise CTError(path, f'the specification has an unknown field {odd[0][:60]!r}',
+                          'Use a newer covid3d')
+        ct,net = _named(spec_class(d.get('ct')), d.get('ct'), path),_named(NetSpec, d.get('net'),
+            path)
         _require_plain(d['ct'])
         return ct,net,_named(Seen, d['seen'], path) if d.get('seen') else None
     except CTError as e:
         if e.what==path: raise
-        raise CTError(path, f'the specification cannot be read ({e.what}: {e.fault})', 'Train again, or use another file') from None
+        raise CTError(path, f'the specification cannot be read ({e.what}: {e.fault})',
+                      'Train again, or use another file') from None
     except (ValueError,KeyError,TypeError,AttributeError,RecursionError) as e:
-        raise CTError(path, f'the specification cannot be read ({" ".join(str(e).split())[:120]})', 'Train again, or use another file') from None
+        raise CTError(path, f'the specification cannot be read ({" ".join(str(e).split())[:120]})',
+                      'Train again, or use another file') from None
 
 # %% ../nbs/14_weights.ipynb #e37cbbea
-def _fitting(path, ct, net, have)->nn.Module:
+def _fitting(path, ct, net, have) -> nn.Module:
     "The network, without memory, if the tensors are its own in name, type and shape"
     try:
         with torch.device('meta'): model = net.build(ct.classes)
-    except (ValueError,TypeError,RuntimeError) as e: raise CTError(path, f'its specification builds no network ({e})', 'Train again, or use another file') from None
+    except (ValueError,TypeError,RuntimeError) as e:
+        raise CTError(path, f'its specification builds no network ({e})',
+                      'Train again, or use another file') from None
     need = {k:(v.dtype,tuple(v.shape)) for k,v in model.state_dict().items()}
     misfit = next((k for k in [*need,*have] if need.get(k)!=have.get(k)), None)
     if misfit is None: return model
     say = lambda o, none: none if o is None else f'{o[1]} {str(o[0]).removeprefix("torch.")}'
     fault = f'{misfit[:80]} is {say(have.get(misfit), "missing")}, a {net.encoder} of width {net.width} needs {say(need.get(misfit), "none")}'
-    raise CTError(path, f'weights of another network: {fault}', 'Give the file as `covid3d train` wrote it')
+    raise CTError(path, f'weights of another network: {fault}',
+                  'Give the file as `covid3d train` wrote it')
 
 def _check_file(path):
     "`CTError` where a file of weights is mostly holes, or larger than the memory that is left"
     size = (p := _weights_file(path)).stat().st_size
-    if size>2**29 and size>50*stored_bytes(p, size//50+1): raise CTError(path, 'is a sparse file, mostly holes', _again)
+    if size>2**29 and size>50*stored_bytes(p, size//50+1):
+        raise CTError(path, 'is a sparse file, mostly holes', _again)
     check_memory(path, 2*size, 'Use a machine with more memory')
 
 def load_model(
-    path,          # `.safetensors` from `save_model`
-    device='cpu'   # Where to put it
-)->tuple: # Network in eval mode, `CTSpec`, `NetSpec`
+    path,        # `.safetensors` from `save_model`
+    device='cpu' # Where to put it
+) -> tuple: # Network in eval mode, `CTSpec`, `NetSpec`
     "Open a saved model; nothing in it can run code"
     _check_file(path)
     meta,have = _read(path, _header)
@@ -187,15 +219,18 @@ def load_model(
     model = _fitting(path, ct, net, have)
     state = _read(path, lambda o: {k:o.get_tensor(k) for k in o.keys()})
     about = json.loads(meta['covid3d'])
-    if about.pop('digest', None)!=_digest(about, state): raise CTError(path, 'damaged: its digest does not fit its content', _again)
+    if about.pop('digest', None)!=_digest(about, state):
+        raise CTError(path, 'damaged: its digest does not fit its content', _again)
     bad = next((k for k,v in state.items() if not torch.isfinite(v).all()), None)
-    if bad: raise CTError(path, f'{bad} holds NaN or infinite weights', 'Train again, or use other weights')
+    if bad:
+        raise CTError(path, f'{bad} holds NaN or infinite weights',
+                      'Train again, or use other weights')
     model.to_empty(device='cpu').load_state_dict(state)
     return model.to(device).eval(),ct,net
 
 def read_seen(
     path # `.safetensors` from `save_model`
-)->Seen: # None where the weights do not say
+) -> Seen: # None where the weights do not say
     "What the training of these weights held"
     return _specs(_read(path, _header)[0].get('covid3d'), path)[2]
 
@@ -205,7 +240,8 @@ class Ensemble(nn.Module):
     def __init__(self,
         models # Networks of the same classes
     ): super().__init__(); self.models = nn.ModuleList(models)
-    def forward(self, x): # (batch, 1, slice, row, column) → logits (batch, class, slice, row, column)
+    # (batch, 1, slice, row, column) → logits (batch, class, slice, row, column)
+    def forward(self, x):
         l = torch.stack([m(x) for m in self.models])
         return F.logsigmoid(l).logsumexp(0)-F.logsigmoid(-l).logsumexp(0)
 
@@ -218,15 +254,21 @@ def weights_in(
     f = Path(paths)/'folds.json'
     if not os.path.lexists(f): return [paths]
     k = read_json(f, remedy='Give the folder that `covid3d train --folds` wrote').get('k')
-    if not _count(2, 100)(k): raise CTError(f, 'does not say how many folds there are', 'Give the folder that `covid3d train --folds` wrote')
+    if not _count(2, 100)(k):
+        raise CTError(f, 'does not say how many folds there are',
+                      'Give the folder that `covid3d train --folds` wrote')
     left = next((i for i in range(k) if not (Path(paths)/f'fold_{i}'/'scores.csv').exists()), None)
-    if left is not None: raise CTError(paths, f'fold {left} of {k} is not trained and scored yet', f'Train it with --folds {k} --fold {left}')
+    if left is not None:
+        raise CTError(paths, f'fold {left} of {k} is not trained and scored yet',
+                      f'Train it with --folds {k} --fold {left}')
     return [Path(paths)/f'fold_{i}'/'model.safetensors' for i in range(k)]
 
 # %% ../nbs/14_weights.ipynb #e54ade98
 def load_all(paths, device) -> tuple:
     "The network of these files, or their `Ensemble`, in eval mode, and its `CTSpec`"
-    if not paths: raise CTError('weights', 'no file was given', 'Give the model.safetensors that `covid3d train` wrote')
+    if not paths:
+        raise CTError('weights', 'no file was given',
+                      'Give the model.safetensors that `covid3d train` wrote')
     loaded = [load_model(p, device) for p in paths]
     odd = next((p for p,(_,ct,_) in zip(paths, loaded) if ct!=loaded[0][1]), None)
     if odd:
@@ -236,11 +278,12 @@ def load_all(paths, device) -> tuple:
 
 # %% ../nbs/14_weights.ipynb #7fff6605
 def network_digest(
-    model,      # Network, or several as one
-    spec:CTSpec # What it was trained with
-)->str:
+    model,       # Network, or several as one
+    spec: CTSpec # What it was trained with
+) -> str:
     "The same for networks with the same weights and input, whatever files they come from"
-    h = hashlib.blake2b(f'{type(model).__name__} {json.dumps(asdict(spec))}'.encode(), digest_size=16)
+    h = hashlib.blake2b(f'{type(model).__name__} {json.dumps(asdict(spec))}'.encode(),
+                        digest_size=16)
     for k,t in model.state_dict().items():
         h.update(f'{k} {t.dtype} {tuple(t.shape)}'.encode())
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, strategies as st
 
-from covid3d import inference
+from covid3d import inference, weights
 from covid3d.cases import bare_cell, read_cases, safe_cell
 from covid3d.cli import main
 from covid3d.statistics import read_scores
@@ -56,7 +56,7 @@ def forged(path, net=NetSpec(width=4), **changes):
     good = CTSpec(spacing=(9,5,5), patch=(16,48,48))
     state = net.build(['lesion']).state_dict()
     about = dict(format=1, ct=asdict(good)|changes, net=asdict(net), seen=None)
-    path.write_bytes(save(state, dict(covid3d=json.dumps(about|dict(digest=inference._digest(json.loads(json.dumps(about)), state))))))
+    path.write_bytes(save(state, dict(covid3d=json.dumps(about|dict(digest=weights._digest(json.loads(json.dumps(about)), state))))))
     return path
 
 @pytest.mark.fault('K11')
@@ -97,7 +97,7 @@ def test_what_trains_can_be_opened(tmp_path, classes):
     "The bounds of a specification are the same where weights are written and where they are opened"
     spec,net = CTSpec(spacing=(9,5,5), patch=(16,48,48), classes=classes),NetSpec(width=4)
     save_model(net.build(classes), tmp_path/'w.safetensors', spec, net)
-    assert inference.load_model(tmp_path/'w.safetensors')[1]==spec
+    assert weights.load_model(tmp_path/'w.safetensors')[1]==spec
 
 @pytest.mark.fault('K7')
 @pytest.mark.promise('executed')
@@ -105,7 +105,7 @@ def test_weights_that_are_a_hole(tmp_path):
     "Weights that claim gigabytes of which some kilobytes are stored are refused before memory is taken"
     head = json.dumps(dict(w=dict(dtype='F32', shape=[2**29], data_offsets=[0,2**31]))).encode()
     sparse(tmp_path/'w.safetensors', 8+len(head)+2**31, len(head).to_bytes(8, 'little')+head)
-    refused(lambda: inference.load_model(tmp_path/'w.safetensors'), 'w.safetensors', 'sparse file')
+    refused(lambda: weights.load_model(tmp_path/'w.safetensors'), 'w.safetensors', 'sparse file')
 
 @pytest.mark.fault('K13','D4')
 @pytest.mark.promise('executed')

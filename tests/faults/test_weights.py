@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
-import covid3d.encoder, covid3d.inference
+import covid3d.encoder, covid3d.inference, covid3d.weights
 from covid3d.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from covid3d.cli import _one_line as one_line, main
 from covid3d.encoder import encoder3d, encoder_info, read_weights
@@ -41,7 +41,7 @@ def forged(good, path, state=None, **about):
     "A copy with another specification or other tensors, and a digest that fits"
     with safe_open(good, 'pt') as f: text = f.metadata()['covid3d']
     state,about = load_file(good) if state is None else state,{k:v for k,v in json.loads(text).items() if k!='digest'}|about
-    path.write_bytes(save(state, dict(covid3d=json.dumps(about|dict(digest=covid3d.inference._digest(about, state))))))
+    path.write_bytes(save(state, dict(covid3d=json.dumps(about|dict(digest=covid3d.weights._digest(about, state))))))
     return path
 
 def refused(f, *words):

@@ -250,8 +250,7 @@ def _parse(raw):
 # %% ../nbs/01_dicom.ipynb #369a38b8
 def _read_header(
     path: str|Path # A file
-# pydicom Dataset of the elements named in `_tags`, and the byte at which the pixel data begins
-) -> tuple:
+) -> tuple: # pydicom Dataset of the elements named in `_tags`, and the byte at which the pixel data begins
     "The header of a DICOM file, without its pixels and without names"
     p,ds = Path(path),None
     for n in (_first_read,_max_header):
@@ -582,9 +581,7 @@ def survey(
 # %% ../nbs/01_dicom.ipynb #5e5265ae
 def find_series(
     folder: str|Path # Holds DICOM files, of one series or several
-# Of `Series`, that with the most slices first; those of fewer than four are left out and counted in
-# `skipped`
-) -> list:
+) -> list: # Of `Series`, most slices first; fewer than four: in `skipped`
     "The CT series of a folder, each of whose files can be read"
     found = survey(folder)
     if found.damaged: raise found.damaged[0]

@@ -196,9 +196,7 @@ def packed(
 # %% ../nbs/13_metrics.ipynb #fffbd356
 def surface_points(
     m # Boolean mask (slice, row, column)
-# Flat indices into the grid of corner points, one longer than `m` on each axis, ascending; the code
-# of each
-) -> tuple:
+) -> tuple: # Flat indices into the grid of corner points, one longer than `m` on each axis, ascending; the code of each
     "Corner points with voxels inside and outside around them, and which of the eight are inside"
     before,after = packed(m)
     some,every = before|after,before&after

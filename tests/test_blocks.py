@@ -1,10 +1,10 @@
 "What a fastai user tries with the blocks: many scans of one name, masks in every form, callbacks, several classes, and what `covid3d.all` gives"
-import importlib, pickle, shutil, subprocess, sys
+import importlib, pickle, shutil
 from pathlib import Path
 
 import pytest, torch
 from fastai.callback.progress import ProgressCallback, ShowGraphCallback
-from fastai.data.all import DataBlock, IndexSplitter, RandomSplitter, get_files
+from fastai.data.all import DataBlock, IndexSplitter
 from fastai.interpret import Interpretation
 
 import covid3d
@@ -48,7 +48,6 @@ def test_scans_of_one_name_are_not_mixed_up(root, tmp_path):
     for a,b in zip(whole(own), whole(plain)): assert torch.equal(a.ct, b.ct) and torch.equal(a.masks, b.masks)
 
 def test_dicom_folders(root, tmp_path):
-    from covid3d.cases import Case
     from covid3d.volume import open_ct
     for p in paths(root)[:2]: write_series(open_ct(p), tmp_path/p.name[:11])
     folders = sorted(tmp_path.iterdir())

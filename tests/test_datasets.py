@@ -324,7 +324,7 @@ def test_several_readers_are_told(phantoms, tmp_path):
 def test_a_mask_that_is_not_ours_is_never_replaced(phantoms, tmp_path):
     """Masks drawn from outlines replace only masks that covid3d wrote"""
     small_ricord(tmp_path/'r', phantoms)
-    df = datasets.ricord(tmp_path/'r'); datasets.ricord(tmp_path/'r')  # ours may be written anew
+    datasets.ricord(tmp_path/'r'); datasets.ricord(tmp_path/'r')  # ours may be written anew
     other = tmp_path/'r'/'lesion_masks'/'mine_lesion.nii.gz'; other.write_bytes(b'mine')
     with pytest.raises(CTError, match='was not written by covid3d'): datasets.ricord(tmp_path/'r')
     assert other.read_bytes()==b'mine'

@@ -405,7 +405,7 @@ def test_X6_a_write_that_fails_leaves_no_page_beside_other_figures(tmp_path, mon
         return real(a, b)
     with monkeypatch.context() as m:
         m.setattr(os, 'replace', replace)
-        try: at = write_report(new, out)
+        try: write_report(new, out)
         except CTError as e: failed = e; assert 'No space left' in str(e)
     text = (out/'index.html').read_text() if failed is None else ''
     assert (failed is None)==(fails_at in (4,5) or fails_at>6) and (out/'index.html').exists()==(failed is None)   # three tables, two pictures, the page

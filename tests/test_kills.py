@@ -108,7 +108,7 @@ def whole(world):
 @pytest.mark.parametrize('name', names)
 def test_a_kill_loses_nothing(world, whole, name, tmp_path):
     "A command killed at a random moment and run again ends with the results of an uninterrupted run, and leaves no hidden file"
-    (d,s),job,rng = world,jobs(world[0])[name],np.random.default_rng(int.from_bytes(name.encode(), 'big')%2**32)
+    (_d,s),job,rng = world,jobs(world[0])[name],np.random.default_rng(int.from_bytes(name.encode(), 'big')%2**32)
     secs,want = whole(name)
     for i in range(kills):
         out = tmp_path/str(i)/'run'
@@ -126,7 +126,7 @@ def test_a_kill_loses_nothing(world, whole, name, tmp_path):
 @pytest.mark.parametrize('name', names)
 def test_two_at_once(world, whole, name, tmp_path):
     "Of two commands started in one folder the second is told, and the first ends as if it had been alone"
-    (d,s),job,out = world,jobs(world[0])[name],tmp_path/'run'
+    (_d,s),job,out = world,jobs(world[0])[name],tmp_path/'run'
     _,want = whole(name)
     if name=='cases': out.mkdir()
     res = s(command(job, out), beside=command(job, out, again=True), lock=str(out/job.lock))

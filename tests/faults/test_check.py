@@ -301,7 +301,7 @@ def test_wrong_window(capfd, cohort, window):
 
 def test_dicom_case(cohort):
     "A folder, or a file of it, with masks that lie on its grid"
-    series = write_series(Volume(ct(1), affine), cohort/'series')
+    write_series(Volume(ct(1), affine), cohort/'series')
     want = cohort.check()[1]
     for p in ('series',sorted((cohort/'series').iterdir())[3]):
         r = cohort.check(ct=p)[1]

@@ -47,7 +47,7 @@ def element(tag, vr, value, order='<')->bytes:
 
 def put(path, tag, value, vr=None):
     "Give an element of an explicit little endian file another value, as bytes that pydicom would not write"
-    raw,old = path.read_bytes(),pydicom.dcmread(path)
+    raw,_old = path.read_bytes(),pydicom.dcmread(path)
     vr = vr or pydicom.datadict.dictionary_VR(tag)
     key = struct.pack('<HH', tag>>16, tag&0xFFFF)+pydicom.datadict.dictionary_VR(tag).encode()
     at = raw.index(key, 132)

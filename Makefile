@@ -15,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## */\1\t/p' Makefile | while IFS='	' read -r t d; do printf '  make %-16s %s\n' "$$t" "$$d"; done
 
-demo: $(READY) ## made-up chest CTs, training, scores on unseen ones, a picture: some minutes; OUT=folder says where
+demo: $(READY) ## synthetic chest CTs, training, scores on unseen ones, a picture: some minutes; OUT=folder says where
 	$(BIN)/covid3d demo --overwrite $(if $(OUT),--out "$(OUT)")
 
 test: $(READY) ## run every notebook, then pytest

@@ -159,13 +159,13 @@ instructions = dict(
 2. On https://www.cancerimagingarchive.net/collection/midrc-ricord-1a/
    download the manifest of the images (.tcia) and the annotations (.json, unpacked).
 3. Fetch the images:  nbia-data-retriever --cli MANIFEST.tcia -d {out} -v -f
-4. Put the .json into {out}, then:  covid3d cases ricord {out} -o cases.csv''',
+4. Put the .json into {out}, then:  covid3d table {out} -o cases.csv''',
     mosmed='''MosMedData (CC BY-NC-ND 3.0) comes from the Center for Diagnostics, Moscow:
 1. Register at https://mosmed.ai/en/datasets/ and download COVID19_1110.
 2. Unpack it so that {out} holds studies/ and masks/.
-3. covid3d cases mosmed {out} -o cases.csv''',
+3. covid3d table {out} -o cases.csv''',
     covid1920='''COVID-19-20 (annotations CC BY-NC-ND 4.0) comes from its challenge:
 1. Join https://covid-segmentation.grand-challenge.org/
    and download the training and validation data.
 2. Unpack them so that {out} holds COVID-19-20_v2/.
-3. covid3d cases covid1920 {out} -o cases.csv''')
+3. covid3d table {out} -o cases.csv''')

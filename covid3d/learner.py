@@ -281,7 +281,7 @@ def why_stopped(
         what,_,rest = last.partition('CTError: ')[2].partition(': ')
         return CTError(what, rest.rstrip('.'), 'Then add --resume')
     for pattern,fault,remedy in _failures:
-        if re.search(pattern, text): return of_workers(fault, remedy)
+        if re.search(pattern, text, re.DOTALL): return of_workers(fault, remedy)
     if out_of_memory(e):
         remedy = 'Start anew with less: --memory, such as 6GB, or a smaller --bs or --patch'
         return CTError('memory', 'a training step needs more than there is', remedy)

@@ -8,7 +8,7 @@ Docs: https://covid3d.github.io/covid3d/recipe.html.md"""
 __all__ = ['recipes', 'Recipe']
 
 # %% ../nbs/15_recipe.ipynb #ae645973
-import difflib, hashlib, json, numbers, zlib
+import difflib, hashlib, json, numbers, re, zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -130,6 +130,20 @@ def but(self: Recipe, **changes) -> Recipe:
     if 'lr' in changes and self.frozen_lr==self.lr: changes = dict(frozen_lr=None)|changes
     return replace(self, **changes)
 
+# %% ../nbs/15_recipe.ipynb #25945247
+def init_digest(
+    init # `kinetics`, `random`, or a file of weights
+) -> str: # The word, or the checksum of the file
+    "What tells initial weights from others"
+    if init in ('kinetics','random'): return init
+    if not Path(init).is_file():
+        raise CTError(init, 'no such file',
+                      'Give the path of weights, or --init kinetics or random')
+    crc = 0
+    with open(init, 'rb') as f:
+        while block := f.read(2**20): crc = zlib.crc32(block, crc)
+    return f'file {crc:08x}'
+
 # %% ../nbs/15_recipe.ipynb #e7712903
 def _parts(d, what) -> dict:
     "What JSON holds, its parts as objects"
@@ -149,7 +163,8 @@ def save(self: Recipe,
     path # `.json`
 ):
     "Write the recipe as JSON"
-    write_atomic(path, (json.dumps(asdict(self), indent=1)+'\n').encode())
+    known = asdict(self)|dict(init=init_digest(self.init))
+    write_atomic(path, (json.dumps(known, indent=1)+'\n').encode())
 
 @patch(cls_method=True)
 def load(cls: Recipe,
@@ -164,6 +179,9 @@ def load(cls: Recipe,
     d = read_json(o, most=2**20, remedy='Write it with Recipe.save')
     for k in d:
         if k not in _names(cls): _unknown(k, _names(cls), o)
+    if not re.fullmatch('kinetics|random|file [0-9a-f]{8}', str(d.get('init', 'random'))):
+        raise CTError(o, 'names a file of weights, and no file may choose another',
+                      'Leave init out, and give the weights by --init')
     try: return cls(**_parts(d, o))
     except CTError as e:
         raise e if str(e.what)==str(o) else CTError(o, f'{e.what}: {e.fault}', e.cure) from None
@@ -176,20 +194,6 @@ recipes = dict(
     resize=Recipe(ResizeSpec(), frozen_stages=0, bs=1, patches=1, epochs=50, frozen_epochs=3,
                   lr=1e-3, frozen_lr=1e-2,
                   lr_ratio=1., wd=1e-4, loss='dice-ce'))
-
-# %% ../nbs/15_recipe.ipynb #25945247
-def init_digest(
-    init # `kinetics`, `random`, or a file of weights
-) -> str: # The word, or the checksum of the file
-    "What tells initial weights from others"
-    if init in ('kinetics','random'): return init
-    if not Path(init).is_file():
-        raise CTError(init, 'no such file',
-                      'Give the path of weights, or --init kinetics or random')
-    crc = 0
-    with open(init, 'rb') as f:
-        while block := f.read(2**20): crc = zlib.crc32(block, crc)
-    return f'file {crc:08x}'
 
 # %% ../nbs/15_recipe.ipynb #a27ded3f
 @patch(as_prop=True)

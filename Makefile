@@ -18,7 +18,8 @@ help: ## list the targets
 demo: $(READY) ## synthetic chest CTs, training, scores on unseen ones, a picture: some minutes; OUT=folder says where
 	$(BIN)/covid3d demo --overwrite $(if $(OUT),--out "$(OUT)")
 
-test: $(READY) ## run every notebook, then pytest
+test: $(READY) ## lint, run every notebook, then pytest
+	$(BIN)/ruff check covid3d tests benchmarks
 	$(ONE_THREAD) $(BIN)/nbdev-test --n-workers 2 --do-print --timing
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 

@@ -6,7 +6,7 @@ the second comes under `second`."""
 import fcntl, json, os, signal, struct, sys, tempfile, time
 
 import torch
-import covid3d.evaluate, covid3d.learner, covid3d.pretrain, covid3d.folds, covid3d.reproduce, covid3d.prepare  # once, for all children
+import covid3d.evaluate, covid3d.learner, covid3d.pretrain, covid3d.folds, covid3d.reproduce, covid3d.prepare  # noqa: F401 once, for all children
 from covid3d.cli import main
 
 def start(argv, out, err) -> int:

@@ -58,7 +58,7 @@ def hook_sees(model, size):
         held.add(o := Held(t))
         return o
     there = {t.untyped_storage()._cdata for t in [x, *model.parameters(), *model.buffers()]}
-    with saved_tensors_hooks(pack, lambda o: o.t): out = model(x)
+    with saved_tensors_hooks(pack, lambda o: o.t): out = model(x)  # noqa: F841 held while it is counted
     storages = {o.t.untyped_storage()._cdata: o.t.untyped_storage().nbytes() for o in held}
     return sum(n for k, n in storages.items() if k not in there)
 

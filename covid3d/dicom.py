@@ -19,26 +19,22 @@ import nibabel as nib, numpy as np, pydicom
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
-from .volume import (CTError, Scarce, Source, Volume, max_bytes, open_ct, to_canonical,
-                            to_hu,
-                            unreadable, write_atomic)
+from .volume import (CTError, Scarce, Source, Volume, is_nifti, max_bytes, open_ct, scaled,
+                            to_canonical, to_hu, unreadable, write_atomic)
 
 # %% ../nbs/01_dicom.ipynb #abd1edfd
-_tags = [pydicom.tag.Tag(o)
-         for o in '''SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID PatientID
-    FrameOfReferenceUID ImageType SeriesNumber NumberOfFrames Rows Columns SamplesPerPixel
-    PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation
-    LossyImageCompression ImagePositionPatient ImageOrientationPatient PixelSpacing
-    SpacingBetweenSlices RescaleSlope RescaleIntercept RescaleType
-    SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence'''.split()]
+_tags = [pydicom.tag.Tag(o) for o in '''
+    SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID PatientID FrameOfReferenceUID
+    ImageType SeriesNumber NumberOfFrames Rows Columns SamplesPerPixel PhotometricInterpretation
+    BitsAllocated BitsStored HighBit PixelRepresentation LossyImageCompression ImagePositionPatient
+    ImageOrientationPatient PixelSpacing SpacingBetweenSlices RescaleSlope RescaleIntercept
+    RescaleType SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence'''.split()]
 
-# %% ../nbs/01_dicom.ipynb #a2e6ceb8
+# limits that keep a damaged or hostile file from taking the memory, far above what a CT needs
 _first_read,_max_header,_max_file = 2**16,6*2**20,2**31 # bytes
 _max_elements,_max_items = 100_000,50_000 # in one header
 
-# %% ../nbs/01_dicom.ipynb #0faa39e8
-class _NotDicom(Exception):
-    "A file of another kind"
+class _NotDicom(Exception): "A file of another kind, which is no fault; never leaves this notebook"
 
 # %% ../nbs/01_dicom.ipynb #65da1ef8
 class QuietDicom(ContextDecorator):
@@ -54,11 +50,11 @@ class QuietDicom(ContextDecorator):
             if not QuietDicom.inside: QuietDicom.undo.close()
     def hush(self, undo):
         for log in map(logging.getLogger, ('pydicom','highdicom')):
-            # a level that nothing reaches
-            undo.callback(log.setLevel, log.level); log.setLevel(1_000_000)
-        undo.callback(setattr, pydicom.config.settings, 'reading_validation_mode',
-                      pydicom.config.settings.reading_validation_mode)
-        pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+            undo.callback(log.setLevel, log.level)
+            log.setLevel(1_000_000)  # a level that nothing reaches
+        conf = pydicom.config.settings
+        undo.callback(setattr, conf, 'reading_validation_mode', conf.reading_validation_mode)
+        conf.reading_validation_mode = pydicom.config.IGNORE
         undo.enter_context(warnings.catch_warnings()); warnings.simplefilter('ignore')
 
 # %% ../nbs/01_dicom.ipynb #4bb92c27
@@ -81,27 +77,24 @@ def pseudonym(
 _to_lps = np.diag([-1,-1,1,1])
 
 def _uid(seed, *what) -> str: return generate_uid(entropy_srcs=[str(seed), *map(str, what)])
-# a decimal string has at most 16 characters (PS3.5 6.2)
-def _decimals(v) -> list: return [f'{o:.8g}' for o in v]
+def _decimals(v) -> list: return [f'{o:.8g}' for o in v]  # 16 characters at most (PS3.5 6.2)
 
 def _series_elements(vol, patient, series, seed) -> dict:
     "Elements that all slices of a series share"
     mm,lps = vol.spacing,_to_lps@vol.affine
-    return dict(SOPClassUID='1.2.840.10008.5.1.4.1.1.2',
-                StudyInstanceUID=_uid(seed, 'study', patient),
+    empty = '''PatientName PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber
+        ReferringPhysicianName KVP PositionReferenceIndicator'''.split()
+    return dict.fromkeys(empty, '') | dict(
+        SOPClassUID='1.2.840.10008.5.1.4.1.1.2', StudyInstanceUID=_uid(seed, 'study', patient),
         SeriesInstanceUID=_uid(seed, 'series', patient, series),
-                FrameOfReferenceUID=_uid(seed, 'frame', patient),
-        Modality='CT', PatientID=patient, PatientName='', PatientBirthDate='', PatientSex='',
-        StudyDate='', StudyTime='', StudyID='', AccessionNumber='', ReferringPhysicianName='',
-                Manufacturer='covid3d', SeriesNumber=series,
-        AcquisitionNumber=1, ImageType=['DERIVED','SECONDARY','AXIAL'], Rows=vol.shape[1],
-                Columns=vol.shape[2], SamplesPerPixel=1,
-        PhotometricInterpretation='MONOCHROME2', BitsAllocated=16, BitsStored=16, HighBit=15,
-                PixelRepresentation=0,
-        RescaleIntercept='-1024', RescaleSlope='1', RescaleType='HU',
-                PixelSpacing=_decimals(mm[1:]), SliceThickness=f'{mm[0]:.8g}', KVP='',
-        PositionReferenceIndicator='', PatientPosition='HFS',
-                ImageOrientationPatient=_decimals((*lps[:3,2]/mm[2], *lps[:3,1]/mm[1])))
+        FrameOfReferenceUID=_uid(seed, 'frame', patient), Modality='CT', PatientID=patient,
+        PatientPosition='HFS', Manufacturer='covid3d', SeriesNumber=series, AcquisitionNumber=1,
+        ImageType=['DERIVED','SECONDARY','AXIAL'], Rows=vol.shape[1], Columns=vol.shape[2],
+        SamplesPerPixel=1, PhotometricInterpretation='MONOCHROME2', BitsAllocated=16,
+        BitsStored=16, HighBit=15, PixelRepresentation=0, RescaleIntercept='-1024',
+        RescaleSlope='1', RescaleType='HU', PixelSpacing=_decimals(mm[1:]),
+        SliceThickness=f'{mm[0]:.8g}',
+        ImageOrientationPatient=_decimals((*lps[:3,2]/mm[2], *lps[:3,1]/mm[1])))
 
 # %% ../nbs/01_dicom.ipynb #c4bc63eb
 def _slice_dataset(vol, i, same, uid) -> pydicom.Dataset:
@@ -114,7 +107,6 @@ def _slice_dataset(vol, i, same, uid) -> pydicom.Dataset:
     ds['PixelData'].VR = 'OW'
     return ds
 
-# %% ../nbs/01_dicom.ipynb #08a1cae5
 def ct_datasets(
     vol: Volume,       # HU, on upright or tilted canonical axes
     patient: str = '', # PatientID
@@ -133,11 +125,9 @@ def save_dicom(
 ):
     "Write one DICOM object, whole or not at all"
     if not getattr(ds, 'file_meta', None): ds.file_meta = FileMetaDataset()
-    ds.file_meta.MediaStorageSOPClassUID,ds.file_meta.MediaStorageSOPInstanceUID = (ds.SOPClassUID,
-        ds.SOPInstanceUID)
-    if 'TransferSyntaxUID' not in ds.file_meta:
-        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    buf = io.BytesIO()
+    meta,buf = ds.file_meta,io.BytesIO()
+    meta.MediaStorageSOPClassUID,meta.MediaStorageSOPInstanceUID = ds.SOPClassUID,ds.SOPInstanceUID
+    if 'TransferSyntaxUID' not in meta: meta.TransferSyntaxUID = ExplicitVRLittleEndian
     pydicom.dcmwrite(buf, ds, enforce_file_format=True)
     write_atomic(path, buf.getvalue())
 
@@ -152,13 +142,11 @@ def write_series(
         save_dicom(ds, Path(folder)/f'IM{i:04d}.dcm')
 
 # %% ../nbs/01_dicom.ipynb #d2c336bb
-def _damaged(p, fault) -> CTError: return CTError(p, fault, 'Export or copy the series again')
-
 def dicom_failed(p, fault, e) -> CTError:
     "What to say of an exception of another library, whose own text may quote what an element holds"
     if isinstance(e, MemoryError):
         return CTError(p, 'there is not enough memory to read it', 'Use a machine with more memory')
-    return _damaged(p, f'{fault} ({type(e).__name__})')
+    return CTError(p, f'{fault} ({type(e).__name__})')
 
 def _no_wait(p, flags) -> int: return os.open(p, flags|getattr(os, 'O_NONBLOCK', 0))
 
@@ -168,17 +156,15 @@ def _open(p):
     info = os.fstat(f.fileno())
     if stat.S_ISREG(info.st_mode) and info.st_size<=_max_file: return f
     f.close()
-    fault = (f'the file is larger than {_max_file/2**30:g} GiB' if stat.S_ISREG(info.st_mode)
-             else 'it is a pipe or a device, not a file')
-    raise CTError(p, fault, 'Give a single CT series')
+    raise CTError(p, f'it is a pipe or a device, or a file of more than {_max_file/2**30:g} GiB',
+                  'Give a single CT series')
 
-def file_bytes(p, n=-1, at=0) -> bytes:
-    "`n` bytes of the file from byte `at`; all that follow if `n` is negative"
+def file_bytes(p, n, at=0) -> bytes:
+    "Up to `n` bytes of the file from byte `at`"
     try:
         with _open(p) as f:
-            left = max(os.fstat(f.fileno()).st_size-at, 0)
-            f.seek(at)
-            return f.read(left if n<0 else min(n, left))  # no larger buffer than the file fills
+            f.seek(at)  # no larger buffer than the file fills
+            return f.read(min(n, max(os.fstat(f.fileno()).st_size-at, 0)))
     except OSError as e: raise unreadable(p, e) from None
 
 # %% ../nbs/01_dicom.ipynb #fcb5becd
@@ -193,33 +179,22 @@ def _element(raw, at, order, explicit) -> tuple:
     tag,vr = num(at,2)<<16|num(at+2,2),bytes(raw[at+4:at+6]).decode('latin1')
     if not explicit or tag>>16==0xFFFE: return tag,'',8,num(at+4,4)
     if vr not in _vrs: raise ValueError
-    return (tag,vr,12,num(at+8,4)) if vr in pydicom.valuerep.EXPLICIT_VR_LENGTH_32 else (tag,vr,8,
-        num(at+6,2))
+    if vr in pydicom.valuerep.EXPLICIT_VR_LENGTH_32: return tag,vr,12,num(at+8,4)
+    return tag,vr,8,num(at+6,2)
 
 # %% ../nbs/01_dicom.ipynb #1daf314f
-def _check_items(raw, at, length, order, explicit) -> int:
-    "Items of a sequence fill it exactly; where it ends"
-    end = len(raw) if length==_undefined else at+length
-    while at<end:
-        tag,_,head,n = _element(raw, at, order, explicit)
-        at += head
-        if tag==0xFFFEE0DD and n==0 and length==_undefined: return at
-        if tag!=0xFFFEE000: raise ValueError
-        at = _check_elements(raw, at, n, order, explicit)
-    if at!=end or length==_undefined: raise ValueError
-    return at
-
-# %% ../nbs/01_dicom.ipynb #db6f3fbe
-def _check_elements(raw, at, length, order, explicit) -> int:
-    "Elements of an item fill it exactly; where it ends"
+def _check_filled(raw, at, length, order, explicit, items=True) -> int:
+    "The items of a sequence, or the elements of an item, fill it exactly; where it ends"
     end,last = len(raw) if length==_undefined else at+length,-1
     while at<end:
         tag,vr,head,n = _element(raw, at, order, explicit)
         at += head
-        if tag==0xFFFEE00D and n==0 and length==_undefined: return at
-        if tag>>16==0xFFFE or tag<=last: raise ValueError
+        if tag==(0xFFFEE0DD if items else 0xFFFEE00D) and n==0 and length==_undefined: return at
+        if (tag!=0xFFFEE000 if items else tag>>16==0xFFFE or tag<=last): raise ValueError
         last = tag
-        if n==_undefined or vr=='SQ': at = _check_items(raw, at, n, order, explicit and vr!='UN')
+        if items: at = _check_filled(raw, at, n, order, explicit, False)
+        elif n==_undefined or vr=='SQ':
+            at = _check_filled(raw, at, n, order, explicit and vr!='UN')
         else: at += n
     if at!=end or length==_undefined: raise ValueError
     return at
@@ -239,35 +214,32 @@ def _parse(raw):
     if raw.getbuffer().nbytes>_first_read and max(map(raw.getvalue().count, marks))>_max_items:
         raise ValueError
     ds = pydicom.filereader.read_partial(raw, stop, specific_tags=_tags)
-    if any(o.group==0 for o in ds.keys()) or any(o.VR not in _vrs for o in ds.file_meta.values()):
-        raise ValueError
-    if vrs!={ds.file_meta.get('TransferSyntaxUID')==_implicit}: raise ValueError  # C15
+    if (any(o.group==0 for o in ds.keys()) or any(o.VR not in _vrs for o in ds.file_meta.values())
+            or vrs!={ds.file_meta.get('TransferSyntaxUID')==_implicit}): raise ValueError  # C15
     for o in groups:
-        _check_items(raw.getbuffer(), *o, 'little' if ds.original_encoding[1] else 'big',
+        _check_filled(raw.getbuffer(), *o, 'little' if ds.original_encoding[1] else 'big',
                      True not in vrs)
     return ds
 
 # %% ../nbs/01_dicom.ipynb #369a38b8
 def _read_header(
     path: str|Path # A file
-) -> tuple: # pydicom Dataset of the elements named in `_tags`, and the byte at which the pixel data begins
+) -> tuple: # pydicom Dataset of the elements in `_tags`, and the byte at which pixel data begin
     "The header of a DICOM file, without its pixels and without names"
-    p,ds = Path(path),None
+    p = Path(path)
     for n in (_first_read,_max_header):
-        raw = file_bytes(p, n)
+        raw,ds = file_bytes(p, n),None
         if raw[128:132]!=b'DICM': raise _NotDicom
         if _is_deflated(raw[:_first_read]):
             raise CTError(p, 'it is deflated, an encoding that is not read',
                           'Export the series uncompressed')
-        f = io.BytesIO(raw)
+        f,fault = io.BytesIO(raw),CTError(p, 'the DICOM header does not end where pixels begin')
         try:
             with QuietDicom(): ds = _parse(f)
             if f.tell()+12<len(raw): return ds,f.tell()
-            fault = 'the DICOM header does not end where pixels begin'
-        except MemoryError as e: raise dicom_failed(p, '', e) from None
-        except Exception as e: ds,fault = None,f'the DICOM header is damaged ({type(e).__name__})'
+        except Exception as e: fault = dicom_failed(p, 'the DICOM header is damaged', e)
         if len(raw)<n: break
-    if ds is None or len(raw)==n: raise _damaged(p, fault)
+    if ds is None or len(raw)==n: raise fault
     return ds,f.tell()
 
 # %% ../nbs/01_dicom.ipynb #9dfcd7dd
@@ -319,61 +291,44 @@ def _group(ds, i, name):
 # a decimal string
 _is_number = re.compile(r' *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *', re.ASCII).fullmatch
 
-def _value(ds, name):
-    "An element as pydicom converts it, if the file gives it the type that the standard does"
-    e = ds[name]
-    if e.VR!=pydicom.datadict.dictionary_VR(e.tag): raise TypeError
-    return e.value
-
 def _floats(ds, name, n, p) -> tuple:
-    "An element as `n` finite numbers"
+    "An element as `n` finite numbers, if the file gives it the type that the standard does"
     try:
-        v = _value(ds, name)
-        v = v if n>1 else [v]
-        res = tuple(float(o) for o in v) if all(_is_number(str(o)) for o in v) else ()
+        e = ds[name]
+        v = [e.value] if n==1 else e.value
+        ok = e.VR==pydicom.datadict.dictionary_VR(e.tag) and all(_is_number(str(o)) for o in v)
+        res = tuple(float(o) for o in v) if ok else ()
     except (KeyError,ValueError,TypeError,AttributeError): res = ()
     if len(res)!=n or not np.isfinite(res).all():
-        raise _damaged(p, f'{name} is missing or not {n} number{"s"*(n>1)}')
+        raise CTError(p, f'{name} is missing or not {n} number{"s"*(n>1)}')
     return res
 
-# %% ../nbs/01_dicom.ipynb #49cf0752
+def _int(ds, name, p) -> int: return int(_floats(ds, name, 1, p)[0])
+
 def _text(ds, name) -> str:
     "An element as text, empty where it is missing; a sequence or bytes in its place are damage"
     v = ds.get(name, '')
     if isinstance(v, (bytes,pydicom.Sequence)): raise TypeError
     return str(v)
 
-def _int(ds, name, p) -> int:
-    "An element as a whole number"
-    try: return int(_value(ds, name))
-    except (KeyError,ValueError,TypeError,OverflowError):
-        raise _damaged(p, f'{name} is missing or no whole number') from None
-
 # %% ../nbs/01_dicom.ipynb #dbddc0a0
-# elements that are whole numbers
 _whole = 'Rows Columns SamplesPerPixel BitsAllocated BitsStored HighBit PixelRepresentation'.split()
 
-def _check_format(g, p):
-    "Pixels are stored as a CT's are"
-    ok = (g['SamplesPerPixel']==1 and g['BitsAllocated']==16 and 1<g['BitsStored']<=16
-          and g['HighBit']==g['BitsStored']-1
-          and g['PixelRepresentation'] in (0,1))
-    if not ok: raise _damaged(p, 'its pixels are not stored as a CT\'s are (16 bits, one sample)')
-    if not (0<g['Rows']<=8192 and 0<g['Columns']<=8192):
-        raise _damaged(p, f'a slice of {g["Rows"]}×{g["Columns"]} pixels is no CT')
-
-# %% ../nbs/01_dicom.ipynb #abfe245b
 def _grid(ds, frame, p) -> dict:
     "What all slices of a series must share"
     g = {k:_int(ds, k, p) for k in _whole}
     unit = _floats(_group(ds, frame, 'PlaneOrientationSequence'), 'ImageOrientationPatient', 6, p)
     dot = lambda i,j: sum(unit[i+k]*unit[j+k] for k in range(3))
-    skewed = max(abs(dot(0,0)-1), abs(dot(3,3)-1), abs(dot(0,3)))>1e-3
-    if skewed: raise _damaged(p, 'ImageOrientationPatient is not two unit vectors at right angles')
+    if max(abs(dot(0,0)-1), abs(dot(3,3)-1), abs(dot(0,3)))>1e-3:
+        raise CTError(p, 'ImageOrientationPatient is not two unit vectors at right angles')
     spacing = _floats(_group(ds, frame, 'PixelMeasuresSequence'), 'PixelSpacing', 2, p)
     if not all(1e-3<o<100 for o in spacing):
-        raise _damaged(p, 'PixelSpacing is no spacing of a CT in mm')
-    _check_format(g, p)
+        raise CTError(p, 'PixelSpacing is no spacing of a CT in mm')
+    if not (g['SamplesPerPixel']==1 and g['BitsAllocated']==16 and 1<g['BitsStored']<=16
+            and g['HighBit']==g['BitsStored']-1 and g['PixelRepresentation'] in (0,1)):
+        raise CTError(p, 'its pixels are not stored as a CT\'s are (16 bits, one sample)')
+    if not (0<g['Rows']<=8192 and 0<g['Columns']<=8192):
+        raise CTError(p, f'a slice of {g["Rows"]}×{g["Columns"]} pixels is no CT')
     texts = {k:_text(ds, k) for k in ('PhotometricInterpretation','FrameOfReferenceUID')}
     return g | dict(ImageOrientationPatient=unit, PixelSpacing=spacing, **texts)
 
@@ -384,61 +339,44 @@ _is_hu = re.compile(r'(hu|houn(s|d|ds)fields?(units?)?)?').fullmatch
 def _rescale(ds, frame, p) -> tuple:
     "(slope, intercept)"
     g = _group(ds, frame, 'PixelValueTransformationSequence')
-    both = ('RescaleSlope','RescaleIntercept')
+    both = 'RescaleSlope','RescaleIntercept'
+    no_hu = lambda fault: CTError(p, fault, 'Export the original series')
     if not all(k in g for k in both):
-        raise CTError(p, 'RescaleSlope or RescaleIntercept is missing, so its values are not HU',
-                      'Export the original series')
+        raise no_hu('RescaleSlope or RescaleIntercept is missing, so its values are not HU')
     if not _is_hu(re.sub(r'[\s.-]', '', _text(g, 'RescaleType')).lower()):
-        raise CTError(p, 'its RescaleType says that the values are not HU',
-                      'Export the original series')
+        raise no_hu('its RescaleType says that the values are not HU')
     slope,inter = (_floats(g, k, 1, p)[0] for k in both)
     if slope<0:
-        raise CTError(p, 'RescaleSlope is negative, so dense tissue would be stored as low numbers',
-                      'Export the original series')
+        raise no_hu('RescaleSlope is negative, so dense tissue would be stored as low numbers')
     if not 0<slope<1e4 or abs(inter)>1e6:
-        raise _damaged(p, 'RescaleSlope or RescaleIntercept is out of range')
+        raise CTError(p, 'RescaleSlope or RescaleIntercept is out of range')
     return slope,inter
 
 # %% ../nbs/01_dicom.ipynb #296c18a8
 # JPEG 12 bit and JPEG-LS near-lossless; others say it in LossyImageCompression
 _lossy = ('1.2.840.10008.1.2.4.51','1.2.840.10008.1.2.4.81')
 
-_identity = ('SOPInstanceUID','SeriesInstanceUID','StudyInstanceUID','PatientID',
-             'LossyImageCompression')
-
 def _syntax(ds) -> str: return str(ds.file_meta.get('TransferSyntaxUID',''))
 
-def _number(ds) -> str:
-    "SeriesNumber, which goes into notes, and so nothing but a few digits"
-    n = _text(ds, 'SeriesNumber')
-    return n if re.fullmatch(r'-?[0-9]{1,5}', n) else '?'
-
-# %% ../nbs/01_dicom.ipynb #5a2c83a2
 def _slice(ds, at, p, frame=None, n=1) -> Slice:
     "The record of one slice"
     measures,syntax = _group(ds, frame, 'PixelMeasuresSequence'),_syntax(ds)
-    step = _floats(measures, 'SpacingBetweenSlices', 1,
-                   p)[0] if measures.get('SpacingBetweenSlices') else 0
-    position,grid = _floats(_group(ds, frame, 'PlanePositionSequence'), 'ImagePositionPatient', 3,
-                            p),_grid(ds, frame, p)
+    given,number = measures.get('SpacingBetweenSlices'),_text(ds, 'SeriesNumber')
+    position = _floats(_group(ds, frame, 'PlanePositionSequence'), 'ImagePositionPatient', 3, p)
     if max(map(abs, position))>1e5:
-        raise _damaged(p, 'ImagePositionPatient is far outside any scanner')
-    height = sum(a*b for a,b in zip(_normal(grid['ImageOrientationPatient']), position))
-    slope,intercept = _rescale(ds, frame, p)
-    uid,series,study,patient,lossy = (_text(ds, k) for k in _identity)
-    return Slice(path=p, frame=frame or 0, frames=n, at=at, uid=uid, series=series, study=study,
-                 number=_number(ds), patient=digest(patient),
-        grid=grid, position=np.array(position), height=height, slope=slope, intercept=intercept,
-                 syntax=syntax,
-        lossy=lossy=='01' or syntax in _lossy, step=step)
+        raise CTError(p, 'ImagePositionPatient is far outside any scanner')
+    grid,(slope,intercept) = _grid(ds, frame, p),_rescale(ds, frame, p)
+    return Slice(
+        path=p, frame=frame or 0, frames=n, at=at, uid=_text(ds, 'SOPInstanceUID'),
+        series=_text(ds, 'SeriesInstanceUID'), study=_text(ds, 'StudyInstanceUID'),
+        number=number if re.fullmatch(r'-?[0-9]{1,5}', number) else '?',
+        patient=digest(_text(ds, 'PatientID')), grid=grid, position=np.array(position),
+        height=float(np.dot(_normal(grid['ImageOrientationPatient']), position)), slope=slope,
+        intercept=intercept, syntax=syntax,
+        lossy=_text(ds, 'LossyImageCompression')=='01' or syntax in _lossy,
+        step=_floats(measures, 'SpacingBetweenSlices', 1, p)[0] if given else 0)
 
-# %% ../nbs/01_dicom.ipynb #b071c747
-def _classic(ds, at, p) -> list:
-    "The slice of a classic CT"
-    if ds.get('NumberOfFrames') and _int(ds, 'NumberOfFrames', p)!=1:
-        raise _damaged(p, 'it holds several frames, but is not an enhanced CT')
-    return [_slice(ds, at, p)]
-
+# %% ../nbs/01_dicom.ipynb #5a2c83a2
 def _frames(ds, at, p) -> list:
     "The slices of an enhanced CT"
     if _syntax(ds)==_implicit:  # C10
@@ -446,7 +384,7 @@ def _frames(ds, at, p) -> list:
                       'Export it in explicit VR little endian')
     n,groups = _int(ds, 'NumberOfFrames', p),ds.get('PerFrameFunctionalGroupsSequence') or []
     if not 0<n<=4096 or n!=len(groups):
-        raise _damaged(p, 'NumberOfFrames does not fit its functional groups')
+        raise CTError(p, 'NumberOfFrames does not fit its functional groups')
     return [_slice(ds, at, p, i, n) for i in range(n)]
 
 # %% ../nbs/01_dicom.ipynb #783c69c3
@@ -455,19 +393,17 @@ def _slices_of(ds, at, p) -> tuple:
     kind,in_meta = _text(ds, 'SOPClassUID'),str(ds.file_meta.get('MediaStorageSOPClassUID',''))
     if kind not in _ct:
         if in_meta in _ct or not kind+in_meta:
-            raise _damaged(p, 'the DICOM header is damaged (it does not say what it is)')
+            raise CTError(p, 'the DICOM header is damaged (it does not say what it is)')
         name = UID(kind).name
         return [],name if name!=kind else 'object of another kind'
     if 'LOCALIZER' in _text(ds, 'ImageType').upper(): return [],'scout view'
-    return (_frames if _ct[kind] else _classic)(ds, at, p),''
+    if _ct[kind]: return _frames(ds, at, p),''
+    if ds.get('NumberOfFrames') and _int(ds, 'NumberOfFrames', p)!=1:
+        raise CTError(p, 'it holds several frames, but is not an enhanced CT')
+    return [_slice(ds, at, p)],''
 
 # %% ../nbs/01_dicom.ipynb #f650b66e
 def _named_dicom(name) -> bool: return Path(name).suffix.lower() in ('.dcm','.dicom','.ima')
-
-def _series_of(ds) -> str:
-    "SeriesInstanceUID, empty where that is damaged too"
-    try: return _text(ds, 'SeriesInstanceUID')
-    except Exception: return ''  # whatever pydicom raises for it
 
 @QuietDicom()
 def read_slices(
@@ -477,28 +413,24 @@ def read_slices(
     p = Path(path)
     try: ds,at = _read_header(p)
     except _NotDicom:
-        if _named_dicom(p.name):
-            raise _damaged(p, 'this is not DICOM, although its name says so') from None
-        return [],'file that is not DICOM'
+        if not _named_dicom(p): return [],'file that is not DICOM'
+        raise CTError(p, 'this is not DICOM, although its name says so') from None
     try: return _slices_of(ds, at, p)
-    except Scarce: raise
     except CTError as e: fault = e
     except Exception as e: fault = dicom_failed(p, 'the DICOM header is damaged', e)
-    fault.series = _series_of(ds)
+    try: fault.series = _text(ds, 'SeriesInstanceUID')
+    except Exception: pass  # damaged too, whatever pydicom raises for it
     raise fault
 
 # %% ../nbs/01_dicom.ipynb #d0a5e500
-_other_kinds = ('.txt .json .xml .csv .md .pdf .jpg .jpeg .png .gif .html .htm .zip .gz .nii .nrrd '
-                '.exe .inf .ini .log .db .xlsx .py '
-                '.sha256 .md5 .tmp').split()
-
-def _may_be_dicom(name) -> bool:
-    "Whether the name of a file allows that it is a slice"
-    return (not name.startswith('.') and name.upper()!='DICOMDIR'
-            and Path(name).suffix.lower() not in _other_kinds)
+_other_kinds = '''
+    .txt .json .xml .csv .md .pdf .jpg .jpeg .png .gif .html .htm .zip .gz .nii .nrrd
+    .exe .inf .ini .log .db .xlsx .py .sha256 .md5 .tmp'''.split()
 
 def _why_not(o, home) -> str:
     "Why a directory entry is no slice; nothing if it may be one, None if it does not count"
+    if (o.name.startswith('.') or o.name.upper()=='DICOMDIR'
+        or Path(o.name).suffix.lower() in _other_kinds): return None
     try: is_file,is_folder = o.is_file(),o.is_dir()
     except OSError: return 'broken link'  # to itself, for example
     if is_folder: return 'folder named like a DICOM file' if _named_dicom(o.name) else None
@@ -509,13 +441,11 @@ def _why_not(o, home) -> str:
 def _listed(folder) -> tuple:
     "Files of a folder that may be DICOM; and a Counter of what has such a name but cannot be"
     try: entries = sorted(os.scandir(folder), key=lambda o: o.name)
-    except (OSError,ValueError) as e:
-        if isinstance(e, OSError): raise unreadable(folder, e) from None
-        fault = 'cannot be read (no valid path)'
-        raise CTError(folder, fault, 'Check the path and the permissions') from None
+    except OSError as e: raise unreadable(folder, e) from None
+    except ValueError: raise CTError(folder, 'is no valid path', 'Check the path') from None
     home = os.path.realpath(folder)+os.sep
-    kinds = [(Path(o.path),_why_not(o, home)) for o in entries if _may_be_dicom(o.name)]
-    return [p for p,why in kinds if why==''],Counter(why for _,why in kinds if why)
+    kinds = {Path(o.path):_why_not(o, home) for o in entries}
+    return [p for p,why in kinds.items() if why==''],Counter(filter(None, kinds.values()))
 
 # %% ../nbs/01_dicom.ipynb #edbcef9d
 @dataclass(eq=False)
@@ -590,19 +520,16 @@ def find_series(
 # %% ../nbs/01_dicom.ipynb #cfa062c0
 def _check_same(slices, p):
     "One size, direction, spacing, patient and frame of reference"
-    # C25
-    if len({s.patient for s in slices})>1:
+    if len({s.patient for s in slices})>1:  # C25
         raise CTError(p, 'the series mixes two patients', 'Separate them')
     first = slices[0].grid
+    alike = lambda a,b: a==b or isinstance(b, tuple) and np.allclose(a, b, rtol=0, atol=1e-4)
     for s in slices:
-        for k,v in first.items():
-            if s.grid[k]==v or isinstance(v, tuple) and max(abs(a-b)
-                                                            for a,b in zip(s.grid[k], v))<=1e-4:
-                continue
-            raise CTError(s.path, f'its {k} is not that of the rest of the series',
+        if odd := next((k for k,v in first.items() if not alike(s.grid[k], v)), None):
+            raise CTError(s.path, f'its {odd} is not that of the rest of the series',
                           'Separate the two, or export the series again')  # C8, C25
     if first['PhotometricInterpretation'] not in ('MONOCHROME2',''):
-        raise _damaged(slices[0].path, 'its PhotometricInterpretation is not MONOCHROME2')
+        raise CTError(slices[0].path, 'its PhotometricInterpretation is not MONOCHROME2')
 
 # %% ../nbs/01_dicom.ipynb #0f8a230a
 _noise = .1001 # mm: positions are often rounded to a tenth
@@ -613,37 +540,30 @@ def _check_sideways(slices, normal, p):
     side = np.array([s.position-slices[0].position for s in slices])
     drift = np.linalg.norm(side-np.outer(side@normal, normal), axis=1)
     if drift.max()<=_noise: return
-    even = abs(drift-drift[-1]*(z-z[0])/(z[-1]-z[0])).max()<=2*_noise
-    if not even:
-        raise CTError(p, f'slices are shifted sideways by up to {drift.max():.3g} mm',
-                      'Export the series again')
+    if abs(drift-drift[-1]*(z-z[0])/(z[-1]-z[0])).max()>2*_noise:
+        raise CTError(p, f'slices are shifted sideways by up to {drift.max():.3g} mm')
     tilt = np.degrees(np.arctan2(drift[-1], z[-1]-z[0]))
-    if tilt>.1:
+    if tilt>.1:  # C5
         raise CTError(p, f'the gantry was tilted by {tilt:.1f}°, so its slices are sheared against '
-                         f'each other',
-                              'Have it reformatted at right angles at the scanner')  # C5
+                         f'each other', 'Have it reformatted at right angles at the scanner')
 
 # %% ../nbs/01_dicom.ipynb #f8c6807b
-def _uneven(p, how) -> CTError:
-    return CTError(p, f'the distance of its slices varies: {how}',
-                   'Separate the parts, or have the series reformatted')  # C3
-
 def _check_distance(z, p) -> float:
     "Slices at the heights `z` (mm) keep one distance, which is returned"
     gaps = np.diff(z)
-    step = float(np.median(gaps))
-    for i in np.flatnonzero(abs(gaps-step)>_noise):
+    step,off = float(np.median(gaps)),abs(z-np.linspace(z[0], z[-1], len(z)))
+    odd = np.flatnonzero(abs(gaps-step)>_noise)
+    if not len(odd) and off.max()<=2*_noise: return step
+    if len(odd):
+        i = odd[0]
         where,n = f'between {z[i]:.1f} and {z[i+1]:.1f} mm along the normal',gaps[i]/step
-        # C1
-        if n>1.5 and abs(n-round(n))<.1:
+        if n>1.5 and abs(n-round(n))<.1:  # C1
             raise CTError(p, f'{round(n)-1} slice{"s"[:round(n)>2]} missing {where}',
                           'Export the whole series')
-        raise _uneven(p, f'{gaps[i]:.4g} mm {where}, {step:.4g} mm elsewhere')
-    off = abs(z-np.linspace(z[0], z[-1], len(z)))
-    if off.max()>2*_noise:
-        raise _uneven(p, f'at {z[off.argmax()]:.1f} mm along the normal they are {off.max():.2g} '
-                         f'mm off an even stack')
-    return step
+        how = f'{gaps[i]:.4g} mm {where}, {step:.4g} mm elsewhere'
+    else: how = f'at {z[off.argmax()]:.1f} mm they are {off.max():.2g} mm off an even stack'
+    raise CTError(p, f'the distance of its slices varies: {how}',
+                  'Separate the parts, or have the series reformatted')  # C3
 
 # %% ../nbs/01_dicom.ipynb #80c91b45
 def _check_stack(slices, p) -> list:
@@ -664,13 +584,11 @@ def _find_pixels(f, s, need) -> tuple:
     try: tag,vr,skip,length = _element(head, 0, *_native[s.syntax])
     except ValueError: tag,vr,skip,length = 0,'',0,0
     if tag!=0x7FE00010 or vr not in ('OW','OB',''):
-        raise _damaged(s.path, 'there is no pixel data where the header ends')
-    # C15
-    if length==_undefined:
-        raise _damaged(s.path, 'its pixels are compressed, but its transfer syntax says that they '
-                               'are not')
+        raise CTError(s.path, 'there is no pixel data where the header ends')
+    if length==_undefined:  # C15
+        raise CTError(s.path, 'its pixels are compressed, but its transfer syntax denies it')
     if not 0<=length-need*s.frames<2*s.grid['Columns']:
-        raise _damaged(s.path, 'there is less or more pixel data than rows and columns need')
+        raise CTError(s.path, 'there is less or more pixel data than rows and columns need')
     return s.at+skip,length
 
 # %% ../nbs/01_dicom.ipynb #5c4a2c42
@@ -691,18 +609,16 @@ def _native_pixels(s: Slice) -> np.ndarray:
     "Stored values of an uncompressed slice"
     order,explicit = _native[s.syntax]
     need = 2*s.grid['Rows']*s.grid['Columns']
+    dtype = np.dtype('ui'[s.grid['PixelRepresentation']]+'2').newbyteorder(order)
     with _open(s.path) as f:
         at,length = _find_pixels(f, s, need)
-        f.seek(at+s.frame*need)
-        x = np.fromfile(f, np.dtype('ui'[s.grid['PixelRepresentation']]+'2').newbyteorder(order),
-                        need//2)
-        f.seek(at+length)
-        end,size = b'' if s.frame else f.read(_first_read),os.fstat(f.fileno()).st_size
-    if x.nbytes<need or at+length>size:
-        raise _damaged(s.path, f'the file ends too early (a slice needs {need:,} bytes of pixels, '
-                               f'{x.nbytes:,} are there)')
+        f.seek(at+s.frame*need); x = np.fromfile(f, dtype, need//2)
+        f.seek(at+length); end = b'' if s.frame else f.read(_first_read)
+        if x.nbytes<need or at+length>os.fstat(f.fileno()).st_size:
+            raise CTError(s.path, f'the file ends too early (a slice needs {need:,} bytes of '
+                                  f'pixels, {x.nbytes:,} are there)')
     if not _is_sound_end(end, order, explicit):
-        raise _damaged(s.path, 'what follows its pixels is damaged')
+        raise CTError(s.path, 'what follows its pixels is damaged')
     return x
 
 # %% ../nbs/01_dicom.ipynb #732daecc
@@ -710,24 +626,20 @@ _coded_as = {'1.2.840.10008.1.2.5':'RLE', **{f'1.2.840.10008.1.2.4.{k}':v for k,
     # transfer syntax → kind; for JPEG its start of frame
     {51:0xC1, 57:0xC3, 70:0xC3, 80:0xF7, 81:0xF7, 90:'J2K', 91:'J2K'}.items()}}
 
-def _jpeg_size(x) -> tuple:
-    "(kind, rows, columns, samples, bits) of JPEG or JPEG-LS"
-    at,big = 2,lambda i,n: int.from_bytes(x[i:i+n], 'big')
-    while x[at]==0xFF and x[at+1] not in (0xC0,0xC1,0xC2,0xC3,0xF7,0xDA): at += 2+big(at+2, 2)
-    return x[at+1],big(at+5, 2),big(at+7, 2),x[at+9],x[at+4]
-
-def _tiles(x) -> int:
-    "Tiles of JPEG 2000, 0 where it does not say; a decoder takes memory for each"
-    w,h,a,b = (int.from_bytes(x[i:i+4], 'big') for i in (8,12,24,28))
-    return -(-w//a)*-(-h//b) if a and b else 0
-
 def _coded_size(x) -> tuple:
     "(kind, rows, columns, samples, bits, sign) of compressed pixels; sign may be None"
     big = lambda i,n=4: int.from_bytes(x[i:i+n], 'big')
     if x[:4]==b'\xff\x4f\xff\x51':
         return 'J2K',big(12)-big(20),big(8)-big(16),big(40, 2),(x[42]&127)+1,x[42]>>7
-    if x[:2]==b'\xff\xd8': return *_jpeg_size(x),None
-    return 'unknown',0,0,0,0,None
+    if x[:2]!=b'\xff\xd8': return 'unknown',0,0,0,0,None
+    at = 2
+    while x[at]==0xFF and x[at+1] not in (0xC0,0xC1,0xC2,0xC3,0xF7,0xDA): at += 2+big(at+2, 2)
+    return x[at+1],big(at+5, 2),big(at+7, 2),x[at+9],x[at+4],None
+
+def _tiles(x) -> int:
+    "Tiles of JPEG 2000, 0 where it does not say; a decoder takes memory for each"
+    w,h,a,b = (int.from_bytes(x[i:i+4], 'big') for i in (8,12,24,28))
+    return -(-w//a)*-(-h//b) if a and b else 0
 
 # %% ../nbs/01_dicom.ipynb #ad5c0175
 def _rle_sizes(x) -> list:
@@ -745,23 +657,19 @@ def _rle_sizes(x) -> list:
 # %% ../nbs/01_dicom.ipynb #eabd5650
 def _check_coded(x, s):
     "Compressed pixels are of the kind and size that the header gives"
-    g,other_size = s.grid,_damaged(s.path,
-                                   'its compressed pixels are of another size than its header says')
-    if _coded_as[s.syntax]=='RLE':
-        if _rle_sizes(x)!=[g['Rows']*g['Columns']]*2: raise other_size
-        return
-    try: kind,*size,bits,sign = _coded_size(x)
-    except IndexError: raise _damaged(s.path, 'its compressed pixels are damaged') from None
-    # C15
-    if kind!=_coded_as[s.syntax]:
-        raise _damaged(s.path, 'its pixels are not compressed in the way that its transfer syntax '
-                               'says')
-    if size!=[g['Rows'],g['Columns'],1] or not g['BitsStored']<=bits<=16: raise other_size
-    if kind=='J2K' and not 0<_tiles(x)<=1024:
-        raise _damaged(s.path, 'its compressed pixels are divided into very many tiles')
-    if sign is not None and sign!=g['PixelRepresentation']:  # C13
-        raise _damaged(s.path, 'its header and its compressed pixels disagree on whether the '
-                               'numbers are signed')
+    g,p = s.grid,s.path
+    if _coded_as[s.syntax]=='RLE': same = _rle_sizes(x)==[g['Rows']*g['Columns']]*2
+    else:
+        try: kind,*size,bits,sign = _coded_size(x)
+        except IndexError: raise CTError(p, 'its compressed pixels are damaged') from None
+        if kind!=_coded_as[s.syntax]:  # C15
+            raise CTError(p, 'its pixels are not compressed as its transfer syntax says')
+        same = size==[g['Rows'],g['Columns'],1] and g['BitsStored']<=bits<=16
+        if same and kind=='J2K' and not 0<_tiles(x)<=1024:
+            raise CTError(p, 'its compressed pixels are divided into very many tiles')
+        if same and sign not in (None,g['PixelRepresentation']):  # C13
+            raise CTError(p, 'its header and its pixels disagree on whether the numbers are signed')
+    if not same: raise CTError(p, 'its compressed pixels are of another size than its header says')
 
 # %% ../nbs/01_dicom.ipynb #dabadb54
 def _decoder(s) -> tuple:
@@ -770,52 +678,43 @@ def _decoder(s) -> tuple:
         raise CTError(s.path, 'this encoding of DICOM is not read',
                       'Export the series uncompressed')
     res = pydicom.pixels.get_decoder(s.syntax)
-    if not res.is_available:
-        fault = f'its pixels are compressed ({UID(s.syntax).name}) and no decoder is installed'
-        raise CTError(s.path, fault,
-                      "Install them with pip install 'covid3d[dicom]', or export the series "
-                      "uncompressed")  # C14
+    if not res.is_available:  # C14
+        raise CTError(
+            s.path, f'its pixels are compressed ({UID(s.syntax).name}) and no decoder is installed',
+            "Run pip install 'covid3d[dicom]', or export the series uncompressed")
     return res,res.available_plugins[0]
 
 # %% ../nbs/01_dicom.ipynb #baea1ca3
-def _coded_end(raw, at) -> int:
-    "Where the items of compressed pixels from byte `at` end, one behind the other"
-    while raw[at:at+4]==b'\xfe\xff\0\xe0':
-        n = int.from_bytes(raw[at+4:at+8], 'little')
-        at += 8+n
-    if raw[at:at+8]!=b'\xfe\xff\xdd\xe0'+bytes(4): raise ValueError
-    return at+8
-
 def _coded_frames(s) -> list:
     "The compressed frames of a file"
     most = 4*s.frames*s.grid['Rows']*s.grid['Columns']+2**20
-    raw = file_bytes(s.path, most, s.at)
+    raw,end = file_bytes(s.path, most, s.at),12
     if len(raw)==most:
-        raise _damaged(s.path, 'its compressed pixels are larger than they would be without '
-                               'compression')
+        raise CTError(s.path, 'its compressed pixels are larger than they would be without '
+                              'compression')
     if raw[:6] not in (b'\xe0\x7f\x10\0OB',b'\xe0\x7f\x10\0OW') or raw[8:12]!=b'\xff'*4:  # C15
-        raise _damaged(s.path, 'its pixels are not compressed, but its transfer syntax says that '
-                               'they are')
-    end,items = _coded_end(raw, 12),io.BytesIO(raw)  # which does not copy
-    items.seek(12)
+        raise CTError(s.path, 'its pixels are not compressed, although its transfer syntax says so')
+    while raw[end:end+4]==b'\xfe\xff\0\xe0': end += 8+int.from_bytes(raw[end+4:end+8], 'little')
+    if raw[end:end+8]!=b'\xfe\xff\xdd\xe0'+bytes(4): raise ValueError
+    items = io.BytesIO(raw); items.seek(12)  # which does not copy
     frames = list(pydicom.encaps.generate_frames(items, number_of_frames=s.frames))
-    if len(frames)!=s.frames or not _is_sound_end(raw[end:end+_first_read]): raise ValueError
+    if len(frames)!=s.frames or not _is_sound_end(raw[end+8:end+8+_first_read]): raise ValueError
     return frames
 
 # %% ../nbs/01_dicom.ipynb #6f005844
 def _decoded_pixels(s: Slice, coded: dict) -> np.ndarray:
     "Stored values of a compressed slice; `coded` keeps the frames of the file that was read last"
-    decoder,plugin = _decoder(s)
+    (decoder,plugin),g = _decoder(s),s.grid
     try:
         if s.path not in coded: coded.clear(); coded[s.path] = _coded_frames(s)
-        x,g = coded[s.path][s.frame],s.grid
+        x = coded[s.path][s.frame]
         _check_coded(x, s)
-        return decoder.as_array(pydicom.encaps.encapsulate([x]), index=0, raw=True, validate=False,
-                                decoding_plugin=plugin, number_of_frames=1,
-            rows=g['Rows'], columns=g['Columns'], samples_per_pixel=1, bits_allocated=16,
-                                bits_stored=g['BitsStored'],
-            pixel_representation=g['PixelRepresentation'], photometric_interpretation='MONOCHROME2',
-                                pixel_keyword='PixelData')[0].ravel()
+        return decoder.as_array(
+            pydicom.encaps.encapsulate([x]), index=0, raw=True, validate=False,
+            decoding_plugin=plugin, number_of_frames=1, rows=g['Rows'], columns=g['Columns'],
+            samples_per_pixel=1, bits_allocated=16, bits_stored=g['BitsStored'],
+            pixel_representation=g['PixelRepresentation'], pixel_keyword='PixelData',
+            photometric_interpretation='MONOCHROME2')[0].ravel()
     except CTError: raise
     except Exception as e:
         raise dicom_failed(s.path, 'its compressed pixels cannot be decoded', e) from None
@@ -823,41 +722,24 @@ def _decoded_pixels(s: Slice, coded: dict) -> np.ndarray:
 # %% ../nbs/01_dicom.ipynb #2bbccf12
 @QuietDicom()
 def read_pixels(
-    s: Slice,          # From `find_series`
-    coded: dict = None # File → its compressed frames: a dict for all slices of a series
+    s: Slice,   # From `find_series`
+    coded: dict # File → its compressed frames: a dict for all slices of a series
 ) -> np.ndarray: # Stored values, (row, column), int16 or uint16
     "The numbers of a slice before their rescale"
     g = s.grid
-    try:
-        x = _native_pixels(s) if s.syntax in _native else _decoded_pixels(s,
-            {} if coded is None else coded)
+    try: x = _native_pixels(s) if s.syntax in _native else _decoded_pixels(s, coded)
     except OSError as e: raise unreadable(s.path, e) from None
     if x.size!=g['Rows']*g['Columns'] or x.dtype.kind not in 'iu':
-        raise _damaged(s.path, 'its pixels do not fit its rows and columns')
+        raise CTError(s.path, 'its pixels do not fit its rows and columns')
     signed,spare = g['PixelRepresentation'],16-g['BitsStored']
     x = x.astype(np.int16 if signed else np.uint16, copy=False).reshape(g['Rows'], g['Columns'])
     return x<<spare>>spare if spare else x  # bits above BitsStored are no part of the number
 
 # %% ../nbs/01_dicom.ipynb #69657ff3
-def _hu_range(s) -> tuple:
-    "The least and the greatest HU that a slice could hold"
-    n = 2**s.grid['BitsStored']
-    low,high = (-n//2,n//2-1) if s.grid['PixelRepresentation'] else (0,n-1)
-    return low*s.slope+s.intercept,high*s.slope+s.intercept
-
 def _fill(out, s, x):
     "HU of a slice into its place"
-    if out.dtype.kind=='f':
-        out[:] = x; out *= np.float32(s.slope); out += np.float32(s.intercept); return
-    slope,inter = int(s.slope),int(s.intercept)
-    low,high = _hu_range(s)
-    if slope==1 and low>=-2**15 and inter<2**15:
-        if high>=2**15: x = np.minimum(x, x.dtype.type(min(2**15-1-inter, np.iinfo(x.dtype).max)))
-        np.add(x.view(np.int16), np.int16(inter), out=out)  # unsigned numbers wrap around, and back
-    else:
-        wide = x.astype(np.int32 if max(abs(low), abs(high))<2**31 else np.int64)
-        wide *= slope; wide += inter
-        np.clip(wide, -2**15, 2**15-1, out=out, casting='unsafe')
+    if out.dtype.kind=='f': x = x.astype(np.float32)
+    np.clip(scaled(x, s.slope, s.intercept), -2**15, 2**15-1, out=out, casting='unsafe')
 
 # %% ../nbs/01_dicom.ipynb #7ecc8b07
 def _stack(slices, p) -> tuple:
@@ -866,39 +748,37 @@ def _stack(slices, p) -> tuple:
     whole = all(s.slope==int(s.slope) and s.intercept==int(s.intercept) for s in slices)
     dtype,shape = np.dtype(np.int16 if whole else np.float32),(len(slices),g['Rows'],g['Columns'])
     if np.prod(shape, dtype=object)*dtype.itemsize>max_bytes:
-        raise _damaged(p, f'{"×".join(map(str, shape))} voxels are no CT')
+        raise CTError(p, f'{"×".join(map(str, shape))} voxels are no CT')
     for s in slices:
         x = read_pixels(s, coded)
         if out is None: out = np.empty(shape, dtype)
         _fill(out[len(kept)], s, x)
-        if kept and s.height-kept[-1].height<.01:  # C2
-            if not np.array_equal(out[len(kept)], out[len(kept)-1]):
-                raise CTError(s.path, f'it lies where {kept[-1].path.name} lies, with other '
-                                      f'pixels: two acquisitions in one series?',
-                              'Separate the two')
-            kept[-1],repeats = replace(kept[-1], repeats=(*kept[-1].repeats, s.uid)),repeats+1
-        else: kept.append(s)
-    return (kept,out[:len(kept)],
-            [f'{repeats} slice{"s"[:repeats>1]} that came twice left out'] if repeats else [])
+        if not kept or s.height-kept[-1].height>=.01: kept.append(s); continue
+        if not np.array_equal(out[len(kept)], out[len(kept)-1]):  # C2
+            raise CTError(s.path, f'it lies where {kept[-1].path.name} lies, with other pixels: '
+                                  f'two acquisitions in one series?', 'Separate the two')
+        kept[-1],repeats = replace(kept[-1], repeats=(*kept[-1].repeats, s.uid)),repeats+1
+    note = f'{repeats} slice{"s"[:repeats>1]} that came twice left out'
+    return kept,out[:len(kept)],[note]*bool(repeats)
 
 # %% ../nbs/01_dicom.ipynb #7050ae94
 def _told(skipped) -> str: return ', '.join(f'{n} {k}' for k,n in sorted(skipped.items()))
 
 def _of_folder(p) -> tuple:
     "The series that a folder means, and notes"
-    found = find_series(p)
-    if not found:
-        others = _told(survey(p).skipped)
+    found = survey(p)
+    if found.damaged: raise found.damaged[0]
+    n,others = len(found.series),_told(found.skipped)
+    if not n:
         raise CTError(p, 'it holds no CT series'+f' (but {others})'*bool(others),
                       'Give the folder with the slices')
-    n,most,others = len(found),found[0],_told(found[0].skipped)
-    # C25
-    if len({s.patient for s in found})>1:
+    if len({s.patient for s in found.series})>1:  # C25
         raise CTError(p, f'its {n} CT series belong to more than one patient',
                       'Name a file of the series you mean')
-    notes = [f'{n} series in the folder: number {most.number}, with the most slices '
-             f'({len(most.slices)}), was taken'] if n>1 else []  # C7
-    return most,notes+[f'left aside: {others}']*bool(others)
+    most = found.series[0]
+    taken = (f'{n} series in the folder: number {most.number}, with the most slices '
+             f'({len(most.slices)}), was taken')  # C7
+    return most,[taken]*(n>1)+[f'left aside: {others}']*bool(others)
 
 # %% ../nbs/01_dicom.ipynb #a773e1c4
 def _of_file(p) -> tuple:
@@ -910,21 +790,10 @@ def _of_file(p) -> tuple:
     raise CTError(p, f'it is no slice of a CT series in its folder ({_told(found.skipped)})',
                   'Give a slice of the series')
 
-def _choose(path) -> tuple:
-    "The series that `path` means, and notes"
-    p = Path(path)
-    if os.path.isdir(p): return _of_folder(p)
-    if os.path.isfile(p): return _of_file(p)
-    if os.path.exists(p):
-        raise CTError(p, 'it is a pipe or a device, not a file',
-                      'Give a folder, or a file of the series')
-    raise CTError(p, 'no such file or folder', 'Check the path')
-
 # %% ../nbs/01_dicom.ipynb #8a882619
 def _geometry(slices) -> np.ndarray:
     "4×4, index (column, row, slice) → RAS mm"
     first,last,n = slices[0],slices[-1],len(slices)-1
-    # along a row, along a column
     row,col = np.reshape(first.grid['ImageOrientationPatient'], (2,3))
     dr,dc = first.grid['PixelSpacing']
     lps = np.eye(4)
@@ -938,17 +807,15 @@ def _assemble(p, slices) -> Volume:
     kept,hu,notes = _stack(slices, p)
     if len(kept)<4: raise CTError(p, f'{len(kept)} slices are no 3D scan', 'Give the whole series')
     notes += _check_stack(kept, p)
-    # C11
-    if len({(s.slope,s.intercept) for s in kept})>1:
+    if len({(s.slope,s.intercept) for s in kept})>1:  # C11
         notes.append('its slices differ in their rescale: each has its own')
     if any(s.lossy for s in kept): notes.append('its pixels were once compressed with loss')  # C24
-    affine = _geometry(kept)
-    hdr = nib.Nifti1Header()
+    affine,hdr = _geometry(kept),nib.Nifti1Header()
     hdr.set_data_dtype(np.int16); hdr.set_data_shape(hu.shape[::-1]); hdr.set_xyzt_units('mm')
     hdr.set_sform(affine, 1); hdr.set_qform(affine, 1)
     data,canonical,back = to_canonical(hu.transpose(2,1,0), affine)
     try: return to_hu(Volume(data, canonical, Source(p, hdr, back, tuple(kept)), tuple(notes)))
-    # its other cure is for NIfTI
+    # its other remedy is for NIfTI
     except CTError as e: raise CTError(p, e.fault, 'Export the original series') from None
 
 # %% ../nbs/01_dicom.ipynb #2695975f
@@ -960,26 +827,20 @@ def volume_of(
     if series.damaged: raise series.damaged[0]
     try: return _assemble(series.folder, series.slices)
     except MemoryError:
-        g = series.slices[0].grid
-        fault = (f'there is not enough memory for its {len(series.slices)} slices of '
-                 f'{g["Rows"]}×{g["Columns"]} pixels')
-        raise CTError(series.folder, fault, 'Use a machine with more memory') from None
+        n,g = len(series.slices),series.slices[0].grid
+        raise CTError(series.folder, f'there is not enough memory for its {n} slices of '
+                      f'{g["Rows"]}×{g["Columns"]} pixels', 'Use a larger machine') from None
 
 # %% ../nbs/01_dicom.ipynb #49ff54ea
 def open_series(
     path: str|Path # A folder with a CT series in it, or any file of the series
 ) -> Volume: # HU, canonical axes
     "Open a CT series"
-    series,notes = _choose(path)
+    p = Path(path)
+    if not os.path.exists(p): raise CTError(p, 'no such file or folder', 'Check the path')
+    series,notes = _of_folder(p) if os.path.isdir(p) else _of_file(p)
     vol = volume_of(series)
     return replace(vol, notes=(*notes,*vol.notes))
-
-# %% ../nbs/01_dicom.ipynb #0c804d43
-def is_nifti(
-    path: str|Path # A file or folder
-) -> bool:
-    "Whether the name is that of a NIfTI file"
-    return str(path).lower().endswith(('.nii','.nii.gz'))
 
 # %% ../nbs/01_dicom.ipynb #57920395
 def open_scan(
@@ -988,9 +849,7 @@ def open_scan(
 ) -> Volume: # HU, int16 or float32, canonical axes
     "Open a CT of any kind"
     p = Path(path)
-    try: there = p.exists()
-    except OSError as e: raise unreadable(p, e) from None
-    if is_nifti(p) or not there: return open_ct(p, already_windowed)
+    if is_nifti(p) or not os.path.exists(p): return open_ct(p, already_windowed)
     if already_windowed is not None:
         raise CTError(p, 'already_windowed was given for a DICOM series, which is in HU',
                       'Leave it out')

@@ -9,6 +9,7 @@ __all__ = ['seg_codes', 'save_seg']
 
 # %% ../nbs/02_dicom_seg.ipynb #c0d685e4
 import io
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np, pydicom
@@ -18,34 +19,26 @@ from .dicom import QuietDicom, dicom_failed, file_bytes, is_nifti
 from .volume import CTError, Volume, from_canonical, write_atomic
 
 # %% ../nbs/02_dicom_seg.ipynb #20c96c73
-seg_codes = dict(lesion=(('49755003','SCT','Morphologically Abnormal Structure'),
-                         ('52988006','SCT','Lesion')),
-                 lung=(('91723000','SCT','Anatomical Structure'),('39607008','SCT','Lung')))
-
-_no_code = (('85756007','SCT','Tissue'),)*2 # category and type of any other class
+seg_codes = dict(
+    lesion=(('49755003','SCT','Morphologically Abnormal Structure'),('52988006','SCT','Lesion')),
+    lung=(('91723000','SCT','Anatomical Structure'),('39607008','SCT','Lung')))
 
 # %% ../nbs/02_dicom_seg.ipynb #f8b681d1
 def _sources(ct) -> list:
     "The datasets of the series that a volume was read from, pixels left out"
-    # of the headers; all frames of a file give the same
-    ends = {s.path:s.at for s in ct.source.slices}
+    ends = {s.path:s.at for s in ct.source.slices}  # all frames of a file give the same
     return [pydicom.dcmread(io.BytesIO(file_bytes(p, at)), stop_before_pixels=True)
             for p,at in ends.items()]
 
-def _source_frames(ct) -> list:
-    "The slices of the series in the order in which its files and frames give them"
-    # all 0 where each slice is a file: the order along the normal stays
-    return sorted(ct.source.slices, key=lambda s: s.frame)
-
-def _frame_order(mask, ct) -> np.ndarray:
-    "`mask` as (frame, row, column) in the order of `_source_frames`"
-    return from_canonical(mask, ct.source.back).transpose(2,1,
-        0)[np.argsort([s.frame for s in ct.source.slices], kind='stable')]
+def _frame_order(ct) -> list:
+    "Indices of the slices in the order in which the series' files and frames give them"
+    # all frames are 0 where each slice is a file: the order along the normal stays
+    return sorted(range(len(ct.source.slices)), key=lambda i: ct.source.slices[i].frame)
 
 # %% ../nbs/02_dicom_seg.ipynb #11d988de
 def _in_source_order(seg, ct):
     "Put the frames of each segment into the order of the source; highdicom sorts them"
-    at = np.array([s.position for s in _source_frames(ct)])
+    at = np.array([ct.source.slices[i].position for i in _frame_order(ct)])
     groups = seg.PerFrameFunctionalGroupsSequence
     rank = [abs(at-np.array(g.PlanePositionSequence[0].ImagePositionPatient, float)).sum(1).argmin()
             for g in groups]
@@ -62,26 +55,19 @@ def _in_source_order(seg, ct):
 def _describe(hd, i, name, codes):
     "What a segment is, for highdicom"
     Code = pydicom.sr.coding.Code
-    category,kind = (seg_codes|(codes or {})).get(name) or _no_code
-    algorithm = hd.AlgorithmIdentificationSequence(name='covid3d', version=__version__,
-        family=Code('123110','DCM','Artificial Intelligence'))
+    category,kind = (seg_codes|codes).get(name, [('85756007','SCT','Tissue')]*2)
+    algorithm = hd.AlgorithmIdentificationSequence(
+        'covid3d', Code('123110','DCM','Artificial Intelligence'), __version__)
     return hd.seg.SegmentDescription(i, name, Code(*category), Code(*kind),
                                      hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, algorithm)
 
 # %% ../nbs/02_dicom_seg.ipynb #edc37f70
 _no_seg = 'Leave out --format seg, or use save_mask for NIfTI'
 
-def _highdicom(path):
-    try: import highdicom
-    except ImportError:
-        raise CTError(path, 'writing DICOM Segmentation needs highdicom',
-                      "Install it with pip install 'covid3d[dicom]'") from None
-    return highdicom
-
 def _cannot_refer(slices) -> str:
     "Why slices cannot be referred to, nothing if they can"
-    files = {s.path for s in slices}
-    if slices[0].frames>1 and (len(files)>1 or len(slices)!=slices[0].frames):
+    files,n = {s.path for s in slices},slices[0].frames
+    if n>1 and (len(files)>1 or len(slices)!=n):
         return 'its slices are not all the frames of one file'
     if not slices[0].grid['FrameOfReferenceUID']: return 'its FrameOfReferenceUID is missing'
     if len({s.uid for s in slices})!=len(files): return 'two of its files have one SOPInstanceUID'
@@ -93,12 +79,15 @@ def require_seg(
 ):
     "`CTError` if no DICOM Segmentation of the scan can be written"
     is_open = isinstance(scan, Volume)
-    path = (scan.source.path if scan.source else 'scan') if is_open else scan
-    _highdicom(path)
-    if is_nifti(path) or is_open and not (scan.source and scan.source.slices):
+    source = scan.source if is_open else None
+    path = source.path if source else 'scan' if is_open else scan
+    if not find_spec('highdicom'):
+        raise CTError(path, 'writing DICOM Segmentation needs highdicom',
+                      "Install it with pip install 'covid3d[dicom]'")
+    if is_nifti(path) or is_open and not (source and source.slices):
         raise CTError(path, 'it was not read from DICOM, so there is no series that a Segmentation '
                             'could refer to', _no_seg)
-    if is_open and (fault := _cannot_refer(scan.source.slices)):
+    if source and (fault := _cannot_refer(source.slices)):
         raise CTError(path, f'{fault}, so a Segmentation cannot refer to them',
                       f'Export the original series. {_no_seg}')
 
@@ -114,16 +103,18 @@ def _check_masks(masks, ct, path):
             raise CTError(path, f'the mask {k!r} is not 0 and 1', 'Threshold it first')
 
 # %% ../nbs/02_dicom_seg.ipynb #17d20436
-def _segmentation(hd, masks, ct, codes) -> bytes:
+def _segmentation(masks, ct, codes) -> bytes:
     "The Segmentation as the bytes of a file"
-    x = np.stack([_frame_order(m, ct) for m in masks.values()], -1).astype(np.uint8)
-    seg = hd.seg.Segmentation(_sources(ct), x, hd.seg.SegmentationTypeValues.BINARY,
-                              [_describe(hd, i, k, codes) for i,k in enumerate(masks, 1)],
-        series_instance_uid=hd.UID(), series_number=300, sop_instance_uid=hd.UID(),
-                              instance_number=1, manufacturer='covid3d',
-        manufacturer_model_name='covid3d', software_versions=__version__,
-                              device_serial_number='research',
-        series_description='covid3d segmentation', omit_empty_frames=False)
+    import highdicom as hd
+    x = [from_canonical(m, ct.source.back).transpose(2,1,0) for m in masks.values()]
+    seg = hd.seg.Segmentation(
+        _sources(ct), np.stack(x, -1)[_frame_order(ct)].astype(np.uint8),
+        hd.seg.SegmentationTypeValues.BINARY,
+        [_describe(hd, i, k, codes) for i,k in enumerate(masks, 1)], series_number=300,
+        series_instance_uid=hd.UID(), sop_instance_uid=hd.UID(), instance_number=1,
+        manufacturer='covid3d', manufacturer_model_name='covid3d', software_versions=__version__,
+        device_serial_number='research', series_description='covid3d segmentation',
+        omit_empty_frames=False)
     _in_source_order(seg, ct)
     if 'ContentCreatorName' not in seg: seg.ContentCreatorName = ''  # must be there, may be empty
     buf = io.BytesIO(); seg.save_as(buf)
@@ -139,14 +130,11 @@ def save_seg(
 ):
     "Write masks as one DICOM Segmentation of the series, with the patient's data"
     require_seg(ct); _check_masks(masks, ct, path)
-    try: raw = _segmentation(_highdicom(path), masks, ct, codes)
+    try: raw = _segmentation(masks, ct, codes)
     except CTError: raise
-    except MemoryError as e: raise dicom_failed(ct.source.path, '', e) from None
-    except Exception as e:
-        missing = getattr(e, 'name', None) if isinstance(e, AttributeError) else None
-        lacks = (missing if missing in pydicom.datadict.keyword_dict
-                 else f'{type(e).__name__} in highdicom')
-        fault = f'its headers lack, or hold malformed, what a Segmentation must copy ({lacks})'
-        raise CTError(ct.source.path, fault,
-                      'Export the original series, or use save_mask for NIfTI') from None
+    except Exception as e:  # its text may quote an element
+        name = getattr(e, 'name', None)
+        lacks = name if name in pydicom.datadict.keyword_dict else 'an element'
+        raise dicom_failed(ct.source.path, f'its headers lack {lacks}, or hold it malformed, which '
+                                           f'a Segmentation must copy', e) from None
     write_atomic(path, raw)

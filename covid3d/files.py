@@ -9,12 +9,12 @@ __all__ = []
 
 # %% ../nbs/02_files.ipynb #4364c805
 import fnmatch, json, os, re, shutil, stat, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from .volume import CTError, host_name, plain, temps_here, unreadable, write_atomic
+from .volume import CTError, host_name, temps_here, unreadable, write_atomic
 
 # %% ../nbs/02_files.ipynb #3aedfe74
 _again = 'Copy it again, or write it again with the command that made it'
@@ -30,8 +30,7 @@ def read_bytes(
         with open(fd, 'rb') as f:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode): raise CTError(path, 'is not a regular file', remedy)
-            # which takes no more memory than the file is long
-            raw = f.read(most+1) if info.st_size>most else f.read()
+            raw = f.read() if info.st_size<=most else f.read(most+1)  # no more memory than it needs
     except OSError as e: raise unreadable(path, e, remedy) from None
     if len(raw)>most: raise CTError(path, f'is larger than {most/2**20:g} MiB', remedy)
     return raw
@@ -57,28 +56,25 @@ def read_json(
 # %% ../nbs/02_files.ipynb #e935fffb
 def _try_lock(fd) -> bool:
     "Lock an open file unless another process has; on Windows its first byte"
+    try: import fcntl
+    except ImportError: fcntl = None
     try:
-        import fcntl
-        fcntl.lockf(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
-    except ImportError:
-        import msvcrt
-        try: msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        except OSError: return False
-    except OSError as e:
-        if isinstance(e, (BlockingIOError, PermissionError)): return False
-        raise
+        if fcntl: fcntl.lockf(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        else: import msvcrt; msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError): return False
     return True
 
 def _open_lock(path) -> int:
     "A locked file descriptor of the file `path`; None if another process holds it"
     while True:
-        fd = os.open(path, os.O_RDWR|os.O_CREAT|getattr(os, 'O_NOFOLLOW', 0), 0o666)
+        fd,mine = os.open(path, os.O_RDWR|os.O_CREAT|getattr(os, 'O_NOFOLLOW', 0), 0o666),False
         try:
-            if not _try_lock(fd): os.close(fd); return None
-            if os.path.samestat(os.fstat(fd), os.stat(path)): return fd
+            if not _try_lock(fd): return None
+            mine = os.path.samestat(os.fstat(fd), os.stat(path))
+            if mine: return fd
         except FileNotFoundError: pass
-        except OSError: os.close(fd); raise
-        os.close(fd)
+        finally:
+            if not mine: os.close(fd)
 
 # %% ../nbs/02_files.ipynb #bcec08bc
 _temp = re.compile(r'\.covid3d-([0-9a-f]{8})-(\d{1,10})-[0-9a-f]{8}\.tmp')
@@ -101,11 +97,10 @@ def sweep(
     try: found = [p for p in Path(folder).iterdir() if _temp.fullmatch(p.name)]
     except OSError: return
     for p in found:
-        try:
+        with suppress(OSError):
             if not _is_dead(p): continue
             if p.is_dir() and not p.is_symlink(): shutil.rmtree(p, ignore_errors=True)
             else: p.unlink()
-        except OSError: pass
 
 # %% ../nbs/02_files.ipynb #bfd2a470
 _held,_gate = {},threading.Lock()  # real path of a lock file → (thread, depth, file descriptor)
@@ -124,18 +119,10 @@ def _give(at):
     with _gate:
         who,depth,fd = _held.pop(at)
         if depth>1: _held[at] = who,depth-1,fd; return
-        try: os.unlink(at)
-        except OSError: pass
+        with suppress(OSError): os.unlink(at)
         os.close(fd)
 
 # %% ../nbs/02_files.ipynb #0abdc0e8
-def _remove_empty(folders):
-    "Remove folders, innermost first, up to one that holds something"
-    for p in folders:
-        try: p.rmdir()
-        except OSError: return
-
-# %% ../nbs/02_files.ipynb #48755b5a
 @contextmanager
 def locked(
     path: str|Path, # Folder to write to, made if missing; or a file, which has a lock of its own
@@ -150,17 +137,17 @@ def locked(
         home.mkdir(parents=True, exist_ok=True)
         depth = _take(at)
     except OSError as e:
-        fault = f'cannot be written to ({e.strerror})'
-        raise CTError(home, fault, 'Choose another --out') from None
+        raise CTError(home, f'cannot be written to ({e.strerror})',
+                      'Choose another --out') from None
     if not depth:
-        raise CTError(path, 'another process is writing there',
-                      'Wait for it to end, or choose another --out')
+        raise CTError(path, 'another process is writing there', 'Wait, or choose another --out')
     try:
         if depth==1: sweep(at.parent)
         yield
     finally:
         _give(at)
-        _remove_empty(new)
+        with suppress(OSError):  # up to the first that holds something
+            for p in new: p.rmdir()
 
 # %% ../nbs/02_files.ipynb #d5772fdd
 def no_links(
@@ -171,15 +158,13 @@ def no_links(
     folder = Path(folder)
     stems = {'/'.join(parts[:i+1]) for k in names for parts in [Path(k).parts]
              for i in range(len(parts))}
-    odd = next((p for k in sorted(stems) for p in (folder/k, *folder.glob(k)) if p.is_symlink()),
-               None)
-    if odd:
-        raise CTError(odd, 'is a link, and covid3d writes only below its own folder',
+    links = [p for k in sorted(stems) for p in (folder/k, *folder.glob(k)) if p.is_symlink()]
+    if links:
+        raise CTError(links[0], 'is a link, and covid3d writes only below its own folder',
                       'Remove the link, or choose another --out')
 
 # %% ../nbs/02_files.ipynb #e9930763
 manifest = 'covid3d.json'
-_what = 'the files that covid3d wrote into this folder; it replaces and removes no others'
 
 def _fits(name, patterns) -> bool:
     "Whether a relative name has the form of one of `patterns`, part by part"
@@ -198,22 +183,20 @@ class Outputs:
 
     @property
     def listed(self) -> list:
-        return sorted(k
-            for k,c in self._all().items() if self.command in (c,None) and _fits(k, self.patterns))
+        "Names of files on the list that this command may replace or remove"
+        return sorted(k for k,c in self._all().items()
+                      if self.command in (c,None) and _fits(k, self.patterns))
     @property
     def present(self) -> list:
         "Names of files in the folder that match, whoever wrote them"
         found = (p for o in self.patterns for p in self.folder.glob(o))
         return sorted({p.relative_to(self.folder).as_posix() for p in found})
-    @property
-    def foreign(self) -> list: return sorted({*self.present}-{*self.listed})
-
     def _all(self) -> dict: # Name → command
-        if not os.path.lexists(self.folder/manifest): return {}
-        files = read_json(self.folder/manifest, remedy='Choose another --out').get('files')
+        at,remedy = self.folder/manifest,'Choose another --out'
+        if not os.path.lexists(at): return {}
+        files = read_json(at, remedy=remedy).get('files')
         if isinstance(files, dict) and all(isinstance(c, str) for c in files.values()): return files
-        raise CTError(self.folder/manifest, 'is not the list of a folder of covid3d',
-                      'Choose another --out')
+        raise CTError(at, 'is not the list of a folder of covid3d', remedy)
 
 # %% ../nbs/02_files.ipynb #927fd1a6
 @patch
@@ -222,7 +205,8 @@ def _check_links(self: Outputs, names):
 
 @patch
 def _save(self: Outputs, files):
-    text = json.dumps(dict(covid3d=_what, format=1, files=files), indent=1, sort_keys=True)
+    what = 'the files that covid3d wrote into this folder; it replaces and removes no others'
+    text = json.dumps(dict(covid3d=what, format=1, files=files), indent=1, sort_keys=True)
     write_atomic(self.folder/manifest, text.encode())
 
 @patch
@@ -246,8 +230,7 @@ def clear(self: Outputs):
     for p in files:
         if p.is_symlink() or not p.is_dir(): p.unlink(missing_ok=True)
     for p in {p.parent for p in files}-{self.folder}:
-        try: p.rmdir()
-        except OSError: pass  # it holds something else
+        with suppress(OSError): p.rmdir()  # unless it holds something else
     rest = {k:c for k,c in self._all().items() if k not in mine}
     if rest: self._save(rest)
     else: (self.folder/manifest).unlink(missing_ok=True)
@@ -260,9 +243,9 @@ def require(self: Outputs,
 ):
     "`CTError` if a file stands in the way, or a link"
     self._check_links(self.patterns)
-    if odd := self.foreign:
+    if odd := sorted({*self.present}-{*self.listed}):
         other = self._all().get(odd[0])
-        who = f'was written by covid3d {plain(other)}' if other else 'was not written by covid3d'
+        who = f'was written by covid3d {other}' if other else 'was not written by covid3d'
         raise CTError(self.folder/odd[0],
                       f'is there already and {who}; a command replaces only its own files',
                       'Choose another --out, or move it away')

@@ -8,7 +8,6 @@ Docs: https://covid3d.github.io/covid3d/outlines.html.md"""
 __all__ = ['fill_outline', 'read_outlines', 'draw_outlines']
 
 # %% ../nbs/03_outlines.ipynb #965b8c55
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -26,12 +25,10 @@ def fill_outline(
     v = np.asarray(points, float)-.5  # now the centres of pixels have whole numbers
     winding = np.zeros((shape[0],shape[1]+1), np.int32)
     for (x0,y0),(x1,y1) in zip(v, np.roll(v, -1, 0)):
-        # rows crossed
-        r = np.arange(max(0, math.ceil(min(y0,y1))), min(shape[0], math.ceil(max(y0,y1))))
-        if not len(r): continue
-        # the first centre to the right
-        at = np.ceil(x0+(r-y0)*(x1-x0)/(y1-y0)).clip(0, shape[1]).astype(int)
-        np.add.at(winding, (r, at), 1 if y1>y0 else -1)
+        crossed = np.arange(*np.ceil(sorted((y0,y1))).clip(0, shape[0]).astype(int))
+        if not len(crossed): continue
+        right = np.ceil(x0+(crossed-y0)*(x1-x0)/(y1-y0)).clip(0, shape[1]).astype(int)
+        winding[crossed,right] += 1 if y1>y0 else -1
     return winding[:,:-1].cumsum(1)!=0
 
 # %% ../nbs/03_outlines.ipynb #cb8a78a0
@@ -57,7 +54,7 @@ def _points(a) -> np.ndarray:
     if not isinstance(v, list) or not 2<len(v)<10**5: return None
     try: v = np.array(v, float)
     except (TypeError,ValueError,OverflowError): return None
-    return v if v.ndim==2 and v.shape[1]==2 and np.isfinite(v).all() and abs(v).max()<1e5 else None
+    return v if v.shape[1:]==(2,) and (abs(v)<1e5).all() else None  # NaN is no less
 
 # %% ../nbs/03_outlines.ipynb #88462242
 def read_outlines(
@@ -69,10 +66,9 @@ def read_outlines(
     text = lambda o, k: o[k] if isinstance(o.get(k), str) else ''
     names = {text(o, 'id'):text(o, 'name') for g in _dicts(d, 'labelGroups')
              for o in _dicts(g, 'labels')}
-    for o in labels:
-        if o not in names.values():
-            raise CTError(path, f'it has no label {o!r}',
-                          f'Its labels are {", ".join(sorted(set(names.values())))[:300]}')
+    if unknown := [o for o in labels if o not in names.values()]:
+        raise CTError(path, f'it has no label {unknown[0]!r}',
+                      f'Its labels are {", ".join(sorted(set(names.values())))[:300]}')
     for a in (o for s in _dicts(d, 'datasets') for o in _dicts(s, 'annotations')):
         name,points,uid = names.get(text(a, 'labelId')),_points(a),text(a, 'SOPInstanceUID')
         if name is None: left['with a label that the file does not define'] += 1

@@ -44,10 +44,7 @@ def plane_of(
     s = np.take(np.asarray(x), i, axis=planes[plane])
     return s if plane=='axial' else s[::-1]
 
-def _aspect(spacing, plane):
-    "Height of a voxel ÷ its width on the screen"
-    h,w = (s for a,s in enumerate(spacing) if a!=planes[plane])
-    return h/w
+def _in_plane(o, plane) -> list: return [v for a,v in enumerate(o) if a!=planes[plane]]
 
 # %% ../nbs/02_show.ipynb #7acaae90
 def show_slice(
@@ -82,33 +79,29 @@ def show_slices(
 ):
     "Slices of a scan side by side, masks outlined"
     import matplotlib.pyplot as plt
-    masks = {k:getattr(m,'data',m) for k,m in (masks or {}).items()}
+    masks = {k:np.asarray(getattr(m,'data',m)) for k,m in (masks or {}).items()}
     first = next(iter(masks.values()), np.zeros(ct.shape, bool))
-    if slices is None: slices = pick_slices(np.moveaxis(np.asarray(first), planes[plane], 0), n)
-    fig,axs = plt.subplots(1, len(slices), figsize=_figsize(ct, plane, len(slices), size),
-                           squeeze=False, layout='constrained')
+    if slices is None: slices = pick_slices(np.moveaxis(first, planes[plane], 0), n)
+    (rows,cols),(dy,dx) = (_in_plane(o, plane) for o in (ct.shape, ct.spacing))
+    # slices keep their shape in mm; some room is left for the legend below
+    fig,axs = plt.subplots(1, len(slices), squeeze=False, layout='constrained',
+                           figsize=(len(slices)*size, size*rows*dy/(cols*dx)+.55))
     for ax,i in zip(axs[0], slices):
         show_slice(plane_of(ct.data,i,plane), [plane_of(m,i,plane) for m in masks.values()], ax,
-                   window, _aspect(ct.spacing, plane), f'{plane} {i}')
-    right = dict(color='white', fontsize=8, transform=axs[0][0].transAxes, va='top')
-    if plane!='sagittal': axs[0][0].text(.03, .97, 'R', **right)
-    _legend(fig, masks)
-    if title: fig.suptitle(plain(title), fontsize=9, parse_math=False)
+                   window, dy/dx, f'{plane} {i}')
+    _label(fig, masks, plane, title)
     return fig
 
-# %% ../nbs/02_show.ipynb #8715fcf0
-def _figsize(ct, plane, n, size):
-    "Inches for `n` slices, legend included"
-    h,w = (e*s for a,(e,s) in enumerate(zip(ct.shape, ct.spacing)) if a!=planes[plane])
-    return n*size, size*h/w+.55
-
-def _legend(fig, masks):
-    "Name the outlines below the figure"
+# %% ../nbs/02_show.ipynb #f75603cf
+def _label(fig, masks, plane, title):
+    "An R on the patient's right, the outlines named below the figure, and a title above it"
     import matplotlib.pyplot as plt
+    right = dict(color='white', fontsize=8, transform=fig.axes[0].transAxes, va='top')
+    if plane!='sagittal': fig.axes[0].text(.03, .97, 'R', **right)
+    if title: fig.suptitle(plain(title), fontsize=9, parse_math=False)
     if not masks: return
     lines = [plt.Line2D([],[],color=c) for _,c in zip(masks, outline_colors)]
-    names = [plain(k) for k in masks]
-    legend = fig.legend(lines, names, loc='outside lower center', ncols=3, fontsize=8,
+    legend = fig.legend(lines, map(plain, masks), loc='outside lower center', ncols=3, fontsize=8,
                         frameon=False)
     for t in legend.texts: t.set_parse_math(False)
 

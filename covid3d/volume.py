@@ -8,7 +8,7 @@ Docs: https://covid3d.github.io/covid3d/volume.html.md"""
 __all__ = ['CTError', 'canonical_affine', 'Volume', 'open_ct', 'open_mask', 'save_volume', 'save_mask']
 
 # %% ../nbs/00_volume.ipynb #a587902e
-import errno, hashlib, math, os, platform, re, secrets, struct
+import errno, hashlib, math, os, platform, re, secrets
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import nibabel as nib, numpy as np
 from isal import igzip, isal_zlib
 from nibabel import orientations
+from nibabel.affines import voxel_sizes
 
 # %% ../nbs/00_volume.ipynb #b3425db4
 def plain(
@@ -32,7 +33,7 @@ class CTError(ValueError):
     def __init__(self,
         what,       # File, folder or argument at fault
         fault: str, # What is wrong with it
-        cure: str   # What to do about it
+        cure: str = 'Copy it again, or export it again' # What to do about it
     ):
         self.what,self.fault,self.cure = what,plain(fault),plain(cure)
         super().__init__(f'{plain(what)}: {self.fault}. {self.cure}.')
@@ -50,14 +51,9 @@ def unreadable(
     cure: str = 'Check the path and its permissions' # Where the file is to blame
 ) -> CTError: # To be raised; `Scarce` where the file is not to blame
     "What the operating system refused, and why"
-    fault = f'cannot be read ({e.strerror or e})'
-    if e.errno in _short: return Scarce(path, fault, _short[e.errno])
-    return CTError(path, fault,
-                   'Check the disk or the network it lies on, then copy it again'
-                   if e.errno==errno.EIO else cure)
-
-# %% ../nbs/00_volume.ipynb #1ed6d83f
-canonical_axes = ('S','P','L')
+    if e.errno==errno.EIO: cure = 'Check the disk or the network it lies on, then copy it again'
+    return (Scarce if e.errno in _short else CTError)(
+        path, f'cannot be read ({e.strerror or e})', _short.get(e.errno, cure))
 
 # %% ../nbs/00_volume.ipynb #7fba02a1
 def canonical_affine(
@@ -66,8 +62,7 @@ def canonical_affine(
 ) -> np.ndarray: # 4×4, index (slice, row, column) → RAS mm
     "The affine of an upright scan with canonical axes"
     dz,dy,dx = spacing
-    return np.array([[0,0,-dx,origin[0]], [0,-dy,0,origin[1]], [dz,0,0,origin[2]], [0,0,0,1]],
-                    dtype=float)
+    return nib.affines.from_matvec([[0,0,-dx],[0,-dy,0],[dz,0,0]], origin)
 
 # %% ../nbs/00_volume.ipynb #0cb7648d
 @dataclass(eq=False)
@@ -90,8 +85,7 @@ class Volume:
     @property
     def shape(self) -> tuple: return self.data.shape
     @property
-    def spacing(self) -> tuple:
-        return tuple(float(o) for o in np.sqrt((self.affine[:3,:3]**2).sum(0)))
+    def spacing(self) -> tuple: return tuple(voxel_sizes(self.affine).tolist())
     @property
     def ml_per_voxel(self) -> float: return abs(float(np.linalg.det(self.affine[:3,:3])))/1000
     def new(self, data): return replace(self, data=data)
@@ -104,10 +98,11 @@ def scan_digest(
     ct: Volume # HU, canonical axes
 ) -> str: # 32 hexadecimal digits
     "The same for two scans with the same voxels, whatever files they come from"
-    # most processors have SHA-256 built in
     return hashlib.sha256(np.ascontiguousarray(ct.data)).hexdigest()[:32]
 
 # %% ../nbs/00_volume.ipynb #fd990a1e
+canonical_axes = ('S','P','L')
+
 def to_canonical(
     data: np.ndarray,  # Voxels in file order
     affine: np.ndarray # 4×4, file index → RAS mm
@@ -128,119 +123,92 @@ def from_canonical(
 # %% ../nbs/00_volume.ipynb #c7630c5f
 max_bytes = 2**33  # No CT is larger than 8 GiB: a header that says so is damaged or hostile
 
+def is_nifti(
+    path: str|Path # A file or folder
+) -> bool:
+    "Whether the name is that of a NIfTI file"
+    return str(path).lower().endswith(('.nii','.nii.gz'))
+
 def case_name(path) -> str:
     "The file's name without `.nii` or `.nii.gz`; other dots stay"
-    name = Path(path).name
-    return next((name[:-len(s)] for s in ('.nii.gz','.nii') if name.lower().endswith(s)), name)
+    return re.sub(r'\.nii(\.gz)?\Z', '', Path(path).name, flags=re.I)
 
+# %% ../nbs/00_volume.ipynb #a734bd3a
 def _find(path) -> Path:
     "`path` as a NIfTI file that exists and has no duplicate"
     p = Path(path)
-    try: return _find_file(p)
-    except (OSError,ValueError) as e:  # ValueError: a name with a NUL in it
-        if isinstance(e, CTError): raise
-        if isinstance(e, OSError): raise unreadable(p, e) from None
-        raise CTError(p, f'cannot be read ({e})', 'Check the path and its permissions') from None
-
-# %% ../nbs/00_volume.ipynb #038fe104
-def _find_file(p) -> Path:
-    "`_find`, where the operating system may refuse to look"
     if p.is_dir():
         raise CTError(p, 'this is a folder, not a NIfTI file', 'Give a .nii or .nii.gz file')
-    if not p.name.lower().endswith(('.nii','.nii.gz')):
-        raise CTError(p, 'the name does not end in .nii or .nii.gz',
-                      'Convert the scan to NIfTI first')
+    if not is_nifti(p):
+        raise CTError(p, 'the name does not end in .nii or .nii.gz', 'Convert it to NIfTI first')
+    if not p.exists(): raise CTError(p, 'no such file', 'Check the path')
     if not p.is_file():
-        if p.exists():
-            raise CTError(p, 'this is a pipe or a device, not a file',
-                          'Give a .nii or .nii.gz file')
-        raise CTError(p, 'no such file', 'Check the path')
-    twin = p.with_name(p.name[:-3] if p.name.lower().endswith('.gz') else p.name+'.gz')
+        raise CTError(p, 'this is a pipe or a device, not a file', 'Give a .nii or .nii.gz file')
+    twin = p.with_name(p.name[:-3] if p.suffix.lower()=='.gz' else p.name+'.gz')
     if twin.is_file():
-        raise CTError(p, f'{twin.name} lies beside it, so it is unclear which of the two is meant',
-                      'Remove or rename one')
+        raise CTError(p, f'{twin.name} lies beside it: which is meant?', 'Remove or rename one')
     return p
 
 # %% ../nbs/00_volume.ipynb #459c8f7d
 class _File:
-    "The bytes of a `.nii` or `.nii.gz`, unpacked straight to where they belong, and checked"
+    "A `.nii` or `.nii.gz` whose content is what its name says"
     def __init__(self, path):
-        self.path = _find(path)
-        try:
-            self.size = self.path.stat().st_size
-            with self.path.open('rb') as f: magic = f.read(2)
-        except OSError as e: raise unreadable(self.path, e) from None
+        p = self.path = _find(path)
+        self.size,self.packed = p.stat().st_size,p.suffix.lower()=='.gz'
+        self.capacity = self.size*(1032 if self.packed else 1)  # deflate packs no more tightly
         if self.size>max_bytes:
-            raise CTError(self.path, f'the file is larger than {max_bytes/2**30:g} GiB',
-                          'Give a single CT')
-        if not magic: raise CTError(self.path, 'the file is empty', 'Copy or download it again')
-        self.packed = self.path.name.lower().endswith('.gz')
-        if self.packed and magic!=b'\x1f\x8b':
-            raise CTError(self.path, 'the name ends in .gz but the content is not gzip',
+            raise CTError(p, f'the file is larger than {max_bytes/2**30:g} GiB', 'Give a single CT')
+        with p.open('rb') as f: is_gzip = f.read(2)==b'\x1f\x8b'
+        if self.packed and not is_gzip:
+            raise CTError(p, 'the name ends in .gz but the content is not gzip',
                           'Rename it to .nii if it is an unpacked NIfTI, else copy it again')
-        if not self.packed and magic==b'\x1f\x8b':
-            raise CTError(self.path, 'the content is gzip', 'Rename it to .nii.gz')
+        if is_gzip and not self.packed:
+            raise CTError(p, 'the content is gzip', 'Rename it to .nii.gz')
 
-    @property
-    # deflate cannot pack more tightly than 1032:1
-    def capacity(self) -> int: return self.size*(1032 if self.packed else 1)
-
-    def fill(self, out, skip=0) -> tuple:
-        "Fill `out` with the bytes after the first `skip`; their number, and 1 MiB that follows"
-        view,n = memoryview(out).cast('B'),0
-        try:
-            with (igzip.open if self.packed else open)(self.path, 'rb') as f:
-                while skip and (k:=len(f.read(min(skip, 2**22)))): skip -= k
-                while n<len(view) and (k:=f.readinto(view[n:n+2**22])): n += k
-                # reading on to the end is what compares the checksum
-                return n,f.read(2**20) if n==len(view) else b''
-        except (OSError,EOFError,isal_zlib.error) as e:
-            # gzip's own have no number
-            if getattr(e, 'errno', None):
-                raise unreadable(self.path, e, 'Copy or download it again') from None
-            fault = (f'the gzip stream is damaged or cut short ({e})' if self.packed
-                     else f'cannot be read ({e})')
-            raise CTError(self.path, fault, 'Copy or download it again') from None
-
-    def first(self, n) -> bytes:
-        "The first `n` bytes, fewer where the file is shorter"
-        out = bytearray(n)
-        return bytes(out[:self.fill(out)[0]])
+def _unpack(f: _File, out, skip=0) -> tuple:
+    "Fill `out` with the bytes after the first `skip`; their number, and 1 MiB that follows"
+    view,n = memoryview(out).cast('B'),0
+    try:
+        with (igzip.open if f.packed else open)(f.path, 'rb') as src:
+            while skip and (k := len(src.read(min(skip, 2**22)))): skip -= k
+            while n<len(view) and (k := src.readinto(view[n:n+2**22])): n += k
+            # to read on to the end is what compares the checksum
+            return n,src.read(2**20) if n==len(view) else b''
+    except (EOFError,igzip.BadGzipFile,isal_zlib.error) as e:
+        raise CTError(f.path, f'the gzip stream is damaged or cut short ({e})') from None
 
 # %% ../nbs/00_volume.ipynb #eb616b82
 @contextmanager
-def _memory(path):
-    "A scan that does not fit in memory is an error of that scan"
+def _opening(path):
+    "What the operating system refuses is an error of that scan"
     try: yield
+    except OSError as e: raise unreadable(path, e) from None
     except MemoryError:
         raise CTError(path, 'there is not enough memory to open it',
                       'Use a machine with more memory, or crop the scan') from None
 
 # %% ../nbs/00_volume.ipynb #b552a8de
 _kinds = {348:(nib.Nifti1Header, b'n+1', 352), 540:(nib.Nifti2Header, b'n+2', 544)}
-_types = {2:np.uint8, 4:np.int16, 8:np.int32, 16:np.float32, 64:np.float64, 256:np.int8,
-          512:np.uint16, 768:np.uint32, 1024:np.int64, 1280:np.uint64}
 
-def _parse_header(f: _File):
-    "The header as nibabel holds it, unchecked but for its size and magic"
-    raw = f.first(544)
-    again = 'Copy or download it again'
-    if len(raw)<348:
-        raise CTError(f.path, f'{len(raw)} bytes are too few for a NIfTI header', again)
-    size,order = next(((s,e) for e in '<>' for s in [struct.unpack(e+'i', raw[:4])[0]]
-                       if s in _kinds), (None,None))
-    if size is None or len(raw)<size:
-        raise CTError(f.path, 'this is not a NIfTI file (the header size is neither 348 nor 540)',
+def _parse_header(f: _File) -> tuple:
+    "The header as nibabel holds it, checked for size and magic; where voxels may begin"
+    p,raw = f.path,bytearray(544)
+    raw = bytes(raw[:_unpack(f, raw)[0]])
+    if len(raw)<348: raise CTError(p, f'{len(raw)} bytes are too few for a NIfTI header')
+    size,order = next(((n,e) for n in _kinds for e in ('little','big')
+                       if raw[:4]==n.to_bytes(4, e)), (math.inf,''))
+    if len(raw)<size:
+        raise CTError(p, 'this is not a NIfTI file (the header size is neither 348 nor 540)',
                       'Convert the scan to NIfTI')
     cls,magic,first = _kinds[size]
     hdr = cls(raw[:size], endianness=order, check=False)
     found = hdr['magic'].item().split(b'\0')[0]
     if found in (b'ni1',b'ni2'):
-        raise CTError(f.path, 'this is the header of an .hdr/.img pair',
+        raise CTError(p, 'this is the header of an .hdr/.img pair',
                       'Convert the pair to one .nii.gz')
-    if found!=magic: raise CTError(f.path, f'the NIfTI magic is {found!r}, not {magic!r}', again)
+    if found!=magic: raise CTError(p, f'the NIfTI magic is {found!r}, not {magic!r}')
     if size==540 and hdr['eol_check'].tolist() not in ([0]*4, [13,10,26,10]):
-        raise CTError(f.path, 'its line ends were converted on the way, as if it were text',
+        raise CTError(p, 'its line ends were converted on the way, as if it were text',
                       'Copy or download it again as a binary file')
     return hdr,first
 
@@ -263,14 +231,11 @@ def stored_bytes(
     return n
 
 # %% ../nbs/00_volume.ipynb #30305d6a
-_cgroup_files = (('memory.max','memory.current',''),
-                 ('memory.limit_in_bytes','memory.usage_in_bytes','total_'))
-
 def _left_in(folder) -> float:
     "Bytes left in a control group, version 2 or 1; infinite without a limit"
-    for limit,used,total in _cgroup_files:
+    for limit,used,total in (('max','current',''), ('limit_in_bytes','usage_in_bytes','total_')):
         try:
-            top,now = (int((folder/o).read_text()) for o in (limit,used))
+            top,now = (int((folder/f'memory.{o}').read_text()) for o in (limit,used))
             stat = dict(o.split() for o in (folder/'memory.stat').read_text().splitlines())
             # cached files make room
             return max(0, top-now+sum(int(stat[f'{total}{o}_file']) for o in ('inactive','active')))
@@ -290,7 +255,7 @@ def memory_left() -> float: # Bytes; infinite where the system does not tell
         if kind and 'memory' not in kind.split(','): continue
         base = top/'memory' if kind else top
         inside = base/at.strip('/')
-        left += map(_left_in, [o for o in (inside,*inside.parents) if o==base or base in o.parents])
+        left += (_left_in(o) for o in (inside,*inside.parents) if o.is_relative_to(base))
     return min(left)
 
 # %% ../nbs/00_volume.ipynb #59486d7a
@@ -302,124 +267,97 @@ def check_memory(path, need: int,
                             f'left', cure)
 
 # %% ../nbs/00_volume.ipynb #82c43997
-# bytes in memory above which no file is packed more tightly than so many to 1
-_ct_packing,_mask_packing = (2**29,50),(2**30,300)
-
-def _check_layout(hdr, first, f: _File, packing) -> list:
-    "Type, shape and offset of the voxels; notes on what was repaired"
-    notes,p = [],f.path
-    code = int(hdr['datatype'])
-    # H5
-    if code not in _types:
-        raise CTError(p, f'voxels of NIfTI type {code} cannot be CT (complex, RGB or unknown)',
-                      'Export the scan as integers or floats')
-    bits = np.dtype(_types[code]).itemsize*8
-    # H6
-    if int(hdr['bitpix'])!=bits:
-        notes.append(f'bitpix was {int(hdr["bitpix"])}, set to {bits}'); hdr['bitpix'] = bits
-    offset = float(hdr['vox_offset'])
-    # H4
-    if not np.isfinite(offset) or offset<first:
-        raise CTError(p, f'the voxels start at byte {offset:g}, inside the header',
-                      'Export the scan again')
-    if offset%16: notes.append(f'voxel offset {offset:g} is not a multiple of 16')
-    _check_shape(hdr, p)
-    _check_size(hdr, f, int(offset)+int(np.prod(_shape(hdr), dtype=object))*bits//8, packing)
-    return notes
-
-# %% ../nbs/00_volume.ipynb #75604124
-def _check_size(hdr, f: _File, need: int, packing):
-    "No memory is taken for what the file can hardly hold"
-    says,voxels = f'the header declares {need/2**20:,.0f} MiB, ',int(np.prod(_shape(hdr),
-        dtype=object))
-    # H18
-    if need>max_bytes or need>f.capacity+2**16 and f.packed:
-        raise CTError(f.path, says+'more than the file can hold', 'Copy or export it again')
-    most,ratio = packing
-    if max(need, 4*voxels)>most and f.capacity>=need and need>ratio*stored_bytes(f.path,
-        need//ratio+1):
-        # D4
-        if f.packed:
-            raise CTError(f.path, says+f'more than {ratio} times its packed size',
-                          'Do not trust this file; if it is your own, unpack it first')
-        raise CTError(f.path, says+f'more than {ratio} times what is stored of it: it is a sparse '
-                                   f'file, mostly holes', 'Copy or download it again')  # D4
-    # D14
-    if f.capacity>=need:
-        check_memory(f.path, need+(4*voxels if int(hdr['bitpix'])>16 or _scaling(hdr, f.path)[0]!=1
-                                   else 0))
+_types = (2,4,8,16,64,256,512,768,1024,1280)  # integers, and floats of up to 64 bits
 
 def _shape(hdr) -> tuple:
     "Shape in the file, trailing axes of length 1 included"
-    return tuple(int(o) for o in hdr['dim'][1:1+int(hdr['dim'][0])])
+    return tuple(hdr['dim'][1:1+int(hdr['dim'][0])].tolist())
 
-# %% ../nbs/00_volume.ipynb #7936d125
 def _check_shape(hdr, p):
     "Three axes of four voxels or more"
     if not 1<=int(hdr['dim'][0])<=7 or min(_shape(hdr))<1:
-        raise CTError(p, f'the header gives impossible sizes {hdr["dim"].tolist()}',
-                      'Export the scan again')
+        raise CTError(p, f'the header gives impossible sizes {hdr["dim"].tolist()}')
     s = _shape(hdr)
-    # H20
-    if len(s)>3 and np.prod(s[3:], dtype=object)>1:
+    if math.prod(s[3:])>1:  # H20
         raise CTError(p, f'{s} is more than one volume', 'Split it and give the volume you mean')
-    # H21, H22
-    if len(s)<3 or min(s[:3])<4:
+    if len(s)<3 or min(s[:3])<4:  # H21, H22
         raise CTError(p, f'{s} is no 3D scan (each axis needs 4 voxels or more)',
                       'Give the whole series')
+
+# %% ../nbs/00_volume.ipynb #75604124
+def _check_layout(hdr, first, p) -> list:
+    "Type, offset and shape of the voxels; notes on what was repaired"
+    notes,code,offset = [],int(hdr['datatype']),float(hdr['vox_offset'])
+    if code not in _types:  # H5
+        raise CTError(p, f'voxels of NIfTI type {code} cannot be CT (complex, RGB or unknown)',
+                      'Export the scan as integers or floats')
+    bits = hdr.get_data_dtype().itemsize*8
+    if int(hdr['bitpix'])!=bits:  # H6
+        notes.append(f'bitpix was {int(hdr["bitpix"])}, set to {bits}'); hdr['bitpix'] = bits
+    if not first<=offset<math.inf:  # H4
+        raise CTError(p, f'the voxels start at byte {offset:g}, inside the header')
+    if offset%16: notes.append(f'voxel offset {offset:g} is not a multiple of 16')
+    _check_shape(hdr, p)
+    return notes
+
+# %% ../nbs/00_volume.ipynb #7936d125
+# bytes in memory above which no file is packed more tightly than so many to 1
+_ct_packing,_mask_packing = (2**29,50),(2**30,300)
+
+def _check_size(hdr, f: _File, packing):
+    "No memory is taken for what the file can hardly hold"
+    p,bits,wide = f.path,int(hdr['bitpix']),4*math.prod(_shape(hdr))  # wide: as float32
+    need,(most,ratio) = int(hdr['vox_offset'])+wide*bits//32,packing
+    says = f'the header declares {need/2**20:,.0f} MiB, more than '
+    if need>max_bytes or f.packed and need>f.capacity+2**16:  # H18
+        raise CTError(p, says+'the file can hold')
+    if need>f.capacity:  # D1
+        raise CTError(p, f'the file ends too early ({f.size:,} of {need:,} bytes)')
+    if max(need, wide)>most and need>ratio*stored_bytes(p, need//ratio+1):  # D4
+        raise CTError(p, f'{says}{ratio} times '+('its packed size' if f.packed else
+                      'what is stored of it: it is a sparse file, mostly holes'),
+                      'Do not trust this file; if it is your own, unpack it or copy it whole')
+    scaled = bits>16 or _scaling(hdr, p)[0]!=1
+    check_memory(p, need+wide*scaled)  # D14
 
 # %% ../nbs/00_volume.ipynb #2c9fa4a2
 _mm = {0:1., 1:1000., 2:1., 3:.001}  # xyzt_units: unknown (taken as mm), metre, mm, micrometre
 
 def _repair_grid(hdr, p) -> list:
     "Repair the fields that have one plausible meaning"
-    notes = []
-    pix = hdr['pixdim']
-    # H7
-    if not np.isfinite(pix[1:4]).all() or (pix[1:4]==0).any():
+    notes,pix = [],hdr['pixdim']
+    if not (np.isfinite(pix[1:4]) & (pix[1:4]!=0)).all():  # H7
         raise CTError(p, f'the spacing is {pix[1:4].tolist()} mm',
                       'Set the true spacing in the header')
-    # H8
-    if (pix[1:4]<0).any(): notes.append('negative spacing made positive'); pix[1:4] = abs(pix[1:4])
+    if (pix[1:4]<0).any():  # H8
+        notes.append('negative spacing made positive'); pix[1:4] = abs(pix[1:4])
     for k in ('qform_code','sform_code'):
-        # H10
-        if not 0<=int(hdr[k])<=5: notes.append(f'{k} was {int(hdr[k])}, set to 0'); hdr[k] = 0
-    # H9
-    if int(hdr['qform_code'])>0 and pix[0] not in (-1,1):
+        if not 0<=int(hdr[k])<=5:  # H10
+            notes.append(f'{k} was {int(hdr[k])}, set to 0'); hdr[k] = 0
+    if int(hdr['qform_code'])>0 and pix[0] not in (-1,1):  # H9
         notes.append(f'qfac was {pix[0]:g}, set to 1'); pix[0] = 1
     return notes
 
 # %% ../nbs/00_volume.ipynb #87ddb402
 def _corners(shape) -> np.ndarray:
     "Homogeneous indices (4, 8) of the corners of an array"
-    return np.array([[*o,1]
-                     for o in np.ndindex(2,2,2)]).T*np.array([[*(np.array(shape[:3])-1),1]]).T
-
-def _best_affine(hdr, unit, p) -> np.ndarray:
-    "The sform, else the qform, else what the spacing alone gives, in mm"
-    affine = np.array(hdr.get_best_affine(), dtype=float)
-    affine[:3] *= unit
-    _check_affine(affine, p)
-    return affine
+    return np.array([[*o,1] for o in np.ndindex(2,2,2)]).T*[*([n-1] for n in shape[:3]),[1]]
 
 def _check_affine(affine, p):
     "An affine that can be inverted, of voxels that a CT can have"
     with np.errstate(all='ignore'):
-        size,det = np.linalg.norm(affine[:3,:3], axis=0),np.linalg.det(affine[:3,:3])
-    # H14
-    if not np.isfinite(affine).all() or not abs(det)>1e-6*size.prod():
-        raise CTError(p, 'the affine is singular or not a number', 'Export the scan again')
+        size,det = voxel_sizes(affine),np.linalg.det(affine[:3,:3])
+    if not np.isfinite(affine).all() or not abs(det)>1e-6*size.prod():  # H14
+        raise CTError(p, 'the affine is singular or not a number')
     if size.min()<1e-3 or size.max()>1e3:
         raise CTError(p, f'voxels of {"×".join(f"{o:.3g}" for o in size)} mm are no CT',
-                      'Mend the affine in the header')
+                      'Correct the affine in the header')
 
 # %% ../nbs/00_volume.ipynb #c66b27c4
 def _check_quaternion(hdr, p):
     "A rotation has a quaternion no longer than 1; float noise above that is taken off"
     quat = np.clip([float(hdr[f'quatern_{o}']) for o in 'bcd'], -2, 2)
-    # H15
-    if not quat@quat<=1+1e-5:
-        raise CTError(p, 'the qform quaternion is longer than 1', 'Export the scan again')
+    if not quat@quat<=1+1e-5: raise CTError(p, 'the qform quaternion is longer than 1')  # H15
     if quat@quat>1:
         for k,o in zip('bcd', quat/np.sqrt(quat@quat)): hdr[f'quatern_{k}'] = o
 
@@ -430,21 +368,21 @@ def _affine(hdr, p) -> tuple:
     notes,codes = [],(int(hdr['sform_code']),int(hdr['qform_code']))
     if not any(codes): notes.append('no orientation stored: left and right are not known')  # H11
     if codes[1]: _check_quaternion(hdr, p)
-    unit = _mm.get(int(hdr['xyzt_units'])&7)
-    if unit is None:
-        raise CTError(p, f'unknown unit code {int(hdr["xyzt_units"])&7}', 'Export the scan in mm')
+    unit = _mm.get(code := int(hdr['xyzt_units'])&7)
+    if unit is None: raise CTError(p, f'unknown unit code {code}', 'Export the scan in mm')
     if unit!=1: notes.append(f'lengths were in units of {unit:g} mm')  # H19
-    affine = _best_affine(hdr, unit, p)
+    to_mm = np.array([[unit]]*3+[[1.]])
+    affine = hdr.get_best_affine()*to_mm
+    _check_affine(affine, p)
+    pix,size = abs(hdr['pixdim'][1:4])*unit,voxel_sizes(affine)
     if all(codes):
-        apart = abs((affine-np.diag([unit]*3+[1])@hdr.get_qform())@_corners(_shape(hdr)))[:3].max()
-        if not apart<=.5*np.linalg.norm(affine[:3,:3], axis=0).min():
+        apart = abs((affine-hdr.get_qform()*to_mm)@_corners(_shape(hdr)))[:3].max()
+        if not apart<=.5*size.min():
             raise CTError(p, f'sform and qform disagree by {apart:.3g} mm',
                           'Find out which is right and delete the other')  # H12
-    pix,size = abs(hdr['pixdim'][1:4])*unit,np.linalg.norm(affine[:3,:3], axis=0)
     if not (abs(pix-size)<=.01*size).all():
-        told = ('×'.join(f'{v:.3g}' for v in o) for o in (pix,size))
-        notes.append('the header gives the spacing as {} mm, its affine as {} mm: the affine was '
-                     'taken'.format(*told))
+        given,taken = ('×'.join(f'{v:.3g}' for v in o) for o in (pix,size))
+        notes.append(f'the header gives the spacing as {given}, its affine as {taken} mm (used)')
     return affine,notes
 
 # %% ../nbs/00_volume.ipynb #b23e500d
@@ -452,47 +390,42 @@ def _scaling(hdr, p) -> tuple:
     "(slope, intercept), (1, 0) where the file is not scaled"
     slope,inter = (float(hdr[k]) for k in ('scl_slope','scl_inter'))
     if slope==0 or not np.isfinite(slope): return 1.,0.  # H16
-    # H17
-    if not np.isfinite(inter):
-        raise CTError(p, f'the rescale intercept is {inter}', 'Export the scan again')
+    if not np.isfinite(inter): raise CTError(p, f'the rescale intercept is {inter}')  # H17
     if slope<0:
-        raise CTError(p, f'the rescale slope is negative ({slope:g}), so dense tissue would be '
-                         f'stored as low', 'Export the scan again')
+        raise CTError(p, f'the rescale slope is negative ({slope:g}): dense tissue would be dark')
     return slope,inter
 
 def _stored(hdr, f: _File) -> tuple:
-    "The voxels in file order as they are stored, and notes"
-    shape,dtype,offset = (_shape(hdr)[:3],
-        np.dtype(_types[int(hdr['datatype'])]).newbyteorder(hdr.endianness),int(hdr['vox_offset']))
-    need = offset+int(np.prod(shape))*dtype.itemsize
-    short = f'the file ends too early ({{:,}} of {need:,} bytes)'
-    # D1
-    if f.capacity<need: raise CTError(f.path, short.format(f.size), 'Copy or download it again')
-    x = np.empty(int(np.prod(shape)), dtype)
-    n,rest = f.fill(x.view(np.uint8), offset)
-    if n<x.nbytes: raise CTError(f.path, short.format(offset+n), 'Copy or download it again')  # D1
-    return x.reshape(shape, order='F'),_check_rest(rest, f)
+    "The voxels in file order as they are stored, and what follows them"
+    shape,offset = _shape(hdr)[:3],int(hdr['vox_offset'])
+    x = np.empty(math.prod(shape), hdr.get_data_dtype())
+    n,rest = _unpack(f, x.view(np.uint8), offset)
+    if n<x.nbytes:  # D1
+        raise CTError(f.path, f'the file ends too early ({n:,} of {x.nbytes:,} bytes of voxels)')
+    if not x.dtype.isnative: x = x.byteswap(inplace=True).view(x.dtype.newbyteorder('='))
+    return x.reshape(shape, order='F'),rest
 
 # %% ../nbs/00_volume.ipynb #5e64ffd5
 def _check_rest(rest: bytes, f: _File) -> list:
     "Nothing may follow the voxels but a little padding"
     if not rest: return []
     if len(rest)<=512 and not any(rest): return [f'{len(rest)} zero bytes follow the voxels']
-    # D4
-    if f.packed and len(rest)==2**20:
-        raise CTError(f.path, 'the gzip stream unpacks to far more than the header declares',
-                      'Do not trust this file')
-    n = '1 MiB or more' if len(rest)==2**20 else f'{len(rest):,} bytes'
-    raise CTError(f.path, f'{n} follow the voxels that the header declares: it names too few '
-                          f'slices, or the file was changed', 'Copy or export it again')
+    n,why = f'{len(rest):,} bytes','it names too few slices, or the file was changed'
+    if len(rest)==2**20:  # D4
+        n,why = n+' or more','the gzip stream unpacks to far more' if f.packed else why
+    raise CTError(f.path, f'{n} follow the voxels that the header declares: {why}')
 
 # %% ../nbs/00_volume.ipynb #7b6f7e12
-def _scaled(x, slope, inter) -> np.ndarray:
+def scaled(
+    x: np.ndarray, # Stored numbers, which may be overwritten
+    slope: float,  # HU per stored unit
+    inter: float   # HU of a stored 0
+) -> np.ndarray:
     "slope·x + inter: in place where that fits, else as int32 if both are whole, else as float32"
     if (slope,inter)==(1,0): return x
     whole = x.dtype.kind in 'iu' and x.dtype.itemsize<=2 and slope==int(slope) and inter==int(inter)
-    if whole and slope==1 and x.dtype in (np.int16,
-        np.uint16) and -2**15<=inter+int(x.min()) and inter+int(x.max())<2**15:
+    if whole and slope==1 and x.dtype.itemsize==2 and (
+            -2**15<=inter+int(x.min()) and inter+int(x.max())<2**15):
         out = x.view(np.int16); out += np.int16(inter)  # unsigned numbers wrap around, and back
         return out
     x = x.astype(np.int32 if whole and abs(slope)*2**16+abs(inter)<2**31 else np.float32)
@@ -500,17 +433,10 @@ def _scaled(x, slope, inter) -> np.ndarray:
         x *= x.dtype.type(slope); x += x.dtype.type(inter)
     return x
 
-def _voxels(hdr, f: _File) -> tuple:
-    "The voxels in file order, scaled; integers where the scaling keeps them so; and notes"
-    scaling = _scaling(hdr, f.path)
-    x,notes = _stored(hdr, f)
-    if not x.dtype.isnative: x = x.byteswap(inplace=True).view(x.dtype.newbyteorder('='))
-    return _scaled(x, *scaling),notes
-
 # %% ../nbs/00_volume.ipynb #f5b25ad1
 def _shear(affine) -> float:
     "The largest cosine between two axes, 0 where all are at right angles"
-    cosines = affine[:3,:3]/np.sqrt((affine[:3,:3]**2).sum(0))
+    cosines = affine[:3,:3]/voxel_sizes(affine)
     return float(abs(cosines.T@cosines-np.eye(3)).max())
 
 def _in_order(x) -> np.ndarray:
@@ -527,17 +453,18 @@ def _read(path, packing) -> Volume:
     "Any NIfTI volume on canonical axes, its values as the file means them"
     f = _File(path)
     hdr,first = _parse_header(f)
-    notes = _check_layout(hdr, first, f, packing) + _repair_grid(hdr, f.path)
+    notes = _check_layout(hdr, first, f.path)
+    _check_size(hdr, f, packing)
+    notes += _repair_grid(hdr, f.path)
     affine,more = _affine(hdr, f.path)
-    data,rest = _voxels(hdr, f)
-    data,affine,back = to_canonical(data, affine)
-    more += rest
-    vol = Volume(_in_order(data), affine, Source(f.path, hdr, back))
-    # H13
-    if _shear(affine)>1e-3:
-        more.append('sheared axes: voxel volumes are right, distances along the axes are not')
-    if max(vol.spacing)>=10: more.append(f'very thick slices: {max(vol.spacing):.3g} mm')  # H22
-    return replace(vol, notes=tuple(notes+more))
+    x,rest = _stored(hdr, f)
+    notes += more+_check_rest(rest, f)
+    data,affine,back = to_canonical(scaled(x, *_scaling(hdr, f.path)), affine)
+    if _shear(affine)>1e-3:  # H13
+        notes.append('sheared axes: voxel volumes are right, distances along the axes are not')
+    thick = voxel_sizes(affine).max()
+    if thick>=10: notes.append(f'very thick slices: {thick:.3g} mm')  # H22
+    return Volume(_in_order(data), affine, Source(f.path, hdr, back), tuple(notes))
 
 # %% ../nbs/00_volume.ipynb #3f3b13be
 def _sampled(x) -> tuple:
@@ -573,25 +500,21 @@ def hu_profile(
 ) -> HUProfile:
     "Describe the distribution of a scan's values from a sample of them"
     a,b = _sampled(x)
-    return _profile(a, _alike(a, b))
+    with np.errstate(all='ignore'):  # metal and padding are cut off; constants give NaN
+        smooth = np.corrcoef(*np.clip((a,b), -1100, 400))[0,1]
+    return _profile(a, float(np.nan_to_num(smooth)))
 
 # %% ../nbs/00_volume.ipynb #a298b1a6
-def _alike(a, b) -> float:
-    "Correlation of neighbours, with metal and padding cut off; 0 for constants"
-    c,d = (np.clip(o, -1100, 400) for o in (a,b))
-    with np.errstate(all='ignore'): return float(np.nan_to_num(np.corrcoef(c, d)[0,1]))
-
 def _profile(a, smooth) -> HUProfile:
     "`HUProfile` of sampled values"
     v = _no_padding(a)
-    padded = (v<-1100).sum()<(a<-1100).sum()
-    def part(lo, hi): return float(((v>lo) & (v<hi)).sum()/max(v.size, 1))
-    low,soft = v[v<-600],v[(v>-250) & (v<350)]
-    low,soft = (o if o.size else np.zeros(1) for o in (low,soft))
-    return HUProfile(part(-1100,-600), part(-550,-250), part(-200,150), part(600,np.inf),
-                     part(-np.inf,-1300),
-                     float(np.quantile(low, .05)), float(np.median(low)), float(np.median(soft)),
-                     smooth, bool(padded))
+    def inside(lo, hi): return v[(v>lo) & (v<hi)]
+    def part(lo, hi): return inside(lo, hi).size/max(v.size, 1)
+    low,soft = (o if o.size else np.zeros(1) for o in (inside(-np.inf,-600), inside(-250,350)))
+    return HUProfile(
+        air=part(-1100,-600), between=part(-550,-250), soft=part(-200,150), bone=part(600,np.inf),
+        below=part(-np.inf,-1300), lowest=float(np.quantile(low, .05)), low=float(np.median(low)),
+        middle=float(np.median(soft)), smooth=smooth, padded=bool((v<-1100).sum()<(a<-1100).sum()))
 
 # %% ../nbs/00_volume.ipynb #0d47489a
 def _not_hu(q: HUProfile) -> str:
@@ -614,32 +537,27 @@ def _not_hu(q: HUProfile) -> str:
 # %% ../nbs/00_volume.ipynb #4957f571
 def _hu_doubts(q: HUProfile) -> list:
     "Notes on a chest that is not like most"
-    notes = []
-    if q.air<.02:
-        notes.append(f'hardly any air ({q.air:.1%} of the voxels): are these HU of a chest?')
-    if q.soft<.1:
-        notes.append(f'hardly any soft tissue ({q.soft:.0%} of the voxels): was the scan masked?')
-    if q.between>q.soft:
-        notes.append('the values between lung and soft tissue predominate: are these HU?')
-    if q.low>-690:
-        notes.append(f'the air and the lungs lie at {q.low:.0f} HU, where most lie below −750')
-    if abs(q.middle)>120 and q.soft>=.03:
-        notes.append(f'the soft tissue lies at {q.middle:.0f} HU, where fat is −100 and muscle 60')
-    return notes
+    return [note for odd,note in (
+        (q.air<.02, f'hardly any air ({q.air:.1%} of the voxels): are these HU of a chest?'),
+        (q.soft<.1, f'hardly any soft tissue ({q.soft:.0%} of the voxels): was the scan masked?'),
+        (q.between>q.soft, 'the values between lung and soft tissue predominate: are these HU?'),
+        (q.low>-690, f'the air and the lungs lie at {q.low:.0f} HU, where most lie below −750'),
+        (abs(q.middle)>120 and q.soft>=.03,
+         f'the soft tissue lies at {q.middle:.0f} HU, where fat is −100 and muscle 60')) if odd]
 
 # %% ../nbs/00_volume.ipynb #67d835bb
-_ways_back = {'without the rescale intercept of −1024': lambda v: v-1024,
-    'with the rescale applied twice': lambda v: v+1024, 'at half their size': lambda v: v*2,
-              'at twice their size': lambda v: v/2, 'at a tenth of their size': lambda v: v*10,
-              'at ten times their size': lambda v: v/10, 'inverted': lambda v: -v}
+_ways_back = {
+    'without the rescale intercept of −1024':lambda v: v-1024,
+    'with the rescale applied twice':lambda v: v+1024, 'at half their size':lambda v: v*2,
+    'at twice their size':lambda v: v/2, 'at a tenth of their size':lambda v: v*10,
+    'at ten times their size':lambda v: v/10, 'inverted':lambda v: -v}
 
 def _guess(x) -> str:
     "What was done to the HU, if one of the usual mistakes explains the values"
-    a,b = _sampled(x)
+    a = _sampled(x)[0]
     a = _no_padding(a) if a.min()<0 else a
-    for name,f in _ways_back.items():
-        if not _not_hu(_profile(f(a), 1)): return f' (HU {name}, it seems)'
-    return ''
+    return next((f' (HU {name}, it seems)' for name,f in _ways_back.items()
+                 if not _not_hu(_profile(f(a), 1))), '')
 
 # %% ../nbs/00_volume.ipynb #0c9929a1
 air = -1024  # HU: the lowest value a CT number is kept at; scanners pad with −2000, −3024 or −8192
@@ -648,116 +566,94 @@ _tell = ('Give a scan in HU (stored value × slope + intercept), or say what its
          'already_windowed=(low, high), on the command line --already-windowed low:high')
 
 def _finite(x, p) -> tuple:
-    "Voxels that are not numbers become air, if they are few"
-    if x.dtype.kind!='f': return x,[]
-    bad = ~np.isfinite(x)
+    "Voxels that are NaN or infinite become air, if they are few; and notes"
+    bad = ~np.isfinite(x) if x.dtype.kind=='f' else np.zeros(1, bool)
     if not bad.any(): return x,[]
-    # D5
-    if bad.mean()>.01:
-        raise CTError(p, f'{bad.mean():.0%} of the voxels are NaN or infinite',
-                      'Export the scan again')
-    return np.where(bad, x.dtype.type(min(0, x[~bad].min())),
-                    x),[f'{bad.sum()} voxels that were NaN or infinite became air']
+    if bad.mean()>.01: raise CTError(p, f'{bad.mean():.0%} of the voxels are NaN or infinite')  # D5
+    return (np.where(bad, x.dtype.type(min(0, x[~bad].min())), x),
+            [f'{bad.sum()} voxels that were NaN or infinite became air'])
 
-# %% ../nbs/00_volume.ipynb #6aed13b7
-def _judge(vol, x, lo, hi) -> list:
+def _judge(x, lo, hi, p) -> list:
     "Notes on values that may be HU; an error for those that are not"
-    p = vol.source.path
-    # D7
-    if lo>=0 and hi<=255:
+    if lo>=0 and hi<=255:  # D7
         raise CTError(p, f'the values {lo:g}…{hi:g} are grey levels, not HU', _tell)
-    enough = x.size>=2**15
-    if lo>=-200:
-        why = f'no value is below −200 (found {lo:g}…{hi:g}; a CT without its rescale, or no CT)'
-        raise CTError(p, f'not HU: {why}{_guess(x) if enough else ""}', _tell)  # D6, D9
+    enough,found = x.size>=2**15,f'found {lo:g}…{hi:g}'
+    if lo>=-200:  # D6, D9
+        raise CTError(p, f'not HU: no value is below −200 ({found}; a CT without its rescale, or '
+                         f'no CT){_guess(x) if enough else ""}', _tell)
     if not enough: return []
     q = hu_profile(x)
-    # D6, D9
-    if why:=_not_hu(q):
-        raise CTError(p, f'not the HU of a chest: {why} (found {lo:g}…{hi:g}){_guess(x)}', _tell)
+    if why := _not_hu(q):  # D6, D9
+        raise CTError(p, f'not the HU of a chest: {why} ({found}){_guess(x)}', _tell)
     return _hu_doubts(q)
 
-# %% ../nbs/00_volume.ipynb #37769a0d
-def to_hu(
-    vol: Volume,          # Values as its file means them
-    already_windowed=None # (low, high) in HU that grey levels 0…255 stand for; None for HU
-) -> Volume: # HU, as int16 where they are whole numbers
-    "Say so if the values of `vol` are not HU"
-    p = vol.source.path
-    x,notes = _finite(vol.data, p)
-    lo,hi = x.min(),x.max()
-    if lo==hi: raise CTError(p, f'every voxel is {lo}', 'Export the scan again')  # D13
-    if already_windowed is not None:
-        x = _from_grey(x, lo, hi, p, already_windowed)
-        return replace(vol, data=x, notes=(*vol.notes,*notes,*_window_doubts(x)))
-    notes += _judge(vol, x, lo, hi)
-    if lo<air: notes.append(f'values below {air} (down to {lo:g}) set to {air}')  # D8
-    if x.dtype==np.int16: hu = np.maximum(x, np.int16(air), out=x) if lo<air else x
-    else:
-        hu = np.clip(x, air, 32767,
-            out=np.empty(x.shape, np.float32 if x.dtype.kind=='f' else np.int16), casting='unsafe')
-    return replace(vol, data=hu, notes=(*vol.notes,*notes))
-
 # %% ../nbs/00_volume.ipynb #714345d1
-def _from_grey(x, lo, hi, p, already_windowed) -> np.ndarray:
-    "Map grey levels 0…255 to the HU range they stand for"
+def _from_grey(x, lo, hi, p, already_windowed) -> tuple:
+    "Grey levels 0…255 as the HU they stand for, and notes"
     try: low,high = (float(o) for o in already_windowed)
     except (TypeError,ValueError): low,high = 0,0
     if not low<high:
         raise CTError('already_windowed', f'{already_windowed!r} is not (low, high) in HU',
                       'Give two numbers, the lower first')
     if lo<0 or hi>255:
-        raise CTError(p, f'the values {lo:g}…{hi:g} are not grey levels 0…255, so already_windowed '
-                         f'does not fit', 'Leave it out if the scan is in HU')
-    return np.ascontiguousarray(x, dtype=np.float32)*np.float32((high-low)/255)+np.float32(low)
-
-def _window_doubts(x) -> list:
-    "A note where the window that was given makes no chest of the grey levels"
-    if x.size<2**15: return []
-    v = _no_padding(_sampled(x)[0])
-    few = ((v>-1100) & (v<-600)).mean()<.002 if v.size else True
-    return ['with this window the grey levels hold no air: is it the right one?']*bool(few)
+        raise CTError(p, f'the values {lo:g}…{hi:g} are not grey levels 0…255',
+                      'Leave already_windowed out if the scan is in HU')
+    x = x.astype(np.float32)*np.float32((high-low)/255)+np.float32(low)
+    few = x.size>=2**15 and hu_profile(x).air<.002
+    return x,['with this window the grey levels hold no air: is it the right one?']*few
 
 # %% ../nbs/00_volume.ipynb #dff30cc4
+def to_hu(
+    vol: Volume,          # Values as its file means them; they may be overwritten
+    already_windowed=None # (low, high) in HU that grey levels 0…255 stand for; None for HU
+) -> Volume: # HU, as int16 where they are whole numbers
+    "Say so if the values of `vol` are not HU"
+    p = vol.source.path
+    x,notes = _finite(vol.data, p)
+    lo,hi = x.min(),x.max()
+    if lo==hi: raise CTError(p, f'every voxel is {lo}')  # D13
+    if already_windowed is not None: x,more = _from_grey(x, lo, hi, p, already_windowed)
+    else:
+        more,dtype = _judge(x, lo, hi, p),np.dtype(np.float32 if x.dtype.kind=='f' else np.int16)
+        if lo<air: more.append(f'values below {air} (down to {lo:g}) set to {air}')  # D8
+        if x.dtype!=dtype or lo<air or hi>32767:
+            x = np.clip(x, air, 32767, out=x if x.dtype==dtype else np.empty(x.shape, dtype),
+                        casting='unsafe')
+    return replace(vol, data=x, notes=(*vol.notes,*notes,*more))
+
+# %% ../nbs/00_volume.ipynb #0dd3ca28
 def open_ct(
     path, # `.nii` or `.nii.gz`
     already_windowed=None # (low, high) in HU that grey levels 0…255 stand for; None for HU
 ) -> Volume: # HU, int16 or float32, canonical axes
     "Open a CT and say so if it is not one"
-    with _memory(path): return to_hu(_read(path, _ct_packing), already_windowed)
+    with _opening(path): return to_hu(_read(path, _ct_packing), already_windowed)
 
 # %% ../nbs/00_volume.ipynb #394faf4d
+@np.errstate(invalid='ignore')
 def _round(x, p) -> list:
-    "Take float noise off labels, in place and slice by slice; a note if there was any"
-    off = 0
-    for part in x:
-        if not np.isfinite(part).all():
-            raise CTError(p, 'the mask holds NaN or infinite values', 'Export the mask as integers')
-        whole = np.rint(part)
-        off = max(off, abs(part-whole).max())
-        # P8
-        if off>1e-3:
-            raise CTError(p, 'the mask holds fractions, not labels',
-                          'Threshold it, or export it as integers')
-        part[:] = whole
-    return ['labels rounded to whole numbers'] if off else []  # D10
+    "Take float noise off labels in place; a note if there was any"
+    noise = np.max([abs(part-np.rint(part)).max() for part in x])
+    if not noise<=1e-3:  # P8
+        raise CTError(p, 'the mask holds NaN or fractions, not labels',
+                      'Threshold it, or export it as integers')
+    np.rint(x, out=x)
+    return ['labels rounded to whole numbers']*bool(noise)  # D10
 
-# %% ../nbs/00_volume.ipynb #5c4cbd39
 def _labels(x, p, allowed) -> tuple:
     "Whole labels as uint8, and notes"
-    noted = _round(x, p) if x.dtype.kind=='f' else []
+    notes = _round(x, p) if x.dtype.kind=='f' else []
     lo,hi = x.min().item(),x.max().item()
-    found = np.unique(x) if hi-lo>1 else np.array(sorted({lo,hi}))
-    # P7
-    if lo<0:
-        raise CTError(p, f'the mask holds negative values (down to {found.min():g}): is it a CT?',
+    if lo<0:  # P7
+        raise CTError(p, f'the mask holds negative values (down to {lo:g}): is it a CT?',
                       'Give the mask file')
-    if not set(found.tolist())<=set(allowed):
-        hint = ' (0 and 255: divide by 255)' if set(found.tolist())=={0,255} else ''  # P11
+    found = (np.unique(x) if hi-lo>1 else np.unique([lo,hi])).tolist()
+    if not {*found}<={*allowed}:  # P5
+        hint = ' (0 and 255: divide by 255)' if found==[0,255] else ''  # P11
         listed = ', '.join(f'{o:g}' for o in found[:8])+(', …' if len(found)>8 else '')
         raise CTError(p, f'labels {listed}, expected only {", ".join(map(str,allowed))}{hint}',
-                      'Map the labels first')  # P5
-    return x.astype(np.uint8, copy=False),noted
+                      'Map the labels first')
+    return x.astype(np.uint8, copy=False),notes
 
 # %% ../nbs/00_volume.ipynb #1cc49345
 def check_same_grid(
@@ -766,18 +662,16 @@ def check_same_grid(
 ) -> list: # Notes on what was repaired
     "Raise `CTError` unless `mask` lies on the grid of `ct`"
     p,name = mask.source.path,ct.source.path.name if ct.source else 'the scan'
-    # P1
-    if mask.shape!=ct.shape:
-        raise CTError(p, f'its shape {mask.shape} is not that of {name}, {ct.shape} (slice, row, '
-                         f'column)', 'Give the mask of this scan')
+    if mask.shape!=ct.shape:  # P1
+        raise CTError(p, f'its shape {mask.shape} is not that of {name}, {ct.shape}',
+                      'Give the mask of this scan')
     corners = _corners(ct.shape)
     apart = abs(np.linalg.solve(ct.affine, mask.affine@corners)-corners).max()
-    if not apart<=.1:
-        cure = 'Give the mask of this scan, or resample it to the scan\'s grid'
-        raise CTError(p, f'its affine differs from that of {name} by {apart:.3g} voxels at a '
-                         f'corner', cure)  # P2, P3
-    if apart>1e-3: return [f'affine differed from the scan\'s by {apart:.2g} of a voxel']
-    return ['affine differed from the scan\'s by float noise'] if apart>1e-6 else []
+    if not apart<=.1:  # P2, P3
+        raise CTError(p, f'its affine differs from {name}\'s by {apart:.3g} voxels at a corner',
+                      'Give the mask of this scan, or resample it to its grid')
+    size = f'by {apart:.2g} of a voxel' if apart>1e-3 else 'by float noise'
+    return [f'affine differed from the scan\'s {size}'] if apart>1e-6 else []
 
 # %% ../nbs/00_volume.ipynb #db8103b3
 def open_mask(
@@ -786,14 +680,12 @@ def open_mask(
     labels=(0,1) # The labels it may hold
 ) -> Volume: # uint8 labels, canonical axes
     "Open a mask, on the grid of `like` if that is given"
-    with _memory(path):
+    with _opening(path):
         vol = _read(path, _mask_packing)
-        noted = []
-        if like is not None:
-            noted = check_same_grid(vol, like)
-            vol = replace(vol, affine=like.affine)
+        noted = [] if like is None else check_same_grid(vol, like)
         x,more = _labels(vol.data, vol.source.path, labels)
-    return replace(vol, data=x, notes=vol.notes+tuple(noted+more))
+    return replace(vol, data=x, affine=vol.affine if like is None else like.affine,
+                   notes=(*vol.notes,*noted,*more))
 
 # %% ../nbs/00_volume.ipynb #a4078428
 # a stand-in for this computer's name
@@ -821,8 +713,8 @@ def write_atomic(
         with open(fd, 'wb') as f: f.write(data); f.flush(); os.fsync(f.fileno())
         os.replace(tmp, path)
     except OSError as e:
-        fault = f'cannot be written ({e.strerror or e})'
-        raise CTError(path, fault, 'Check the folder, its permissions and the free space') from None
+        raise CTError(path, f'cannot be written ({e.strerror or e})',
+                      'Check the folder, its permissions and the free space') from None
     finally:
         if os.path.lexists(tmp): os.unlink(tmp)
         temps_here.discard(tmp.name)
@@ -830,11 +722,10 @@ def write_atomic(
 # %% ../nbs/00_volume.ipynb #ea8c3a3a
 def _write_nifti(img, path):
     "Write a nibabel image, packed if the name ends in .gz"
-    name = Path(path).name.lower()
-    if not name.endswith(('.nii','.nii.gz')):
+    if not is_nifti(path):
         raise CTError(path, 'the name does not end in .nii or .nii.gz', 'Choose such a name')
     data = img.to_bytes()
-    write_atomic(path, igzip.compress(data, mtime=0) if name.endswith('.gz') else data)
+    write_atomic(path, igzip.compress(data, mtime=0) if str(path).lower()[-3:]=='.gz' else data)
 
 # %% ../nbs/00_volume.ipynb #19ed750f
 def save_volume(

@@ -290,7 +290,7 @@ def test_one_prediction_at_a_time_in_a_folder(tmp_path, weights, world, capfd):
 @pytest.mark.promise('works')
 @pytest.mark.parametrize('error,words', [
     (CTError('x', 'is odd', 'Mend it'), 'is odd. Mend it.'), (MemoryError(), 'more memory than there is'), (RuntimeError('[enforce fail] DefaultCPUAllocator: can\'t allocate memory'), 'more memory'),
-    (OSError(5, 'Input/output error', 'x.nii'), 'Input/output error'), (RuntimeError('odd\nlines'), 'RuntimeError (odd lines)')], ids=lambda o: type(o).__name__)
+    (OSError(5, 'Input/output error', 'x.nii'), 'Input/output error'), (RuntimeError('odd\nlines'), 'RuntimeError: odd lines')], ids=lambda o: type(o).__name__)
 def test_a_bad_scan_costs_only_itself(world, weights, tmp_path, capfd, monkeypatch, error, words):
     "A scan that cannot be read, is too large for the memory, or fails in any foreseen way is named and counted; the others are segmented and the exit status is 1."
     real = covid3d.inference.segment

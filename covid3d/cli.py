@@ -31,8 +31,7 @@ def _arg(kind, help, **how): return Annotated[kind, typer.Argument(help=help, **
 class _Refused(typer.BadParameter):
     "Something on the command line that cannot work: the word or file, the fault and the remedy"
     def __init__(self, what, fault, remedy):
-        super().__init__(f'{what}: {fault}. {remedy}')
-        self.line = f'{what}: {fault}. {remedy}.'
+        super().__init__(f'{what}: {fault}. {remedy}.')
 
 # %% ../nbs/30_cli.ipynb #2b1534cc
 def _numbers(kind, n=None, low=-math.inf, rising=False):
@@ -79,6 +78,9 @@ _Out = _opt(str, 'Folder to write', '-o', '--out', metavar='DIR', callback=_writ
 _model = _exists('no such file', 'Give the model.safetensors that `covid3d train` wrote')
 _Weights = _opt(list[str], 'Trained model: a model.safetensors, or a folder of folds; repeat it '
     'for the mean of several', metavar='PATH', callback=_model)
+_no_scores = 'no such file or folder','Give a folder of covid3d evaluate, or its scores.csv'
+_Compare = _opt(list[str], 'Scores of another model on the same cases, its folder or scores.csv; '
+    'repeat it for several', metavar='PATH', callback=_exists(*_no_scores))
 _Device = _opt(str, 'cpu, cuda or mps (the best there is)', metavar='NAME')
 _Workers = _opt(int, 'Threads, each of which holds one scan in memory (2)', min=1, max=128)
 _Overwrite = _opt(bool, 'Replace what an earlier run of this command wrote', '--overwrite')
@@ -86,6 +88,9 @@ _Resume = _opt(bool, 'Continue an interrupted run, with the same options', '--re
 _Overlap = _opt(float, 'Overlap of neighbouring windows, as a fraction', min=0, max=.99)
 _Tolerance = _opt(float, 'Tolerance of the surface Dice, mm', min=.01, max=99)
 _Window = _opt(str, 'For scans of grey levels: what they show, LOW:HIGH in HU', metavar='LOW:HIGH')
+_scans_there = _exists('no such file or folder', 'Check the path')
+_Scans = typer.Argument(help='Scans: .nii, .nii.gz, DICOM folders, folders of them; a case table',
+                        metavar='SCAN', callback=_scans_there)
 _Split = Literal['train','valid','test']
 _Seed = _opt(int, 'Of everything that is random', min=0, max=2**32-1)
 
@@ -261,11 +266,10 @@ def _clear_demo(out, overwrite):
     "Remove a former demo; refuse a folder that holds anything else"
     from covid3d.callbacks import run_outputs
     from covid3d.files import Outputs, no_links
-    from covid3d.report import report_files
+    from covid3d.report import report_outputs
     from covid3d.phantom import phantom_outputs
     mine = Outputs(out, 'demo', 'demo.png', 'phantom_*_lesion.nii.gz')
-    parts = [phantom_outputs(out/'data'), run_outputs(out/'run'),
-             Outputs(out/'scores', 'evaluate', *report_files)]
+    parts = phantom_outputs(out/'data'),run_outputs(out/'run'),report_outputs(out/'scores')
     former = mine.listed
     if any(o.name[:8]!='.covid3d' for o in out.iterdir()) and not (former and overwrite):
         raise _Refused(out, 'exists already, and only a former demo is replaced',
@@ -332,6 +336,8 @@ def _download(
 
 # %% ../nbs/30_cli.ipynb #a7fc72ea
 _layouts = Literal['folder','coronacases','mosmed','covid1920','ricord']
+_any_layout = Literal['folder','plain','nnunet','dicom','coronacases','zenodo','kaggle','ricord',
+                      'mosmed','covid1920']
 
 @_command('Data')
 def _phantom(
@@ -356,9 +362,6 @@ def _names_or_fraction(given):
     return given or None
 
 # %% ../nbs/30_cli.ipynb #ee2e839f
-_any_layout = Literal['folder','plain','nnunet','dicom','coronacases','zenodo','kaggle','ricord',
-                      'mosmed','covid1920']
-
 @_command('Data')
 def _table(
     root: _arg(str, 'Folder of a public data set; or ct/ and infection_mask/; or nnU-Net’s layout; '
@@ -452,6 +455,7 @@ _run_only = _panel('Run',
     workers=_opt(int, 'Processes that draw patches (none on a CPU, up to 8 on a GPU)',
         min=0, max=128))
 
+# %% ../nbs/30_cli.ipynb #6246a22d
 @_command('Train', *_recipe_options)
 def _train(
     table: _Cases, out: _Out, config: _Recipe = None,
@@ -547,14 +551,11 @@ def _pretrain(
     _wrote(file, f' · next: covid3d train cases.csv --init {file} -o RUN')
 
 # %% ../nbs/30_cli.ipynb #0bc50b5d
-_no_scores = 'no such file or folder','Give a folder of covid3d evaluate, or its scores.csv'
-
 @_command('Use')
 def _evaluate(
     table: _Table, weights: _Weights, out: _Out,
     split: _opt(_Split, 'Cases to score') = 'test',
-    compare: _opt(list[str], 'Scores of another model on the same cases, its folder or scores.csv; '
-        'repeat it for several', metavar='PATH', callback=_exists(*_no_scores)) = None,
+    compare: _Compare = None,
     overlap: _Overlap = .5, tolerance: _Tolerance = 3.,
     score_class: _opt(str, 'Class to score, of several (the first)', metavar='NAME') = None,
     pictures: _opt(int, 'Pictures of the worst and of the best cases', min=0, max=99) = 3,
@@ -597,22 +598,17 @@ def _print_scores(df, others=None) -> int:
 
 # %% ../nbs/30_cli.ipynb #95d77b94
 def _tell_scan(row):
-    "A line for each mask of a scan, its notes, or its error"
+    "A line for a scan and for each of its notes, or its error"
     say = lambda line: print(_plain(line), file=sys.stderr, flush=True)
     if row['state']=='failed': say(row['error']); return
-    ml = {k[:-3]:v for k,v in row.items() if k.endswith('_ml') and v}
-    files,kept = row['masks'].split(' / '),' · already done'*(row['state']=='kept')
-    for (k,v),f in zip(ml.items(), files*len(ml)):
-        print(_plain(f'{row["scan"]} → {f} · {k} {float(v):.1f} ml{kept}'), flush=True)
+    ml = ', '.join(f'{k[:-3]} {float(v):.1f} ml' for k,v in row.items() if k.endswith('_ml') and v)
+    kept = ' · already done'*(row['state']=='kept')
+    print(_plain(f'{row["scan"]} → {row["masks"]} · {ml}{kept}'), flush=True)
     for n in filter(None, row['notes'].split(' · ')):
         if n.startswith('warning: '): say(f'{row["scan"]}: {n[9:]}')
         else: print(_plain(f'  note: {n}'), flush=True)
 
 # %% ../nbs/30_cli.ipynb #3d6186a7
-_scans_there = _exists('no such file or folder', 'Check the path')
-_Scans = typer.Argument(help='Scans: .nii, .nii.gz, DICOM folders, folders of them; a case table',
-                        metavar='SCAN', callback=_scans_there)
-
 @_command('Use')
 def _predict(
     weights: _Weights, out: _Out,
@@ -730,8 +726,8 @@ _limit = re.compile('(greater|less) than or equal to ([^ ]+)')
 
 def _usage_line(e) -> str:
     "What is wrong with the words of a command line"
-    if isinstance(e, _Refused): return f'{e.ctx.command_path if e.ctx else "covid3d"}: {e.line}'
     where,param = e.ctx.command_path if e.ctx else 'covid3d',getattr(e, 'param', None)
+    if isinstance(e, _Refused): return f'{where}: {e.message}'
     what,fault,remedy = '',e.format_message(),f'See {where} --help'
     if param:
         option = param.param_type_name=='option'

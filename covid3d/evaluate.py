@@ -8,14 +8,14 @@ Docs: https://covid3d.github.io/covid3d/evaluate.html.md"""
 __all__ = ['score_case', 'score_cases', 'evaluate_cases']
 
 # %% ../nbs/22_evaluate.ipynb #58713344
-import base64, hashlib, json, math, os, re, stat, sys, zlib
+import base64, hashlib, json, math, os, re, sys, zlib
 from pathlib import Path
 
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 
 from .cases import check_cases, told
-from .files import locked, read_bytes
+from .files import append, locked, read_bytes
 from .inference import Segmenter
 from .recipe import require_same
 from .report import Extremes, Snapshot, keep_inputs, report_outputs, write_report
@@ -157,22 +157,8 @@ class Journal:
         "Write a row, with its picture if that is one of the extremes"
         s = next((o for o in self.extremes.kept if o.case==row['case']), None)
         line = dict(key=_pair_digest(ct, mask), row=to_json(row), picture=s and _pack(s))
-        _append(self.path, json.dumps(line, allow_nan=False).encode()+b'\n')
-
-# %% ../nbs/22_evaluate.ipynb #3492832a
-def _append(path, line: bytes):
-    "Add a line to a regular file, all of it or nothing"
-    try:
-        more = (getattr(os, k, 0) for k in ('O_NOFOLLOW','O_NONBLOCK','O_BINARY'))
-        with open(os.open(path, os.O_WRONLY|os.O_APPEND|sum(more)), 'wb', buffering=0) as f:
-            was = os.fstat(f.fileno())
-            if not stat.S_ISREG(was.st_mode): raise OSError(22, 'it is not a regular file')
-            try:
-                if f.write(line)!=len(line): raise OSError(28, 'No space left on device')
-                os.fsync(f.fileno())
-            except OSError: os.ftruncate(f.fileno(), was.st_size); raise
-    except OSError as e:
-        raise _Unkept(path, f'cannot be written ({e.strerror or e})',
+        try: append(self.path, json.dumps(line, allow_nan=False).encode()+b'\n')
+        except OSError as e: raise _Unkept(self.path, f'cannot be written ({e.strerror or e})',
             'Make room, and give the same command again: it resumes') from None
 
 # %% ../nbs/22_evaluate.ipynb #985494e1
@@ -242,9 +228,9 @@ def evaluate_cases(
     settings = dict(weights=segmenter.digest, overlap=segmenter.overlap, tolerance=tolerance,
                     threshold=segmenter.threshold) | {'class':klass}
     keep_inputs(out, [*inputs, *(p for c in cases for p in (c.ct, *c.masks.values()))])
-    mine,j = report_outputs(out, True),Journal(out/'scores.jsonl', settings, keep)
+    mine,j = report_outputs(out),Journal(out/'scores.jsonl', settings, keep)
     with locked(out, folder=True):
-        if not j.path.exists(): mine.require(overwrite)
+        mine.require(overwrite or j.path.exists())
         mine.add('scores.jsonl')
         j.begin([c.name for c in cases], overwrite)
         notes = [class_note(segmenter.spec, klass)]

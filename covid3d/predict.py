@@ -19,9 +19,8 @@ from .cases import Case, bare_cell, read_cases, safe_cell, told, without_paths
 from .datasets import dicom_series
 from .dicom import is_nifti, pseudonym, read_slices
 from .dicom_seg import save_seg
-from .files import Outputs, locked, read_bytes
+from .files import Outputs, append, locked, read_bytes
 from .inference import Segmenter, out_of_memory
-from .weights import Seen
 from .transforms import body_ml
 from covid3d.volume import (CTError, Scarce, case_name, max_bytes, plain, save_mask, scan_digest,
     write_atomic)
@@ -185,10 +184,7 @@ class _Record:
     def add(self, row):
         "Append a row, all of it or nothing, and know it from now on"
         self.rows[row['scan']] = row
-        with open(self.path, 'ab', buffering=0) as f:
-            size = os.fstat(f.fileno()).st_size
-            try: f.write(self._text([row])); os.fsync(f.fileno())
-            except OSError: os.ftruncate(f.fileno(), size); raise
+        append(self.path, self._text([row]))
 
 # %% ../nbs/21_predict.ipynb #9000e4ae
 _other,_away = 'Choose another --out, or add --overwrite','Choose another --out, or move it away'
@@ -234,21 +230,14 @@ def _claim(out, names, made, overwrite):
 # %% ../nbs/21_predict.ipynb #47c1e069
 _beyond = 1.5  # times the largest lesion of the training, from which a scan gets a warning
 
-def _most_seen(seen) -> Seen:
-    "What the trainings of all weights held at most; None where none says"
-    found = [s for s in seen if s]
-    most = lambda k: max(getattr(s, k) for s in found)
-    return Seen(lesion_ml=most('lesion_ml'),
-                lesion_of_body=most('lesion_of_body')) if found else None
-
 def _unlike(masks, ct, seen) -> list:
     "Warnings for a scan with far more lesion than the training held"
-    if not seen: return []
+    held = lambda k: max((getattr(s, k) for s in seen if s), default=0)
+    most_ml,most = held('lesion_ml'),held('lesion_of_body')
     ml = masks[next(iter(masks))].sum()*ct.ml_per_voxel
     of_body,out = min(1., ml/max(body_ml(ct), 1e-9)),[]
-    if 0<seen.lesion_ml*_beyond<ml:
-        out.append(f'{ml:,.0f} ml, where training held {seen.lesion_ml:,.0f} at most')
-    most = seen.lesion_of_body
+    if 0<most_ml*_beyond<ml:
+        out.append(f'{ml:,.0f} ml, where training held {most_ml:,.0f} at most')
     if 0<most*_beyond<of_body:
         out.append(f'{of_body:.0%} of the body, where training held {most:.0%} at most')
     advice = 'look whether the scan is of a kind that the network knows'
@@ -326,7 +315,7 @@ def predict_scans(
     settings = f'overlap={segmenter.overlap:g} threshold={segmenter.threshold:g} format={format}'
     made = dict(weights=segmenter.digest, settings=settings)
     job = dict(segmenter=segmenter, out=out, format=format, bar=bar, window=already_windowed,
-               overwrite=overwrite, made=made, seen=_most_seen(segmenter.seen))
+               overwrite=overwrite, made=made, seen=segmenter.seen)
     rows = []
     with locked(out):
         _claim(out, names, made, overwrite)

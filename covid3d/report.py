@@ -226,11 +226,9 @@ def _draw_all(out, drawings) -> tuple:
 report_files = ('index.html','scores.csv','summary.csv','report.json','scores.jsonl','scores.png',
     'volumes.png', *(f'{k}_{n}.png' for k in ('worst','best') for n in ('[1-9]','[1-9][0-9]')))
 
-def report_outputs(out: Path, overwrite: bool) -> Outputs:
-    "The list of the report's files in `out`; ours are refused unless `overwrite`"
-    mine = Outputs(out, 'evaluate', *report_files)
-    mine.require(overwrite)
-    return mine
+def report_outputs(out) -> Outputs:
+    "The list of the report's files in the folder `out`"
+    return Outputs(out, 'evaluate', *report_files)
 
 def keep_inputs(out, inputs):
     "Refuse an input that a report in `out` would replace; None among them is passed over"
@@ -272,8 +270,9 @@ def write_report(
 ) -> Path: # The page
     "Scores, summary, pictures and one page"
     out,df,against = Path(out),score_table(df),against or {}
-    mine = report_outputs(out, overwrite)
+    mine = report_outputs(out)
     with locked(out, folder=True):
+        mine.require(overwrite)
         facts = _facts(df, t := summarise(df), title, against, about or {}, notes)
         drawings = [*_drawings(df, {name:df} | against, extremes)]
         _write_numbers(mine, df, t, facts, [k for k,*_ in drawings])

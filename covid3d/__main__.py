@@ -11,31 +11,26 @@ __all__ = ['start']
 import sys
 
 # %% ../nbs/31_main.ipynb #58efa67e
-_scarce = 'covid3d: out of memory. Close other programs, or raise the limit.'
-
-class _Broken(Exception):
-    "The library cannot be imported"
-
-def _imported():
-    "`covid3d.cli.main`; `_Broken` with the cause if that fails"
+def _import():
+    "`covid3d.cli.main`; the process ends if it cannot be imported"
     try: from covid3d.cli import main
     except MemoryError: raise
     except Exception as e:
         while e.__cause__: e = e.__cause__  # what the system said
-        raise _Broken(' '.join(f'{type(e).__name__} {e}'.split())[:200]) from None
+        why = ' '.join(f'{type(e).__name__} {e}'.split())[:200]
+        print(f'covid3d: cannot be started ({why}). Close other programs, or install it again.',
+              file=sys.stderr)
+        sys.exit(3)
     return main
 
-# %% ../nbs/31_main.ipynb #ebdd68fc
 def start(
     argv=None # Words of the command line; those of the process if None
 ) -> int: # Exit status
     "The `covid3d` command"
-    try: return _imported()(argv)
+    try: return _import()(argv)
     except KeyboardInterrupt: print('stopped', file=sys.stderr); return 130
-    except MemoryError: print(_scarce, file=sys.stderr); return 3  # no room even for the message of `main`
-    except _Broken as e:
-        print(f'covid3d: cannot be started ({e}). Close other programs, or install it again.',
-              file=sys.stderr)
+    except MemoryError:  # no room even for the message of `main`
+        print('covid3d: out of memory. Close other programs, or raise the limit.', file=sys.stderr)
         return 3
 
 # %% ../nbs/31_main.ipynb #506290bb

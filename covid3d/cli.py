@@ -8,7 +8,7 @@ Docs: https://covid3d.github.io/covid3d/cli.html.md"""
 __all__ = ['app', 'main']
 
 # %% ../nbs/30_cli.ipynb #1beeb8ed
-import codecs, errno, functools, inspect, math, os, re, shutil, sys, time, warnings
+import codecs, errno, functools, inspect, math, os, re, sys, time, warnings
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,8 +31,7 @@ def _arg(kind, help, **how): return Annotated[kind, typer.Argument(help=help, **
 class _Refused(typer.BadParameter):
     "Something on the command line that cannot work: the word or file, the fault and the remedy"
     def __init__(self, what, fault, remedy):
-        super().__init__(f'{what}: {fault}. {remedy}')
-        self.line = f'{what}: {fault}. {remedy}.'
+        super().__init__(f'{what}: {fault}. {remedy}.')
 
 # %% ../nbs/30_cli.ipynb #2b1534cc
 def _numbers(kind, n=None, low=-math.inf, rising=False):
@@ -79,6 +78,9 @@ _Out = _opt(str, 'Folder to write', '-o', '--out', metavar='DIR', callback=_writ
 _model = _exists('no such file', 'Give the model.safetensors that `covid3d train` wrote')
 _Weights = _opt(list[str], 'Trained model: a model.safetensors, or a folder of folds; repeat it '
     'for the mean of several', metavar='PATH', callback=_model)
+_no_scores = 'no such file or folder','Give a folder of covid3d evaluate, or its scores.csv'
+_Compare = _opt(list[str], 'Scores of another model on the same cases, its folder or scores.csv; '
+    'repeat it for several', metavar='PATH', callback=_exists(*_no_scores))
 _Device = _opt(str, 'cpu, cuda or mps (the best there is)', metavar='NAME')
 _Workers = _opt(int, 'Threads, each of which holds one scan in memory (2)', min=1, max=128)
 _Overwrite = _opt(bool, 'Replace what an earlier run of this command wrote', '--overwrite')
@@ -86,6 +88,9 @@ _Resume = _opt(bool, 'Continue an interrupted run, with the same options', '--re
 _Overlap = _opt(float, 'Overlap of neighbouring windows, as a fraction', min=0, max=.99)
 _Tolerance = _opt(float, 'Tolerance of the surface Dice, mm', min=.01, max=99)
 _Window = _opt(str, 'For scans of grey levels: what they show, LOW:HIGH in HU', metavar='LOW:HIGH')
+_scans_there = _exists('no such file or folder', 'Check the path')
+_Scans = typer.Argument(help='Scans: .nii, .nii.gz, DICOM folders, folders of them; a case table',
+                        metavar='SCAN', callback=_scans_there)
 _Split = Literal['train','valid','test']
 _Seed = _opt(int, 'Of everything that is random', min=0, max=2**32-1)
 
@@ -104,8 +109,6 @@ _essential = dict(
         metavar='SIZE'))
 
 # %% ../nbs/30_cli.ipynb #eb3b96fa
-_tail = 'Data','Network','Optimisation','Run'
-
 def _panel(name, **options):
     "Put options into a panel of the help"
     for o in options.values(): o.__metadata__[0].rich_help_panel = name
@@ -196,7 +199,7 @@ def _check_args(args):
 class _Command(TyperCommand):
     "A command whose `--help` shows the essentials, if it has many options"
     def format_help(self, ctx, formatter):
-        tail = [p for p in self.params if getattr(p, 'rich_help_panel', None) in _tail]
+        tail = [p for p in self.params if p.rich_help_panel]
         if len(self.params)<16 or ctx.meta.get('all'): tail = []
         for p in tail: p.hidden = True
         more = f'{ctx.command_path} --help-all shows {len(tail)} more options.'
@@ -228,10 +231,9 @@ def _signature(f, recipe):
     "The parameters of `f` with those of the recipe after the required ones, and the common ones"
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(f).parameters.values()
            if p.kind is not p.VAR_KEYWORD]
-    first = [p for p in own if p.default is p.empty or p.name=='config']
-    rest = [p for p in own if p not in first]
+    n = sum(p.default is p.empty or p.name=='config' for p in own)
     options = _new({k:_recipe_options[k] for k in recipe}, None)
-    return inspect.Signature([*first, *options, *rest, *_new(_common, False)])
+    return inspect.Signature([*own[:n], *options, *own[n:], *_new(_common, False)])
 
 # %% ../nbs/30_cli.ipynb #43fe7bbc
 def _command(panel, *recipe):
@@ -249,48 +251,35 @@ def _command(panel, *recipe):
 
 # %% ../nbs/30_cli.ipynb #8dddd6f8
 def _find_device(name):
-    "A device that this machine has; the best if `name` is None"
+    "A device that this machine has; None, for the best one, stays"
+    if name is None: return
     import torch
-    if name is None: return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         x = torch.ones(1, device=name)
         if (x+x).item()==2: return x.device  # `meta` has no values, and fails here
     except Exception: pass  # each kind of device that is missing has its own error
-    remedy = 'Use --device cpu, or leave it out'
-    raise _Refused('--device', f'{name!r} is not available on this machine', remedy)
+    raise _Refused('--device', f'{name!r} is not available on this machine',
+                   'Use --device cpu, or leave it out')
 
 # %% ../nbs/30_cli.ipynb #a8dc381f
 def _clear_demo(out, overwrite):
     "Remove a former demo; refuse a folder that holds anything else"
     from covid3d.callbacks import run_outputs
     from covid3d.files import Outputs, no_links
-    from covid3d.report import report_files
+    from covid3d.report import report_outputs
     from covid3d.phantom import phantom_outputs
     mine = Outputs(out, 'demo', 'demo.png', 'phantom_*_lesion.nii.gz')
-    data,scores = phantom_outputs(out/'data'),Outputs(out/'scores', 'evaluate', *report_files)
-    if not mine.listed and any(not o.name.startswith('.covid3d') for o in out.iterdir()):
-        fault = 'exists already and is not the folder of a demo'
-        raise _Refused(out, fault, 'Choose another --out')
-    if mine.listed and not overwrite:
-        remedy = 'Choose another --out, or add --overwrite to replace a former demo'
-        raise _Refused(out, 'exists already', remedy)
+    parts = phantom_outputs(out/'data'),run_outputs(out/'run'),report_outputs(out/'scores')
+    former = mine.listed
+    if any(o.name[:8]!='.covid3d' for o in out.iterdir()) and not (former and overwrite):
+        raise _Refused(out, 'exists already, and only a former demo is replaced',
+                       'Choose another --out, or add --overwrite to replace a former demo')
     no_links(out, 'data/', 'run/', 'scores/')
-    for o in (mine, data, scores, run_outputs(out/'run')): o.require(True)
+    for o in (mine, *parts): o.require(True)
     mine.add('demo.png')
-    for o in (data, scores, run_outputs(out/'run')): o.clear()
-    for k in mine.listed: (out/k).unlink(missing_ok=True)
-
-# %% ../nbs/30_cli.ipynb #f99679db
-def _show_one(segmenter, case, score, out):
-    "Segment a scan, write its mask and its picture, the reference beside the prediction"
-    from covid3d.files import Outputs
-    from covid3d.learner import save_figure, show_slices
-    seg = segmenter(case)
-    Outputs(out, 'demo', 'phantom_*_lesion.nii.gz').add(f'{case.name}_lesion.nii.gz')
-    seg.save(out/f'{case.name}_lesion.nii.gz')
-    masks = dict(reference=case.open_mask('lesion', seg.ct), prediction=seg.masks['lesion'])
-    fig = show_slices(seg.ct, masks, n=5, title=f'{case.name}: Dice {score:.2f}')
-    save_figure(fig, out/'demo.png')
+    for o in parts: o.clear()
+    for k in former: (out/k).unlink(missing_ok=True)
+    return mine
 
 # %% ../nbs/30_cli.ipynb #dd9ada83
 @_command('Start here')
@@ -303,35 +292,33 @@ def _demo(
     "See it all on synthetic CT: train, score, segment. Takes some minutes."
     from covid3d.files import locked
     with locked(out, folder=True):
-        _clear_demo(Path(out), overwrite)
-        return _run_demo(Path(out), n, seed, time.time())
+        mine = _clear_demo(Path(out), overwrite)
+        return _run_demo(Path(out), mine, n, seed, time.time())
 
 # %% ../nbs/30_cli.ipynb #6fd01d02
-def _run_demo(out, n, seed, start):
+def _run_demo(out, mine, n, seed, start):
     "The four steps"
-    from covid3d.evaluate import score_cases
-    from covid3d.report import Extremes, write_report
-    from covid3d.learner import read_cases, train, write_phantoms
+    from covid3d.evaluate import evaluate_cases
+    from covid3d.learner import read_cases, save_figure, show_slices, train, write_phantoms
     from covid3d.recipe import Recipe
-    recipe,keep = Recipe.load('small').but(seed=seed),Extremes()
+    recipe = Recipe.load('small').but(seed=seed)
     print(f'1  synthetic scans: {n} of 96×256×256 voxels')
     table = write_phantoms(out/'data', n, seed)
-    spec = recipe.spec
-    spacing,patch = ('×'.join(f'{o:g}' for o in v) for v in (spec.spacing, spec.patch))
-    how = f'r3d_18 of width {recipe.network.width} (of 64), random weights'
-    print(f'2  training: spacing {spacing} mm, patch {patch}, {how}')
-    learn = train(table, out/'run', recipe)
+    print(f'2  training: r3d_18 of width {recipe.network.width} (of 64), random weights')
+    segmenter = train(table, out/'run', recipe).segmenter()
     print('3  scores on unseen scans, each on its own grid')
-    test,segmenter = read_cases(table, 'test'),learn.segmenter()
-    df = score_cases(segmenter, test, each=keep)
-    page = write_report(df, out/'scores', 'Demo: synthetic chests', keep)
-    _print_scores(df, '   ')
-    _show_one(segmenter, test[0], df.dice[0], out)
-    mean = f'{df.dice.mean():.3f} over {df.dice.notna().sum()} unseen phantoms'
-    print(f'   mean whole-scan Dice {mean} · {time.time()-start:.0f} s')
-    print(f'4  {out/f"{test[0].name}_lesion.nii.gz"}, {out/"run"/"model.safetensors"} and {page}')
+    test = read_cases(table, 'test')
+    df,page,_ = evaluate_cases(segmenter, test, out/'scores', title='Demo: synthetic chests')
+    status = _print_scores(df)
+    mask,seg = out/f'{test[0].name}_lesion.nii.gz',segmenter(test[0])
+    mine.add(mask.name)
+    seg.save(mask)
+    masks = dict(reference=test[0].open_mask('lesion', seg.ct), prediction=seg.masks['lesion'])
+    title = f'{test[0].name}: Dice {df.dice[0]:.2f}'
+    save_figure(show_slices(seg.ct, masks, n=5, title=title), out/'demo.png')
+    print(f'4  {mask}, {out/"run"/"model.safetensors"} and {page}, after {time.time()-start:.0f} s')
     _wrote(out/'demo.png')
-    return int((df.error!='').any())
+    return status
 
 # %% ../nbs/30_cli.ipynb #1eac9b46
 @_command('Data')
@@ -348,37 +335,9 @@ def _download(
     _wrote(fetch_coronacases(out), f' · next: covid3d table {out} -o cases.csv')
 
 # %% ../nbs/30_cli.ipynb #a7fc72ea
-_corona = 'COVID-19-CT-Seg_20cases','Infection_Mask','Lung_Mask'
-_trees = dict(coronacases=[f'{d}/*.nii.gz' for d in _corona],
-              covid1920=['COVID-19-20_v2/*/volume-covid19-A-*.nii.gz'],
-              mosmed=['studies/CT-[0-4]/study_*.nii.gz','masks/study_*_mask.nii.gz'],
-              ricord=['MIDRC-RICORD-1A/MIDRC-RICORD-1A-419639-*/*/*/1-*.dcm',
-                      'MIDRC-RICORD-1a_annotations_labelgroup_all_2020-Dec-8.json'])
-
-# %% ../nbs/30_cli.ipynb #77c743b2
-def _write_layout(layout, out, n, seed, overwrite):
-    "Phantoms as another data set has them; only what we wrote is replaced"
-    from covid3d.files import Outputs, locked
-    from covid3d.layouts import write_layout
-    from covid3d.phantom import phantom
-    from covid3d.volume import CTError, temp_beside, temps_here
-    mine,draft = Outputs(out, 'phantom', *_trees[layout]),temp_beside(out/'draft')
-    with locked(out, folder=True):
-        mine.require(overwrite)
-        try:
-            write_layout([phantom(seed+i) for i in range(n)], draft, layout)
-            names = sorted(p.relative_to(draft).as_posix() for p in draft.rglob('*') if p.is_file())
-            mine.clear(); mine.add(*names)
-            for k in names:
-                (out/k).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(draft/k, out/k)
-        except OSError as e:
-            remedy = 'Check its permissions and the free space'
-            raise CTError(out, f'cannot be written ({e.strerror or e})', remedy) from None
-        finally: shutil.rmtree(draft, ignore_errors=True); temps_here.discard(draft.name)
-
-# %% ../nbs/30_cli.ipynb #8a578822
 _layouts = Literal['folder','coronacases','mosmed','covid1920','ricord']
+_any_layout = Literal['folder','plain','nnunet','dicom','coronacases','zenodo','kaggle','ricord',
+                      'mosmed','covid1920']
 
 @_command('Data')
 def _phantom(
@@ -390,10 +349,10 @@ def _phantom(
     overwrite: _Overwrite = False
 ):
     "Write synthetic chest CTs with lesions, their masks and their case table."
+    from covid3d.layouts import phantom_layout
     from covid3d.phantom import write_phantoms
-    if seed is None: seed = 100_000*[*_trees].index(layout) if layout in _trees else 0
-    if layout=='folder': _wrote(write_phantoms(out, n, seed, overwrite=overwrite)); return
-    _write_layout(layout, Path(out), n, seed, overwrite)
+    if layout=='folder': _wrote(write_phantoms(out, n, seed or 0, overwrite=overwrite)); return
+    phantom_layout(Path(out), layout, n, seed, overwrite)
     _wrote(out, f' · next: covid3d table {out} -o cases.csv')
 
 # %% ../nbs/30_cli.ipynb #fc2b35be
@@ -403,9 +362,6 @@ def _names_or_fraction(given):
     return given or None
 
 # %% ../nbs/30_cli.ipynb #ee2e839f
-_any_layout = Literal['folder','plain','nnunet','dicom','coronacases','zenodo','kaggle','ricord',
-                      'mosmed','covid1920']
-
 @_command('Data')
 def _table(
     root: _arg(str, 'Folder of a public data set; or ct/ and infection_mask/; or nnU-Net’s layout; '
@@ -428,9 +384,9 @@ def _table(
     out = Path(out)
     _writable(out.parent); require_table(out, overwrite)
     given = dict(already_windowed=already_windowed, annotations=annotations, labels=labels,
-                 agree=agree)
-    splits = dict(valid=_names_or_fraction(valid), test=_names_or_fraction(test))
-    _write_table(root, out, layout, seed=seed, **splits, **{k:v for k,v in given.items() if v})
+        agree=agree, valid=_names_or_fraction(valid), test=_names_or_fraction(test))
+    given = {k:v for k,v in given.items() if v not in ('',None,[])}
+    _write_table(root, out, layout, seed=seed, **given)
 
 # %% ../nbs/30_cli.ipynb #ea66ef70
 def _write_table(root, out, layout, **options):
@@ -446,8 +402,7 @@ def _write_table(root, out, layout, **options):
         df = case_table(root, layout, **options)
         write_cases(df, out)
     for n in df.attrs['notes']: print('note:', n)
-    n = df.split.value_counts()
-    counts = ', '.join(f'{v} {k or "without a split"}' for k,v in n.items())
+    counts = ', '.join(f'{n} {k or "without a split"}' for k,n in df.split.value_counts().items())
     _wrote(out, f' · {layout} · {counts}')
     if (df.split=='').all():
         print('no case has a split: covid3d predict takes the table, training needs lesion masks')
@@ -470,8 +425,7 @@ def _check(
     lines = report_table([r for r in reports if r.case!='the table'])
     print(lines.to_string(index=False), end='\n\n')
     for f in found: print(f)
-    counts = ', '.join(f'{v} {k}{"s"[:v!=1]}' for k,v in n.items())
-    print(f'{sum(r.case!="the table" for r in reports)} cases · {counts}')
+    print(f'{len(lines)} cases · '+', '.join(f'{v} {k}{"s"[:v!=1]}' for k,v in n.items()))
     return int(n['error']>0)
 
 # %% ../nbs/30_cli.ipynb #77487dbd
@@ -484,15 +438,14 @@ def _prepare(table: _Table, out: _Out, workers: _Workers = None, **spec):
     from covid3d.volume import CTError
     spec = CTSpec(**spec)
     done = prepare_table(table, out, spec, workers)
-    failed = [o for o in done if isinstance(o, CTError)]
-    for e in failed: print(e, file=sys.stderr)
-    mb = sum(o.nbytes for o in done if not isinstance(o, CTError))/1e6
-    unlabelled = sum(o.startswith('without') for o in _read_csv(Path(out)/'cases.csv').not_prepared)
-    many,classes = f'{unlabelled} scan{"s"[:unlabelled!=1]}',', '.join(spec.classes)
-    if unlabelled: print(f'note: {many} without a mask of {classes}: not prepared')
-    size = f'{len(done)-len(failed)} of {len(done)} cases, {mb:,.0f} MB'
+    good = [o for o in done if not isinstance(o, CTError)]
+    for e in done:
+        if isinstance(e, CTError): print(e, file=sys.stderr)
+    n = sum(o.startswith('without') for o in _read_csv(Path(out)/'cases.csv').not_prepared)
+    if n: print(f'note: {n} without a mask of {", ".join(spec.classes)}: not prepared')
+    size = f'{len(good)} of {len(done)} cases, {sum(o.nbytes for o in good)/1e6:,.0f} MB'
     _wrote(out, f' · {size} · next: covid3d train {out} -o RUN')
-    return int(bool(failed))
+    return int(len(good)<len(done))
 
 # %% ../nbs/30_cli.ipynb #2c003adf
 _run_only = _panel('Run',
@@ -502,6 +455,7 @@ _run_only = _panel('Run',
     workers=_opt(int, 'Processes that draw patches (none on a CPU, up to 8 on a GPU)',
         min=0, max=128))
 
+# %% ../nbs/30_cli.ipynb #6246a22d
 @_command('Train', *_recipe_options)
 def _train(
     table: _Cases, out: _Out, config: _Recipe = None,
@@ -597,14 +551,11 @@ def _pretrain(
     _wrote(file, f' · next: covid3d train cases.csv --init {file} -o RUN')
 
 # %% ../nbs/30_cli.ipynb #0bc50b5d
-_no_scores = 'no such file or folder','Give a folder of covid3d evaluate, or its scores.csv'
-
 @_command('Use')
 def _evaluate(
     table: _Table, weights: _Weights, out: _Out,
     split: _opt(_Split, 'Cases to score') = 'test',
-    compare: _opt(list[str], 'Scores of another model on the same cases, its folder or scores.csv; '
-        'repeat it for several', metavar='PATH', callback=_exists(*_no_scores)) = None,
+    compare: _Compare = None,
     overlap: _Overlap = .5, tolerance: _Tolerance = 3.,
     score_class: _opt(str, 'Class to score, of several (the first)', metavar='NAME') = None,
     pictures: _opt(int, 'Pictures of the worst and of the best cases', min=0, max=99) = 3,
@@ -612,114 +563,52 @@ def _evaluate(
     device: _Device = None, overwrite: _Overwrite = False
 ):
     "Score a model on scans with masks: a report with intervals and pictures."
-    from covid3d.evaluate import evaluate_cases
-    from covid3d.statistics import check_same_cases, read_scores
-    files = _labels(compare or [])
-    others = {k:read_scores(p) for k,p in files.items()}
-    segmenter = _segmenter(weights, device, overlap)
-    klass = _class_of(segmenter.spec, score_class)
-    cases = _cases_to_score(table, split, segmenter, klass, out, [*files.values(), *weights])
+    from covid3d.cases import read_cases
+    from covid3d.evaluate import class_note, evaluate_cases
+    from covid3d.statistics import check_same_cases, read_others
+    others,segmenter = read_others(compare or []),_segmenter(weights, device, overlap)
+    classes,klass = segmenter.classes,score_class or segmenter.spec.lesion
+    if klass not in classes: raise _Refused('--score-class', f'the weights do not find {klass!r}',
+                                            f'Give {" or ".join(classes)}')
+    cases = read_cases(table, split, dict.fromkeys((*classes,'lung')), (klass,))
     for o in others.values(): check_same_cases([c.name for c in cases], o.case)
     about = dict(weights=', '.join(Path(o).name for o in weights), table=Path(table).name,
                  split=split, overlap=overlap, **{'class':klass})
-    told = dict(title=title, against=others, about=about)
-    check = lambda: _told_before(cases, klass, segmenter)
-    found = evaluate_cases(segmenter, cases, out, tolerance, klass, pictures, overwrite,
-                           check, **told)
-    return _print_report(*found, others, segmenter.spec, klass)
+    df,page,kept = evaluate_cases(segmenter, cases, out, tolerance, klass, pictures, overwrite,
+        True, [table, *weights, *(compare or [])], title=title, against=others, about=about)
+    if kept: print(f'{kept} of {len(df)} cases were scored before and are kept')
+    if note := class_note(segmenter.spec, klass): print(note)
+    status = _print_scores(df, others)
+    _wrote(page)
+    return status
 
-# %% ../nbs/30_cli.ipynb #5ab2e341
+# %% ../nbs/30_cli.ipynb #5a5083d3
 def _segmenter(weights, device, overlap):
     "The network of a file or folder, or several as one, on a device"
     from covid3d.inference import Segmenter
     paths = weights[0] if len(weights)==1 else weights
     return Segmenter.load(paths, _find_device(device), overlap=overlap)
 
-# %% ../nbs/30_cli.ipynb #c1ea0aad
-def _cases_to_score(table, split, segmenter, klass, out, files):
-    "The cases of a split; no file that is read here may be written"
-    from covid3d.cases import read_cases
-    from covid3d.report import keep_inputs
-    cases = read_cases(table, split, dict.fromkeys((*segmenter.classes,'lung')), (klass,))
-    keep_inputs(out, [table, *files, *(p for c in cases for p in (c.ct, *c.masks.values()))])
-    return cases
-
-def _class_of(spec, klass) -> str:
-    if klass is None or klass in spec.classes: return klass or spec.lesion
-    remedy = f'Give {" or ".join(spec.classes)}'
-    raise _Refused('--score-class', f'the weights do not find {klass!r}', remedy)
-
-def _told_before(cases, klass, segmenter) -> str:
-    "Print the warnings of the check; say which cases the weights know"
-    from covid3d.cases import check_cases
-    from covid3d.evaluate import seen_note
-    reports = check_cases(cases, (klass,))
-    for f in (f for r in reports for f in r.findings):
-        if f.level=='warning': print(f, file=sys.stderr)
-    known = segmenter.seen and all(o and o.scans for o in segmenter.seen)  # each file tells
-    seen = {d for o in segmenter.seen for d in o.scans} if known else None
-    note = seen_note({r.case:r.digest for r in reports if r.digest}, seen)
-    if note and known: print(f'warning: {note}', file=sys.stderr)
-    return note
-
-# %% ../nbs/30_cli.ipynb #b49a422d
-def _labels(paths) -> dict:
-    "Names for other models' scores: their folders, with the one above where two are the same"
-    folders = [(Path(p) if Path(p).is_dir() else Path(p).parent).resolve() for p in paths]
-    alone = lambda f: sum(f.name==o.name for o in folders)==1
-    names = [_plain(f.name if alone(f) else '/'.join(f.parts[-2:])) for f in folders]
-    if len({*names})<len(names):
-        raise _Refused('--compare', 'two of the folders have the same name', 'Rename one')
-    return dict(zip(names, paths))
-
-def _difference(c) -> str:
-    "The difference in Dice to another model, or why there is none"
-    from covid3d.statistics import span, too_few
-    if isinstance(c, str) or 'p' not in c[0]: return c if isinstance(c, str) else c[0]['reason']
-    c = c[0]; interval = span(c['low'], c['high'], none=too_few)
-    if not interval.startswith('no'): interval = f'95 % interval {interval}'
-    n = c['family']
-    more = f', {c["p_holm"]:.3f} by Holm for {n} comparisons' if n>1 else ''
-    return f'Dice {c["difference"]:+.3f} ({interval}), p = {c["p"]:.3f}{more}, {c["n"]} cases'
-
-# %% ../nbs/30_cli.ipynb #b9b9d416
-def _print_scores(df, indent=''):
-    "A line for each case; what failed goes to stderr"
-    for r in df.itertuples():
-        ml = f'{r.predicted_ml:.0f} ml, reference {r.reference_ml:.0f} ml' if not r.error else ''
-        line = r.error or f'{r.case}  Dice {r.dice:.3f}  {ml}'
-        print(indent+_plain(line), file=sys.stderr if r.error else sys.stdout)
-
-def _print_report(df, page, kept, others, spec, klass) -> int:
-    "What an evaluation found, in a few lines"
-    from covid3d.evaluate import class_note
-    from covid3d.statistics import compare_all, headline
-    if kept: print(f'{kept} of {len(df)} cases were scored before and are kept')
-    _print_scores(df)
-    if note := class_note(spec, klass): print(note)
-    for k,c in compare_all(df, others).items(): print(f'against {k}: {_difference(c)}')
-    print(headline(df))
-    _wrote(page)
+def _print_scores(df, others=None) -> int:
+    "What was measured; what failed goes to stderr"
+    from covid3d.statistics import score_lines
+    for o in df.error[df.error!='']: print(_plain(o), file=sys.stderr)
+    for o in score_lines(df, others): print(_plain(o))
     return int((df.error!='').any())
 
 # %% ../nbs/30_cli.ipynb #95d77b94
 def _tell_scan(row):
-    "A line for each mask of a scan, its notes, or its error"
+    "A line for a scan and for each of its notes, or its error"
     say = lambda line: print(_plain(line), file=sys.stderr, flush=True)
-    if row['state']=='failed': say(row['line']); return
-    ml = {k[:-3]:v for k,v in row.items() if k.endswith('_ml') and v}
-    files,kept = row['masks'].split(' / '),' · already done'*(row['state']=='kept')
-    for (k,v),f in zip(ml.items(), files*len(ml)):
-        print(_plain(f'{row["scan"]} → {f} · {k} {float(v):.1f} ml{kept}'), flush=True)
+    if row['state']=='failed': say(row['error']); return
+    ml = ', '.join(f'{k[:-3]} {float(v):.1f} ml' for k,v in row.items() if k.endswith('_ml') and v)
+    kept = ' · already done'*(row['state']=='kept')
+    print(_plain(f'{row["scan"]} → {row["masks"]} · {ml}{kept}'), flush=True)
     for n in filter(None, row['notes'].split(' · ')):
         if n.startswith('warning: '): say(f'{row["scan"]}: {n[9:]}')
         else: print(_plain(f'  note: {n}'), flush=True)
 
 # %% ../nbs/30_cli.ipynb #3d6186a7
-_scans_there = _exists('no such file or folder', 'Check the path')
-_Scans = typer.Argument(help='Scans: .nii, .nii.gz, DICOM folders, folders of them; a case table',
-                        metavar='SCAN', callback=_scans_there)
-
 @_command('Use')
 def _predict(
     weights: _Weights, out: _Out,
@@ -795,8 +684,6 @@ def _covid3d(
     "Find COVID-19 lesions in chest CT with a 3D U-Net on a video encoder."
 
 # %% ../nbs/30_cli.ipynb #6f44c626
-def _in_words(m): return f'--init {"kinetics" if m[1]=="True" else "random"}'
-
 _scarce = 'out of memory','allocate',"can't start new thread",'failed to map segment'
 
 def _is_scarce(e) -> bool:
@@ -804,10 +691,7 @@ def _is_scarce(e) -> bool:
     told = isinstance(e, (RuntimeError,ImportError,OSError)) and any(o in str(e) for o in _scarce)
     return told or isinstance(e, MemoryError)
 
-def _is_ours(e) -> bool:
-    "Whether it is a `CTError`, whose module may not be loaded"
-    volume = sys.modules.get('covid3d.volume')
-    return volume is not None and isinstance(e, volume.CTError)
+def _is_ours(e) -> bool: return hasattr(e, 'fault')  # a `CTError`, whose module may not be loaded
 
 def _options(words) -> set:
     "Names of the parameters of the command that `words` begin with"
@@ -820,12 +704,12 @@ def _one_line(e, options=()) -> str:
     if _is_ours(e):
         what = _plain(e.what)
         if what in options: what = '--'+what.replace('_', '-')
-        return re.sub(r'pretrained=(True|False)', _in_words, f'{what}: {e.fault}. {e.cure}.')
+        cure = e.cure.replace('pretrained=True', '--init kinetics')
+        return f'{what}: {e.fault}. {cure.replace("pretrained=False", "--init random")}.'
     if _is_scarce(e):
         smaller = ' or '.join(f'--{k}' for k in ('patch','bs') if k in options)
-        remedy = 'Close other programs, or raise the limit'
-        if smaller: remedy = f'Use a smaller {smaller}'
-        return f'out of memory. {remedy}.'
+        other = 'Close other programs, or raise the limit'
+        return f'out of memory. {f"Use a smaller {smaller}" if smaller else other}.'
     if isinstance(e, OSError) and e.errno==errno.EMFILE:
         return 'too many files are open at once. Raise the limit with ulimit -n.'
     if isinstance(e, OSError) and e.strerror:
@@ -842,8 +726,8 @@ _limit = re.compile('(greater|less) than or equal to ([^ ]+)')
 
 def _usage_line(e) -> str:
     "What is wrong with the words of a command line"
-    if isinstance(e, _Refused): return f'{e.ctx.command_path if e.ctx else "covid3d"}: {e.line}'
     where,param = e.ctx.command_path if e.ctx else 'covid3d',getattr(e, 'param', None)
+    if isinstance(e, _Refused): return f'{where}: {e.message}'
     what,fault,remedy = '',e.format_message(),f'See {where} --help'
     if param:
         option = param.param_type_name=='option'

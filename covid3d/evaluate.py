@@ -8,18 +8,20 @@ Docs: https://covid3d.github.io/covid3d/evaluate.html.md"""
 __all__ = ['score_case', 'score_cases', 'evaluate_cases']
 
 # %% ../nbs/22_evaluate.ipynb #58713344
-import base64, hashlib, json, math, os, re, stat, zlib
+import base64, hashlib, json, math, os, re, sys, zlib
 from pathlib import Path
 
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 
-from .cases import told
-from .files import locked, read_bytes
+from .cases import check_cases, told
+from .files import append, locked, read_bytes
 from .inference import Segmenter
-from .report import Extremes, Snapshot, report_outputs, write_report
+from .recipe import require_same
+from .report import Extremes, Snapshot, keep_inputs, report_outputs, write_report
 from .show import track
-from .statistics import many, row_names, score_masks, score_table, text_names, to_json
+from covid3d.statistics import (many, row_names, score_masks, score_table, some, text_names,
+    to_json)
 from .transforms import CTSpec
 from .volume import CTError, Scarce, plain, scan_digest, write_atomic
 
@@ -155,31 +157,11 @@ class Journal:
         "Write a row, with its picture if that is one of the extremes"
         s = next((o for o in self.extremes.kept if o.case==row['case']), None)
         line = dict(key=_pair_digest(ct, mask), row=to_json(row), picture=s and _pack(s))
-        _append(self.path, json.dumps(line, allow_nan=False).encode()+b'\n')
-
-# %% ../nbs/22_evaluate.ipynb #3492832a
-def _append(path, line: bytes):
-    "Add a line to a regular file, all of it or nothing"
-    try:
-        more = (getattr(os, k, 0) for k in ('O_NOFOLLOW','O_NONBLOCK','O_BINARY'))
-        with open(os.open(path, os.O_WRONLY|os.O_APPEND|sum(more)), 'wb', buffering=0) as f:
-            was = os.fstat(f.fileno())
-            if not stat.S_ISREG(was.st_mode): raise OSError(22, 'it is not a regular file')
-            try:
-                if f.write(line)!=len(line): raise OSError(28, 'No space left on device')
-                os.fsync(f.fileno())
-            except OSError: os.ftruncate(f.fileno(), was.st_size); raise
-    except OSError as e:
-        raise _Unkept(path, f'cannot be written ({e.strerror or e})',
+        try: append(self.path, json.dumps(line, allow_nan=False).encode()+b'\n')
+        except OSError as e: raise _Unkept(self.path, f'cannot be written ({e.strerror or e})',
             'Make room, and give the same command again: it resumes') from None
 
 # %% ../nbs/22_evaluate.ipynb #985494e1
-def _differing(then, now) -> str:
-    "Settings that differ, in words"
-    keys = [k for k in {**then, **now} if then.get(k)!=now.get(k)]
-    one = lambda k: f'{k} {then.get(k, "absent")} then, {now.get(k, "absent")} now'
-    return plain('; '.join('other weights' if k=='weights' else one(k) for k in keys))
-
 @patch
 def begin(self: Journal, names, overwrite: bool = False) -> bool: # Whether it resumes
     "Read the rows of a run that was interrupted, or begin; `names` are those of the cases"
@@ -189,42 +171,15 @@ def begin(self: Journal, names, overwrite: bool = False) -> bool: # Whether it r
         write_atomic(self.path, json.dumps(what|dict(settings=self.settings)).encode()+b'\n')
         return False
     then,self.rows,good = read_journal(self.path)
-    fault = _differing(then, self.settings)
-    gone = sorted({r['case'] for r,_ in self.rows.values()}-{*names})
-    if gone and not fault:
-        fault = f'{many(len(gone), "case")} that this table does not have, {gone[0]} first'
-    if fault: raise CTError(self.path.parent, f'holds other scores: {fault}',
-                            'Choose another --out, or add --overwrite')
+    out,remedy = self.path.parent,'Choose another --out, or add --overwrite'
+    require_same(out, then, self.settings, 'evaluation', remedy)
+    if gone := sorted({r['case'] for r,_ in self.rows.values()}-{*names}):
+        fault = f'holds scores of {many(len(gone), "case")} that this table lacks, {gone[0]} first'
+        raise CTError(out, fault, remedy)
     os.truncate(self.path, good)
     return True
 
-# %% ../nbs/22_evaluate.ipynb #213286d0
-def evaluate_cases(
-    segmenter: Segmenter,     # Network and settings to score
-    cases,                    # `Case`s, each with a mask of the class
-    out: str|Path,            # Folder of the report
-    tolerance: float = 3.,    # Of the surface Dice, mm
-    klass: str = None,        # Class to score; the lesion if None
-    pictures: int = 3,        # Of the worst and of the best cases
-    overwrite: bool = False,  # Replace a report on other weights or settings
-    check = None,             # Called before the first case; the page says what it returns
-    **kwargs                  # For `write_report`: `title`, `against`, `about`
-) -> tuple: # Table of scores, the page, and how many cases were scored by a former run
-    "Score cases and write their report; resumes a run that was interrupted"
-    out,keep,klass = Path(out),Extremes(pictures),klass or segmenter.spec.lesion
-    settings = dict(weights=segmenter.digest, overlap=segmenter.overlap, tolerance=tolerance,
-                    threshold=segmenter.threshold) | {'class':klass}
-    mine,j = report_outputs(out, True),Journal(out/'scores.jsonl', settings, keep)
-    with locked(out):
-        if not j.path.exists(): mine.require(overwrite)
-        mine.add('scores.jsonl')
-        j.begin([c.name for c in cases], overwrite)
-        notes = [class_note(segmenter.spec, klass), check() if check else '']
-        df = score_cases(segmenter, cases, tolerance, keep, klass, j)
-        page = write_report(df, out, extremes=keep, notes=[*filter(None, notes)], **kwargs)
-    return df,page,j.kept
-
-# %% ../nbs/22_evaluate.ipynb #c86fd1a9
+# %% ../nbs/22_evaluate.ipynb #468c02bd
 def class_note(spec: CTSpec, klass: str) -> str:
     "Which of several classes the figures are about; empty if there is only one"
     rest = ', '.join(k for k in spec.classes if k!=klass)
@@ -239,8 +194,47 @@ def seen_note(
     if seen is None: return ('The weights do not tell which scans they were trained on, so nobody '
                              'has checked that these cases are new to them.')
     known = [k for k,d in digests.items() if d in seen]
-    some = ', '.join(known[:5])+(f' and {len(known)-5} more' if len(known)>5 else '')
     return (f'{len(known)} of {many(len(digests), "case")} trained these weights or chose them '
-        f'({some}): their scores flatter, and are no estimate for new scans. For a '
+        f'({some(known)}): their scores flatter, and are no estimate for new scans. For a '
         'cross-validation, its own report scores each case with the network that did not see it.'
         ) if known else ''
+
+# %% ../nbs/22_evaluate.ipynb #acbb0c12
+def _checked(segmenter, cases, klass) -> str:
+    "Print the warnings of the check; which cases the weights know"
+    reports = check_cases(cases, (klass,))
+    warnings = [f for r in reports for f in r.findings if f.level=='warning']
+    known = segmenter.seen and all(o and o.scans for o in segmenter.seen)  # each file tells
+    seen = {d for o in segmenter.seen for d in o.scans} if known else None
+    note = seen_note({r.case:r.digest for r in reports if r.digest}, seen)
+    for o in [*warnings, *[f'warning: {note}']*bool(note and known)]: print(o, file=sys.stderr)
+    return note
+
+# %% ../nbs/22_evaluate.ipynb #213286d0
+def evaluate_cases(
+    segmenter: Segmenter,     # Network and settings to score
+    cases,                    # `Case`s, each with a mask of the class
+    out: str|Path,            # Folder of the report
+    tolerance: float = 3.,    # Of the surface Dice, mm
+    klass: str = None,        # Class to score; the lesion if None
+    pictures: int = 3,        # Of the worst and of the best cases
+    overwrite: bool = False,  # Replace a report on other weights or settings
+    check: bool = False,      # Open all scans first, print warnings, and note what the weights know
+    inputs = (),              # Files that are read too: the report never replaces them
+    **kwargs                  # For `write_report`: `title`, `against`, `about`
+) -> tuple: # Table of scores, the page, and how many cases were scored by a former run
+    "Score cases and write their report; resumes a run that was interrupted"
+    out,keep,klass = Path(out),Extremes(pictures),klass or segmenter.spec.lesion
+    settings = dict(weights=segmenter.digest, overlap=segmenter.overlap, tolerance=tolerance,
+                    threshold=segmenter.threshold) | {'class':klass}
+    keep_inputs(out, [*inputs, *(p for c in cases for p in (c.ct, *c.masks.values()))])
+    mine,j = report_outputs(out),Journal(out/'scores.jsonl', settings, keep)
+    with locked(out, folder=True):
+        mine.require(overwrite or j.path.exists())
+        mine.add('scores.jsonl')
+        j.begin([c.name for c in cases], overwrite)
+        notes = [class_note(segmenter.spec, klass)]
+        if check: notes.append(_checked(segmenter, cases, klass))
+        df = score_cases(segmenter, cases, tolerance, keep, klass, j)
+        page = write_report(df, out, extremes=keep, notes=[*filter(None, notes)], **kwargs)
+    return df,page,j.kept

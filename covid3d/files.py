@@ -53,6 +53,21 @@ def read_json(
         raise CTError(path, f'holds a {type(o).__name__}, not a {kind.__name__}', remedy)
     return o
 
+# %% ../nbs/02_files.ipynb #97e8d0f9
+def append(
+    path: str|Path, # A file that is there
+    raw: bytes      # To add at its end
+):
+    "Add bytes to a regular file, all of them or nothing; `OSError` if that fails"
+    more = (getattr(os, k, 0) for k in ('O_NOFOLLOW','O_NONBLOCK','O_BINARY'))
+    with open(os.open(path, os.O_WRONLY|os.O_APPEND|sum(more)), 'wb', buffering=0) as f:
+        was = os.fstat(f.fileno())
+        if not stat.S_ISREG(was.st_mode): raise OSError(22, 'it is not a regular file')
+        try:
+            if f.write(raw)!=len(raw): raise OSError(28, 'No space left on device')
+            os.fsync(f.fileno())
+        except OSError: os.ftruncate(f.fileno(), was.st_size); raise
+
 # %% ../nbs/02_files.ipynb #e935fffb
 def _try_lock(fd) -> bool:
     "Lock an open file unless another process has; on Windows its first byte"

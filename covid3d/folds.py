@@ -21,7 +21,7 @@ from .evaluate import score_cases
 from .files import Outputs, locked, no_links, read_json
 from .learner import train
 from .recipe import Recipe, case_digests, require_same
-from .report import report_files, write_report
+from .report import report_outputs, write_report
 from .statistics import read_scores, scores_csv
 from .volume import CTError, write_atomic
 
@@ -71,7 +71,7 @@ def _old_folds(out) -> list:
 def _clear_study(out, folds, overwrite):
     "Remove what a former cross-validation wrote"
     parts = [(Outputs(out, 'folds', 'folds.json'), True),
-             (Outputs(out/'report', 'evaluate', *report_files), True)]
+             (report_outputs(out/'report'), True)]
     for i in folds:
         parts += [(run_outputs(out/f'fold_{i}'), overwrite),
                   (Outputs(out/f'fold_{i}', 'folds', 'scores.csv'), overwrite)]

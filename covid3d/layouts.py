@@ -8,14 +8,16 @@ Docs: https://covid3d.github.io/covid3d/layouts.html.md"""
 __all__ = ['write_layout']
 
 # %% ../nbs/04_layouts.ipynb #01bc241d
-import json, os
+import json, os, shutil
 from pathlib import Path
 
 import numpy as np
 
 from .dicom import ct_datasets, save_dicom
+from .files import Outputs, locked
 from .outlines import ricord_labels, trace
-from .volume import CTError, save_volume, write_atomic
+from .phantom import phantom
+from .volume import CTError, save_volume, temp_beside, temps_here, write_atomic
 
 # %% ../nbs/04_layouts.ipynb #8c42a282
 def tree(
@@ -135,3 +137,29 @@ def write_layout(
     if layout not in _writers: raise CTError('layout', f'{layout!r} is unknown',
                                              f'Give {", ".join(_writers)}')
     _writers[layout](phantoms, Path(root))
+
+# %% ../nbs/04_layouts.ipynb #e6d0be29
+_names = dict(
+    coronacases=['COVID-19-CT-Seg_20cases/*.nii.gz','Infection_Mask/*.nii.gz','Lung_Mask/*.nii.gz'],
+    covid1920=['COVID-19-20_v2/*/volume-covid19-A-*.nii.gz'],
+    mosmed=['studies/CT-[0-4]/study_*.nii.gz','masks/study_*_mask.nii.gz'],
+    ricord=['MIDRC-RICORD-1A/MIDRC-RICORD-1A-419639-*/*/*/1-*.dcm',
+            'MIDRC-RICORD-1a_annotations_labelgroup_all_2020-Dec-8.json'])
+
+def phantom_layout(out: Path, layout: str, n: int, seed: int = None, overwrite: bool = False):
+    "`n` phantoms as a data set has them, in `out`"
+    if seed is None: seed = 100_000*[*_names].index(layout)
+    mine,draft = Outputs(out, 'phantom', *_names[layout]),temp_beside(out/'draft')
+    with locked(out, folder=True):
+        mine.require(overwrite)
+        try:
+            write_layout([phantom(seed+i) for i in range(n)], draft, layout)
+            names = sorted(p.relative_to(draft).as_posix() for p in draft.rglob('*') if p.is_file())
+            mine.clear(); mine.add(*names)
+            for k in names:
+                (out/k).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(draft/k, out/k)
+        except OSError as e:
+            raise CTError(out, f'cannot be written ({e.strerror or e})',
+                          'Check its permissions and the free space') from None
+        finally: shutil.rmtree(draft, ignore_errors=True); temps_here.discard(draft.name)

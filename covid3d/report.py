@@ -19,8 +19,8 @@ import numpy as np, pandas as pd
 from . import __version__
 from .files import Outputs, locked
 from .show import lung_window, outline_colors, save_figure, show_slice
-from .statistics import (agreement, case_counts, compare_all, fmt, fractions, label_of,
-    least_patients, many, score_labels, score_table, scores_csv, span, summarise, to_json, too_few)
+from .statistics import (agreement, case_counts, compare_all, fmt, fractions, interval_of,
+    label_of, least_patients, many, score_labels, score_table, scores_csv, span, summarise, to_json)
 from .volume import CTError, plain, write_atomic
 
 # %% ../nbs/21_report.ipynb #1bfdf436
@@ -93,11 +93,10 @@ def _volume_axes(a, b, v):
     for ax in (a,b):
         ax.spines[['top','right']].set_visible(False)
         ax.title.set_size(9)
-    v = v[v>0]
-    if len(v) and v.max()>20*v.min():
-        edge = 10**math.floor(math.log10(v.min()))
+    low,top = v[v>0].min(),1.15*max(v, default=0) or 1
+    if v.max()>20*low:
+        edge = 10**math.floor(math.log10(low))
         for f in (a.set_xscale,a.set_yscale,b.set_xscale): f('symlog', linthresh=edge, linscale=.3)
-    top = 1.15*v.max() if len(v) else 1
     a.plot((0,top), (0,top), color=_grey, lw=1, zorder=0)
     a.set(xlim=(0,top), ylim=(0,top))
     b.set_xlim(0, top)
@@ -175,7 +174,8 @@ def _environment():
         trim_blocks=True, lstrip_blocks=True,
         finalize=lambda o: o if hasattr(o, '__html__') else plain(o))
     env.filters |= dict(fmt=fmt, label=label_of, many=many,
-        span=lambda ends, *args, **kwargs: span(*ends, *args, **kwargs))
+        span=lambda ends, *args, **kwargs: span(*ends, *args, **kwargs),
+        interval=lambda ends, score: interval_of(*ends, score))
     return env
 
 def render(
@@ -226,15 +226,9 @@ def _draw_all(out, drawings) -> tuple:
 report_files = ('index.html','scores.csv','summary.csv','report.json','scores.jsonl','scores.png',
     'volumes.png', *(f'{k}_{n}.png' for k in ('worst','best') for n in ('[1-9]','[1-9][0-9]')))
 
-def report_outputs(out: Path, overwrite: bool) -> Outputs:
-    "The list of the report's files in `out`, which is made; ours are refused unless `overwrite`"
-    mine = Outputs(out, 'evaluate', *report_files)
-    mine.require(overwrite)
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        why = f'cannot be written ({e.strerror or e})'
-        raise CTError(out, why, 'Choose another --out') from None
-    return mine
+def report_outputs(out) -> Outputs:
+    "The list of the report's files in the folder `out`"
+    return Outputs(out, 'evaluate', *report_files)
 
 def keep_inputs(out, inputs):
     "Refuse an input that a report in `out` would replace; None among them is passed over"
@@ -248,9 +242,8 @@ def keep_inputs(out, inputs):
 # %% ../nbs/21_report.ipynb #31660470
 def _facts(df, t, title, against, about, notes) -> dict:
     "What a report says, apart from each case"
-    tolerance = df.tolerance_mm.dropna()
     return dict(title=title, covid3d=__version__, date=str(date.today()),
-        tolerance_mm=float(tolerance.iloc[0]) if len(tolerance) else 3., counts=case_counts(df),
+        tolerance_mm=float([*df.tolerance_mm.dropna(), 3.][0]), counts=case_counts(df),
         summary=t.to_dict('index'), agreement_ml=agreement(df),
         compare=compare_all(df, against), about=about, notes=list(notes))
 
@@ -259,7 +252,7 @@ def _page(df, facts, pictures) -> bytes:
     lead = (f'{many(len(df), "case")} of {many(n, "patient")} · {date.today():%d %B %Y} · '
             f'covid3d {__version__} · for research, not for diagnosis')
     return render('evaluation.html', **facts, lead=lead, patients=n, pictures=pictures,
-        labels=score_labels, too_few=too_few, least_patients=least_patients,
+        labels=score_labels, least_patients=least_patients,
         window=f'{lung_window[0]} to {lung_window[1]}'.replace('-','−'),
         rows=df.sort_values('dice', kind='stable').to_dict('records'))
 
@@ -277,8 +270,9 @@ def write_report(
 ) -> Path: # The page
     "Scores, summary, pictures and one page"
     out,df,against = Path(out),score_table(df),against or {}
-    mine = report_outputs(out, overwrite)
-    with locked(out):
+    mine = report_outputs(out)
+    with locked(out, folder=True):
+        mine.require(overwrite)
         facts = _facts(df, t := summarise(df), title, against, about or {}, notes)
         drawings = [*_drawings(df, {name:df} | against, extremes)]
         _write_numbers(mine, df, t, facts, [k for k,*_ in drawings])

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import pandas as pd, torch
 
 from . import __version__
-from .cases import (CaseReport, Finding, check_case, csv_text, read_cases, report_table,
-    sources_path, told, without_paths, write_cases)
+from .cases import (check_case, csv_text, read_cases, report_table, sources_path, told,
+    without_paths, write_cases)
 from .data import prepare_table
 from .datasets import choose_splits, coronacases, mosmed, ricord
 from .distributed import started
@@ -39,11 +39,12 @@ from .volume import CTError, write_atomic
 # %% ../nbs/24_reproduce.ipynb #87e0be11
 _titles = dict(ricord='RICORD', coronacases='CoronaCases', mosmed='MosMed')
 _unread = 'its volume size, window, loss, learning rates, epochs and batch size could not be read'
-_all20 = ('trained on 16 scans of COVID-19-CT-Seg itself; all 20, '
-          'Radiopaedia scans among them')
+_all20 = 'trained on 16 scans of COVID-19-CT-Seg itself; all 20, Radiopaedia scans among them'
 _ma, _nnunet4 = 'Ma et al., COVID-19-CT-Seg benchmark', 'nnU-Net 3D, trained on 4 scans a fold'
 _paper = '3D U-Net, r3d_18 from Kinetics-400 (the paper)', 'Bressem et al. 2021, arXiv 2101.09976'
-_quoted = [
+
+# %% ../nbs/24_reproduce.ipynb #fcaa5df5
+published = [dict(zip(('data', 'dice', 'sd', 'n', 'method', 'source', 'differs'), o)) for o in [
     ('ricord', .679, None, None, *_paper, f'its own choice of tuning scans; {_unread}'),
     ('coronacases', .648, None, 10, *_paper, _unread),
     ('coronacases', .673, .223, 16, _nnunet4, _ma, 'trained on 4 scans of COVID-19-CT-Seg, '
@@ -56,11 +57,7 @@ _quoted = [
     ('elsewhere', .690, .180, None, 'MONAI BasicUNet, COVID-19-20 validation',
         'MONAI’s challenge baseline', 'another training and another test set'),
     ('elsewhere', .70, .08, None, 'two human readers, low-dose CT', 'Bartoli et al. 2022',
-        'people, on other scans: how far two readers agree')]
-
-# %% ../nbs/24_reproduce.ipynb #fcaa5df5
-_about_figure = ('data', 'dice', 'sd', 'n', 'method', 'source', 'differs')
-published = [dict(zip(_about_figure, o)) for o in _quoted]
+        'people, on other scans: how far two readers agree')]]
 
 # %% ../nbs/24_reproduce.ipynb #b18515b5
 _methods = dict(default='this library’s own recipe, not the paper’s',
@@ -77,8 +74,8 @@ def _find_way(recipe, **changes) -> _Way:
     "A recipe, changed where that is asked for"
     r = Recipe.load(recipe).but(**changes)
     r = r.but(spec=r.spec or CTSpec())
-    own = f'the recipe {Path(recipe).name}' if isinstance(recipe,
-                                                          (str, Path)) else 'a recipe of its own'
+    named = isinstance(recipe, (str, Path))
+    own = f'the recipe {Path(recipe).name}' if named else 'a recipe of its own'
     title = _methods.get(str(recipe), own).format('×'.join(map(str, r.spec.patch)))
     changed = tuple(k for k in changes if k not in ('seed', 'init'))
     return _Way(r, title + ', settings changed' * bool(changed), changed)
@@ -86,18 +83,16 @@ def _find_way(recipe, **changes) -> _Way:
 # %% ../nbs/24_reproduce.ipynb #91b03035
 def _roles(data, weights=None) -> tuple: # data set to train on or None, the plan in one line
     "What is trained on and what is tested, from the names of the data sets that are there"
-    def tested(*out):
-        names = [v for k, v in _titles.items() if k in {*data} - {*out}]
-        return ' and '.join(names) or 'nothing else'
-    remedy = 'Add --ricord, --coronacases or --mosmed DIR'
-    if not data: raise CTError('reproduce', 'no data set was given', remedy)
-    if weights: return None, f'trains nothing: scores {weights} on {tested()}'
-    if 'ricord' in data:
-        return 'ricord', ('trains on RICORD, chooses weights on its tuning scans, '
-                          f'tests on {tested("ricord")}')
-    if 'coronacases' in data:
-        return 'coronacases', ('has no RICORD, so it cannot train as the paper did: trains on '
-            f'CoronaCases instead, a fifth of it for tuning, and tests on {tested("coronacases")}')
+    if not data: raise CTError('reproduce', 'no data set was given',
+        'Add --ricord, --coronacases or --mosmed DIR')
+    trained = None if weights else next((k for k in ('ricord', 'coronacases') if k in data), '')
+    tested = ' and '.join(_titles[k] for k in _titles if k in data and k != trained)
+    tested = f'tests on {tested or "nothing else"}'
+    if trained is None: return None, f'trains nothing: with {weights} it {tested}'
+    if trained == 'ricord':
+        return trained, f'trains on RICORD, chooses weights on its tuning scans, {tested}'
+    if trained: return trained, ('has no RICORD, so it cannot train as the paper did: trains on '
+        f'CoronaCases instead, a fifth of it for tuning, and {tested}')
     raise CTError('mosmed', 'without RICORD or CoronaCases there is nothing to train on',
         'Add --ricord or --coronacases DIR, or --weights FILE of a trained network')
 
@@ -113,16 +108,16 @@ def _data_digest(root) -> dict: # `files`, `bytes`, `digest`
     if not Path(root).is_dir(): raise CTError(root, 'no such folder', 'Check the path')
     paths = sorted(os.path.join(at, f) for at, _, files in os.walk(root)
                    for f in files if not f.startswith('.'))
-    h, total, n = hashlib.blake2b(digest_size=8), 0, 0
-    for p in (p for p in paths if os.path.isfile(p)):
+    h, sizes = hashlib.blake2b(digest_size=8), []
+    for p in filter(os.path.isfile, paths):
         try: size = os.stat(p).st_size; sample = _sample(p, size)
         except OSError as e:
             fault = f'a file in it cannot be read ({e.strerror})'
             raise CTError(root, fault, 'Check its permissions') from None
         name = Path(os.path.relpath(p, root)).as_posix()
-        h.update(f'{name}\0{size}\0'.encode('utf8', 'surrogateescape')); h.update(sample)
-        total, n = total + size, n + 1
-    return dict(files=n, bytes=total, digest=h.hexdigest())
+        h.update(f'{name}\0{size}\0'.encode('utf8', 'surrogateescape') + sample)
+        sizes.append(size)
+    return dict(files=len(sizes), bytes=sum(sizes), digest=h.hexdigest())
 
 # %% ../nbs/24_reproduce.ipynb #ff5400b6
 def _about_run(data: dict, recipe: Recipe, weights, **more) -> dict:
@@ -131,16 +126,11 @@ def _about_run(data: dict, recipe: Recipe, weights, **more) -> dict:
     return dict(data={k: _data_digest(root) for k, root in data.items()},
                 recipe=recipe.identity, weights=digest, **more)
 
-
-
 # %% ../nbs/24_reproduce.ipynb #47d4f970
 _other = 'Choose another --out'
 _run_files = ('run.json', 'cases.csv', 'cases_sources.csv', 'training.csv', 'training_sources.csv',
     'check.csv', 'table.csv', 'table.md', 'table.json', 'index.html')  # that covid3d.json lists
 
-
-
-# %% ../nbs/24_reproduce.ipynb #46a184d9
 def _begin(out: Path, about: dict) -> bool: # whether a run resumes
     "Mark the folder of a run; refuse to resume with other arguments or data"
     f, mine = out/'run.json', Outputs(out, 'reproduce', *_run_files)
@@ -176,9 +166,8 @@ def _stage(out: Path, name: str, do) -> dict:
         _say(f'{name}: done in {timedelta(seconds=round(time.time() - t))}')
     d = read_json(f, remedy=_other)
     lost = d.get('left_out', [])
-    if not isinstance(lost, list) or not all(map(_is_left_out, lost)):
-        raise CTError(f, 'is not the result of a stage', _other)
-    return d
+    if isinstance(lost, list) and all(map(_is_left_out, lost)): return d
+    raise CTError(f, 'is not the result of a stage', _other)
 
 # %% ../nbs/24_reproduce.ipynb #79a071d1
 def _table_of(name: str, root, out: Path, trained, seed: int = 0) -> pd.DataFrame:
@@ -197,33 +186,23 @@ def _make_tables(data: dict, out: Path, trained, seed: int = 0) -> dict: # `left
     of_each = lambda name: [(k, o) for k, df in tables.items() for o in df.attrs.get(name, ())]
     every.attrs = dict(left_out=[o for _, o in of_each('left_out')])
     write_cases(every, out/'cases.csv')
-    told = [(k, o['note']) for k, o in of_each('lost')]
-    notes = [f'{_titles[k]}: {n}' for k, n in of_each('notes') if (k, n) not in told]
+    lost = of_each('lost')
+    known = [(k, o['note']) for k, o in lost]
+    notes = [f'{_titles[k]}: {n}' for k, n in of_each('notes') if (k, n) not in known]
     return dict(notes=notes, left_out=[_left_out(k, 'tables', o['case'], o['error'])
-                                       for k, o in of_each('lost')])
+                                       for k, o in lost])
 
 # %% ../nbs/24_reproduce.ipynb #d849f5a5
+def _table(out: Path) -> pd.DataFrame:
+    "The case table of a run as text"
+    text = csv_text(out/'cases.csv')
+    return pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+
 def _used_cases(out: Path, left_out=()) -> list: # of (name of the data set, `Case`)
     "Cases of the table with a split, without those left out"
-    text = csv_text(out/'cases.csv')
-    data = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False).dataset
     gone = {o['case'] for o in left_out}
-    cases = zip(data, read_cases(out/'cases.csv'))
-    return [(k, c) for k, c in cases if c.split and c.name not in gone]
-
-# %% ../nbs/24_reproduce.ipynb #79eee800
-def _checked(case, folder: Path) -> CaseReport:
-    "The check of a case, from its file in `folder` if it is there; no path is written"
-    f = folder/f'{case.name}.json'
-    if not f.exists():
-        rep = asdict(check_case(case))
-        for o in rep['findings']:
-            o |= {k: without_paths(o[k], case) for k in ('what', 'fault', 'cure')}
-        write_atomic(f, json.dumps(to_json(rep), allow_nan=False).encode())
-    d = read_json(f, remedy=_other)
-    try: return CaseReport(**d | dict(findings=[Finding(**o) for o in d['findings']]))
-    except (ValueError, TypeError, KeyError):
-        raise CTError(f, 'is not what this command writes', 'Remove it: it is made again') from None
+    return [(k, c) for k, c in zip(_table(out).dataset, read_cases(out/'cases.csv'))
+            if c.split and c.name not in gone]
 
 # %% ../nbs/24_reproduce.ipynb #a0a290f6
 def _duplicates(reports) -> dict: # case to leave out → the case with the same voxels that stays
@@ -238,13 +217,16 @@ def _duplicates(reports) -> dict: # case to leave out → the case with the same
 # %% ../nbs/24_reproduce.ipynb #13dee3de
 def _check_all(out: Path, left_out=()) -> dict: # `left_out` and the number of `warnings`
     "Open every scan that is used"
-    used = _used_cases(out, left_out); data = {c.name: k for k, c in used}
+    used = _used_cases(out, left_out)
+    data = {c.name: k for k, c in used}
     with ThreadPoolExecutor(2) as pool:
-        done = pool.map(lambda o: _checked(o[1], out/'check'), used)
+        done = pool.map(lambda o: check_case(o[1]), used)
         reports = [next(done) for _ in track(used, 'checking')]
     write_atomic(out/'check.csv', scores_csv(report_table(reports)))
-    errors = lambda r: '; '.join(f'{f.what}: {f.fault}' for f in r.findings if f.level == 'error')
-    bad = [_left_out(data[r.case], 'check', r.case, errors(r)) for r in reports if not r.ok]
+    bad = []
+    for r, (k, case) in zip(reports, used):
+        errors = '; '.join(f'{f.what}: {f.fault}' for f in r.findings if f.level == 'error')
+        if errors: bad.append(_left_out(k, 'check', r.case, without_paths(errors, case)))
     same = 'it holds the same voxels as {}, which is used for testing or tuning'
     bad += [_left_out(data[a], 'duplicates', a, same.format(b))
             for a, b in _duplicates(r for r in reports if r.ok).items()]
@@ -255,7 +237,7 @@ def _check_all(out: Path, left_out=()) -> dict: # `left_out` and the number of `
 def _prepare_all(out: Path, spec: CTSpec, left_out=()) -> dict: # `left_out`
     "Prepare the scans that train and tune"
     used = {c.name: (k, c) for k, c in _used_cases(out, left_out) if c.split in ('train', 'valid')}
-    df = pd.read_csv(io.StringIO(csv_text(out/'cases.csv')), dtype=str, keep_default_na=False)
+    df = _table(out)
     df = df[df.case.isin(used)]
     for s in ('train', 'valid'):
         if not (df.split == s).any(): raise _none_left(s, left_out)
@@ -278,18 +260,16 @@ def _none_left(split, left_out) -> CTError:
     return CTError('reproduce', fault, f'{remedy}, and choose another --out')
 
 # %% ../nbs/24_reproduce.ipynb #c75181de
-def _other_run(out) -> tuple: # lines for the table; function: name → table of scores, or None
+def _other_run(out) -> list: # lines for the table
     "What another finished run in the folder `out` measured; nothing if `out` is None"
-    if out is None: return [], lambda name: None
+    if out is None: return []
     f, remedy = Path(out)/'table.json', 'Give the --out of another run of covid3d reproduce'
     try:
         d = read_json(f)
         more = dict(what='another run', source=f'another run, covid3d {d["covid3d"]}')
-        lines = [o | more for o in d['rows'] if o['what'] == 'measured here']
+        return [o | more for o in d['rows'] if o['what'] == 'measured here']
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CTError(f, 'is no table of a finished run', remedy) from None
-    at = lambda name: Path(out)/name
-    return lines, lambda name: read_scores(at(name)) if (at(name)/'scores.csv').exists() else None
 
 # %% ../nbs/24_reproduce.ipynb #4213a193
 def _doubt(name: str, trained) -> str: # empty for scans that only test
@@ -351,24 +331,20 @@ def _markdown(rows) -> bytes:
     return f'# {_title}\n\n{_statement}\n\n{table}\n'.encode()
 
 # %% ../nbs/24_reproduce.ipynb #2995f16f
-def _page(rows, out, about, left_out, notes) -> bytes:
-    "The table as a page"
-    pages = {k:name for k,name in _titles.items() if (out/k/'index.html').exists()}
-    lost = [[o['case'], _titles[o['data']], o['stage'], o['error']] for o in left_out]
-    return render('reproduction.html', title=_title, lead=_statement, head=_table_head, rows=rows,
-        pages=pages, left_out=lost, notes=notes, about=about)
-
-# %% ../nbs/24_reproduce.ipynb #f49eac2f
 def _write_table(df: pd.DataFrame, out: Path, about: dict, left_out=(), notes=()) -> Path:
     "The table as CSV, JSON, Markdown and HTML; `about` says how it was made: name → text"
     rows, known = _table_rows(df), df.astype(object).where(df.notna(), None)
     everything = dict(title=_title, covid3d=__version__, statement=_statement, about=about,
         rows=known.to_dict('records'), left_out=list(left_out), notes=list(notes))
     js = json.dumps(to_json(everything), indent=1, ensure_ascii=False)
+    page = render('reproduction.html', title=_title, lead=_statement, head=_table_head, rows=rows,
+        pages={k: name for k, name in _titles.items() if (out/k/'index.html').exists()},
+        left_out=[[o['case'], _titles[o['data']], o['stage'], o['error']] for o in left_out],
+        notes=notes, about=about)
     write_atomic(out/'table.csv', scores_csv(df))
     write_atomic(out/'table.md', _markdown(rows))
     write_atomic(out/'table.json', js.encode())
-    write_atomic(out/'index.html', _page(rows, out, about, left_out, notes))
+    write_atomic(out/'index.html', page)
     return out/'index.html'
 
 # %% ../nbs/24_reproduce.ipynb #87091351
@@ -387,9 +363,8 @@ def _free_disk(out) -> int: # bytes
 def _check_out(out: Path, data: dict):
     "Refuse a run inside a data set"
     for k, root in data.items():
-        if out.resolve().is_relative_to(root):
-            fault = f'lies in the folder of {_titles[k]}'
-            raise CTError(out, fault, 'Choose an --out outside the data')
+        if out.resolve().is_relative_to(root): raise CTError(out,
+            f'lies in the folder of {_titles[k]}', 'Choose an --out outside the data')
 
 def _sweep_all(out: Path):
     "Remove from all folders of a run what processes that no longer exist were writing there"
@@ -417,11 +392,12 @@ def _fit(out: Path, data: dict, recipe: Recipe, trained, device) -> tuple: # wha
 def _score(out: Path, segmenter, trained, lost, method, about, tolerance, against) -> tuple:
     "Score each data set, write its page; the table, what failed here, notes"
     used, lines, failed, notes = _used_cases(out, lost), [], [], []
-    there, other = _other_run(against)
     for k in (k for k in _titles if k in {o for o, _ in used} | {o['data'] for o in lost}):
-        cases, old = [c for o, c in used if o == k and c.split != 'train'], other(k)
+        cases = [c for o, c in used if o == k and c.split != 'train']
+        there = against and (Path(against)/k/'scores.csv').exists()
         df, at, _ = evaluate_cases(segmenter, cases, out/k, tolerance, name='this run',
-            title=f'{_titles[k]}: {method}', against={} if old is None else {'the other run': old},
+            title=f'{_titles[k]}: {method}',
+            against={'the other run': read_scores(Path(against)/k)} if there else {},
             about={'these scans': _doubt(k, trained) or 'test only'} | about)
         lines.append(_measured(k, df, method, trained, sum(o['data'] == k for o in lost)))
         failed += [_left_out(k, 'score', c, e) for c, e in zip(df.case, df.error) if e]
@@ -429,7 +405,8 @@ def _score(out: Path, segmenter, trained, lost, method, about, tolerance, agains
         if isinstance(found, str):
             notes.append(f'{_titles[k]}: the other run was not compared, {found}')
     names = {o['data'] for o in lines}
-    return _result_table(lines + [o for o in there if o['data'] in names]), failed, notes
+    other = [o for o in _other_run(against) if o['data'] in names]
+    return _result_table(lines + other), failed, notes
 
 # %% ../nbs/24_reproduce.ipynb #07162fc7
 def _start(out: Path, line: str, way: _Way, data: dict, trained):
@@ -469,7 +446,7 @@ def reproduce(
     ricord: str | Path = None,  # Folder of RICORD-1a from TCIA, with the annotations of MD.ai
     coronacases: str | Path = None, # Folder of COVID-19-CT-Seg
     mosmed: str | Path = None,  # Folder of MosMedData
-    recipe: Recipe | str = 'default', # As `train` takes it; `resize` for scans resized to 20×224×224
+    recipe: Recipe | str = 'default', # As `train` takes it; `resize` for whole scans, resized
     weights: str | Path = None, # Trained weights (.safetensors) to score instead of training
     device: str = None,         # `cpu`, `cuda`; the best there is if None
     overlap: float = .5,        # Of neighbouring windows, 0 to below 1
@@ -481,27 +458,16 @@ def reproduce(
     roots = dict(ricord=ricord, coronacases=coronacases, mosmed=mosmed)
     data = {k: Path(v).resolve() for k, v in roots.items() if v}
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    return _reproduce(Path(out), data, _find_way(recipe, **changes), weights, device, overlap,
-        tolerance, against)
-
-
-
-# %% ../nbs/24_reproduce.ipynb #8bdb6fa0
-def _reproduce(out, data, way, weights, device, overlap, tolerance, against):
-    "`reproduce`, its arguments gathered"
-    trained, line = _roles(data, weights)
+    out, way, (trained, line) = Path(out), _find_way(recipe, **changes), _roles(data, weights)
     if started()[1] > 1: raise CTError('reproduce', 'runs in one process',
         'Train with torchrun and covid3d train, then give --weights')
     _check_out(out, data); _other_run(against)
     about = _about_run(data, way.recipe, weights, device=device.type, overlap=overlap,
         tolerance=tolerance)
-    if not (out/'run.json').exists():
-        _start(out, line, way, about['data'], trained)
+    if not (out/'run.json').exists(): _start(out, line, way, about['data'], trained)
     with locked(out):
         if _begin(out, about):
             done = sorted((out/'stages').glob('*.json'), key=os.path.getmtime)
             _say(f'{out}: resumes; done: {", ".join(o.stem for o in done) or "nothing yet"}')
         _sweep_all(out)
         return _run(out, data, way, trained, weights, device, overlap, tolerance, against)
-
-

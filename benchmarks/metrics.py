@@ -63,7 +63,7 @@ def main():
     hd,surf = lambda d: sd.compute_robust_hausdorff(d,95),lambda d: sd.compute_surface_dice_at_tolerance(d,tol)
     deepmind = {'Dice': lambda: sd.compute_dice_coefficient(mask,pred), 'HD95': lambda: oracle(hd), 'ASSD': lambda: oracle(sd.compute_average_surface_distance), 'surface Dice': lambda: oracle(surf),
         'all': lambda: (sd.compute_dice_coefficient(mask,pred),oracle(hd,sd.compute_average_surface_distance,surf))}
-    ours = {'Dice': lambda: cm.dice(pred,mask), 'Jaccard': lambda: cm.jaccard(pred,mask), 'precision': lambda: cm.precision(pred,mask), 'recall': lambda: cm.recall(pred,mask), 'specificity': lambda: cm.specificity(pred,mask),
+    ours = {'Dice': lambda: cm.dice(pred,mask), 'Jaccard': lambda: cm.overlap(pred,mask).jaccard, 'precision': lambda: cm.overlap(pred,mask).precision, 'recall': lambda: cm.overlap(pred,mask).recall, 'specificity': lambda: cm.overlap(pred,mask).specificity,
         'volume error': lambda: cm.volume_error(pred,mask,spacing), 'HD95': lambda: cm.hd95(pred,mask,spacing), 'ASSD': lambda: cm.assd(pred,mask,spacing), 'surface Dice': lambda: cm.nsd(pred,mask,spacing),
         'lesion-wise': lambda: cm.lesion_detection(pred,mask), 'all': lambda: cm.scores(pred,mask,spacing)}
     row,(h,_,n) = cm.scores(pred,mask,spacing),oracle(hd,sd.compute_average_surface_distance,surf)

@@ -36,17 +36,18 @@ from plum import dispatch
 from torch.backends import cudnn
 
 from .augment import Augment3d, ct_aug_transforms, light_aug_transforms
-from .callbacks import EMA, History, KeepBest, Pictures, ScanDice, plain_log, run_outputs
+from .callbacks import (EMA, History, KeepBest, Pictures, ScanDice, StopOnNaN, batch_names,
+                               plain_log, run_outputs)
 from .cases import Case, check_cases, check_table, read_cases, require_ok, write_cases
-from .checkpoint import Checkpoint, StopOnNaN, batch_names
+from .checkpoint import Checkpoint
 from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock
 from .dicom import open_scan
 from .dicom_seg import save_seg
 from .distributed import joined, once, own_random, place, split_training
-from .encoder import (build_of, encoder3d, mc3_18, r2plus1d_18, r3d_18, unfinished)
+from .encoder import build_of, encoder3d, mc3_18, r2plus1d_18, r3d_18, unfinished
 from .files import locked, sweep
 from .inference import Segmentation, Segmenter, out_of_memory, segment, sliding_window
-from .weights import NetSpec, Seen, load_model, read_seen, save_model
+from .weights import NetSpec, Seen, load_model, save_model
 from .losses import DiceCELoss, DiceFocalLoss, soft_dice
 from .memory import apply_plan, plan_memory
 from .metrics import PatchDice, dice
@@ -60,41 +61,35 @@ from .volume import CTError, Volume, open_ct, open_mask, save_mask, save_volume
 
 # %% ../nbs/18_learner.ipynb #012de542
 _all_ = ['r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_scan',
-         'open_mask', 'save_mask',
-         'save_seg', 'save_volume', 'show_slices', 'save_figure', 'phantom', 'write_phantoms',
-         'CTSpec', 'TensorCT',
-         'TensorMask3d', 'RandomPatch', 'Augment3d', 'ct_aug_transforms', 'light_aug_transforms',
-         'apply_window',
+         'open_mask', 'save_mask', 'save_seg', 'save_volume', 'show_slices', 'save_figure',
+         'phantom', 'write_phantoms', 'CTSpec', 'TensorCT', 'TensorMask3d', 'RandomPatch',
+         'Augment3d', 'ct_aug_transforms', 'light_aug_transforms', 'apply_window',
          'resample_image', 'resample_mask', 'Case', 'CaseReader', 'CTBlock', 'LesionBlock',
-         'CTDataLoaders',
-         'read_cases', 'check_table', 'write_cases', 'encoder3d', 'DynamicUnet3d', 'param_groups',
-         'DiceCELoss',
-         'DiceFocalLoss', 'soft_dice', 'dice', 'PatchDice', 'NetSpec', 'save_model', 'load_model',
-         'Segmenter',
-         'Segmentation', 'segment', 'sliding_window', 'Recipe', 'ScanDice', 'KeepBest', 'History',
-         'EMA', 'Pictures',
+         'CTDataLoaders', 'read_cases', 'check_table', 'write_cases', 'encoder3d', 'DynamicUnet3d',
+         'param_groups', 'DiceCELoss', 'DiceFocalLoss', 'soft_dice', 'dice', 'PatchDice',
+         'NetSpec', 'save_model', 'load_model', 'Segmenter', 'Segmentation', 'segment',
+         'sliding_window', 'Recipe', 'ScanDice', 'KeepBest', 'History', 'EMA', 'Pictures',
          'set_seed']
 
 # %% ../nbs/18_learner.ipynb #ec5521fb
-_argmax_metrics = ('Dice','DiceMulti','JaccardCoeff','JaccardCoeffMulti','foreground_acc',
-                   'accuracy',
-                   'error_rate','top_k_accuracy')
+_argmax_metrics = ('Dice', 'DiceMulti', 'JaccardCoeff', 'JaccardCoeffMulti', 'foreground_acc',
+                   'accuracy', 'error_rate', 'top_k_accuracy')
 
-def _takes_argmax(m) -> bool:
-    "Whether a metric of fastai's takes the largest channel as the class"
+def _argmax_name(m) -> str:
+    "The name of a metric of fastai's that takes the largest channel as the class"
     f = m if isinstance(m, type) or not isinstance(m, Metric) else getattr(m, 'func', type(m))
-    return getattr(f, '__module__', '')=='fastai.metrics' and getattr(f, '__name__',
-        '') in _argmax_metrics
+    name = getattr(f, '__name__', '')
+    theirs = getattr(f, '__module__', '')=='fastai.metrics'
+    return name if theirs and name in _argmax_metrics else ''
 
+# %% ../nbs/18_learner.ipynb #c71ea201
 class CTLearner(Learner):
     "A `Learner` that predicts masks of whole scans"
     @property
     def metrics(self): return self._metrics
     @metrics.setter
     def metrics(self, v):
-        if odd := next((m for m in L(v) if _takes_argmax(m)), None):
-            name = getattr(odd, '__name__', None) or getattr(getattr(odd, 'func', type(odd)),
-                                                             '__name__', odd)
+        if name := next(filter(None, map(_argmax_name, L(v))), None):
             fault = f'{name} of fastai compares channels, and a mask has one channel for each class'
             raise CTError('metrics', fault, 'Use PatchDice')
         Learner.metrics.fset(self, v)
@@ -110,6 +105,19 @@ class CTLearner(Learner):
         "Segment a whole scan"
         return self.segmenter(**kwargs)(scan)
 
+# %% ../nbs/18_learner.ipynb #c71ea202
+def _net_of(arch, pretrained, kwargs) -> tuple:
+    "The network that is meant, and the arguments that are left"
+    own = {f.name:kwargs.pop(f.name) for f in fields(NetSpec) if f.name in kwargs}
+    net = arch if isinstance(arch, NetSpec) else NetSpec(getattr(arch, '__name__', arch))
+    net = replace(net, **own)
+    if net.norm=='frozen' and not pretrained:
+        raise CTError('norm=frozen', 'random weights have no statistics to freeze',
+                      'Use norm=batch, or pretrained weights')
+    if isinstance(pretrained, (str,Path)) and (note := unfinished(pretrained)):
+        once(lambda: print(note, flush=True))
+    return net,kwargs
+
 # %% ../nbs/18_learner.ipynb #9cbc1bb4
 @delegates(NetSpec, but='encoder')
 def unet_learner_3d(
@@ -117,9 +125,9 @@ def unet_learner_3d(
     arch=r3d_18,           # `r3d_18`, `mc3_18` or `r2plus1d_18`; or a whole `NetSpec`
     pretrained=True,       # Kinetics-400 weights (True), random ones (False), or a file of weights
     spec: CTSpec = None,   # How the data were prepared; that of `dls` if None
-    loss_func=None,        # Of logits and masks (batch, class, slice, row, column); `DiceFocalLoss()` if None
+    loss_func=None,        # Of logits and masks (batch, class, …); `DiceFocalLoss()` if None
     metrics=None,          # `PatchDice` of the first class if None
-    memory: str = None,    # What a step may take, such as '6GB'; batch and precision are chosen to fit
+    memory: str = None,    # What a step may take, such as '6GB'; batch and precision will fit
     opt_func=Adam,         # Optimiser
     lr: float = 1e-3,      # Default learning rate
     **kwargs               # For `NetSpec`, and for `Learner`
@@ -131,40 +139,23 @@ def unet_learner_3d(
                       'Give spec=CTSpec(…)')
     net,kwargs = _net_of(arch, pretrained, kwargs)
     model = net.build(spec.classes, pretrained)
-    if memory is not None: dls = _copied(dls)  # the batch may change, and yours stays as it is
+    if memory is not None:  # the batch may change, and yours stays as it is
+        dls,own = copy(dls),dls
+        dls.loaders = [o.new() for o in own.loaders]
     learn = CTLearner(dls, model, loss_func=loss_func or DiceFocalLoss(), opt_func=opt_func, lr=lr,
-                      splitter=param_groups,
-                      train_bn=False, metrics=PatchDice() if metrics is None else metrics, **kwargs)
+                      splitter=param_groups, train_bn=False,
+                      metrics=PatchDice() if metrics is None else metrics, **kwargs)
     learn.spec,learn.net = spec,replace(net, **build_of(model.encoder))
     plain_log(learn)
     if memory is not None: _fit_memory(learn, memory)
     if pretrained: learn.freeze()
     return learn
 
-def _copied(dls):
-    "Loaders of their own over the same data"
-    new = copy(dls)
-    new.loaders = [o.new() for o in dls.loaders]
-    return new
-
-def _net_of(arch, pretrained, kwargs) -> tuple:
-    "The network that is meant, and the arguments that are left"
-    own = {f.name:kwargs[f.name] for f in fields(NetSpec) if f.name in kwargs}
-    net = replace(arch, **own) if isinstance(arch,
-        NetSpec) else NetSpec(getattr(arch, '__name__', arch), **own)
-    if net.norm=='frozen' and not pretrained:
-        raise CTError('norm=frozen', 'random weights have no statistics to freeze',
-                      'Use norm=batch, or pretrained weights')
-    if isinstance(pretrained, (str,Path)) and (note := unfinished(pretrained)):
-        once(lambda: print(note, flush=True))
-    return net,{k:v for k,v in kwargs.items() if k not in own}
-
 # %% ../nbs/18_learner.ipynb #18284b2a
 def _fit_memory(learn, memory, frozen_stages=0, average=False):
     "Choose a setting that fits, say which, and use it"
-    device = torch.device(learn.dls.device).type
-    plan = plan_memory(learn.model, learn.spec.patch, memory, learn.dls.train.bs, device,
-                       frozen_stages, average)
+    plan = plan_memory(learn.model, learn.spec.patch, memory, learn.dls.train.bs,
+                       learn.dls.device, frozen_stages, average)
     once(lambda: print(plan, flush=True))
     apply_plan(learn, plan)
 
@@ -173,9 +164,9 @@ def _fit_memory(learn, memory, frozen_stages=0, average=False):
 def show_results(x: TensorCT, y: TensorMask3d, samples, outs, ctxs=None, max_n=4, nrows=None,
                  ncols=None, figsize=None, **kwargs):
     n = min(len(samples), max_n)
-    title = 'blue: reference, orange: prediction'
     if ctxs is None:
-        ctxs = get_grid(n, nrows=nrows or 1, ncols=ncols, figsize=figsize or (3*n,3.2), title=title)
+        ctxs = get_grid(n, nrows=nrows or 1, ncols=ncols, figsize=figsize or (3*n,3.2),
+                        title='blue: reference, orange: prediction')
     return [show_patch(s[0], [s[1], o[0]], c) for s,o,c in zip(samples, outs, ctxs)]
 
 # %% ../nbs/18_learner.ipynb #2883d2d8
@@ -186,43 +177,42 @@ def unfreeze_for(
     frozen_stages: int = 2,  # Stages that stay frozen
     lr_ratio: float = 3.     # Decoder's rate over the stem's
 ): # Learning rate, or a slice of rates from stem to decoder
-    "Unfreeze all but the first stages of a pretrained encoder, or all of a new one; the rates to train with"
+    "Unfreeze all but the first stages of a pretrained encoder, or all of a new one; the rates"
     learn.freeze_to(frozen_stages if pretrained else 0)
     return slice(lr/lr_ratio, lr) if pretrained else lr
 
 # %% ../nbs/18_learner.ipynb #e00379b2
+def _cases(dls) -> tuple:
+    "The cases to train with, each once, and those to validate"
+    return [*dict.fromkeys(dls.train_ds.items)],dls.valid_cases
+
 def _identity(learn, recipe) -> dict:
     "What must be the same when a training resumes"
-    reader,dls = learn.dls.reader,learn.dls
-    train = case_digests(reader, [*dict.fromkeys(dls.train_ds.items)])
-    made = replace(recipe, spec=learn.spec, net=learn.net).identity
-    return dict(recipe=made, device=torch.device(dls.device).type, processes=place()[1],
-                workers=dls.train.fake_l.num_workers, train=train,
-                valid=case_digests(reader, dls.valid_cases))
+    dls,recipe = learn.dls,replace(recipe, spec=learn.spec, net=learn.net)
+    train,valid = (case_digests(dls.reader, o) for o in _cases(dls))
+    return dict(recipe=recipe.identity, device=torch.device(dls.device).type, processes=place()[1],
+                workers=dls.train.fake_l.num_workers, train=train, valid=valid)
 
 # %% ../nbs/18_learner.ipynb #68edece4
-def _check(dls, table, choose=True):
-    "Stop at a bad scan before anything is written; cases that are prepared and unchanged are not read again"
-    cases = [*dict.fromkeys(dls.train_ds.items), *dls.valid_cases]
-    if not all(map(dls.reader.ready, cases)):
-        reports = check_cases(cases, dls.spec.classes)
+def _check(dls, table, choose):
+    "Stop at a bad scan before anything is written; scans that are prepared are not read again"
+    train,valid = _cases(dls)
+    if not all(map(dls.reader.ready, train+valid)):
+        reports = check_cases(train+valid, dls.spec.classes)
         require_ok(reports, table)
         for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f)
-        dls.reader.prepare(cases)
-    if choose and not any(dls.reader(c).masks[0].any() for c in dls.valid_cases):
+        dls.reader.prepare(train+valid)
+    if choose and not any(dls.reader(c).masks[0].any() for c in valid):
         fault = f'no valid case has a {dls.spec.lesion}, so no weights could be chosen'
         raise CTError(table, fault, 'Put a case with one into the split valid')
 
 # %% ../nbs/18_learner.ipynb #3fef58d5
-def seen_by(
-    reader, # `CaseReader`
-    cases   # `Case`s that are trained on
-) -> Seen:
-    "What a training holds"
+def _seen_by(reader, cases) -> Seen:
+    "What a training on these `Case`s holds"
     infos = [reader(c).info for c in cases]
     of_body = [i['lesion_ml']/i['body_ml'] for i in infos if i.get('body_ml')]
     digests = {i['digest'] for i in infos if i.get('digest')}
-    largest = max((i['lesion_ml'] for i in infos), default=0.)
+    largest = max(i['lesion_ml'] for i in infos)
     return Seen(len(infos), largest, min(1., max(of_body, default=0.)), tuple(sorted(digests)))
 
 # %% ../nbs/18_learner.ipynb #e47aa657
@@ -230,20 +220,20 @@ def _take(out, held, resume, overwrite):
     "Lock the folder of a training, and refuse to replace what is not to be replaced"
     held.enter_context(locked(out, folder=True))
     may = overwrite or resume and (out/'checkpoint.safetensors').exists()
-    remedy = 'Add --resume to resume a training that was interrupted, choose another --out, or add --overwrite'
-    run_outputs(out).require(may, remedy)
+    run_outputs(out).require(may, 'Add --resume to resume a training that was interrupted, choose '
+                                  'another --out, or add --overwrite')
 
 def _begin(out, recipe, resume, plot):
     "Remove a former training, unless it is resumed, and list what this one writes"
-    mine,resumed = run_outputs(out),resume and (out/'checkpoint.safetensors').exists()
+    mine,anew = run_outputs(out),not (resume and (out/'checkpoint.safetensors').exists())
     sweep(out/'examples')
-    if not resumed: mine.clear()
+    if anew: mine.clear()
     mine.add('recipe.json', 'checkpoint.safetensors', 'model.safetensors', 'history.csv',
              *['history.png']*plot)
-    if not resumed: recipe.save(out/'recipe.json')
+    if anew: recipe.save(out/'recipe.json')
 
 # %% ../nbs/18_learner.ipynb #e7d3ec1d
-class Awaited(Callback):
+class _Awaited(Callback):
     "Counts the batches of a pass that have come"
     def before_train(self): self.learn.came = 0
     def before_validate(self): self.learn.came = 0
@@ -256,32 +246,25 @@ def _awaited(learn) -> str:
     except (AttributeError, IndexError, TypeError): return ''
 
 # %% ../nbs/18_learner.ipynb #aeebf049
-_no_workers = 'or use --workers 0 (with --overwrite, as other patches are drawn then)'
+_failures = {  # pattern → fault, remedy
+    r'shared memory|Bus error|/torch_\d':
+        ('the shared memory (/dev/shm) is too small for processes that draw patches', 'Enlarge it'),
+    r'Too many open files|ancdata': ('too many files are open', 'Raise the limit (ulimit -n)'),
+    r'DataLoader worker.*(killed|exited)':
+        ('a process that draws patches was killed', 'Free memory')}
 
-_failures = [  # pattern, fault, remedy
-    (r'shared memory|Bus error|/torch_\d',
-     'the shared memory (/dev/shm) is too small for processes that draw patches',
-     'Enlarge it and add --resume'),
-    (r'Too many open files|ancdata', 'too many files are open',
-     'Raise the limit (ulimit -n) and add --resume'),
-    (r'DataLoader worker.*(killed|exited)', 'a process that draws patches was killed',
-     'Free memory and add --resume')]
-
-def why_stopped(
-    e: Exception,   # Raised by a training
-    names: str = '' # Cases whose patches were awaited
-) -> CTError: # None if it is nothing that we know
-    "What to do where memory, or a process that draws patches, has failed"
-    def of_workers(fault, remedy):
-        return CTError('workers', fault+f', while patches of {names} were awaited'*bool(names),
-                       f'{remedy}, {_no_workers}')
+def _why_stopped(e, names='') -> CTError: # None if it is nothing that we know
+    "What to do where memory, or a process that draws patches of the cases `names`, has failed"
     text = str(e).strip()
-    last = text.rpartition('\n')[2]
-    if 'CTError: ' in last:  # of a scan, raised in such a process
-        what,_,rest = last.partition('CTError: ')[2].partition(': ')
+    _,ours,last = text.rpartition('\n')[2].partition('CTError: ')
+    if ours:  # of a scan, raised in such a process
+        what,_,rest = last.partition(': ')
         return CTError(what, rest.rstrip('.'), 'Then add --resume')
-    for pattern,fault,remedy in _failures:
-        if re.search(pattern, text, re.DOTALL): return of_workers(fault, remedy)
+    for pattern,(fault,remedy) in _failures.items():
+        if re.search(pattern, text, re.DOTALL):
+            return CTError('workers', fault+f', while patches of {names} were awaited'*bool(names),
+                           f'{remedy} and add --resume, or use --workers 0 (with --overwrite, as '
+                           'other patches are drawn then)')
     if out_of_memory(e):
         remedy = 'Start anew with less: --memory, such as 6GB, or a smaller --bs or --patch'
         return CTError('memory', 'a training step needs more than there is', remedy)
@@ -291,7 +274,7 @@ def why_stopped(
 def _explained(learn):
     try: yield
     except (RuntimeError,MemoryError,OSError) as e:
-        if err := why_stopped(e, _awaited(learn)): raise err from None
+        if err := _why_stopped(e, _awaited(learn)): raise err from None
         raise
 
 @contextmanager
@@ -302,20 +285,13 @@ def _seeded(seed, reproducible):
     try: yield
     finally: cudnn.deterministic,cudnn.benchmark = was
 
-def _callbacks(learn, out, recipe, examples, plot) -> list:
-    history = History(out/'history.csv')
-    clip,ema = [GradientClip(recipe.clip)]*bool(recipe.clip),[EMA(recipe.ema)]*bool(recipe.ema)
-    return [learn.kept, history, Awaited(), StopOnNaN(), *clip, *ema,
-            Pictures(history, examples, plot)]
-
 # %% ../nbs/18_learner.ipynb #8c03ba7d
 def _learner(table, out, recipe, fold, device, workers, cbs) -> Learner:
     "The learner of a recipe"
     more = {} if workers is None else dict(num_workers=workers)
     dls = CTDataLoaders.from_table(table, recipe.spec, bs=recipe.bs, patches=recipe.patches,
-                                   p_lesion=recipe.oversample_foreground,
-                                   fold=fold, aug=recipe.augmentation, path=out, device=device,
-                                   **more)
+                                   p_lesion=recipe.oversample_foreground, fold=fold,
+                                   aug=recipe.augmentation, path=out, device=device, **more)
     return unet_learner_3d(dls, recipe.network, recipe.pretrained, loss_func=recipe.loss_func,
                            cbs=cbs, wd=recipe.wd,
                            metrics=[PatchDice(), ScanDice(recipe.score_every)])
@@ -326,21 +302,39 @@ def _to_device(learn, recipe):
     # quicker at width 16 (`benchmarks/step.csv`)
     if device=='cpu': learn.model.to(memory_format=torch.channels_last_3d)
     if recipe.memory is not None:
-        _fit_memory(learn, recipe.memory, recipe.frozen_stages if recipe.pretrained else 0,
-                    bool(recipe.ema))
+        frozen = recipe.frozen_stages if recipe.pretrained else 0
+        _fit_memory(learn, recipe.memory, frozen, bool(recipe.ema))
     elif device=='cuda': learn.to_fp16()
 
-def _check_counts(**kwargs):
-    for k,(v,most) in kwargs.items():
-        if v is None or isinstance(v, int) and 0<=v<=most: continue
-        raise CTError(k, f'{v} is not in 0…{most}', 'Give such a number')
+# %% ../nbs/18_learner.ipynb #c71ea203
+def _fit(learn, out, recipe, resume, examples, plot) -> Learner:
+    "Both phases, from where they were left"
+    seen,history = _seen_by(learn.dls.reader, _cases(learn.dls)[0]),History(out/'history.csv')
+    learn.kept = KeepBest(out/'model.safetensors', last=recipe.keep=='last', seen=seen)
+    cbs = [learn.kept, history, _Awaited(), StopOnNaN(), Pictures(history, examples, plot)]
+    if recipe.clip: cbs.append(GradientClip(recipe.clip))
+    if recipe.ema: cbs.append(EMA(recipe.ema))
+    about = once(lambda: _identity(learn, recipe))
+    frozen = recipe.frozen_epochs if recipe.pretrained else 0
+    steps = max(frozen, recipe.epochs)*len(learn.dls.train)
+    ck = Checkpoint(out/'checkpoint.safetensors', about, frozen+recipe.epochs, steps, learn.model)
+    once(lambda: _begin(out, recipe, resume, plot))
+    own_random(recipe.seed)
+    if ck.begin(resume): ck.restore(learn, cbs); learn.kept.put_back(learn); return learn
+    with split_training(learn), _explained(learn):
+        if frozen: learn.freeze(); ck.fit(learn, frozen, recipe.frozen_lr, cbs=cbs)
+        lr = unfreeze_for(learn, recipe.pretrained, recipe.lr, recipe.frozen_stages,
+                          recipe.lr_ratio)
+        ck.fit(learn, recipe.epochs, lr, cbs=cbs)
+    ck.finish(cbs, lambda: learn.kept.put_back(learn))  # the file that the training is for is there
+    return learn
 
 # %% ../nbs/18_learner.ipynb #eea4e5b1
 def train(
-    table,                  # Case table with `train` and `valid` cases, or a folder that `covid3d prepare` wrote
+    table,                  # Case table with `train` and `valid` cases, or a prepared folder
     out,                    # Folder for `model.safetensors`, `recipe.json` and `history.csv`
-    recipe=None,            # `Recipe`, the name of one (`small`), or its JSON file; the default one if None
-    fold: tuple = None,     # (i, k): validate on fold i of k and train on the others, in place of the table's split
+    recipe=None,            # `Recipe`, a name (`small`), or a JSON file; the default if None
+    fold: tuple = None,     # (i, k): validate on fold i of k, in place of the table's split
     device=None,            # `cpu`, `cuda`; the best there is if None
     workers: int = None,    # Processes that draw patches; none on a CPU, up to 8 on a GPU, if None
     resume: bool = False,   # Resume from the checkpoint in `out`, if there is one
@@ -352,31 +346,13 @@ def train(
 ) -> Learner: # Trained, with the weights that were kept; `kept.best` is their Dice
     "Train on a case table and keep the weights with the best whole-scan Dice"
     out,recipe = Path(out),Recipe.load(recipe).but(**changes)
-    _check_counts(examples=(examples,10**6), workers=(workers,128))
+    for k,v,most in (('examples',examples,10**6), ('workers',workers or 0,128)):
+        if not (isinstance(v, int) and 0<=v<=most):
+            raise CTError(k, f'{v} is not in 0…{most}', 'Give such a number')
     with joined(device) as device, ExitStack() as held:
         once(lambda: _take(out, held, resume, overwrite))
         held.enter_context(_seeded(recipe.seed, recipe.reproducible))
         learn = _learner(table, out, recipe, fold, device, workers, cbs)
-        once(lambda: _check(learn.dls, table, choose=recipe.keep=='best'))
+        once(lambda: _check(learn.dls, table, recipe.keep=='best'))
         _to_device(learn, recipe)
         return _fit(learn, out, recipe, resume, examples, plot)
-
-def _fit(learn, out, recipe, resume, examples, plot) -> Learner:
-    "Both phases, from where they were left"
-    seen,last = seen_by(learn.dls.reader,
-                        [*dict.fromkeys(learn.dls.train_ds.items)]),recipe.keep=='last'
-    learn.kept,frozen = KeepBest(out/'model.safetensors', last=last,
-                                 seen=seen),recipe.frozen_epochs if recipe.pretrained else 0
-    about,cbs = once(lambda: _identity(learn, recipe)),_callbacks(learn, out, recipe, examples,
-                                                                  plot)
-    steps = max(frozen, recipe.epochs)*len(learn.dls.train)
-    ck = Checkpoint(out/'checkpoint.safetensors', about, frozen+recipe.epochs, steps, learn.model)
-    once(lambda: _begin(out, recipe, resume, plot))
-    own_random(recipe.seed)
-    if ck.begin(resume): ck.restore(learn, cbs); learn.kept.put_back(learn); return learn
-    with split_training(learn), _explained(learn):
-        if frozen: learn.freeze(); ck.fit(learn, frozen, recipe.frozen_lr, cbs=cbs)
-        ck.fit(learn, recipe.epochs, unfreeze_for(learn, recipe.pretrained, recipe.lr,
-                                                  recipe.frozen_stages, recipe.lr_ratio), cbs=cbs)
-    ck.finish(cbs, lambda: learn.kept.put_back(learn))  # the file that the training is for is there
-    return learn

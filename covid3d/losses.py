@@ -40,8 +40,8 @@ class SampleLoss(nn.Module):
         reduction=None # In place of the loss's own
     ) -> torch.Tensor: # Scalar, or (batch,); 0 or more
         if logits.shape!=mask.shape:
-            raise CTError('mask',
-                          f'shape {tuple(mask.shape)} is not that of the logits, {tuple(logits.shape)}', 'Give one channel for each class')
+            fault = f'shape {tuple(mask.shape)} is not that of the logits, {tuple(logits.shape)}'
+            raise CTError('mask', fault, 'Give one channel for each class')
         with torch.autocast(logits.device.type, enabled=False):
             loss = self.per_sample(*(o.as_subclass(torch.Tensor).float() for o in (logits,mask)))
         return loss if (reduction or self.reduction)=='none' else loss.mean()
@@ -64,16 +64,11 @@ class DiceCELoss(SampleLoss):
         super().__init__(reduction)
         self.dice,self.ce,self.smooth = dice,ce,smooth
     def per_sample(self, logits, mask):
-        return self.dice*(1-soft_dice(logits.sigmoid(), mask,
-                                      self.smooth).mean(1)) + self.ce*cross_entropy(logits, mask)
+        dice = 1-soft_dice(logits.sigmoid(), mask, self.smooth).mean(1)
+        return self.dice*dice + self.ce*cross_entropy(logits, mask)
 
 # %% ../nbs/12_losses.ipynb #a76f4e67
-def _focal(
-    logits,             # (batch, class, slice, row, column)
-    mask,               # The same shape, 0 or 1
-    gamma: float = 2.,  # 0 or more
-    alpha: float = None # Weight of lesion voxels in [0, 1]
-) -> torch.Tensor: # (batch,), nats a voxel
+def _focal(logits, mask, gamma=2., alpha=None) -> torch.Tensor: # (batch,), nats per voxel
     "Focal loss, the mean over a sample"
     z = logits*(2*mask-1)
     loss = -F.logsigmoid(z)*(gamma*F.logsigmoid(-z)).exp()
@@ -85,16 +80,16 @@ class DiceFocalLoss(SampleLoss):
     def __init__(self,
         dice: float = 1.,       # Weight of 1 − Dice
         focal: float = 1.,      # Weight of the focal loss
-        gamma: float = 2.,      # See `_focal`
-        alpha: float = None,    # See `_focal`
+        gamma: float = 2.,      # Focus on voxels that are wrong, 0 or more
+        alpha: float = None,    # Weight of lesion voxels in [0, 1]
         smooth: float = 1.,     # See `soft_dice`
         reduction: str = 'mean' # See `SampleLoss`
     ):
         super().__init__(reduction)
         self.dice,self.focal,self.gamma,self.alpha,self.smooth = dice,focal,gamma,alpha,smooth
     def per_sample(self, logits, mask):
-        return self.dice*(1-soft_dice(logits.sigmoid(), mask,
-            self.smooth).mean(1)) + self.focal*_focal(logits, mask, self.gamma, self.alpha)
+        dice = 1-soft_dice(logits.sigmoid(), mask, self.smooth).mean(1)
+        return self.dice*dice + self.focal*_focal(logits, mask, self.gamma, self.alpha)
 
 # %% ../nbs/12_losses.ipynb #c159213f
 class TverskyLoss(SampleLoss):
@@ -141,11 +136,3 @@ class LovaszHingeLoss(SampleLoss):
 # %% ../nbs/12_losses.ipynb #9e3fa9c3
 losses_by_name = {'dice-focal':DiceFocalLoss, 'dice-ce':DiceCELoss, 'tversky':TverskyLoss,
                   'lovasz':LovaszHingeLoss}
-
-def find_loss(
-    name: str # `dice-focal`, `dice-ce`, `tversky` or `lovasz`
-) -> SampleLoss:
-    "The loss of that name, with its default weights"
-    if name not in losses_by_name:
-        raise CTError('loss', f'{name!r} is unknown', f'Give {", ".join(losses_by_name)}')
-    return losses_by_name[name]()

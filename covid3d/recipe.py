@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from .augment import light_aug_transforms
 from .files import read_json
-from .losses import find_loss, losses_by_name
+from .losses import losses_by_name
 from .transforms import CTSpec, ResizeSpec, spec_class
 from .volume import CTError, write_atomic
 from .weights import NetSpec
@@ -41,9 +41,8 @@ _ranges = dict(
 def _in_range(name, v):
     "The number `v` as its type, if it lies in its range"
     kind,low,high,remedy = _ranges[name]
-    ok = isinstance(v, numbers.Integral if kind is int else numbers.Real) and not isinstance(v,
-        bool)
-    if ok and low<=v<=high: return kind(v)
+    ok = isinstance(v, numbers.Integral if kind is int else numbers.Real)
+    if ok and not isinstance(v, bool) and low<=v<=high: return kind(v)
     raise CTError(name, f'{v!r} is not in {low}…{high}', remedy)
 
 # %% ../nbs/15_recipe.ipynb #533fb35f
@@ -158,6 +157,7 @@ def _parts(d, what) -> dict:
             raise CTError(what, f'{k} is not understood', f'See {kind.__name__}') from None
     return d
 
+# %% ../nbs/15_recipe.ipynb #c71ea205
 @patch
 def save(self: Recipe,
     path # `.json`
@@ -192,8 +192,7 @@ recipes = dict(
     small=Recipe(CTSpec(spacing=(6.,2.8,2.8), patch=(16,64,64)), NetSpec(width=16), 'random',
                  epochs=21, lr=1e-2, score_every=11),
     resize=Recipe(ResizeSpec(), frozen_stages=0, bs=1, patches=1, epochs=50, frozen_epochs=3,
-                  lr=1e-3, frozen_lr=1e-2,
-                  lr_ratio=1., wd=1e-4, loss='dice-ce'))
+                  lr=1e-3, frozen_lr=1e-2, lr_ratio=1., wd=1e-4, loss='dice-ce'))
 
 # %% ../nbs/15_recipe.ipynb #a27ded3f
 @patch(as_prop=True)
@@ -248,7 +247,7 @@ def require_same(
 @patch(as_prop=True)
 def loss_func(self: Recipe):
     "The loss, with its default weights"
-    return find_loss(self.loss)
+    return losses_by_name[self.loss]()
 
 @patch(as_prop=True)
 def augmentation(self: Recipe):

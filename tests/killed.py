@@ -7,7 +7,7 @@ import json, math, os, resource, signal, sys, tempfile, time
 from pathlib import Path
 
 import torch
-import covid3d.checkpoint, covid3d.learner
+import covid3d.callbacks, covid3d.checkpoint, covid3d.learner
 from covid3d.cli import main
 
 write_checkpoint = covid3d.checkpoint.write_checkpoint
@@ -33,7 +33,7 @@ def made_up(self, case)->float:
     total = sum(v.double().sum() for v in self.learn.model.state_dict().values())
     return self.learn.epoch%2/2+float(total*1000%1)/4
 
-class Spoiled(covid3d.checkpoint.StopOnNaN):
+class Spoiled(covid3d.callbacks.StopOnNaN):
     "With a patch that is no number"
     def before_batch(self):
         if self.training and (self.n_epoch,self.epoch,self.iter)==(3,1,2): self.learn.xb = (self.x*math.nan,)

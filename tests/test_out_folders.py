@@ -217,7 +217,7 @@ def test_train_holds_its_lock_to_the_end(table, tmp_path):
 @pytest.mark.promise('lost')
 def test_X13_sigterm_ends_with_a_checkpoint_and_a_free_folder(table, tmp_path, capfd, monkeypatch):
     "SIGTERM, a cluster's way to end a job: status 143, nothing half-written, no lock left; --resume ends with the weights of a training that was not stopped"
-    class Told(covid3d.learner.Awaited):
+    class Told(covid3d.learner._Awaited):
         n = 0
         def after_batch(self):
             super().after_batch(); Told.n += self.training
@@ -225,7 +225,7 @@ def test_X13_sigterm_ends_with_a_checkpoint_and_a_free_folder(table, tmp_path, c
     argv = ['train',table,'--init','random','--width','4','--epochs','3','--patches','4','--score-every','1',*small]
     assert call([*argv,'--out',tmp_path/'whole'])==0
     with monkeypatch.context() as m:
-        m.setattr(covid3d.learner, 'Awaited', Told)
+        m.setattr(covid3d.learner, '_Awaited', Told)
         try: status = call([*argv,'--out',tmp_path/'run'])
         except SystemExit as e: status = e.code
     assert status==143 and Told.n<12 and not list((tmp_path/'run').rglob('.*'))

@@ -166,8 +166,8 @@ def test_passed_epochs_write_nothing(tmp_path, monkeypatch):
     "While a resumed run passes over what is done, the encoder on disk stays: cut off there it was once that of untrained weights"
     stop = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     with monkeypatch.context() as m:
-        plain = module._Log.save
-        m.setattr(module._Log, 'save', lambda self, **kw: stop() if kw['step']==6 else plain(self, **kw))
+        plain = module._Log.after_epoch
+        m.setattr(module._Log, 'after_epoch', lambda self: stop() if self.trains and self.epoch==2 else plain(self))
         pretrain_encoder(tmp_path, steps=6, every=2, **tiny)
     before = [(tmp_path/o).read_bytes() for o in ('encoder.safetensors','history.csv')]
     assert encoder_info(tmp_path/'encoder.safetensors')['step']==4
@@ -208,16 +208,16 @@ from pathlib import Path
 from covid3d.pretrain import pretrain_encoder
 from covid3d.transforms import CTSpec
 covid3d.pretrain._loaders = partial(covid3d.pretrain._loaders, score=4)
-plain = covid3d.checkpoint.save_file
-def marked(tensors, path, about):
-    writing.touch(); plain(tensors, path, about); time.sleep(.005); writing.unlink()
+plain = covid3d.checkpoint.write_checkpoint
+def marked(path, state, tensors):
+    writing.touch(); plain(path, state, tensors); time.sleep(.005); writing.unlink()
 print('ready', flush=True)
 for line in sys.stdin:
     out,how,at = line.split(); start,writing,seen,was = time.monotonic(),Path(out+'.writing'),0,False
     writing.unlink(missing_ok=True)
     pid = os.fork()
     if not pid:
-        covid3d.checkpoint.save_file = marked
+        covid3d.checkpoint.write_checkpoint = marked
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1); torch.set_num_threads(1)
         pretrain_encoder(out, width=4, steps=12, every=2, spec=CTSpec(spacing=(9,7,7), patch=(16,32,32)), phantoms=1, lr=1e-2,
             grid=dict(shape=(32,96,96), spacing=(9,3.7,3.7)), device='cpu', resume=True)

@@ -268,7 +268,7 @@ def small_fit(path, *cbs, workers=0):
     "A learner after two epochs of 4 steps, under a checkpoint"
     dls = DataLoaders(*[DataLoader(Samples(), bs=2, drop_last=True, num_workers=workers) for _ in range(2)], device=torch.device('cpu'))
     learn = Learner(dls, torch.nn.Linear(2, 1), loss_func=torch.nn.MSELoss())
-    ck = Checkpoint(path/'checkpoint.safetensors', {})
+    ck = Checkpoint(path/'checkpoint.safetensors', {}, 2, 8, learn.model)
     ck.begin()
     with learn.no_bar(), learn.no_logging(): ck.fit(learn, 2, .01, cbs=cbs)
     return learn

@@ -124,7 +124,7 @@ def test_K5_the_last_checkpoint_stays(tmp_path, monkeypatch):
     write_checkpoint(path, dict(a=1), dict(w=torch.zeros(3)))
     before = path.read_bytes()
     def full(*_, **__): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(covid3d.checkpoint, 'save_file', full)
+    monkeypatch.setattr('covid3d.volume.os.fsync', full)
     refused(lambda: write_checkpoint(path, dict(a=2), {}), 'the last one is intact')
     assert path.read_bytes()==before and [o.name for o in tmp_path.iterdir()]==[path.name]
 
@@ -312,7 +312,7 @@ def run(folder, resume=False, *more):
     learn = Learner(dls, nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)), loss_func=nn.MSELoss())
     keep = KeepBest(folder/'model.safetensors', last=True)
     keep.after_epoch = keep.after_fit = keep.before_train = lambda: None
-    ck,cbs = Checkpoint(folder/'checkpoint.safetensors', dict(lr=.1), epochs=2),[History(folder/'history.csv'), EMA(.9), keep, *more]
+    ck,cbs = Checkpoint(folder/'checkpoint.safetensors', dict(lr=.1), 2, 6, learn.model),[History(folder/'history.csv'), EMA(.9), keep, *more]
     with redirect_stdout(io.StringIO()): finished = ck.begin(resume)
     if finished: ck.restore(learn, cbs); return learn
     with learn.no_bar(), learn.no_logging(): ck.fit(learn, 2, .01, cbs=cbs)
@@ -551,7 +551,7 @@ def test_a_checkpoint_that_claims_gigabytes_takes_no_memory(good, tmp_path):
     n,path = 2**31,tmp_path/'checkpoint.safetensors'
     head = json.dumps(dict(a=dict(dtype='F32', shape=[n//4], data_offsets=[0,n]))).encode()
     with path.open('wb') as f: f.write(struct.pack('<Q', len(head))+head); f.truncate(8+len(head)+n)
-    mb,secs = cost("from covid3d.checkpoint import Checkpoint\nck = Checkpoint(root/'checkpoint.safetensors', {}, model=torch.nn.Linear(2, 1)); told(lambda: ck.begin(True))", good, tmp_path)
+    mb,secs = cost("from covid3d.checkpoint import Checkpoint\nck = Checkpoint(root/'checkpoint.safetensors', {}, 1, 1, torch.nn.Linear(2, 1)); told(lambda: ck.begin(True))", good, tmp_path)
     assert mb<100 and secs<4, (mb,secs)
 
 @pytest.mark.promise('lost')
@@ -560,7 +560,7 @@ def test_a_training_longer_than_its_checkpoint_is_read_of_does_not_begin(tmp_pat
     dls = DataLoaders(*[DataLoader(Data(), bs=2) for _ in range(2)], device=torch.device('cpu'))
     learn = Learner(dls, nn.Linear(2, 1), loss_func=nn.MSELoss())
     for limits in (dict(epochs=1), dict(steps=5)):
-        ck = Checkpoint(tmp_path/'checkpoint.safetensors', {}, **limits); ck.begin()
+        ck = Checkpoint(tmp_path/'checkpoint.safetensors', {}, **dict(epochs=2, steps=6, model=learn.model)|limits); ck.begin()
         refused(lambda: ck.fit(learn, 2, .01), '2 epochs of 6 steps', 'epochs, steps')
 
 # One process of several
@@ -576,9 +576,8 @@ def test_a_leftover_RANK_swallows_no_error(good, tmp_path, monkeypatch, capfd, e
 @pytest.mark.promise('lost')
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_a_kill_within_the_writer_leaves_nothing(tmp_path, monkeypatch):
-    "The draft that safetensors has of its own goes too, once a process that was killed within it is gone"
-    def cut(tensors, file, metadata): (Path(file).parent/'.tmpAbC123').write_bytes(b'half'); os.kill(os.getpid(), 9)
-    monkeypatch.setattr('covid3d.checkpoint.save_file', cut)
+    "The draft of a checkpoint goes too, once a process that was killed before it took its name is gone"
+    monkeypatch.setattr('covid3d.volume.os.replace', lambda *_: os.kill(os.getpid(), 9))
     if not (pid := os.fork()):
         try: write_checkpoint(tmp_path/'checkpoint.safetensors', {}, {})
         finally: os._exit(1)

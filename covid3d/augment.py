@@ -1,4 +1,4 @@
-"""Patches turned, bent, and rescanned at random: all of space in one resampling, all of grey in one pass
+"""Patches rotated, deformed and rescanned at random: all of space in one resampling, all intensities in one pass
 
 Docs: https://covid3d.github.io/covid3d/augment.html.md"""
 
@@ -10,7 +10,7 @@ __all__ = ['Flip3d', 'Rotate3d', 'Zoom3d', 'Shear3d', 'Shift3d', 'Perspective3d'
            'Augment3d', 'ct_aug_transforms', 'light_aug_transforms']
 
 # %% ../nbs/07_augment.ipynb #a66ce2f1
-import math
+import inspect, math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,14 +27,15 @@ from .volume import CTError
 class Draw:
     "The random numbers of one augmentation, for `n` samples"
     n: int                     # Samples
-    # (n, 4, 4): mm in the patch → mm in the scan, both from the centre, as (slice, row, column, 1)
+    # (n, 4, 4): mm in the patch → mm in the scan, from both centres, (slice, row, column, 1)
     matrix: torch.Tensor
-    # (n, 3, slice, row, column): shifts of knots spread over the patch, mm; None for no bending
+    # (n, 3, slice, row, column): shifts of knots spread over the patch, mm; None for no deformation
     field: torch.Tensor = None
-    gain: torch.Tensor = None  # (n,): greys in [0, 1] are multiplied by it (1 if None), …
+    gain: torch.Tensor = None  # (n,): intensities in [0, 1] are multiplied by it (1 if None), …
     shift: torch.Tensor = None # (n,): … this is added (0 if None), …
     gamma: torch.Tensor = None # (n,): … and they are raised to this (1 if None)
-    then: tuple = ()           # What comes last: pairs of a `Then3d` and its strength for each sample, None where it is left out
+    # what comes last: pairs of a `Then3d` and the strength for each sample, None for left out
+    then: tuple = ()
 
     def __post_init__(self):
         if self.gain is None: self.gain = torch.ones(self.n)
@@ -42,22 +43,20 @@ class Draw:
         if self.gamma is None: self.gamma = torch.ones(self.n)
 
 # %% ../nbs/07_augment.ipynb #799d4f77
-def uniform(
-    n,          # Samples, or a shape
-    low: float, # Least value
-    high: float # Greatest value
-) -> torch.Tensor: # (n,)
-    "A random number for each sample"
+def _uniform(n, low, high) -> torch.Tensor:
+    "A random number for each of `n` samples"
     return low+(high-low)*torch.rand(n)
 
 class Aug3d(ItemTransform):
-    "A random change of a patch and its masks; alone it is a fastai transform, several are better given to `Augment3d`"
+    "A random change of a patch and its masks, itself a fastai transform; see `Augment3d`"
     split_idx,order = 0,20
     def __init__(self,
         p: float = .5 # Probability for each sample, 0 to 1
     ):
-        if not 0<=p<=1: raise CTError('p', f'{p} is no probability', 'Give 0 to 1')
         self.p = p
+        self.__post_init__()
+    def __post_init__(self):
+        if not 0<=self.p<=1: raise CTError('p', f'{self.p} is no probability', 'Give 0 to 1')
     def hit(self, n: int) -> torch.Tensor:
         "Which of `n` samples are changed"
         return torch.rand(n)<self.p
@@ -76,94 +75,85 @@ class Spatial3d(Aug3d):
         hit,m = self.hit(d.n),self.matrices(d.n)
         d.matrix = d.matrix@(m if hit.all() else torch.where(hit[:,None,None], m, torch.eye(4)))
 
+# %% ../nbs/07_augment.ipynb #92588f9e
+def _arguments(cls):
+    "`dataclass`, with a signature that shows its fields; transforms are compared by identity"
+    cls = dataclass(eq=False)(cls)
+    cls.__signature__ = inspect.signature(cls.__init__)
+    return cls
+
 # %% ../nbs/07_augment.ipynb #d375f133
+@_arguments
 class Flip3d(Spatial3d):
     "Mirror an axis, as a rule the patient's left for the right"
-    def __init__(self,
-        p: float = .5, # Probability, 0 to 1
-        axis: int = 2  # 0 slices, 1 rows, 2 columns
-    ):
-        super().__init__(p); self.axis = axis
+    p: float = .5 # Probability, 0 to 1
+    axis: int = 2 # 0 slices, 1 rows, 2 columns
     def matrices(self, n):
         m = _eye(n); m[:,self.axis,self.axis] = -1
         return m
 
 # %% ../nbs/07_augment.ipynb #72fd548b
-def turn(
-    angle: torch.Tensor, # (n,) radians
-    a: int,              # From this axis (0 slices, 1 rows, 2 columns)
-    b: int               # To this one
-) -> torch.Tensor: # (n, 4, 4)
-    "Rotation in the plane of two axes"
+def _rotation(angle, a, b) -> torch.Tensor: # (n, 4, 4)
+    "Rotation by `angle`, (n,) radians, from axis `a` to axis `b`"
     m = _eye(len(angle))
     m[:,a,a] = m[:,b,b] = angle.cos(); m[:,b,a] = angle.sin(); m[:,a,b] = -angle.sin()
     return m
 
 # %% ../nbs/07_augment.ipynb #9b4e312c
+@_arguments
 class Rotate3d(Spatial3d):
-    "Turn about the body axis; with `tilt` about the two others too, which needs 3D interpolation"
-    def __init__(self,
-        degrees: float = 15, # About the body axis, at most, either way
-        tilt: float = 0,     # Degrees about the row and the column axis, at most, either way
-        p: float = .5        # Probability, 0 to 1
-    ):
-        super().__init__(p); self.degrees,self.tilt = degrees,tilt
+    "Rotate about the body axis; with `tilt` about the two others too, which needs 3D interpolation"
+    degrees: float = 15 # About the body axis, at most, either way
+    tilt: float = 0     # Degrees about the row and the column axis, at most, either way
+    p: float = .5       # Probability, 0 to 1
     def matrices(self, n):
-        drawn = lambda most, a, b: turn(torch.deg2rad(uniform(n, -most, most)), a, b)
+        drawn = lambda most, a, b: _rotation(torch.deg2rad(_uniform(n, -most, most)), a, b)
         m = drawn(self.degrees, 1, 2)
         return m@drawn(self.tilt, 0, 1)@drawn(self.tilt, 0, 2) if self.tilt else m
 
 # %% ../nbs/07_augment.ipynb #125550fb
+@_arguments
 class Zoom3d(Spatial3d):
     "Make the body larger or smaller"
-    def __init__(self,
-        low: float = .85,     # Smallest factor, above 0
-        high: float = 1.2,    # Largest factor
-        slices: bool = False, # Along the body axis too
-        p: float = .5         # Probability, 0 to 1
-    ):
-        super().__init__(p); self.low,self.high,self.slices = low,high,slices
+    low: float = .85     # Smallest factor, above 0
+    high: float = 1.2    # Largest factor
+    slices: bool = False # Along the body axis too
+    p: float = .5        # Probability, 0 to 1
     def matrices(self, n):
-        m,by = _eye(n),1/uniform(n, math.log(self.low), math.log(self.high)).exp()
+        m,by = _eye(n),1/_uniform(n, math.log(self.low), math.log(self.high)).exp()
         for a in (0,1,2)[not self.slices:]: m[:,a,a] = by
         return m
 
+@_arguments
 class Shear3d(Spatial3d):
     "Slant rows against columns"
-    def __init__(self,
-        degrees: float = 5, # At most, either way, below 90
-        p: float = .3       # Probability, 0 to 1
-    ):
-        super().__init__(p); self.degrees = degrees
+    degrees: float = 5 # At most, either way, below 90
+    p: float = .3      # Probability, 0 to 1
     def matrices(self, n):
         m = _eye(n)
         for a,b in ((1,2),(2,1)):
-            m[:,a,b] = torch.deg2rad(uniform(n, -self.degrees, self.degrees)).tan()
+            m[:,a,b] = torch.deg2rad(_uniform(n, -self.degrees, self.degrees)).tan()
         return m
 
 # %% ../nbs/07_augment.ipynb #7fd3abad
+@_arguments
 class Shift3d(Spatial3d):
     "Move the patch; where patches are cut at random this adds little"
-    def __init__(self,
-        mm=(0,10,10), # At most, either way, (slice, row, column)
-        p: float = .5 # Probability, 0 to 1
-    ):
-        super().__init__(p); self.mm = mm
+    mm: tuple = (0,10,10) # At most, either way, (slice, row, column)
+    p: float = .5         # Probability, 0 to 1
     def matrices(self, n):
         m = _eye(n)
-        m[:,:3,3] = uniform((n,3), -1, 1)*torch.tensor(self.mm, dtype=torch.float32)
+        m[:,:3,3] = _uniform((n,3), -1, 1)*torch.tensor(self.mm, dtype=torch.float32)
         return m
 
+@_arguments
 class Perspective3d(Spatial3d):
     "Nearer parts larger, as in a photograph"
-    def __init__(self,
-        amount: float = .1, # Change of scale 100 mm from the centre, at most, as a part: 0.1 is 10 %
-        p: float = .5       # Probability, 0 to 1
-    ):
-        super().__init__(p); self.amount = amount
+    amount: float = .1 # Change of scale 100 mm from the centre, at most, as a part: 0.1 is 10 %
+    p: float = .5      # Probability, 0 to 1
     def matrices(self, n):
         m = _eye(n)
-        m[:,3,1:3] = uniform((n,2), -self.amount, self.amount)/100
+        m[:,3,1:3] = _uniform((n,2), -self.amount, self.amount)/100
         return m
 
 # %% ../nbs/07_augment.ipynb #f3fa5fbb
@@ -180,18 +170,16 @@ def spline_weights(
     return w[:,1:k+1].contiguous()
 
 # %% ../nbs/07_augment.ipynb #2bb6f4b5
+@_arguments
 class Elastic3d(Aug3d):
-    "Bend smoothly"
-    def __init__(self,
-        mm: float = 6,   # Standard deviation of the knots' own shifts; about half of it arrives at a voxel
-        knots: int = 5,   # Along rows and columns, 1 or more
-        through: int = 1, # Knots along the slices; 1 bends all slices alike
-        p: float = .3     # Probability, 0 to 1
-    ):
-        super().__init__(p); self.mm,self.knots,self.through = mm,knots,through
+    "Deform smoothly"
+    mm: float = 6    # Standard deviation of the knots' own shifts; about half arrives at a voxel
+    knots: int = 5   # Along rows and columns, 1 or more
+    through: int = 1 # Knots along the slices; 1 deforms all slices alike
+    p: float = .3    # Probability, 0 to 1
     def add(self, d):
-        field = self.mm*torch.randn(d.n, 3, self.through, self.knots, self.knots)*self.hit(d.n)[:,
-            None,None,None,None]
+        field = self.mm*torch.randn(d.n, 3, self.through, self.knots, self.knots)
+        field *= self.hit(d.n)[:,None,None,None,None]
         if self.through==1: field[:,0] = 0
         if d.field is not None: raise CTError('Elastic3d', 'it was given twice', 'Give one')
         d.field = field if field.any() else None
@@ -236,7 +224,7 @@ def _pick(x, which) -> torch.Tensor:
     return torch.stack([o[:,j] for o,j in zip(x, i.clamp(0, n-1).to(x.device))])*inside
 
 def _slices(x, d, size, spacing, centre) -> torch.Tensor:
-    "(n, channel, slice, row, column) with the slices of the new patch: zoomed, mirrored or moved along the body axis"
+    "A batch with the slices of the new patch: zoomed, mirrored or moved along the body axis"
     at = (d.matrix[:,0,0,None]*_along(size[0], spacing[0])
           +d.matrix[:,0,3,None])/spacing[0]+centre[:,0,None]
     first = int(at[0,0]); stay = torch.arange(first, first+size[0]).float().expand_as(at)
@@ -265,8 +253,8 @@ def warp(
     d: Draw,                     # What was drawn
     size: tuple,                 # Of the new patch, (slice, row, column) in voxels
     spacing: tuple,              # (slice, row, column) in mm
-    centre: torch.Tensor = None, # (n, 3): voxel of `x` on which the new patch is centred; its middle if None
-    linear_masks: bool = False   # Interpolate masks and cut at one half, instead of taking the nearest voxel
+    centre: torch.Tensor = None, # (n, 3): voxel of `x` in the patch's centre; its middle if None
+    linear_masks: bool = False   # Masks by interpolation, cut at one half, not the nearest voxel
 ) -> tuple: # (CT (n, 1, *size), masks (n, class, *size))
     "Apply the spatial part of a draw, by one resampling"
     shape,flat = x.shape[2:],d.flat
@@ -281,58 +269,47 @@ def warp(
         'nearest').to(y.dtype)
 
 # %% ../nbs/07_augment.ipynb #0bbb42b9
+@_arguments
 class Brightness3d(Aug3d):
     "Lighter or darker"
-    def __init__(self,
-        by: float = .05, # At most, either way, where the window is 1 wide
-        p: float = .5    # Probability, 0 to 1
-    ):
-        super().__init__(p); self.by = by
-    def add(self, d): d.shift = d.shift+self.hit(d.n)*uniform(d.n, -self.by, self.by)
+    by: float = .05 # At most, either way, where the window is 1 wide
+    p: float = .5   # Probability, 0 to 1
+    def add(self, d): d.shift = d.shift+self.hit(d.n)*_uniform(d.n, -self.by, self.by)
 
+@_arguments
 class Contrast3d(Aug3d):
     "A narrower or wider window about its middle"
-    def __init__(self,
-        by: float = .15, # Factor 1 ± this, at most; below 1
-        p: float = .5    # Probability, 0 to 1
-    ):
-        super().__init__(p); self.by = by
+    by: float = .15 # Factor 1 ± this, at most; below 1
+    p: float = .5   # Probability, 0 to 1
     def add(self, d):
-        c = torch.where(self.hit(d.n), uniform(d.n, 1-self.by, 1+self.by), 1.)
+        c = torch.where(self.hit(d.n), _uniform(d.n, 1-self.by, 1+self.by), 1.)
         d.gain,d.shift = d.gain*c,d.shift*c+(1-c)/2
 
 # %% ../nbs/07_augment.ipynb #063b5d6a
+@_arguments
 class Window3d(Aug3d):
     "Both ends of the window moved, each on its own"
-    def __init__(self,
-        by: float = .05, # At most, either way, where the window is 1 wide; below 0.5
-        p: float = .5    # Probability, 0 to 1
-    ):
-        super().__init__(p); self.by = by
+    by: float = .05 # At most, either way, where the window is 1 wide; below 0.5
+    p: float = .5   # Probability, 0 to 1
     def add(self, d):
-        hit,low,high = self.hit(d.n),uniform(d.n, -self.by, self.by),1+uniform(d.n, -self.by,
-            self.by)
-        g = torch.where(hit, 1/(high-low), 1.); s = torch.where(hit, -low/(high-low), 0.)
+        hit = self.hit(d.n)
+        low,high = _uniform(d.n, -self.by, self.by),1+_uniform(d.n, -self.by, self.by)
+        g,s = torch.where(hit, 1/(high-low), 1.),torch.where(hit, -low/(high-low), 0.)
         d.gain,d.shift = d.gain*g,d.shift*g+s
 
+@_arguments
 class Gamma3d(Aug3d):
-    "Dark greys lifted or lowered more than light ones"
-    def __init__(self,
-        low: float = .8,    # Smallest exponent, above 0; below 1 lifts
-        high: float = 1.25, # Largest exponent
-        p: float = .3       # Probability, 0 to 1
-    ):
-        super().__init__(p); self.low,self.high = low,high
+    "Dark intensities lifted or lowered more than light ones"
+    low: float = .8    # Smallest exponent, above 0; below 1 lifts
+    high: float = 1.25 # Largest exponent
+    p: float = .3      # Probability, 0 to 1
     def add(self, d):
-        d.gamma = d.gamma*torch.where(self.hit(d.n),
-            uniform(d.n, math.log(self.low), math.log(self.high)).exp(), 1.)
+        hit,by = self.hit(d.n),_uniform(d.n, math.log(self.low), math.log(self.high)).exp()
+        d.gamma = d.gamma*torch.where(hit, by, 1.)
 
 # %% ../nbs/07_augment.ipynb #3c4d442e
-def tone(
-    x: torch.Tensor, # (n, …), uint8 0…255 or float in [0, 1]
-    d: Draw          # What was drawn
-) -> torch.Tensor: # float32 in [0, 1]
-    "Apply gain, shift and gamma"
+def _tone(x, d) -> torch.Tensor: # float32 in [0, 1]
+    "Apply gain, shift and gamma to a batch of uint8 0…255 or float in [0, 1]"
     col = lambda v,o: v.to(o.device).reshape(-1, *[1]*(o.dim()-1))
     curve = lambda o: (col(d.gain,o)*o+col(d.shift,o)).clamp_(0,1).pow_(col(d.gamma,o))
     if x.dtype!=torch.uint8: return curve(x.float())
@@ -346,11 +323,11 @@ class Then3d(Aug3d):
     "A change of a whole patch, of a strength between `low` and `high`; a subclass gives `change`"
     low,high = 0.,1.
     def add(self, d):
-        hit,by = self.hit(d.n),uniform(d.n, self.low, self.high)
+        hit,by = self.hit(d.n),_uniform(d.n, self.low, self.high)
         if hit.any(): d.then += ((self,[float(b) if h else None for h,b in zip(hit, by)]),)
     def change(self,
         x: torch.Tensor, # (1, slice, row, column), values in [0, 1]
-        by: float        # Strength, as drawn
+        by: float        # Strength, as sampled
     ) -> torch.Tensor: # The same shape, cut to [0, 1] later
         "The changed sample"
         return x
@@ -363,54 +340,41 @@ class Then3d(Aug3d):
             if by is not None: o.copy_(self.change(o, by))
 
 # %% ../nbs/07_augment.ipynb #52ee1607
-class Pool:
-    "Normal random numbers, drawn once and read from random places"
-    def __init__(self,
-        n: int = 2**21 # How many; a patch of more than half of them gets fresh ones
-    ): self.n,self.kept = n,{}
-    def __call__(self,
-        like: torch.Tensor # Gives shape and device
-    ) -> torch.Tensor: # Not to be written to
-        "Numbers of mean 0 and standard deviation 1"
-        k,dev = like.numel(),like.device
-        if k>self.n//2: return torch.randn_like(like)
-        if dev not in self.kept:
-            self.kept[dev] = torch.randn(self.n, device=dev,
-                                         generator=torch.Generator(dev).manual_seed(0))
-        at,negate = int(torch.randint(self.n-k, ())),bool(torch.randint(2, ()))
-        part = self.kept[dev][at:at+k].view_as(like)
-        return -part if negate else part
-    def __getstate__(self): return dict(n=self.n, kept={})
+@lru_cache
+def _pool(device) -> torch.Tensor:
+    return torch.randn(2**21, device=device, generator=torch.Generator(device).manual_seed(0))
+
+def _noise(like) -> torch.Tensor: # not to be written to
+    "Normal random numbers in the shape of `like`, read from a random place of the pool"
+    k,pool = like.numel(),_pool(like.device)
+    if k>len(pool)//2: return torch.randn_like(like)
+    at,negate = int(torch.randint(len(pool)-k, ())),bool(torch.randint(2, ()))
+    part = pool[at:at+k].view_as(like)
+    return -part if negate else part
 
 # %% ../nbs/07_augment.ipynb #05c76164
+@_arguments
 class Noise3d(Then3d):
     "Grain, as less dose gives it"
-    def __init__(self,
-        by: float = .04, # Standard deviation, at most, where the window is 1 wide
-        p: float = .3    # Probability, 0 to 1
-    ):
-        super().__init__(p); self.high,self.pool = by,Pool()
-    def change(self, x, by): return torch.add(x, self.pool(x), alpha=by)
+    by: float = .04 # Standard deviation, at most, where the window is 1 wide
+    p: float = .3   # Probability, 0 to 1
+    high = property(lambda self: self.by)
+    def change(self, x, by): return torch.add(x, _noise(x), alpha=by)
 
+@_arguments
 class Streaks3d(Then3d):
     "Noise that runs from side to side"
-    def __init__(self,
-        by: float = .04, # Standard deviation where a streak begins or ends, at most, where the window is 1 wide
-        length: int = 24, # Of a streak, voxels, at most
-        p: float = .1     # Probability, 0 to 1
-    ):
-        super().__init__(p); self.high,self.length = by,length
+    by: float = .04  # Standard deviation at the ends of a streak, at most; the window is 1 wide
+    length: int = 24 # Of a streak, voxels, at most
+    p: float = .1    # Probability, 0 to 1
+    high = property(lambda self: self.by)
     def change(self, x, by):
         coarse = torch.randn(*x.shape[:3], max(2, x.shape[3]//self.length+1), device=x.device)
         return x+by*F.interpolate(coarse.flatten(0,1), x.shape[3], mode='linear',
                                   align_corners=True).view_as(x)
 
 # %% ../nbs/07_augment.ipynb #a4461818
-def weighted(
-    x: torch.Tensor, # (1, slice, row, column)
-    weights: list,   # An odd number of them, for the neighbours along the axis
-    axis: int        # 1 slices, 2 rows, 3 columns
-) -> torch.Tensor: # The same shape
+def _weighted(x, weights, axis) -> torch.Tensor:
     "Each voxel as a weighted sum of its neighbours along an axis; the edge is repeated"
     r,n = len(weights)//2,x.shape[axis]
     s = torch.cat([x.narrow(axis, 0, 1)]*r+[x]+[x.narrow(axis, n-1, 1)]*r, axis)
@@ -418,59 +382,48 @@ def weighted(
     for i,w in enumerate(weights[1:], 1): out.add_(s.narrow(axis, i, n), alpha=w)
     return out
 
-def smooth(
-    x: torch.Tensor, # (1, slice, row, column)
-    sigma: float     # Voxels, along rows and columns, above 0
-) -> torch.Tensor: # The same shape
-    "Blur each slice with a Gaussian"
+def _smooth(x, sigma) -> torch.Tensor:
+    "Blur each slice with a Gaussian of `sigma` voxels"
     r = math.ceil(2.5*sigma); w = [math.exp(-.5*(i/sigma)**2) for i in range(-r, r+1)]
     w = [o/sum(w) for o in w]
-    return weighted(weighted(x, w, 2), w, 3)
+    return _weighted(_weighted(x, w, 2), w, 3)
 
 # %% ../nbs/07_augment.ipynb #ac5ec635
+@_arguments
 class Blur3d(Then3d):
     "A softer kernel"
-    low = .3
-    def __init__(self,
-        sigma: float = 1., # Voxels, at most; 0.3 or more
-        p: float = .1      # Probability, 0 to 1
-    ):
-        super().__init__(p); self.high = sigma
-    def change(self, x, by): return smooth(x, by)
+    sigma: float = 1. # Voxels, at most; 0.3 or more
+    p: float = .1     # Probability, 0 to 1
+    low,high = .3,property(lambda self: self.sigma)
+    def change(self, x, by): return _smooth(x, by)
 
+@_arguments
 class Sharpen3d(Then3d):
     "A harder kernel"
-    low = .2
-    def __init__(self,
-        by: float = .8, # Part of the detail that is added, at most; 0.2 or more
-        p: float = .1   # Probability, 0 to 1
-    ):
-        super().__init__(p); self.high = by
-    def change(self, x, by): return x+by*(x-smooth(x, 1.))
+    by: float = .8 # Part of the detail that is added, at most; 0.2 or more
+    p: float = .1  # Probability, 0 to 1
+    low,high = .2,property(lambda self: self.by)
+    def change(self, x, by): return x+by*(x-_smooth(x, 1.))
 
 # %% ../nbs/07_augment.ipynb #a23ba53e
+@_arguments
 class ThickSlices3d(Then3d):
     "Neighbouring slices averaged, as a thicker reconstruction does"
-    low = 1.
-    def __init__(self,
-        slices: float = 3, # Thickness, at most, in slices, 1 to 5
-        p: float = .1      # Probability, 0 to 1
-    ):
-        super().__init__(p); self.high = slices
+    slices: float = 3 # Thickness, at most, in slices, 1 to 5
+    p: float = .1     # Probability, 0 to 1
+    low,high = 1.,property(lambda self: self.slices)
     def change(self, x, by):
         k = (by-1)/2  # slices on either side
         near,far = min(k, 1),min(max(k-1, 0), 1)
         w = [far,near,1.,near,far]
-        return weighted(x, [o/sum(w) for o in w], 1)
+        return _weighted(x, [o/sum(w) for o in w], 1)
 
+@_arguments
 class CutOut3d(Then3d):
     "A box of the CT set to black, so that no single sign is relied upon; the masks stay"
-    low = .1
-    def __init__(self,
-        by: float = .3, # Of each side of the patch, at most, 0.1 to 1
-        p: float = 0.   # Probability, 0 to 1
-    ):
-        super().__init__(p); self.high = by
+    by: float = .3 # Of each side of the patch, at most, 0.1 to 1
+    p: float = 0.  # Probability, 0 to 1
+    low,high = .1,property(lambda self: self.by)
     def change(self, x, by):
         size = [max(1, int(n*by)) for n in x.shape[1:]]
         at = [int(torch.randint(n-s+1, ())) for n,s in zip(x.shape[1:], size)]
@@ -478,15 +431,15 @@ class CutOut3d(Then3d):
         return x
 
 # %% ../nbs/07_augment.ipynb #e1ae83fc
+@_arguments
 class Augment3d(ItemTransform):
     "Several random changes, applied as one"
+    tfms: list           # `Aug3d`s, in the order in which their parameters are sampled
+    spacing: tuple = None # (slice, row, column) of the patches in mm; `CTDataLoaders` fill it in
+    size: tuple = None    # (slice, row, column) of the patch in voxels; that of the input if None
+    linear_masks: bool = False # Masks by interpolation, cut at one half, not the nearest voxel
     split_idx,order = 0,20
-    def __init__(self,
-        tfms: list,                # `Aug3d`s, in the order in which they are drawn
-        spacing=None,        # (slice, row, column) of the patches in mm; `CTDataLoaders` fill it in; needed for all but zooms, mirror images and greys
-        size: tuple = None,     # (slice, row, column) of the patch that is wanted, voxels; that of the input if None
-        linear_masks: bool = False # Interpolate masks and cut at one half, instead of taking the nearest voxel
-    ): self.tfms,self.spacing,self.size,self.linear_masks = list(tfms),spacing and tuple(spacing),size,linear_masks
+    def __post_init__(self): self.tfms,self.spacing = [*self.tfms],self.spacing and (*self.spacing,)
 
     def draw(self,
         n: int = 1 # Samples
@@ -524,7 +477,7 @@ def apply(self: Augment3d,
     centre: torch.Tensor = None # (n, 3): voxel of `x` on which it is centred; its middle if None
 ) -> tuple: # (CT float32 in [0, 1], masks)
     "Apply a draw to a batch"
-    x = tone(x, d)
+    x = _tone(x, d)
     if not d.still or tuple(size)!=tuple(x.shape[2:]):
         x,y = warp(x, y, d, size, self.mm(d), centre, self.linear_masks)
     for t,strengths in d.then: t.apply(x, strengths)
@@ -550,9 +503,9 @@ def cut(self: Augment3d,
     y: torch.Tensor, # Its masks, (class, slice, row, column), uint8
     start,           # First voxel of the patch on each axis, if nothing were drawn; may be negative
     size: tuple,     # (slice, row, column) in voxels
-    voxel=None      # A voxel of the scan, (slice, row, column), that stays where `start` would put it
+    voxel=None       # (slice, row, column) of a voxel that stays where `start` would put it
 ) -> tuple: # (CT (1, *size) float32 in [0, 1], masks (class, *size))
-    "Cut a patch from a scan, bent on the way"
+    "Cut a patch from a scan, deformed on the way"
     d,start,n = self.draw(),torch.tensor(start),torch.tensor(size); mm = torch.tensor(self.mm(d))
     half = (n-1)/2; centre = start+half
     if voxel is not None:
@@ -573,7 +526,7 @@ def room(self: Augment3d,
     size: tuple,     # (slice, row, column) of the patch that is wanted, voxels
     tries: int = 300 # Draws, of which the largest counts
 ) -> tuple: # (slice, row, column) in voxels, `size` or more
-    "The size that patches need, so that what is turned into a patch of `size` lies in them"
+    "The size that patches need, so that what is rotated into a patch of `size` lies in them"
     def box(d):
         mm = torch.tensor(self.mm(d))
         return [o.abs()/mm for o in self.reach(d, (torch.tensor(size)-1)/2*mm)]
@@ -587,16 +540,16 @@ def ct_aug_transforms(
     spacing=None,         # (slice, row, column) of the patches in mm; `CTDataLoaders` fill it in
     flip: float = .5,          # Probability of a mirror image, 0 to 1
     degrees: float = 15,       # Rotation about the body axis, at most
-    tilt: float = 0,         # Degrees about the other axes, at most; more than 0 needs 3D interpolation and zooms slices too
+    tilt: float = 0,         # Degrees about the other axes, at most; in 3D, zooms slices too
     zoom=(.85,1.2),            # Smallest and largest factor of scale
     shear: float = 5,          # Degrees, at most
-    elastic: float = 6,      # Standard deviation of the knots' shifts, mm, of which about half arrives; 0 leaves it out
-    through: int = 1,        # Knots of bending along the slices; more than 1 needs 3D interpolation
-    brightness: float = .05,   # Shift of greys in [0, 1], at most
+    elastic: float = 6,      # Standard deviation of shifts of knots, mm; 0 leaves it out
+    through: int = 1,        # Knots of deformation along the slices; more than 1 in 3D
+    brightness: float = .05,   # Shift of intensities in [0, 1], at most
     contrast: float = .15,     # Factor 1 ± this, at most
     gamma=(.8,1.25),           # Smallest and largest exponent
-    noise: float = .04,        # Standard deviation of grain, greys in [0, 1], at most
-    streaks: float = .03,      # Standard deviation of streaks, greys in [0, 1], at most
+    noise: float = .04,        # Standard deviation of grain, intensities in [0, 1], at most
+    streaks: float = .03,      # Standard deviation of streaks, intensities in [0, 1], at most
     blur: float = 1.,          # Sigma of the Gaussian, voxels, at most
     sharpen: float = .8,       # Part of the detail that is added, at most
     thick: float = 3,          # Thickness of simulated slices, at most, 1 to 5

@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np, pandas as pd
+from fastcore.basics import patch
 
 from .dicom import is_nifti, open_scan
 from .files import locked, read_bytes
 from .show import track
-from .volume import (CTError, Scarce, Source, Volume, open_mask, plain, scan_digest,
-                            unreadable, write_atomic)
+from .volume import (CTError, Scarce, Volume, open_mask, plain, scan_digest, unreadable,
+                            write_atomic)
 
 # %% ../nbs/04_cases.ipynb #6cadbb8f
 splits = ('train','valid','test')
@@ -32,38 +33,29 @@ def parse_window(
 ) -> tuple: # (low, high), or None
     "Read `low:high`"
     if not s: return None
-    try:
-        low,high = map(float, s.split(':'))
-        if not -math.inf<low<high<math.inf: raise ValueError
-    except ValueError:
-        raise CTError('already_windowed', f'{s!r} is not low:high in HU',
-                      'Write, for example, -1000:20') from None
-    return low,high
+    try: low,high = map(float, s.split(':'))
+    except ValueError: low = high = math.nan
+    if -math.inf<low<high<math.inf: return low,high
+    raise CTError('already_windowed', f'{s!r} is not low:high in HU',
+                  'Write, for example, -1000:20')
 
 # %% ../nbs/04_cases.ipynb #676f5622
 _axes = {'head-foot':0, 'front-back':1}
 
-def parse_flip(
-    s: str # `front-back`, `head-foot`, both with a space between, or nothing
-) -> tuple: # The same words
-    "Read the column `flip`"
+def _parse_flip(s) -> tuple:
+    "The words of the column `flip`"
     words = tuple(s.split())
     if {*words}<={*_axes} and len({*words})==len(words): return words
     raise CTError('flip', f'{s!r} is unknown',
                   'Give front-back, head-foot, both with a space between, or nothing')
 
-# %% ../nbs/04_cases.ipynb #b1ab6199
-def flipped(
-    vol: Volume,      # Scan or mask, canonical axes
-    words: tuple|list # From `parse_flip`
-) -> Volume:
+def _flipped(vol, words) -> Volume:
     "Reverse axes whose direction the file has wrong; the way back to the file is reversed too"
-    axes = [_axes[o] for o in words]
-    if not axes: return vol
-    src = vol.source
+    if not words: return vol
+    axes,src = [_axes[o] for o in words],vol.source
     if src:
         back = src.back.copy(); back[axes,1] *= -1
-        src = Source(src.path, src.header, back, src.slices)
+        src = replace(src, back=back)
     note = f'its file has the direction {" and ".join(words)} wrong: reversed'
     return Volume(np.ascontiguousarray(np.flip(vol.data, axes)), vol.affine, src, (*vol.notes,note))
 
@@ -77,18 +69,11 @@ class Case:
     split: str = '' # `train`, `valid`, `test`, or '' where it is not used
     already_windowed: tuple = None # (low, high) in HU of grey levels 0…255; None for HU
     patient: str = '' # The same for scans of one patient
-    flip: tuple = () # Axes whose direction the files have wrong, from `parse_flip`
+    flip: tuple = () # Axes whose direction the files have wrong: front-back, head-foot
 
-    @property
-    def private(self) -> bool: return not is_nifti(self.ct)
-    def label(self, k='ct'):
-        "What messages call the scan or the mask `k`; no path that may name a patient"
-        if self.private: return f'{self.name} ({"scan" if k=="ct" else k+" mask"})'
-        return self.ct if k=='ct' else self.masks[k]
     def open_ct(self) -> Volume:
-        return flipped(open_scan(self.ct, self.already_windowed), self.flip)
-    def open_mask(
-        self,
+        return _flipped(open_scan(self.ct, self.already_windowed), self.flip)
+    def open_mask(self,
         klass: str, # Such as `lesion`, a key of `masks`
         ct: Volume  # The scan, as `open_ct` gives it
     ) -> Volume: # uint8, on the grid of `ct`
@@ -97,41 +82,53 @@ class Case:
             raise CTError(self.name, f'the case has no mask of class {klass!r}',
                           'Add it to the case table')
         m = open_mask(self.masks[klass], like=ct, labels=(0,1,2) if klass=='lung' else (0,1))
-        return replace(flipped(m.new((m.data>0).astype('uint8')), self.flip), notes=m.notes)
+        return replace(_flipped(m.new((m.data>0).astype('uint8')), self.flip), notes=m.notes)
+
+# %% ../nbs/04_cases.ipynb #005834ba
+@patch(as_prop=True)
+def private(self: Case) -> bool: return not is_nifti(self.ct)
+
+@patch
+def label(self: Case, k='ct'):
+    "What messages call the scan or the mask `k`; no path that may name a patient"
+    if self.private: return f'{self.name} ({"scan" if k=="ct" else k+" mask"})'
+    return self.ct if k=='ct' else self.masks[k]
 
 # %% ../nbs/04_cases.ipynb #651deb2c
 # words that say nothing
 _common = set('ct scan scans series slice slices dicom mask masks lesion lung data file '
               'folder'.split())
 
+def _roles(case) -> dict: # file → what messages call it
+    return {**{Path(p):f'{k} mask' for k,p in case.masks.items()}, Path(case.ct):'scan'}
+
 def _file_names(case) -> dict:
-    "Text that stands for a file of the case → that file"
-    files = [Path(p) for p in (case.ct, *case.masks.values()) if isinstance(p, (str,Path))
-             and Path(p).name]
-    names = {t:p for p in files for t in (p.name,str(p)) if t.lower() not in _common}
-    if not case.private or not files: return names
-    home = files[0] if os.path.isdir(files[0]) else files[0].parent
+    "Text that stands for a file of the case → what messages call it"
+    names = {t:k for p,k in _roles(case).items() if p.name for t in (p.name,str(p))
+             if t.lower() not in _common}
+    if not case.private: return names
+    home = case.ct if os.path.isdir(case.ct) else Path(case.ct).parent
     try: inside = os.listdir(home)[:4096]
     except (OSError,ValueError): return names
-    return {o:files[0] for o in inside if len(o)>3 and re.search('[^\\W\\d_]', o)
+    return {o:'scan' for o in inside if len(o)>3 and re.search(r'[^\W\d_]', o)
             and o.lower() not in _common}|names
 
 # %% ../nbs/04_cases.ipynb #2e87dcee
+# an absolute path, in quotes or not
+_any_path = (r'([\'"])(?:[A-Za-z]:\\|/)[^\'"]*\1|'
+             r'(?<![\w/])(?:[A-Za-z]:\\|/)[^\s:,;\'"]*[/\\][^\s:,;\'"]*')
+
 def without_paths(
     s: str,    # A message
     case: Case # The case it is about
 ) -> str:
     "The message with the case's name for its files' paths, and … for any other path"
-    roles = {Path(p):k
-             for k,p in {**{f'{k} mask':p for k,p in case.masks.items()}, 'scan':case.ct}.items()
-             if isinstance(p, (str,Path))}
-    told = _file_names(case)
-    names = '|'.join(re.escape(t) for t in sorted(told, key=len, reverse=True))
-    tail = r'(?:[/\\](?:[^\'"]*(?=[\'"])|[^\s:\'"]*))?'
-    name = lambda m: f'{case.name} ({roles[told[m[1]]]})'
-    if names: s = re.sub(rf'(?<!\w)({names})(?!\w){tail}', name, s)
-    s = re.sub(r'([\'"])(?:[A-Za-z]:\\|/)[^\'"]*\1', '…', s)  # any other path, in quotes or not
-    return re.sub(r'(?<![\w/])(?:[A-Za-z]:\\|/)[^\s:,;\'"]*[/\\][^\s:,;\'"]*', '…', s)
+    roles = _file_names(case)
+    names = '|'.join(re.escape(t) for t in sorted(roles, key=len, reverse=True))
+    below = r'(?:[/\\](?:[^\'"]*(?=[\'"])|[^\s:\'"]*))?'
+    name = lambda m: f'{case.name} ({roles[m[1]]})'
+    if names: s = re.sub(rf'(?<!\w)({names})(?!\w){below}', name, s)
+    return re.sub(_any_path, '…', s)
 
 # %% ../nbs/04_cases.ipynb #195e7db3
 def told(
@@ -142,19 +139,18 @@ def told(
     clean = lambda s: without_paths(str(s), case)
     if isinstance(e, OSError) and isinstance(t := unreadable(case.ct, e), Scarce): e = t
     if isinstance(e, CTError):
-        masks = {Path(p):k for k,p in case.masks.items()}
-        own = (f'{case.name} ({masks[e.what]+" mask" if e.what in masks else "scan"})'
-               if isinstance(e.what, Path) else clean(e.what))
+        own = (f'{case.name} ({_roles(case).get(e.what, "scan")})' if isinstance(e.what, Path)
+               else clean(e.what))
         return (Scarce if isinstance(e, Scarce) else CTError)(own, clean(e.fault), clean(e.cure))
     if isinstance(e, MemoryError):
         return CTError(case.name, 'working on it needs more memory than there is',
                        'Close other programs, or leave the case out')
-    fault = isinstance(e, OSError) and e.strerror
-    if not fault: fault = clean(f'{type(e).__name__}: {" ".join(str(e).split())}')[:240]
+    fault = (isinstance(e, OSError) and e.strerror
+             or clean(f'{type(e).__name__}: {" ".join(str(e).split())}')[:240])
     return CTError(case.name, fault, 'Look at the scan, or leave the case out')
 
 # %% ../nbs/04_cases.ipynb #88ed24ac
-_most_bytes,_most_line,_most_cases = 2**24,2**16,10**5 # of a table, of one line of it, and how many
+_most_bytes,_most_line,_most_cases = 2**24,2**16,10**5 # of a table, of a line of it, and how many
 _rewrite = 'Save the sheet as CSV (UTF-8), or write one with `covid3d table`'
 
 def csv_text(
@@ -262,50 +258,47 @@ def sources_path(
     p = Path(table)
     return p.with_name(f'{p.stem}_sources.csv')
 
-def _refers(row) -> bool: return row['ct']==row['case'] and not is_nifti(row['ct'])
-
 # %% ../nbs/04_cases.ipynb #466680e2
+def _is_series(df) -> pd.Series: return (df.ct!='') & ~df.ct.map(is_nifti)
+
 def _resolve(df, table) -> pd.DataFrame:
     "The table with paths in place of the names that stand for them"
-    root,p = Path(table).parent,sources_path(table)
-    open_ = [r for r in df.to_dict('records') if r['ct'] and _refers(r)
-             and not (root/r['ct']).exists()]
-    if not open_: return df
+    root,p,(scan,source,out) = Path(table).parent,sources_path(table),source_columns
+    named = df[_is_series(df) & (df.ct==df.case)]
+    named = named[[not (root/o).exists() for o in named.ct]]
+    if not len(named): return df
     remedy = (f'Copy it beside {Path(table).name} again, or write the table anew with `covid3d '
               f'cases`')
     if not os.path.lexists(p):
-        raise CTError(p, f'is missing: it says where {len(open_)} scan{"s"[:len(open_)>1]} of '
+        raise CTError(p, f'is missing: it says where {len(named)} scan{"s"[:len(named)>1]} of '
                          f'{Path(table).name} lie', remedy)
     found = _read_csv(p).reindex(columns=source_columns, fill_value='')
-    scan,source,out = source_columns
     found = found[(found[out]=='') & (found[source]!='')].drop_duplicates()
     if (twice := found[scan][found[scan].duplicated()]).any():
         raise CTError(p, f'has two sources for {twice.iloc[0]}', remedy)
-    at = dict(zip(found[scan], found[source]))
-    for r in open_:
-        if r['case'] not in at: raise CTError(p, f'has no line for {r["case"]}', remedy)
-    known = {r['case']:at[r['case']] for r in open_}
-    return df.assign(ct=[known.get(r['case'], r['ct']) if _refers(r) else r['ct']
-                         for r in df.to_dict('records')])
+    if (lost := named.case[~named.case.isin(found[scan])]).any():
+        raise CTError(p, f'has no line for {lost.iloc[0]}', remedy)
+    at = named.case.map(found.set_index(scan)[source])
+    return df.assign(ct=at.reindex(df.index).fillna(df.ct))
 
 # %% ../nbs/04_cases.ipynb #93b568af
 def _case(row, root, masks) -> Case:
     "A `Case` from a line of the table"
     paths = {k:Path(os.path.normpath(root/row[k])) for k in ('ct',*masks) if row.get(k)}
-    try: window,flip = parse_window(row.get('already_windowed','')),parse_flip(row.get('flip',''))
+    try: window,flip = parse_window(row.get('already_windowed','')),_parse_flip(row.get('flip',''))
     except CTError as e: raise CTError(f'case {row["case"]}, {e.what}', e.fault, e.cure) from None
     return Case(row['case'], paths.pop('ct'), paths, row.get('split',''), window,
                 row.get('patient',''), flip)
 
 def _open_table(table, need) -> tuple:
     "The table as text, the folder its paths start from, and its name"
-    if isinstance(table, pd.DataFrame): df,root,name = table,Path('.'),'the case table'
-    else: df,root,name = _read_csv(table),Path(table).parent,table
+    in_memory = isinstance(table, pd.DataFrame)
+    df,name = (table,'the case table') if in_memory else (_read_csv(table),table)
     df = df.astype(object).where(df.notna(), '')
     _need_columns(df, name, ('case','ct',*need))
     # they go into tables, pages and the terminal
     df = df.assign(**{k:df[k].map(plain) for k in ('patient','dataset') if k in df})
-    return (df if isinstance(table, pd.DataFrame) else _resolve(df, table)),root,name
+    return (df,Path('.'),name) if in_memory else (_resolve(df, table),Path(table).parent,name)
 
 # %% ../nbs/04_cases.ipynb #6ff679fd
 def read_cases(
@@ -348,31 +341,25 @@ def _csv(df) -> bytes:
                       'stand in a CSV', 'Rename it')
     return df.map(safe_cell).to_csv(index=False, lineterminator='\n').encode()
 
-def _sources(df, root) -> pd.DataFrame:
-    "Where the DICOM cases of a table lie, and what was left out of it and why"
-    rows = [(r['case'],_relative(r['ct'], root),'') for r in df.to_dict('records') if r['ct']
-            and not is_nifti(r['ct'])]
-    rows += [(k,_relative(p, root),why) for k,p,why in df.attrs.get('left_out', ())]
-    return pd.DataFrame(rows, columns=source_columns)
-
 # %% ../nbs/04_cases.ipynb #14dd7fd7
 def write_cases(
     df: pd.DataFrame, # A case table with absolute paths
     path: str|Path    # CSV to write
 ):
     "Write a case table, its paths relative to it; sources of DICOM go into a file beside it"
-    path = Path(path).absolute(); root = path.parent
-    sources = _sources(df, root)
-    ct = [r['case'] if r['ct'] and not is_nifti(r['ct']) else _relative(r['ct'], root)
-          for r in df.to_dict('records')]
-    masks = {k:df[k].map(lambda p: _relative(p, root)) for k in ('lesion','lung') if k in df}
-    table,keys = _csv(df.assign(ct=ct, **masks)),_csv(sources)
+    path = Path(path).absolute()
+    beside,short = sources_path(path),lambda p: _relative(p, path.parent)
+    files = {k:df[k].map(short) for k in ('ct','lesion','lung') if k in df}
+    sources = [(c,p,'') for c,p in zip(df.case[_is_series(df)], files['ct'][_is_series(df)])]
+    sources += [(k,short(p),why) for k,p,why in df.attrs.get('left_out', ())]
+    files['ct'] = files['ct'].mask(_is_series(df), df.case)
+    table,keys = _csv(df.assign(**files)),_csv(pd.DataFrame(sources, columns=source_columns))
     with locked(path):
-        if len(sources):
-            write_atomic(sources_path(path), keys)
-            if os.name!='nt': os.chmod(sources_path(path), 0o600)
-        elif os.path.lexists(sources_path(path)):
-            require_table(path, True); sources_path(path).unlink()
+        if sources:
+            write_atomic(beside, keys)
+            if os.name!='nt': os.chmod(beside, 0o600)
+        elif os.path.lexists(beside):
+            require_table(path, True); beside.unlink()
         write_atomic(path, table)
 
 # %% ../nbs/04_cases.ipynb #289ddacc
@@ -384,11 +371,10 @@ def require_table(
     p = Path(path)
     if p.suffix.lower()!='.csv':
         raise CTError(p, 'the name of a case table ends in .csv', 'Choose such a name')
+    if os.path.lexists(p) and not overwrite:
+        raise CTError(p, 'exists already', 'Choose another --out, or add --overwrite')
     for o,need in ((p,{'case','ct'}), (sources_path(p),{*source_columns[:2]})):
-        if not os.path.lexists(o): continue
-        if not overwrite and o==p:
-            raise CTError(o, 'exists already', 'Choose another --out, or add --overwrite')
-        try: ours = not o.is_symlink() and need<={*_read_csv(o)}
+        try: ours = not os.path.lexists(o) or not o.is_symlink() and need<={*_read_csv(o)}
         except CTError: ours = False
         if not ours:
             raise CTError(o, 'is there already and was not written by covid3d',
@@ -426,14 +412,11 @@ class CaseReport:
     digest: str = '' # The same for scans with the same voxels
     findings: list = field(default_factory=list) # Of `Finding`
 
-    def add(self,
-        level: str, # `error`, `warning` or `note`
-        what,       # File or column
-        fault: str, # What it is
-        cure: str   # What to do about it
-    ):
-        "Add a `Finding` of this case"
+    def add(self, level, what, fault, cure): # as a `Finding` has them
         self.findings.append(Finding(level, self.case, plain(what), fault, cure))
+    def note(self, path, volume):
+        for n in volume.notes:
+            self.add('note', path, n, 'Nothing to do, the reader has dealt with it')
     @property
     def ok(self) -> bool: return not any(f.level=='error' for f in self.findings)
 
@@ -459,16 +442,13 @@ def spine_in_front(
     return front+back>=100 and front>2*back
 
 # %% ../nbs/04_cases.ipynb #b208dbe7
-inside_line = .8 # Least part of a lesion that lies in the lung mask without a warning
-
-def _note_all(rep, path, notes):
-    for n in notes: rep.add('note', path, n, 'Nothing to do, the reader has dealt with it')
+_inside_line = .8 # Least part of a lesion that lies in the lung mask without a warning
 
 # %% ../nbs/04_cases.ipynb #c61a833d
 def _check_lung(rep, case, ct, lesion):
     "Volume of the lung, and how the lesion lies in it"
     path,m = case.label('lung'),case.open_mask('lung', ct); lung = m.data
-    _note_all(rep, path, m.notes)
+    rep.note(path, m)
     rep.lung_ml = float(lung.sum()*ct.ml_per_voxel)
     if not lung.any():
         return rep.add('warning', path, 'there is no lung in it, so no fraction of it is given',
@@ -481,14 +461,13 @@ def _check_lung(rep, case, ct, lesion):
         fault = f'the lung is cut off at the {" and ".join(cut)} edge of the scan, no fraction'
         rep.add('warning', path, fault, 'Use a scan of the whole chest for volumes')
     if lesion is None: return
-    if lesion.any():
-        rep.inside = float((lesion&lung).sum()/lesion.sum())
-        if rep.inside<inside_line:
-            fault = (f'only {rep.inside:.0%} of the lesion lies in the lung mask, as if it were '
-                     f'the mask of another scan')
-            rep.add('warning', case.label('lesion'), fault, 'Look at it, and at the lung mask')
-            return
-    if not cut: rep.lesion_share = float(lesion.sum()/lung.sum())
+    inside = float((lesion&lung).sum()/lesion.sum()) if lesion.any() else None
+    rep.inside = inside
+    if inside is not None and inside<_inside_line:
+        fault = (f'only {inside:.0%} of the lesion lies in the lung mask, as if it were the mask '
+                 f'of another scan')
+        rep.add('warning', case.label('lesion'), fault, 'Look at it, and at the lung mask')
+    elif not cut: rep.lesion_share = float(lesion.sum()/lung.sum())
 
 # %% ../nbs/04_cases.ipynb #e269f002
 def _check_lesion(rep, case, ct) -> np.ndarray:
@@ -496,7 +475,7 @@ def _check_lesion(rep, case, ct) -> np.ndarray:
     if 'lesion' not in case.masks: return None
     path,m = case.label('lesion'),case.open_mask('lesion', ct)
     rep.lesion_ml = float(m.data.sum()*ct.ml_per_voxel)
-    _note_all(rep, path, m.notes)
+    rep.note(path, m)
     if not m.data.any():
         rep.add('note', path, 'the mask is empty: a scan without a lesion',
                 'Nothing to do if that is meant; it is counted apart')
@@ -514,11 +493,10 @@ def _check_files(rep, case, need):
     rep.shape,rep.spacing = ct.shape,tuple(round(o, 4) for o in ct.spacing)
     rep.hu = float(ct.data.min()),float(np.median(ct.data[::4,::8,::8])),float(ct.data.max())
     rep.digest = scan_digest(ct)
-    _note_all(rep, case.label(), ct.notes)
+    rep.note(case.label(), ct)
     lesion = _check_lesion(rep, case, ct)
     if 'lung' in case.masks: _check_lung(rep, case, ct, lesion)
-    for k in set(case.masks)-{'lesion','lung'}:
-        _note_all(rep, case.label(k), case.open_mask(k, ct).notes)
+    for k in {*case.masks}-{'lesion','lung'}: rep.note(case.label(k), case.open_mask(k, ct))
 
 # %% ../nbs/04_cases.ipynb #a14e0662
 def check_case(
@@ -550,13 +528,14 @@ def _same_scans(reports) -> list:
 
 # %% ../nbs/04_cases.ipynb #917d7722
 def check_cases(
-    cases: list,               # Of `Case`, from `read_cases`
+    cases: list,               # Of `Case`, from `read_cases`; a `CaseReport` stays as it is
     need: tuple = ('lesion',), # Masks that a case with a split must have
     workers: int = None        # Threads, each of which holds one scan in memory; two if None
 ) -> list: # Of `CaseReport`, in the order of the cases
     "Check every case"
+    check = lambda c: c if isinstance(c, CaseReport) else check_case(c, need)
     with ThreadPoolExecutor(workers or 2) as pool:
-        done = pool.map(lambda c: check_case(c, need), cases)
+        done = pool.map(check, cases)
         return _same_scans([next(done) for _ in track(cases, 'checking')])
 
 # %% ../nbs/04_cases.ipynb #7bbbc1bd
@@ -564,9 +543,9 @@ def _case_or_report(row, root, masks):
     "A `Case`, or the report that its line is no case"
     try: return _case(row, root, masks)
     except CTError as e:
-        column = str(e.what).rpartition(' ')[2]
-        return CaseReport(row['case'], row.get('split',''),
-                          findings=[Finding('error', row['case'], column, e.fault, e.cure)])
+        rep = CaseReport(row['case'], row.get('split',''))
+        rep.add('error', str(e.what).rpartition(' ')[2], e.fault, e.cure)
+        return rep
 
 # %% ../nbs/04_cases.ipynb #9a5fbe4b
 def check_table(
@@ -577,18 +556,16 @@ def check_table(
 ) -> list: # Of `CaseReport`; one on the table itself comes first if something is wrong with it
     "Check a case table and everything it names"
     df,root,name = _open_table(table, ())
-    wanted,masks = {split} if isinstance(split,
-                                         str) else split,dict.fromkeys(('lesion','lung',*need))
-    cases = [_case_or_report(r, root, masks) for r in df.to_dict('records') if not wanted
-             or r.get('split') in wanted]
+    wanted = {split} if isinstance(split, str) else {*(split or ())}
+    masks = dict.fromkeys(('lesion','lung',*need))
+    cases = [_case_or_report(r, root, masks) for r in df.to_dict('records')
+             if not wanted or r.get('split') in wanted]
     if not cases:
         raise CTError(name, f'no case has the split {" or ".join(map(repr, sorted(wanted)))}',
                       'Change the split column')
-    checked = iter(check_cases([c for c in cases if isinstance(c, Case)], need, workers))
-    faults = [Finding('error', 'the table', str(e.what), e.fault, e.cure)
-              for e in _table_faults(df, name)]
-    return [CaseReport('the table', findings=faults)]*bool(faults)+[next(checked)
-        if isinstance(c, Case) else c for c in cases]
+    top = CaseReport('the table')
+    for e in _table_faults(df, name): top.add('error', e.what, e.fault, e.cure)
+    return [top]*bool(top.findings)+check_cases(cases, need, workers)
 
 # %% ../nbs/04_cases.ipynb #0a5df960
 def require_ok(

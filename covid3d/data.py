@@ -14,7 +14,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pandas as pd, torch
-from fastai.data.all import DataBlock, DataLoaders, IndexSplitter, ItemTransform, Transform, TransformBlock
+from fastai.data.all import (DataBlock, DataLoaders, IndexSplitter, ItemTransform, Transform,
+                             TransformBlock)
 from fastai.data.core import show_batch
 from fastai.interpret import plot_top_losses
 from fastai.vision.data import get_grid
@@ -27,7 +28,8 @@ from .cases import Case, _open_table, _read_csv, read_cases, safe_cell
 from .datasets import choose_splits, folder
 from .dicom import is_nifti, pseudonym
 from .files import Outputs, locked, read_json, sweep
-from .prepare import Prepared, PreparedCase, find_prepared, located, prepare_case, prepare_cases, tidy
+from .prepare import (Prepared, PreparedCase, find_prepared, located, prepare_case,
+                             prepare_cases, tidy)
 from .transforms import CTSpec, RandomPatch, TensorCT, TensorMask3d, show_patch, spec_class
 from .volume import CTError, write_atomic
 
@@ -49,7 +51,8 @@ class CaseReader:
         spec: CTSpec,           # Spacing, window and classes
         folder: str|Path = None # Of prepared cases; a temporary one if None
     ):
-        self.spec,self.open,self._sound,self._tmp = spec,{},set(),None if folder else tempfile.TemporaryDirectory(prefix='covid3d-')
+        self.spec,self.open,self._sound = spec,{},set()
+        self._tmp = None if folder else tempfile.TemporaryDirectory(prefix='covid3d-')
         self.folder = Path(folder or self._tmp.name)
         sweep(self.folder)
     def __call__(self, case: Case) -> Prepared:
@@ -120,7 +123,7 @@ class ReadMasks(ItemTransform):
     def __call__(self, o, **kwargs): return _mask_files(o, self.vocab)
 
 class OpenScan(ItemTransform):
-    "`Case`, and perhaps files of masks → `TensorCT`, uint8 0…255, and perhaps the `Prepared` case"
+    "`Case`, and perhaps files of masks → `TensorCT`, uint8, and perhaps the `Prepared` case"
     order = 4  # before patches are cut
     def __init__(self, reader: CaseReader): self.reader = reader
     def __call__(self, o, **kwargs):
@@ -210,20 +213,22 @@ def _prepared_table(table, spec) -> tuple:
     df = df[df.not_prepared=='']
     if not len(df):
         raise CTError(t, 'no case of it could be prepared',
-                      'Mend the scans, and run `covid3d prepare` again')
+                      'Fix the scans, and run `covid3d prepare` again')
     return df.assign(**{k:[str(f/o) if o else '' for o in df[k]] for k in ('ct',*_masks(spec))
                         if k in df}),spec
 
 # %% ../nbs/09_data.ipynb #c22d0e21
-_about_sources = 'where the scans and masks lie from which the cases of this folder were prepared; paths may name patients: leave this file out when you pass the folder on'
+_about_sources = ('where the scans and masks lie from which the cases of this folder were '
+                  'prepared; paths may name patients: leave this file out when you pass the '
+                  'folder on')
 
 def _read_sources(folder) -> dict:
     "Case → paths by column, of a prepared folder"
     f = Path(folder)/'sources.json'
     if not os.path.lexists(f): return {}
     o = read_json(f, remedy='Remove it, or run `covid3d prepare` again').get('cases')
-    text = lambda v: isinstance(v,
-        dict) and 'ct' in v and all(isinstance(p, str) and '\0' not in p for p in v.values())
+    text = lambda v: (isinstance(v, dict) and 'ct' in v
+                      and all(isinstance(p, str) and '\0' not in p for p in v.values()))
     if isinstance(o, dict) and all(map(text, o.values())): return o
     raise CTError(f, 'is not a list of sources', 'Remove it, or run `covid3d prepare` again')
 
@@ -246,7 +251,8 @@ def _at_hand(cases, folder) -> list:
         else: res.append(PreparedCase(c.name, c.ct, c.masks, c.split, None, c.patient))
     n = sum(isinstance(c, PreparedCase) for c in res)
     if n:
-        print(f'note: {n} of {len(res)} scans are not at hand; their prepared forms are used, also for scores of whole scans', file=sys.stderr)
+        print(f'note: {n} of {len(res)} scans are not at hand; their prepared forms are used, also '
+              f'for scores of whole scans', file=sys.stderr)
     return res
 
 # %% ../nbs/09_data.ipynb #5e1d9338
@@ -289,14 +295,14 @@ class CTDataLoaders(DataLoaders):
 @patch(cls_method=True)
 @delegates(DataLoaders.from_dblock)
 def from_table(cls: CTDataLoaders,
-    table: str|Path|pd.DataFrame, # With `case`, `ct`, a mask for each class, and `split`; or a folder that `covid3d prepare` wrote
-    spec: CTSpec = None,     # Spacing, window, patch, classes; that of the prepared folder if None
+    table: str|Path|pd.DataFrame, # Case table with `split`; or what `covid3d prepare` wrote
+    spec: CTSpec = None,          # That of the prepared folder, or the default, if None
     bs: int = 2,                  # Patches in a batch
     patches: int = 6,             # Patches of each training scan per epoch
     p_lesion: float = .7,         # Fraction of training patches placed on a lesion, 0 to 1
     aug: Augment3d = None,        # Augmentation; `ct_aug_transforms()` if None, False for none
-    on_batch: bool = False,  # Augment whole batches, on the device that trains, instead of patches
-    fold: tuple = None,      # (i, k): fold i of k, 0…k−1, is `valid`, in place of the table's split
+    on_batch: bool = False,       # Augment batches, on the device that trains, instead of patches
+    fold: tuple = None,           # (i, k): fold i of k, 0…k−1, is `valid`, whatever the `split`
     prepared: str|Path = None,    # Folder for prepared cases; beside the table if None
     **kwargs                      # For `DataBlock.dataloaders`: also `num_workers`
 ) -> CTDataLoaders:
@@ -360,7 +366,7 @@ def from_csv(cls: CTDataLoaders,
 @patch(cls_method=True)
 @delegates(CTDataLoaders.from_table)
 def from_folder(cls: CTDataLoaders,
-    path: str|Path,        # `ct/` and `infection_mask/`, nnU-Net's folders, or DICOM with segmentations
+    path: str|Path,        # `ct/` and `infection_mask/`, or nnU-Net's folders
     valid_pct: float = .2, # Fraction of patients in `valid`
     seed: int = 0,         # Of that choice
     **kwargs
@@ -395,7 +401,7 @@ def _is_path(s, root) -> bool:
     return bool(s) and '\0' not in s and (os.path.isabs(s) or like and _there(Path(root)/s))
 
 def _portable(df, root, spec, at, failed) -> pd.DataFrame:
-    "A case table in which a scan is the folder of its prepared form (`at`, by case), and no path leads outside"
+    "A case table in which a scan is the folder of its prepared form, and no path leads outside"
     files = {'ct','lesion','lung',*spec.classes}
     def row(r):
         f = at.get(r['case'])
@@ -408,7 +414,7 @@ def _portable(df, root, spec, at, failed) -> pd.DataFrame:
 
 # %% ../nbs/09_data.ipynb #c814db53
 def _input(table, out, spec) -> tuple:
-    "The rows of a table, the folder its paths start from, and its cases; refused if it would be overwritten"
+    "The rows of a table that is not overwritten, the folder its paths start from, and its cases"
     if not isinstance(table, pd.DataFrame):
         if Path(table).is_dir():
             raise CTError(table, 'is a folder, not a case table',
@@ -447,7 +453,7 @@ def prepare_table(
 # %% ../nbs/09_data.ipynb #38ee1f31
 def _write_table(mine, df, root, spec, keep, failed):
     "The files of a prepared folder, beside its cases"
-    at = {c.name:located(c, spec, mine.folder).name for c in keep}
+    at = {c.name:located(c, spec, mine.folder)[1].name for c in keep}
     sources = {c.name:{k:str(Path(p).absolute()) for k,p in dict(ct=c.ct, **c.masks).items()}
                for c in keep}
     mine.add('cases.csv', 'spec.json', 'sources.json')

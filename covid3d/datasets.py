@@ -14,8 +14,10 @@ from functools import partial, wraps
 from pathlib import Path
 
 import pandas as pd
+from fastcore.meta import delegates
 
-from .cases import Case, columns, parse_window, read_cases, spine_in_front, told, without_paths
+from .cases import (Case, columns, parse_window, read_cases, spine_in_front, told,
+                           without_paths)
 from .dicom import digest, pseudonym, survey, volume_of
 from .files import Outputs, locked, read_json
 from .layouts import triples
@@ -26,31 +28,38 @@ from .volume import CTError, case_name, plain, save_mask, to_canonical
 # %% ../nbs/05_datasets.ipynb #f9dd040f
 def _inside(p, root) -> bool: return os.path.realpath(p).startswith(os.path.realpath(root)+os.sep)
 
-def _niftis(folder, root, notes, suffix='', key=lambda o: o) -> dict:
-    "Case name, `suffix` taken off and made uniform by `key` → file"
+def _niftis(base, dirs, notes, suffix='', key=str) -> dict:
+    "Case name → file in the folders `dirs`; `suffix` is taken off, `key` makes names uniform"
     out = {}
-    for p in sorted(Path(folder).iterdir()):
+    for p in (p for d in dirs if (base/d).is_dir() for p in sorted((base/d).iterdir())):
         if p.name.startswith('.') or not p.name.lower().endswith(('.nii','.nii.gz')): continue
-        if astray := 'nowhere' if p.is_symlink() and not p.exists() else '' if _inside(p,
-            root) else f'out of {root}':
-            # F6
-            notes.append(f'{p.name} is a link that leads {astray} and was passed over'); continue
+        if not (p.exists() and _inside(p, base)):  # F6
+            astray = f'out of {base}' if p.exists() else 'nowhere'
+            notes.append(f'{p.name} is a link that leads {astray} and was passed over')
+            continue
         name = case_name(p)
-        if suffix and not name.endswith(suffix): continue
-        name = key(name[:len(name)-len(suffix)])
-        if name in out: raise CTError(p, f'{out[name].name} has the same case name',
-                                      'Remove or rename one')  # F4
+        if not name.endswith(suffix): continue
+        name = key(name.removesuffix(suffix))
+        if name in out: raise _same_name(p, out[name])
         out[name] = p
     return out
 
+def _same_name(p, other) -> CTError: # F4
+    fault = f'{other.parent.name}/{other.name} has the same case name'
+    return CTError(p, fault, 'Remove or rename one')
+
 # %% ../nbs/05_datasets.ipynb #a6edb994
-def _readable(f):
-    "What the operating system refuses becomes a `CTError` that names the root"
+def _on_folder(f):
+    "`f` of a folder that exists; what the operating system refuses becomes a `CTError`"
     @wraps(f)
     def inner(root, *args, **kwargs):
-        try: return f(root, *args, **kwargs)
-        except OSError as e: raise CTError(root, f'cannot be read ({e.strerror or e})',
-                                           'Check the path and its permissions') from None
+        root = Path(root)
+        try:
+            if not root.is_dir(): raise CTError(root, 'no such folder', 'Check the path')
+            return f(root, *args, **kwargs)
+        except OSError as e:
+            raise CTError(root, f'cannot be read ({e.strerror or e})',
+                          'Check the path and its permissions') from None
     return inner
 
 # %% ../nbs/05_datasets.ipynb #7e267e3f
@@ -60,137 +69,122 @@ def _folders(root, notes):
     "The folders below `root`, it included; links to folders are not followed"
     links,closed = 0,[]
     for at,dirs,_ in os.walk(root, onerror=closed.append):
-        at_links = [d for d in dirs if os.path.islink(Path(at)/d)]
-        links += len(at_links)
-        dirs[:] = sorted(d for d in dirs if d not in at_links and not d.startswith('.'))
+        real = [d for d in dirs if not os.path.islink(Path(at)/d)]
+        links += len(dirs)-len(real)
+        dirs[:] = sorted(d for d in real if not d.startswith('.'))
         yield Path(at)
     if links: notes.append(f'{_number(links, "link")} to a folder not followed')  # F6
     if closed:
         notes.append(f'{_number(len(closed), "folder")} could not be read ({closed[0].strerror})')
 
 # %% ../nbs/05_datasets.ipynb #f0d529e1
+def _below(root) -> list:
+    return sorted(o for o in root.iterdir() if o.is_dir() and not o.name.startswith('.'))
+
 def _base(root, names) -> Path:
     "`root`, or the one folder in it, that holds a folder of `names`"
-    root = Path(root)
-    if not root.is_dir(): raise CTError(root, 'no such folder', 'Check the path')
-    below = sorted(o for o in root.iterdir() if o.is_dir() and not o.name.startswith('.'))
-    homes = [p for p in (root, *below) if any((p/n).is_dir() for n in names)]
-    if len(homes)>1 and homes[0]!=root: raise CTError(root,
-        f'{homes[0].name} and {homes[1].name} both look like the data set', 'Name one of them')
-    return homes[0] if homes else root
+    homes = [p for p in (root, *_below(root)) if any((p/n).is_dir() for n in names)]
+    if len(homes)<2 or homes[0]==root: return homes[0] if homes else root
+    raise CTError(root, f'{homes[0].name} and {homes[1].name} both look like the data set',
+                  'Name one of them')
 
 # %% ../nbs/05_datasets.ipynb #cd5c61d8
-def _named(df, names) -> set:
-    "Cases as a set, each of which must exist"
-    unknown = [o for o in names if o not in set(df.case)]
-    if unknown: raise CTError(unknown[0], 'no such case',
-                              f'The cases are {", ".join(df.case[:5])}{", …" if len(df)>5 else ""}')
-    return set(names)
+def _few(names) -> str: return ', '.join([*names][:5])+', …'*(len(names)>5)
 
-def _check_named(named, use):
-    "Refuse named cases that have no mask, that is, are not in `use`, or are in two sets"
-    bare = sorted(set().union(*named)-set(use.case))
-    if bare: raise CTError(bare[0], 'the case has no lesion mask, so it cannot be in valid or test',
-                           'Add the mask, or leave the case out')  # P10
-    both = sorted(named[0]&named[1]) if len(named)==2 else []
-    if both: raise CTError(both[0], 'the case is named in valid and in test', 'Choose one')
+def _put_in(split, df, names, k):
+    "Write `k` into `split` for the cases `names`; `CTError` for one that cannot be there"
+    for o in names:
+        at = df.case==o; was = {*split[at]}
+        if not was: raise CTError(o, 'no such case', f'The cases are {_few(df.case)}')
+        if '' in was:  # P10
+            raise CTError(o, 'the case has no lesion mask, so it cannot be in valid or test',
+                          'Add the mask, or leave the case out')
+        if was-{'train',k}: raise CTError(o, 'the case is named in valid and in test', 'Choose one')
+        split[at] = k
 
 # %% ../nbs/05_datasets.ipynb #a1648fcb
 def choose_splits(
     df: pd.DataFrame, # Case table without splits: columns `case`, `patient`, `lesion`
-    valid=.2,         # Names of cases, or the fraction of patients to choose, 0…1
-    test=0.,          # The same for the test
-    seed: int = 0     # Of the drawing
+    valid=None,   # Cases, or a fraction of patients, to choose weights on; 0.2 if None
+    test=None,    # The same for the final score; 0 if None
+    seed: int = 0 # Of the choice
 ) -> pd.Series: # 'train', 'valid', 'test', or '' where there is no lesion mask
     "A split for each case, by patient"
-    use = df[df.lesion!='']
-    chosen = {k:v if isinstance(v, (int,float)) else _named(df, v)
-              for k,v in dict(test=test, valid=valid).items()}
-    named = [v for v in chosen.values() if isinstance(v, set)]
-    _check_named(named, use)
-    taken = use.patient[use.case.isin(set().union(*named))]
-    free = list(dict.fromkeys(use.patient[~use.patient.isin(taken)]))
+    split = pd.Series('train', df.index).where(df.lesion!='', '')
+    patients = df.patient[split!=''].unique()
+    asked = dict(test=0. if test is None else test, valid=.2 if valid is None else valid)
+    parts = {k:v for k,v in asked.items() if isinstance(v, (int,float))}
+    for k in asked:
+        if k not in parts: _put_in(split, df, asked[k], k)
+    named = {*df.patient[split.isin(('valid','test'))]}
+    free = [o for o in patients if o not in named]
     random.Random(seed).shuffle(free)
-    for k,v in chosen.items():
-        if isinstance(v, set): continue
+    for k,v in parts.items():
         if not 0<=v<1: raise CTError(k, f'{v:g} is no fraction of the patients',
                                      'Give names of cases, or a fraction from 0 to below 1')
-        n = min(max(1, round(v*use.patient.nunique())) if v else 0, max(0, len(free)-1))
-        chosen[k],free = set(use.case[use.patient.isin(free[:n])]),free[n:]
-    return df.case.map(lambda c: 'test' if c in chosen['test'] else 'valid' if c in chosen['valid']
-                       else 'train').where(df.lesion!='', '')
+        n = min(max(1, round(v*len(patients))) if v else 0, max(0, len(free)-1))
+        split[df.patient.isin(free[:n]) & (split!='')] = k
+        free = free[n:]
+    return split
 
 # %% ../nbs/05_datasets.ipynb #74949a0c
-def _table(rows, dataset, valid, test, seed, notes=(), paper=None) -> pd.DataFrame:
-    "The finished table; `paper` gives the split of a row if no split is asked for"
+def _table(rows, dataset, notes, splits, paper=None) -> pd.DataFrame:
+    "The finished table; `paper` gives the split of a row if you ask for none"
     df = pd.DataFrame([dict.fromkeys(columns, '')|dict(dataset=dataset)|r for r in rows]).fillna('')
-    if paper and valid is None and test is None: df['split'] = [paper(r)
-        for r in df.to_dict('records')]
-    else: df['split'] = choose_splits(df, .2 if valid is None else valid,
-                                      0. if test is None else test, seed)
+    df['split'] = choose_splits(df, **splits)
+    if paper and splits.get('valid') is None and splits.get('test') is None:
+        df['split'] = [paper(r) for r in df.to_dict('records')]
     read_cases(df)
     df.attrs['notes'] = [plain(o) for o in notes]
     return df
 
-def _rows(ct, masks, patient=lambda o: o, window='') -> list:
+def _rows(home, ct, masks, patient=str, **same) -> list:
     "Rows of the table from case → file; `masks` is column → case → file"
+    if not ct:  # F9
+        raise CTError(home, 'it holds no scan', 'Check the folders and the names of their files')
     return [dict(case=o, patient=patient(o), ct=str(p.absolute()),
-                 **{k:str(m[o].absolute()) for k,m in masks.items() if o in m},
-                 already_windowed=window(o) if callable(window) else window) for o,p in ct.items()]
+                 **{k:str(m[o].absolute()) for k,m in masks.items() if o in m}, **same)
+            for o,p in ct.items()]
 
 def _all_masks(ct, masks, folder):
-    "Refuse scans without a mask: F1"
-    lost = [o for o in ct if o not in masks]
-    if lost: raise CTError(folder,
-                           f'no mask for {", ".join(lost[:5])}{", …" if len(lost)>5 else ""}',
-                           'Add the masks, or take these scans away')
+    if lost := [o for o in ct if o not in masks]:  # F1
+        remedy = 'Add the masks, or take these scans away'
+        raise CTError(folder, f'no mask for {_few(lost)}', remedy)
 
 # %% ../nbs/05_datasets.ipynb #059b9b39
+def _only(root, found, layout='', known=()) -> str:
+    "The layout that `root` has, of those found there, or `layout` if you asked for it"
+    if layout and layout not in known:
+        raise CTError('layout', f'{layout!r} is unknown here', f'Give {", ".join(known)}')
+    found = [o for o in found if layout in ('',o)]
+    if len(found)>1:  # F8
+        raise CTError(root, f'it holds two layouts, {found[0]} and {found[1]}',
+                      f'Say which: layout={found[0]} (--layout {found[0]})')
+    if found: return found[0]
+    wanted = ' or '.join(known[k][0]+'/' for k in ([layout] if layout else known))
+    raise CTError(root, f'it holds no folder {wanted} with scans in it', _arrange)  # F9
+
 _arrange = ('Check the path, or arrange the files as ct/, infection_mask/ and, if there are any, '
             'lung_mask/')
 
-def _ambiguous(root, found) -> CTError:
-    return CTError(root, f'it holds two layouts, {found[0]} and {found[1]}',
-                   f'Say which: layout={found[0]} (--layout {found[0]})')
-
-def _triple(root, layout='') -> tuple:
-    "The name of the layout of `root` with a folder each for scans and masks, and where it begins"
-    if layout and layout not in triples: raise CTError('layout', f'{layout!r} is unknown here',
-                                                       f'Give {", ".join(triples)}')
-    base = _base(root, [o[0] for o in triples.values()])
-    found = [k for k,o in triples.items() if layout in ('',k) and (base/o[0]).is_dir()
-             and any((base/o[0]).iterdir())]
-    if len(found)>1: raise _ambiguous(root, found)  # F8
-    if found: return found[0],base
-    wanted = ' or '.join(triples[k][0]+'/' for k in ([layout] if layout else triples))
-    raise CTError(root, f'it holds no folder {wanted} with scans in it', _arrange)  # F9
-
 # %% ../nbs/05_datasets.ipynb #d68fe9db
-def _three_folders(base, dirs, notes, key=lambda o: o) -> tuple:
-    "Scans, and masks by column, of a layout with one folder each"
-    files = [_niftis(base/d, base, notes, key=key) if (base/d).is_dir() else {} for d in dirs]
-    if not files[0]: raise CTError(base/dirs[0], 'there is no .nii or .nii.gz in it',
-                                   'Check the folder')  # F9
-    _all_masks(files[0], files[1], base/dirs[1])
-    return files[0],dict(lesion=files[1], lung=files[2])
+def _three_folders(base, dirs, notes, key=str, series=False) -> tuple:
+    "Scans, and masks by column, of a layout with one folder each; `series`: a scan may be a folder"
+    ct,lesion,lung = (_niftis(base, [d], notes, key=key) for d in dirs)
+    if series: _add_series(ct, base/dirs[0], base, notes)
+    _all_masks(ct, lesion, base/dirs[1])
+    return ct,dict(lesion=lesion, lung=lung)
 
 # %% ../nbs/05_datasets.ipynb #a0ab3c9d
-def _corona_name(s) -> str:
-    "Kaggle's name of a scan as the masks have it"
+def _corona_name(s) -> str: # as the masks have it, from Kaggle's
     return re.sub('_org_(covid-19-pneumonia-)?', '_', s.removesuffix('-dcm'))
 
-def _corona_patient(s) -> str:
-    "Radiopaedia's number of the patient, or the name of the scan"
-    m = re.match(r'radiopaedia_\d+', s)
-    return m[0] if m else s
+def _corona_patient(s) -> str: # Radiopaedia's number of the patient, or the name of the scan
+    return re.sub(r'^(radiopaedia_\d+).*', r'\1', s)
 
 # %% ../nbs/05_datasets.ipynb #cb88a923
-# scans whose slices run from head to foot where the file says the opposite
-_reversed = ('radiopaedia_7_85703_0',)
-
 def _front_wrong(row) -> bool:
     "Whether a scan shows its spine in front of its lungs; None where that cannot be said"
-    if not row.get('lung'): return None
     try:
         case, = read_cases(pd.DataFrame([row]))
         ct = case.open_ct()
@@ -198,100 +192,77 @@ def _front_wrong(row) -> bool:
     except (CTError,OSError,MemoryError): return None  # the check tells it
 
 # %% ../nbs/05_datasets.ipynb #c1406841
+# of these files the slices run from head to foot, though their headers say the opposite
+_reversed = ('radiopaedia_7_85703_0',)
+_front_notes = {
+    True:'front and back exchanged (the spine lies in front): repaired',
+    None:'not opened with a lung mask, so front and back could not be compared with the spine: '
+         'look at them'}
+
 def _repair(rows, notes):
-    "Set `flip` of the Radiopaedia scans whose direction is wrong"
-    grey = [r for r in rows if r['case'].startswith('radiopaedia')]
-    if not grey: return
+    "Set the window of the Radiopaedia scans, and `flip` of those whose direction is wrong"
+    if not (grey := [r for r in rows if r['case'].startswith('radiopaedia')]): return
+    for r in grey: r['already_windowed'] = r['already_windowed'] or '-1250:250'
     notes.append(f'{_number(len(grey), "Radiopaedia scan")} windowed to '
                  f'{grey[0]["already_windowed"]} HU: what lay outside is lost')
     wrong = {r['case']:_front_wrong(r) for r in grey}
+    for k,why in _front_notes.items():
+        if names := [c for c,v in wrong.items() if v is k]:
+            notes.append(f'{", ".join(names)}: {why}')
     for r in grey:
-        found = ['head-foot']*(r['case'] in _reversed)+['front-back']*bool(wrong[r['case']])
-        r['flip'] = ' '.join(found)
-    for k,why in ((True,'front and back exchanged (the spine lies in front): repaired'),
-                  (None,'not opened with a lung mask, so front and back could not be compared with '
-                        'the spine: look at them')):
-        if names := [c for c,v in wrong.items()
-                     if v is k]: notes.append(f'{", ".join(names)}: {why}')
-    for r in grey:
-        if r['case'] in _reversed:
-            notes.append(f'{r["case"]}: slices taken in reverse order, as reported of this file: '
-                         f'look at it')
+        back = r['case'] in _reversed
+        r['flip'] = ' '.join(['head-foot']*back+['front-back']*bool(wrong[r['case']]))
+        if back: notes.append(f'{r["case"]}: slices taken in reverse order, as reported of this '
+                              f'file: look at it')
 
 # %% ../nbs/05_datasets.ipynb #6d7f1ed4
-@_readable
+@_on_folder
+@delegates(choose_splits)
 def coronacases(
     root: str|Path, # Where the folders lie
-    valid=None, # Cases, or a fraction of patients (0…1), to choose weights on
-    test=None, # The same for the final score; neither given: the paper's split
     already_windowed: str = '', # `low:high` in HU, for a repack whose scans are all grey levels
     layout: str = '', # zenodo, kaggle or plain, where `root` holds more than one
-    seed: int = 0 # Of drawn splits
+    **splits # If you give no `valid` and no `test`: the paper's
 ) -> pd.DataFrame: # Case table
     "The COVID-19-CT-Seg data set: CoronaCases and Radiopaedia"
     parse_window(already_windowed)
-    (name,base),notes = _triple(root, layout),[]
-    ct,masks = _three_folders(base, triples[name], notes, _corona_name)
-    grey = lambda o: already_windowed or ('-1250:250' if o.startswith('radiopaedia') else '')
-    rows = _rows(ct, masks, _corona_patient, grey)
+    base,notes = _base(root, [o[0] for o in triples.values()]),[]
+    found = [k for k,(d,*_) in triples.items() if (base/d).is_dir() and any((base/d).iterdir())]
+    dirs = triples[_only(root, found, layout, triples)]
+    ct,masks = _three_folders(base, dirs, notes, _corona_name)
+    rows = _rows(base, ct, masks, _corona_patient, already_windowed=already_windowed)
     _repair(rows, notes)
-    return _table(rows, 'coronacases', valid, test, seed, notes,
+    return _table(rows, 'coronacases', notes, splits,
                   lambda r: 'test' if r['case'].startswith('coronacases') else '')
 
 # %% ../nbs/05_datasets.ipynb #d2242b1a
-def _mosmed_scans(base, notes) -> dict:
-    "Case → file, over the folders of all grades"
-    ct = {}
-    for d in sorted(o for o in (base/'studies').glob('CT-*') if o.is_dir()):
-        for name,p in _niftis(d, base, notes).items():
-            if name in ct: raise CTError(p, f'{name} lies in {ct[name].parent.name} too',
-                                         'Remove one')  # F4
-            ct[name] = p
-    return ct
-
-# %% ../nbs/05_datasets.ipynb #ba29c229
-@_readable
+@_on_folder
+@delegates(choose_splits)
 def mosmed(
     root: str|Path, # Holds `studies/CT-0` … `CT-4` and `masks/`
-    valid=None,     # Cases, or a fraction of patients (0…1), to choose weights on
-    test=None,      # The same for the final score; neither given: all masks, as in the paper
-    seed: int = 0   # Of drawn splits
+    **splits # If you give no `valid` and no `test`: all masks are for the test, as in the paper
 ) -> pd.DataFrame: # Case table
     "MosMedData: 1,110 scans, 50 with masks"
     base,notes = _base(root, ['studies']),[]
-    if not (base/'studies').is_dir(): raise CTError(root, 'it holds no folder studies/',
-        'Give the folder that holds studies/ and masks/')  # F9
-    ct = _mosmed_scans(base, notes)
-    if not ct: raise CTError(base/'studies', 'there is no scan in CT-0 … CT-4', 'Check the folder')
-    masks = _niftis(base/'masks', base, notes, '_mask') if (base/'masks').is_dir() else {}
-    lost = [o for o in masks if o not in ct]
-    if lost: raise CTError(base/'masks', f'masks without a scan: {", ".join(lost[:5])}',
-                           'Unpack all of studies/')
-    return _table(_rows(ct, dict(lesion=masks)), 'mosmed', valid, test, seed, notes,
-                  lambda r: 'test' if r['lesion'] else '')
+    ct = _niftis(base, [f'studies/CT-{i}' for i in range(5)], notes)
+    masks = _niftis(base, ['masks'], notes, '_mask')
+    rows = _rows(base/'studies', ct, dict(lesion=masks))
+    if lost := [o for o in masks if o not in ct]:
+        raise CTError(base/'masks', f'masks without a scan: {_few(lost)}', 'Unpack all of studies/')
+    return _table(rows, 'mosmed', notes, splits, lambda r: 'test' if r['lesion'] else '')
 
 # %% ../nbs/05_datasets.ipynb #eb62d3af
-@_readable
+@_on_folder
+@delegates(choose_splits)
 def covid1920(
     root: str|Path, # Holds `Train/` and perhaps `Validation/`
-    valid=None,     # Cases, or a fraction of patients, to choose weights on; else 0.2
-    test=None,      # The same for the final score
-    seed: int = 0   # Of drawn splits
+    **splits
 ) -> pd.DataFrame: # Case table
     "The COVID-19-20 challenge"
-    base,notes,ct,masks = _base(root, ['Train']),[],{},{}
-    if not (base/'Train').is_dir(): raise CTError(root, 'it holds no folder Train/',
-                                                  'Give the folder COVID-19-20_v2')  # F9
-    for d in ('Train','Validation'):
-        if not (base/d).is_dir(): continue
-        scans,segs = (_niftis(base/d, base, notes, s) for s in ('_ct','_seg'))
-        if d=='Train': _all_masks(scans, segs, base/d)
-        both = sorted({*scans}&{*ct})
-        # F4
-        if both: raise CTError(base/d, f'{both[0]} is in Train and in Validation', 'Remove one')
-        ct |= scans; masks |= segs
-    if not ct: raise CTError(base/'Train', 'there is no …_ct.nii.gz in it', 'Check the folder')
-    return _table(_rows(ct, dict(lesion=masks)), 'covid1920', valid, test, seed, notes)
+    base,notes = _base(root, ['Train']),[]
+    ct,masks = (_niftis(base, ('Train','Validation'), notes, s) for s in ('_ct','_seg'))
+    _all_masks([o for o,p in ct.items() if p.parent.name=='Train'], masks, base/'Train')
+    return _table(_rows(base/'Train', ct, dict(lesion=masks)), 'covid1920', notes, splits)
 
 # %% ../nbs/05_datasets.ipynb #2617fbe9
 def _find_json(root, annotations) -> Path:
@@ -305,27 +276,26 @@ def _find_json(root, annotations) -> Path:
     return found[0]
 
 # %% ../nbs/05_datasets.ipynb #00c2f2ea
-def _fault_of(e, folder) -> str:
-    "Why a folder does not open, without its name"
-    e = told(e, Case(pseudonym(folder, 'folder'), folder))
-    return f'{e.fault}. {e.cure}.'
+_rename = 'its path holds a control character, or bytes that are no UTF-8. Rename the folder.'
 
 def _walk_dicom(root, notes) -> tuple:
-    "(path, `Series`) below `root`; (path, why) of folders that do not open; other kinds"
+    "(path, `Series`) of the CT below `root`; (path, why) of folders that do not open"
     found,broken,others = [],[],Counter()
     for folder in _folders(root, notes):
         at,here = folder.absolute(),survey(folder)
         others += here.skipped
-        if here.damaged: broken.append((str(at), _fault_of(here.damaged[0], folder)))
+        if here.damaged:
+            e = told(here.damaged[0], Case(pseudonym(folder, 'folder'), folder))
+            broken.append((str(at), f'{e.fault}. {e.cure}.'))
         good = [s for s in here.series if not s.damaged]
         if good and plain(at)!=str(at):
-            broken.append((ascii(str(at)),
-                           'its path holds a control character, or bytes that are no UTF-8. Rename '
-                           'the folder.'))
+            broken.append((ascii(str(at)), _rename))
             continue
         whole = len(good)==1 and not here.damaged  # then the folder stands for its series
         found += [(str(at if whole else s.slices[0].path.absolute()), s) for s in good]
-    return found,broken,others
+    if others:
+        notes.append(f'no CT series: {", ".join(f"{n} {k}" for k,n in sorted(others.items()))}')
+    return found,broken
 
 # %% ../nbs/05_datasets.ipynb #42c74e85
 def dicom_series(
@@ -333,76 +303,65 @@ def dicom_series(
     notes: list     # Takes notes on what was passed over
 ) -> list: # Of (what the case table calls it, `Series` or None where the folder does not open)
     "All CT series below a folder"
-    found,broken,others = _walk_dicom(root, notes)
+    found,broken = _walk_dicom(root, notes)
     notes += [f'{pseudonym(p, "folder")} left out: {why}' for p,why in broken]
-    if others:
-        notes.append(f'no CT series: {", ".join(f"{n} {k}" for k,n in sorted(others.items()))}')
     return sorted(found+[(p,None) for p,_ in broken], key=lambda o: o[0])
 
 # %% ../nbs/05_datasets.ipynb #1bfd2f6f
 def _series_case(path, s) -> dict:
     "The line of a series"
-    who = f'patient_{s.patient[:10]}' if s.patient!=digest('') else pseudonym(s.study or s.uid,
-        'patient')
+    who = (f'patient_{s.patient[:10]}' if s.patient!=digest('')
+           else pseudonym(s.study or s.uid, 'patient'))
     return dict(case=pseudonym(s.uid or s.slices[0].uid), patient=who, ct=path)
 
 def _once(found, notes, left) -> list:
     "Each series once, with the most slices; copies are counted, and listed in `left`"
-    by,out,alone = {},[],0
-    for path,s in found: by.setdefault(s.uid or s.slices[0].uid, []).append((path, s))
-    for group in by.values():
+    by,alone = {},0
+    for o in found: by.setdefault(_series_case(*o)['case'], []).append(o)
+    for case,group in by.items():
         group.sort(key=lambda o: -len(o[1].slices))
-        out.append(group[0]); have = {o.uid for o in group[0][1].slices}
+        have = {o.uid for o in group[0][1].slices}
         for path,s in group[1:]:
-            left.append((_series_case(path, s)['case'], path,
-                         'a copy of the series in another folder'))
+            left.append((case, path, 'a copy of the series in another folder'))
             alone += len({o.uid for o in s.slices}-have)
-    n = len(found)-len(out)
-    if n: notes.append(f'{n} series left out: a copy in another folder was taken')
+    if n := len(found)-len(by):
+        notes.append(f'{n} series left out: a copy in another folder was taken')
     if alone:
         notes.append(f'{_number(alone, "slice")} only in a copy that was left out: put the slices '
                      f'of a series into one folder')
-    return out
+    return [group[0] for group in by.values()]
 
 # %% ../nbs/05_datasets.ipynb #468ecb2b
-def _lost(case, error, note) -> dict:
-    "A scan that a reader lost: its name, why, without a path, and what the notes say of it"
-    return dict(case=case, error=error, note=plain(note))
-
 def _find_dicom(root, notes) -> tuple:
-    "(path, `Series`) of all series that become cases; what was left out: name, path, why; scans that are lost"
-    found,broken,others = _walk_dicom(root, notes)
+    "(path, `Series`) of all series that become cases; what was left out and what is lost"
+    found,broken = _walk_dicom(root, notes)
     left = [(pseudonym(p, 'folder'), p, why) for p,why in broken]
     if left: notes.append(f'{_number(len(left), "folder")} with files that could not be read:')
-    lost = [_lost(k, without_paths(why, Case(k, Path(p))), f'{k}: {why}') for k,p,why in left]
+    lost = [dict(case=k, error=without_paths(why, Case(k, Path(p))), note=plain(f'{k}: {why}'))
+            for k,p,why in left]
     notes += [o['note'] for o in lost]
-    if others:
-        notes.append(f'no CT series: {", ".join(f"{n} {k}" for k,n in sorted(others.items()))}')
     found = _once(found, notes, left)
-    nameless = sum(s.patient==digest('') for _,s in found)
-    if nameless:
+    if nameless := sum(s.patient==digest('') for _,s in found):
         notes.append(f'{nameless} of the series without a PatientID: each study counts as a '
                      f'patient of its own')
-    return found,left,lost
+    return found,dict(left_out=left, lost=lost)
 
 # %% ../nbs/05_datasets.ipynb #804632a8
 def _series_cases(found, outlines):
     "(path, `Series`, outlined or not): all with an outline; else the largest of the study"
     studies = {}
-    for path,s in found: studies.setdefault(s.study,
-        []).append((path, s, any(o.uid in outlines for o in s.slices)))
-    for group in studies.values(): yield from [o for o in group
-        if o[2]] or [max(group, key=lambda o: len(o[1].slices))]
+    for path,s in found:
+        drawn = any(o.uid in outlines for o in s.slices)
+        studies.setdefault(s.study, []).append((path, s, drawn))
+    for group in studies.values():
+        yield from [o for o in group if o[2]] or [max(group, key=lambda o: len(o[1].slices))]
 
 # %% ../nbs/05_datasets.ipynb #a241034a
-def _lesion_file(series, outlines, agree, path) -> str:
-    "Write the mask of a series"
+def _draw_mask(series, outlines, agree, path):
     ct = volume_of(series)
     mask = draw_outlines(ct.source.slices, outlines, agree).transpose(2,1,0)
     save_mask(to_canonical(mask, ct.source.header.get_sform())[0], ct, path)
-    return str(Path(path).absolute())
 
-# %% ../nbs/05_datasets.ipynb #513337b2
 def _draw_masks(rows, series, outlines, agree, home, notes, lost):
     "Write the masks of the outlined series into the folder `home`"
     masks = Outputs(home, 'cases', '*_lesion.nii.gz')
@@ -412,12 +371,14 @@ def _draw_masks(rows, series, outlines, agree, home, notes, lost):
             if not drawn: continue
             name = f'{row["case"]}_lesion.nii.gz'
             masks.add(name)
-            try: row['lesion'] = _lesion_file(s, outlines, agree, Path(home)/name)
+            try: _draw_mask(s, outlines, agree, home/name)
             except (CTError,MemoryError,OSError,RuntimeError) as e:
                 why = told(e, Case(row['case'], Path(path)))
-                lost.append(_lost(row['case'], str(why), f'{row["case"]} has no mask: {why}'))
-                notes.append(lost[-1]['note'])
+                notes.append(plain(f'{row["case"]} has no mask: {why}'))
+                lost.append(dict(case=row['case'], error=str(why), note=notes[-1]))
+            else: row['lesion'] = str((home/name).absolute())
 
+# %% ../nbs/05_datasets.ipynb #513337b2
 def _note_outlines(outlines, agree, found, notes):
     "Say where several readers' outlines were united, and whose slices are not there"
     n = sum(len({who for who,_ in o})>1 for o in outlines.values())
@@ -428,85 +389,64 @@ def _note_outlines(outlines, agree, found, notes):
         notes.append(f'{n} outlined slice{"s are" if n>1 else " is"} not among the DICOM files')
 
 # %% ../nbs/05_datasets.ipynb #b5734af4
-@_readable
+@_on_folder
+@delegates(choose_splits)
 def ricord(
     root: str|Path, # Holds the DICOM folders of TCIA, and the annotations
     masks: str|Path = None, # Folder for the lesion masks; `lesion_masks` in `root` if None
     annotations: str|Path = None, # The JSON export, where it lies elsewhere
     labels: tuple = ricord_labels, # Names of the labels that count as lesion
     agree: int = 1, # Readers that must have drawn a voxel
-    valid=None, # Cases, or a fraction of patients, to choose weights on; else 0.2
-    test=None, # The same for the final score
-    seed: int = 0 # Of drawn splits
+    **splits
 ) -> pd.DataFrame: # Case table
     "RICORD-1a, its outlines made into masks"
-    if not Path(root).is_dir(): raise CTError(root, 'no such folder', 'Check the path')
     outlines,notes = read_outlines(_find_json(root, annotations), labels)
-    every,left,lost = _find_dicom(root, notes)
+    every,attrs = _find_dicom(root, notes)
     found = list(_series_cases(every, outlines))
-    if not found: raise CTError(root, 'there is no CT series in it',
-                                'Give the folder that the NBIA Data Retriever wrote')
     rows = [_series_case(path, s) for path,s,_ in found]
-    home = masks or Path(root)/'lesion_masks'
-    if any(o[2] for o in found): _draw_masks(rows, found, outlines, agree, home, notes, lost)
+    if not rows: raise CTError(root, 'there is no CT series in it',
+                               'Give the folder that the NBIA Data Retriever wrote')
+    home = Path(masks or root/'lesion_masks')
+    if any(o[2] for o in found):
+        _draw_masks(rows, found, outlines, agree, home, notes, attrs['lost'])
     _note_outlines(outlines, agree, found, notes)
-    df = _table(rows, 'ricord', valid, test, seed, notes)
-    df.attrs |= dict(left_out=left, lost=lost)
+    df = _table(rows, 'ricord', notes, splits)
+    df.attrs |= attrs
     return df
 
 # %% ../nbs/05_datasets.ipynb #47a138d9
-# layout → its folders
-_own = dict(plain=('ct','infection_mask','lung_mask'), nnunet=('imagesTr','labelsTr'), dicom=('',))
-
-def _plain_scans(folder, base, notes) -> dict:
-    "Case → file or folder of slices"
-    ct = _niftis(folder, base, notes)
-    for d in sorted(o for o in folder.iterdir() if o.is_dir() and not o.name.startswith('.')):
-        if not _inside(d, base) or os.path.samefile(d, folder):
-            # F6
+def _add_series(ct, folder, base, notes):
+    "Add the folders of slices among the scans of the folder `ct/`"
+    for d in _below(folder):
+        if not _inside(d, base) or os.path.samefile(d, folder):  # F6
             notes.append(f'{d.name} is a link that leads out of ct/ or back to it and was passed '
                          f'over')
-            continue
-        if d.name in ct: raise CTError(d, f'{ct[d.name].name} has the same case name',
-                                       'Remove or rename one')  # F4
-        ct[d.name] = d
-    if not ct: raise CTError(folder, 'there is no .nii or .nii.gz in it', 'Check the folder')  # F9
-    return ct
-
-# %% ../nbs/05_datasets.ipynb #b985c14d
-def _plain(base, notes) -> tuple:
-    "Scans, files or folders of slices, and masks"
-    ct = _plain_scans(base/'ct', base, notes)
-    if not (base/'infection_mask').is_dir():
-        raise CTError(base, 'it holds no folder infection_mask/',
-                      'Arrange the files as ct/, infection_mask/ and, if there are any, lung_mask/')
-    masks = {k:_niftis(base/d, base, notes) if (base/d).is_dir() else {}
-             for k,d in dict(lesion='infection_mask', lung='lung_mask').items()}
-    _all_masks(ct, masks['lesion'], base/'infection_mask')
-    return ct,masks
+        elif d.name in ct: raise _same_name(d, ct[d.name])
+        else: ct[d.name] = d
 
 # %% ../nbs/05_datasets.ipynb #c68a9070
-def _check_channels(base, notes):
-    "Refuse a scan of several channels; note files that are none"
-    names = [case_name(p) for p in sorted((base/'imagesTr').iterdir())
-             if p.name.lower().endswith(('.nii','.nii.gz')) and not p.name.startswith('.')]
-    more = [o for o in names if re.search(r'_\d{4}$', o) and not o.endswith('_0000')]
-    if more: raise CTError(base/'imagesTr',
-                           f'{plain(more[0])} is a second channel of a scan, and CT has one',
-                           'Keep the CT alone, as …_0000.nii.gz')
-    bare = sum(not re.search(r'_\d{4}$', o) for o in names)
-    if bare:
+def _nnunet(base, notes) -> tuple:
+    "Scans and masks of nnU-Net's raw layout, version 1 or 2"
+    home = base/'imagesTr'
+    files,masks = (_niftis(base, [d], notes) for d in ('imagesTr','labelsTr'))
+    ct = {o[:-5]:p for o,p in files.items() if o.endswith('_0000')}
+    if more := [o for o in files if re.search(r'_\d{4}$', o) and not o.endswith('_0000')]:
+        raise CTError(home, f'{plain(more[0])} is a second channel of a scan, and CT has one',
+                      'Keep the CT alone, as …_0000.nii.gz')
+    if bare := len(files)-len(ct):
         notes.append(f'{_number(bare, "file")} of imagesTr/ without _0000 at the end of the name '
                      f'left aside')
+    _all_masks(ct, masks, base/'labelsTr')
+    if os.path.lexists(base/'dataset.json'): _check_dataset(base/'dataset.json', len(ct), notes)
+    return ct,dict(lesion=masks)
 
 # %% ../nbs/05_datasets.ipynb #41b71cdc
 def _check_dataset(path, n, notes):
     "`dataset.json` agrees with the folder, and speaks of CT and of one class"
     remedy = 'Correct the file, or remove it'
     d = read_json(path, remedy=remedy)
-    try: said = int(d['numTraining'])
-    except (ValueError,KeyError,TypeError,OverflowError): raise CTError(path,
-        'it gives no numTraining', remedy) from None
+    said = d.get('numTraining')
+    if not isinstance(said, int): raise CTError(path, 'it gives no numTraining', remedy)
     if said!=n: raise CTError(path, f'numTraining is {said}, but imagesTr/ holds {n} scans',
                               'Complete the folder, or correct the number')  # F2
     channels = d.get('channel_names', d.get('modality'))
@@ -522,17 +462,13 @@ def _check_dataset(path, n, notes):
                      f'and 1, or the check refuses the masks')
 
 # %% ../nbs/05_datasets.ipynb #e2e82b16
-def _nnunet(base, notes) -> tuple:
-    "nnU-Net's raw layout, version 1 or 2"
-    _check_channels(base, notes)
-    ct = _niftis(base/'imagesTr', base, notes, '_0000')
-    masks = _niftis(base/'labelsTr', base, notes) if (base/'labelsTr').is_dir() else {}
-    if not ct: raise CTError(base/'imagesTr', 'there is no …_0000.nii.gz in it', 'Check the folder')
-    _all_masks(ct, masks, base/'labelsTr')
-    if os.path.lexists(base/'dataset.json'): _check_dataset(base/'dataset.json', len(ct), notes)
-    return ct,dict(lesion=masks)
+_signs = dict(coronacases=('COVID-19-CT-Seg_20cases/*.nii*','ct_scans/*.nii*','ct/coronacases_*',
+                           'ct/radiopaedia_*'),
+              mosmed=('studies/CT-[0-4]/*.nii*',), covid1920=('Train/*_ct.nii*',),
+              plain=('ct/*',), nnunet=('imagesTr/*.nii*',))
+# the layouts of `folder`, which are not looked for one level below
+_own = dict(plain=('ct',), nnunet=('imagesTr',), dicom=())
 
-# %% ../nbs/05_datasets.ipynb #652c7697
 def _is_dicom(p) -> bool:
     "Whether a file is DICOM by its name or its first bytes"
     if (name := p.name.lower()).endswith(('.dcm','.ima')): return True
@@ -541,89 +477,68 @@ def _is_dicom(p) -> bool:
         with p.open('rb') as f: return f.read(132)[128:]==b'DICM'
     except OSError: return False
 
-def _holds_dicom(root) -> bool: return any(_is_dicom(Path(at)/f) for at,_,files in os.walk(root)
-                                           for f in files)
+def _holds_dicom(root) -> bool:
+    return any(_is_dicom(Path(at)/f) for at,_,files in os.walk(root) for f in files)
 
-def _own_layouts(root, layout) -> list:
-    "The layouts that the folder could have; only `layout` if that is not empty"
-    found = [k for k in ('plain','nnunet') if (root/_own[k][0]).is_dir() and layout in ('',k)]
-    if layout: return found+['dicom']*(layout=='dicom')
-    aside = (o for o in root.iterdir() if o.is_dir() and o.name!=_own[found[0]][0]) if found else ()
-    return found+['dicom']*(not found or any(map(_holds_dicom, aside)))
-
-# %% ../nbs/05_datasets.ipynb #dcf29670
-def _dicom_table(root, valid, test, seed) -> pd.DataFrame:
-    "A line for each CT series of a tree"
-    notes = []
-    found,left,lost = _find_dicom(root, notes)
-    if not found:
-        why = f'; {left[0][0]}: {left[0][2]}' if left else f' ({notes[-1]})' if notes else ''
-        fault = 'there is neither a folder ct/ nor imagesTr/ nor a CT series in DICOM'
-        raise CTError(root, fault+why.rstrip('.'), _arrange)  # F9
-    df = _table([_series_case(*o) for o in found], 'folder', valid, test, seed, notes)
-    df.attrs |= dict(left_out=left, lost=lost)
-    return df
-
-# %% ../nbs/05_datasets.ipynb #cde0236d
-@_readable
-def folder(
-    root: str|Path, # Your scans
-    valid=None, # Cases, or a fraction of patients, to choose weights on; else 0.2
-    test=None, # The same for the final score
-    already_windowed: str = '', # `low:high` in HU, for scans of grey levels
-    layout: str = '', # plain, nnunet or dicom, where `root` holds more than one
-    seed: int = 0 # Of drawn splits
-) -> pd.DataFrame: # Case table
-    "Any folder of CTs"
-    root,notes = Path(root),[]
-    if not root.is_dir(): raise CTError(root, 'no such folder', 'Check the path')
-    parse_window(already_windowed)
-    if layout and layout not in _own: raise CTError('layout', f'{layout!r} is unknown here',
-                                                    f'Give {", ".join(_own)}')
-    found = _own_layouts(root, layout)
-    if len(found)>1: raise _ambiguous(root, found)  # F8
-    if not found: raise CTError(root, f'it holds no folder {_own[layout][0]}/', _arrange)
-    if found==['dicom']: return _dicom_table(root, valid, test, seed)
-    rows = _rows(*dict(plain=_plain, nnunet=_nnunet)[found[0]](root, notes),
-                 window=already_windowed)
-    return _table(rows, 'folder', valid, test, seed, notes)
-
-# %% ../nbs/05_datasets.ipynb #f1615905
-_deep = dict(coronacases=('COVID-19-CT-Seg_20cases/*.nii*','ct_scans/*.nii*','ct/coronacases_*',
-                          'ct/radiopaedia_*'),
-             mosmed=('studies/CT-[0-4]/*.nii*',),
-             covid1920=('Train/*_ct.nii*',)) # found one level below, too
-_flat = dict(plain=('ct/*',), nnunet=('imagesTr/*.nii*',))
-
-def _bears(homes, signs) -> bool:
-    "Whether one of the folders `homes` holds a file of `signs`"
-    return any(not p.name.startswith('.') for home in homes for o in signs for p in home.glob(o))
-
+# %% ../nbs/05_datasets.ipynb #cbccab06
 def _layouts_of(root) -> list:
     "Names of the layouts that a folder bears the signs of"
-    below = [o for o in sorted(root.iterdir()) if o.is_dir() and not o.name.startswith('.')]
-    found = [k for k,v in _deep.items() if _bears([root,*below], v)]
-    found += [k for k,v in _flat.items() if _bears([root], v)
-              and not (k=='plain' and 'coronacases' in found)]
+    below = _below(root)
+    def bears(k):
+        homes = [root] if k in _own else [root,*below]
+        return any(p.name[0]!='.' for home in homes for o in _signs[k] for p in home.glob(o))
+    found = [k for k in _signs if bears(k)]
     aside = [o for o in below if not (o.name=='ct' and 'plain' in found)] if found else [root]
     if not any(map(_holds_dicom, aside)): return found
-    return found+['ricord' if any('annotation' in p.name.lower() for p in root.rglob('*.json'))
-                  else 'dicom']
+    mdai = any('annotation' in p.name.lower() for p in root.rglob('*.json'))
+    return found+['ricord' if mdai else 'dicom']
 
-# %% ../nbs/05_datasets.ipynb #4921d985
-@_readable
+# %% ../nbs/05_datasets.ipynb #b8ea225c
+def _dicom_table(root, splits) -> pd.DataFrame:
+    "A line for each CT series of a tree"
+    notes = []
+    found,attrs = _find_dicom(root, notes)
+    if not found:  # F9
+        left = attrs['left_out']
+        why = f'; {left[0][0]}: {left[0][2]}' if left else f' ({notes[-1]})' if notes else ''
+        fault = 'there is no scan in ct/ or imagesTr/ and no CT series in DICOM'
+        raise CTError(root, fault+why.rstrip('.'), _arrange)
+    df = _table([_series_case(*o) for o in found], 'folder', notes, splits)
+    df.attrs |= attrs
+    return df
+
+# %% ../nbs/05_datasets.ipynb #b81714a0
+@_on_folder
+@delegates(choose_splits)
+def folder(
+    root: str|Path, # Your scans
+    already_windowed: str = '', # `low:high` in HU, for scans of grey levels
+    layout: str = '', # plain, nnunet or dicom, where `root` holds more than one
+    **splits
+) -> pd.DataFrame: # Case table
+    "Any folder of CTs"
+    parse_window(already_windowed)
+    found = [k for k in _layouts_of(root) if k in _own] or ['dicom']
+    kind = layout if layout=='dicom' else _only(root, found, layout, _own)
+    if kind=='dicom': return _dicom_table(root, splits)
+    notes = []
+    ct,masks = (_nnunet(root, notes) if kind=='nnunet'
+                else _three_folders(root, triples['plain'], notes, series=True))
+    rows = _rows(root/_own[kind][0], ct, masks, already_windowed=already_windowed)
+    return _table(rows, 'folder', notes, splits)
+
+# %% ../nbs/05_datasets.ipynb #f1615905
+@_on_folder
 def recognise(
     root: str|Path # A folder of scans
 ) -> str: # coronacases, mosmed, covid1920, ricord, plain, nnunet or dicom
     "The layout of a folder; `CTError` if it has none that is known, or two"
-    root,choices = Path(root),', '.join(_tables)
-    if not root.is_dir(): raise CTError(root, 'no such folder', 'Check the path')
     found = _layouts_of(root)
-    if len(found)==1: return found[0]
-    if found: raise CTError(root, f'it holds two layouts, {found[0]} and {found[1]}',
-                            f'Name one of {choices}')
+    if 'coronacases' in found: found = [k for k in found if k!='plain']
+    if found: return _only(root, found)
     raise CTError(root, 'its layout is none that is known',
-                  f'Name one of {choices}, or arrange the files as ct/ and infection_mask/')
+                  f'Name one of {", ".join(_tables)}, or arrange the files as ct/ and '
+                  f'infection_mask/')
 
 # %% ../nbs/05_datasets.ipynb #84e5e5c6
 _tables = dict(coronacases=coronacases, mosmed=mosmed, covid1920=covid1920, ricord=ricord,

@@ -9,6 +9,7 @@ __all__ = ['write_layout']
 
 # %% ../nbs/04_layouts.ipynb #01bc241d
 import json, os, shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,24 +38,23 @@ def tree(
 # layout → folders of scans, lesion masks and lung masks
 triples = dict(zenodo=('COVID-19-CT-Seg_20cases','Infection_Mask','Lung_Mask'),
                kaggle=('ct_scans','infection_mask','lung_mask'),
-               plain=('ct','infection_mask',
-                      'lung_mask'))
+               plain=('ct','infection_mask','lung_mask'))
 
 def windowed(vol, low=-1250, high=250):
     "A CT as grey levels 0…255 of a window in HU"
     return vol.new(((vol.data.clip(low, high)-low)*(255/(high-low))).round().astype(np.uint8))
 
 def _write_triple(phantoms, root, layout):
+    ext = '.nii' if layout=='kaggle' else '.nii.gz'
     for i,ph in enumerate(phantoms, 1):
-        grey = layout!='plain' and i==len(phantoms)>1
-        name = ('radiopaedia_10_85902_1' if grey else f'coronacases_{i:03d}' if layout!='plain'
-                else f'scan.v{i-1}')
-        scan = name if layout!='kaggle' else name.replace('_', '_org_covid-19-pneumonia-',
-                                                          1)+'-dcm' if grey else \
-            name.replace('_', '_org_')
-        ext = '.nii' if layout=='kaggle' else '.nii.gz'
-        for d,vol,o in zip(triples[layout],
-            (windowed(ph.ct) if grey else ph.ct, ph.lesion, ph.lung), (scan,name,name)):
+        radiopaedia = layout!='plain' and i==len(phantoms)>1
+        name = ('radiopaedia_10_85902_1' if radiopaedia else
+                f'scan.v{i-1}' if layout=='plain' else f'coronacases_{i:03d}')
+        scan,ct = name,windowed(ph.ct) if radiopaedia else ph.ct
+        if layout=='kaggle':
+            scan = name.replace('_', '_org_covid-19-pneumonia-'*radiopaedia or '_org_', 1)
+            scan += '-dcm'*radiopaedia
+        for d,vol,o in zip(triples[layout], (ct,ph.lesion,ph.lung), (scan,name,name)):
             save_volume(vol, root/d/(o+ext))
 
 # %% ../nbs/04_layouts.ipynb #a6e193c5
@@ -121,9 +121,8 @@ def _write_ricord(phantoms, root):
     write_atomic(root/name, json.dumps(_mdai_export(studies, annotations)).encode())
 
 # %% ../nbs/04_layouts.ipynb #ffbbd4bd
-_writers = dict(coronacases=lambda ph, root: _write_triple(ph, root, 'zenodo'),
-                kaggle=lambda ph, root: _write_triple(ph, root, 'kaggle'),
-                plain=lambda ph, root: _write_triple(ph, root, 'plain'),
+_writers = dict(coronacases=partial(_write_triple, layout='zenodo'),
+                **{k:partial(_write_triple, layout=k) for k in ('kaggle','plain')},
                 mosmed=_write_mosmed, covid1920=_write_covid1920, ricord=_write_ricord,
                 nnunet=_write_nnunet)
 

@@ -21,7 +21,8 @@ from .dicom import is_nifti
 from .files import read_json, sweep
 from .show import track
 from .transforms import CTSpec, ResizeSpec, body_ml, resample_mask, spec_class
-from .volume import CTError, Scarce, Volume, canonical_affine, scan_digest, stored_bytes, temp_beside, temps_here, unreadable, write_atomic
+from .volume import (CTError, Scarce, Volume, canonical_affine, scan_digest, stored_bytes,
+                            temp_beside, temps_here, unreadable, write_atomic)
 
 # %% ../nbs/08_prepare.ipynb #8d3a5011
 version = 2  # of the layout; a new one makes all prepared cases stale
@@ -77,31 +78,36 @@ class Prepared:
     ct: torch.Tensor    # uint8 (1, slice, row, column), 0 and 255 are the ends of the window
     masks: torch.Tensor # uint8 (class, slice, row, column), 0 and 1
     at: dict            # `lesion` and `body` → flat indices of voxels, for placing patches
-    info: dict          # `case`, `shape`, `spacing` (None for a whole scan in one patch, and then its `patch`), `window`, `classes`, `lesion_ml`, `body_ml`, `digest` (of the scan), checksums
+    # `case`, `shape`, `spacing` (None for a whole scan in one patch, and its `patch`), `window`,
+    # `classes`, `lesion_ml`, `body_ml`, `digest` (of the scan), checksums
+    info: dict
 
     def __repr__(self):
-        return f'Prepared {self.info["case"]}: {"×".join(map(str, self.ct.shape[1:]))} voxels, {", ".join(self.info["classes"])}'
+        size,classes = '×'.join(map(str, self.ct.shape[1:])),', '.join(self.info['classes'])
+        return f'Prepared {self.info["case"]}: {size} voxels, {classes}'
     @property
     def nbytes(self) -> int:
         "Of CT and masks"
         return self.ct.nbytes+self.masks.nbytes
 
 # %% ../nbs/08_prepare.ipynb #a96d6e6f
+# positions kept of each kind; the remedy
+_most,_anew = 2**16,'Run `covid3d prepare` again, or copy the folder again'
 _arrays_of = ('ct','masks','lesion','body')
 _names = (*(f'{k}.npy' for k in _arrays_of), 'info.json')
 _whole = lambda v, most: type(v) is int and 0<=v<=most
 _number = lambda v: type(v) in (int,float) and math.isfinite(v) and v>=0
 _hex = lambda n: lambda v: isinstance(v, str) and bool(re.fullmatch(f'[0-9a-f]{{{n}}}', v))
+_counts = lambda keys, most: lambda v: (isinstance(v, dict) and {*v}=={*keys}
+                                        and all(_whole(o, most) for o in v.values()))
+_shape = lambda v: (isinstance(v, list) and len(v)==3 and all(_whole(o, 2**30) and o for o in v)
+                    and math.prod(v)<=2**30)
 _fields = dict(covid3d=lambda v: v=='prepared case', version=lambda v: v==version,
-               case=lambda v: isinstance(v, str),
-    shape=lambda v: isinstance(v,
-        list) and len(v)==3 and all(_whole(o, 2**30) and o for o in v) and math.prod(v)<=2**30,
-    lesion_ml=_number, body_ml=_number, digest=_hex(32), stamp=_hex(16),
-    at=lambda v: isinstance(v, dict) and {*v}=={'lesion',
-        'body'} and all(_whole(o, _most) for o in v.values()),
-    crc=lambda v: isinstance(v,
-        dict) and {*v}=={*_arrays_of} and all(_whole(o, 2**32-1) for o in v.values()))
+               case=lambda v: isinstance(v, str), shape=_shape, lesion_ml=_number,
+               body_ml=_number, digest=_hex(32), stamp=_hex(16),
+               at=_counts(('lesion','body'), _most), crc=_counts(_arrays_of, 2**32-1))
 
+# %% ../nbs/08_prepare.ipynb #10acbd80
 def _read_info(folder) -> dict:
     "The checked `info.json` of a prepared case"
     f = Path(folder)/'info.json'
@@ -117,9 +123,6 @@ def _read_info(folder) -> dict:
     return info
 
 # %% ../nbs/08_prepare.ipynb #81d322af
-# positions kept of each kind; the remedy
-_most,_anew = 2**16,'Run `covid3d prepare` again, or copy the folder again'
-
 def _map(path, dtype, shape) -> np.ndarray:
     "The array of a `.npy` file, mapped into memory; `CTError` if it is another one"
     try:
@@ -181,10 +184,10 @@ def _positions(mask, seed=0) -> np.ndarray:
     if len(at)>_most: at = np.sort(np.random.default_rng(seed).choice(at, _most, replace=False))
     return at.astype(np.int32 if mask.size<2**31 else np.int64)
 
-def _body(case, ct, size, grey) -> np.ndarray:
-    "Where a patch without a lesion is worth looking at: the lung if there is a mask, else all that is not air"
+def _body(case, ct, size, levels) -> np.ndarray:
+    "Where a patch without a lesion is worth looking at: the lung, or without its mask all but air"
     if 'lung' in case.masks: return resample_mask(case.open_mask('lung', ct).data, size).numpy()
-    return grey>np.median(grey)
+    return levels>np.median(levels)
 
 # %% ../nbs/08_prepare.ipynb #71bd7b8c
 def _arrays(case, spec) -> tuple:
@@ -197,11 +200,11 @@ def _arrays(case, spec) -> tuple:
         masks = [case.open_mask(k, ct).data for k in spec.classes]
         ml = float(masks[0].sum()*ct.ml_per_voxel)
         small = np.stack([resample_mask(m, size).numpy() for m in masks])
-        grey = (spec.prepare(ct)*255).round_().to(torch.uint8).numpy()
-        body = _positions(_body(case, ct, size, grey[0]))
+        levels = (spec.prepare(ct)*255).round_().to(torch.uint8).numpy()
+        body = _positions(_body(case, ct, size, levels[0]))
     info = dict(covid3d='prepared case', version=version, case=case.name, shape=list(size),
                 **spec.form, lesion_ml=ml, **about.result())
-    return dict(ct=grey, masks=small, lesion=_positions(small[0]), body=body),info
+    return dict(ct=levels, masks=small, lesion=_positions(small[0]), body=body),info
 
 # %% ../nbs/08_prepare.ipynb #3462d8d3
 def _sealed(arrays, info, stamp) -> dict:
@@ -233,32 +236,27 @@ def _remove(folder):
     folder.rmdir()
 
 def _put(tmp, target):
-    "Rename a complete folder to its name; one that is whole and there already is kept, a damaged one is replaced"
+    "Rename a complete folder to its name; a damaged one there is replaced, a sound one stays"
     if os.path.lexists(target) and not open_prepared(target): _remove(target)
     try: os.rename(tmp, target)
     except OSError:
         if not target.exists(): raise  # else somebody was first
 
 # %% ../nbs/08_prepare.ipynb #e99c7da8
-def _stamp_of(folder):
-    try: return _read_info(folder)['stamp']
-    except Scarce: raise
-    except CTError: return None
-
-def _locate(case, spec, out) -> tuple:
-    "The stamp of a case, and the folder of its prepared form, which may not exist; None if no form of it is there"
-    stamp = _digest(case, spec, _stat)
-    there = sorted(Path(out).glob(f'{glob.escape(case.name)}-{"[0-9a-f]"*16}'))
-    at = next((p for p in there if _stamp_of(p)==stamp), None)
-    return stamp,at or (Path(out)/f'{case.name}-{fingerprint(case, spec)}' if there else None)
-
 def located(
     case: Case,   # From `read_cases`
     spec: CTSpec, # Spacing, window and classes
     out: str|Path # Folder of prepared cases
-) -> Path: # None if no form of it is there
-    "The folder of the present form of a prepared case"
-    return _locate(case, spec, out)[1]
+) -> tuple: # Its stamp, and its folder, which may not exist; None if no form of it is there
+    "The stamp of a case, and the folder of the present form of a prepared case"
+    stamp = _digest(case, spec, _stat)
+    there = sorted(Path(out).glob(f'{glob.escape(case.name)}-{"[0-9a-f]"*16}'))
+    for p in there:
+        try:
+            if _read_info(p)['stamp']==stamp: return stamp,p
+        except Scarce: raise
+        except CTError: pass  # another form, or damaged
+    return stamp,Path(out)/f'{case.name}-{fingerprint(case, spec)}' if there else None
 
 # %% ../nbs/08_prepare.ipynb #3c27b59c
 def _restamp(folder, p, stamp):
@@ -294,7 +292,7 @@ def _make(case, spec, out, stamp) -> Path:
 # %% ../nbs/08_prepare.ipynb #a061f6b8
 @dataclass(frozen=True)
 class PreparedCase(Case):
-    "A case whose scan is not at hand: `ct` is the folder of its prepared form, which stands for the scan"
+    "A case whose scan is not at hand: `ct` is the folder of its prepared form"
     def load(self,
         spec: CTSpec = None, # What it must have been prepared for; anything if None
         check: bool = False  # Read it once and compare checksums
@@ -322,7 +320,7 @@ class PreparedCase(Case):
 def _find(case, spec, out, check) -> tuple:
     "The prepared case, if it is there in its present form, or what is wrong with it"
     if isinstance(case, PreparedCase): return case.load(spec, check),None
-    stamp,at = _locate(case, spec, out)
+    stamp,at = located(case, spec, out)
     if at is None or not os.path.lexists(at): return None,None
     try: return _restamp(at, _load(at, check), stamp),None
     except Scarce: raise
@@ -371,12 +369,6 @@ def prepare_cases(
         return [next(done) for _ in track(cases, 'preparing')]
 
 # %% ../nbs/08_prepare.ipynb #4a6df1c2
-def _same_spec(folder, spec) -> bool:
-    "Whether a prepared case has this spacing, window and classes: then only its source has changed"
-    try: info = _read_info(folder)
-    except CTError: return False
-    return all(k in info and info[k]==v for k,v in spec.form.items())
-
 def tidy(
     out: str|Path,      # Folder of prepared cases
     keep: list = (),    # `Case`s whose present form stays
@@ -386,8 +378,10 @@ def tidy(
     sweep(out)
     for c in keep:
         if isinstance(c, PreparedCase): continue
-        now = _locate(c, spec, out)[1]
+        now = located(c, spec, out)[1]
         for p in Path(out).glob(f'{glob.escape(c.name)}-{"[0-9a-f]"*16}'):
             try:
-                if p!=now and not p.is_symlink() and _same_spec(p, spec): _remove(p)
+                if p==now or p.is_symlink(): continue
+                info = _read_info(p)  # with the same spec, only its source has changed
+                if all(info.get(k)==v for k,v in spec.form.items()): _remove(p)
             except (CTError,OSError): pass  # somebody put something into it

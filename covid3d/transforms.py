@@ -25,7 +25,7 @@ from .volume import CTError, Volume, check_memory
 # %% ../nbs/06_transforms.ipynb #34320f7e
 def show_patch(
     ct: torch.Tensor,  # (1, slice, row, column), values in [0, 1]
-    masks=(),          # (class, slice, row, column) tensors to outline; the first decides which slice is shown
+    masks=(),          # (class, slice, row, column) to outline; the first decides the slice shown
     ctx=None,          # Axes
     **kwargs           # For `show_slice`: `title`, `aspect`
 ):
@@ -81,7 +81,7 @@ def axis_weights(
 
 # %% ../nbs/06_transforms.ipynb #07721c1a
 def _shrink_slices(x, size) -> torch.Tensor:
-    "Rows and columns by the linear kernel, a few slices at a time: the weights are few, and PyTorch's own interpolation skips the zeros among them"
+    "Rows and columns by PyTorch's linear kernel, which skips zero weights; a few slices at a time"
     out = x.new_empty(*x.shape[:-2], *size, dtype=torch.float32)
     for o,i in zip(out.view(-1, *size).split(16), x.reshape(-1, *x.shape[-2:]).split(16)):
         o.copy_(F.interpolate(i[None].float(), size, mode='bilinear', antialias=True)[0])
@@ -219,6 +219,7 @@ class CTSpec:
             raise CTError('window', f'{self.window} is not (low, high) in HU',
                           'Give the lower first')
 
+# %% ../nbs/06_transforms.ipynb #6db5e043
 def _checked_patch(patch) -> tuple:
     "Whole sizes, not so large that one patch fills the memory"
     remedy,most = 'Give slices, rows and columns',2**24
@@ -240,10 +241,11 @@ def _checked_spacing(self: CTSpec) -> tuple:
     if not all(.05<=s<=100 for s in mm):
         raise CTError('spacing', f'{mm} is not three lengths of 0.05 to 100 mm',
                       'Give slice, row and column spacing')
-    voxels,most = math.prod(_chest)/math.prod(mm),f'{_most_voxels/1e6:.0f} million at most can be worked on'
+    voxels = math.prod(_chest)/math.prod(mm)
     if voxels<=_most_voxels: return mm
-    raise CTError('spacing', f'{mm} makes {voxels/1e6:,.0f} million voxels of a chest, and {most}',
-                  'Give a coarser one')
+    fault = (f'{mm} makes {voxels/1e6:,.0f} million voxels of a chest, and {_most_voxels/1e6:.0f} '
+             f'million at most can be worked on')
+    raise CTError('spacing', fault, 'Give a coarser one')
 
 @patch
 def size(self: CTSpec, vol: Volume) -> tuple:
@@ -291,7 +293,7 @@ class ResizeSpec(CTSpec):
                           'Leave it out, or give CTSpec(spacing=…)')
     @property
     def mm(self) -> tuple:
-        "(slice, row, column) of a voxel of a chest of 320×350×350 mm; it differs from scan to scan"
+        "(slice, row, column) of a voxel of a chest of 320×350×350 mm; scans differ"
         return tuple(n/p for n,p in zip(_chest, self.patch))
     @property
     def form(self) -> dict: return super().form|dict(patch=list(self.patch))
@@ -321,7 +323,7 @@ def crop(
 # %% ../nbs/06_transforms.ipynb #dc6d9e39
 def positions(
     masks: torch.Tensor, # (class, slice, row, column)
-    on: str,             # `lesion`: voxels of the first class; `body`: where there is something to see, empty if that is not known
+    on: str,             # `lesion`: the first class; `body`: where there is something to see
     at: dict = None      # `lesion` and `body` → flat indices, if they are known
 ) -> np.ndarray: # Flat indices of voxels
     "Voxels on which a patch may be placed"
@@ -344,13 +346,14 @@ def patch_range(
 # %% ../nbs/06_transforms.ipynb #9dd28a2c
 class RandomPatch(ItemTransform):
     "Cut the same patch from CT and masks; often around a lesion"
-    order = 10
+    order,train = 10,True
     def __init__(self,
         size: tuple,             # (slice, row, column) in voxels
-        p_lesion: float = .7,  # Fraction of the training patches placed on a voxel of the first class, 0 to 1
+        p_lesion: float = .7,    # Fraction of training patches placed on the first class, 0 to 1
         aug=None,                # `Augment3d` that cuts and deforms in one step, in training
         valid_size: tuple = None # (slice, row, column) in validation; `size` if None
-    ): self.sizes,self.p_lesion,self.aug,self.train = (tuple(valid_size or size),tuple(size)),p_lesion,aug,True
+    ):
+        self.sizes,self.p_lesion,self.aug = (tuple(valid_size or size),tuple(size)),p_lesion,aug
     @property
     def size(self) -> tuple: return self.sizes[self.train]
     def __call__(self, x, split_idx=None, **kwargs):
@@ -375,7 +378,8 @@ def place(self: RandomPatch,
     at: dict = None      # `lesion` and `body` → flat indices of voxels, if they are known
 ) -> tuple: # First voxel of the patch on each axis, and the voxel it was placed on, or None
     "Where to cut"
-    shape,on = masks.shape[1:],'lesion' if not self.train or random.random()<self.p_lesion else 'body'
+    shape = masks.shape[1:]
+    on = 'lesion' if not self.train or random.random()<self.p_lesion else 'body'
     where,axes = positions(masks, on, at),[(p,*patch_range(n,p)) for n,p in zip(shape, self.size)]
     if not len(where):
         return [random.randint(lo,hi) if self.train else (lo+hi)//2 for _,lo,hi in axes],None

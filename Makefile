@@ -19,7 +19,7 @@ demo: $(READY) ## synthetic chest CTs, training, scores on unseen ones, a pictur
 	$(BIN)/covid3d demo --overwrite $(if $(OUT),--out "$(OUT)")
 
 test: $(READY) ## lint, run every notebook, then pytest
-	$(BIN)/ruff check covid3d tests benchmarks
+	$(BIN)/ruff check nbs covid3d tests benchmarks
 	$(ONE_THREAD) $(BIN)/nbdev-test --n-workers 2 --do-print --timing
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 

@@ -141,7 +141,7 @@ def told(
     if isinstance(e, CTError):
         own = (f'{case.name} ({_roles(case).get(e.what, "scan")})' if isinstance(e.what, Path)
                else clean(e.what))
-        return (Scarce if isinstance(e, Scarce) else CTError)(own, clean(e.fault), clean(e.cure))
+        return (Scarce if isinstance(e, Scarce) else CTError)(own, clean(e.fault), clean(e.remedy))
     if isinstance(e, MemoryError):
         return CTError(case.name, 'working on it needs more memory than there is',
                        'Close other programs, or leave the case out')
@@ -286,7 +286,7 @@ def _case(row, root, masks) -> Case:
     "A `Case` from a line of the table"
     paths = {k:Path(os.path.normpath(root/row[k])) for k in ('ct',*masks) if row.get(k)}
     try: window,flip = parse_window(row.get('already_windowed','')),_parse_flip(row.get('flip',''))
-    except CTError as e: raise CTError(f'case {row["case"]}, {e.what}', e.fault, e.cure) from None
+    except CTError as e: raise CTError(f'case {row["case"]}, {e.what}', e.fault, e.remedy) from None
     return Case(row['case'], paths.pop('ct'), paths, row.get('split',''), window,
                 row.get('patient',''), flip)
 
@@ -391,10 +391,10 @@ class Finding:
     case: str  # Name in the case table
     what: str  # File or column
     fault: str # What it is
-    cure: str  # What to do about it
+    remedy: str  # What to do about it
 
     def __str__(self):
-        return plain(f'{self.level:<7} {self.case}: {self.what}: {self.fault}. {self.cure}.')
+        return plain(f'{self.level:<7} {self.case}: {self.what}: {self.fault}. {self.remedy}.')
 
 # %% ../nbs/04_cases.ipynb #095aacdc
 @dataclass
@@ -412,8 +412,8 @@ class CaseReport:
     digest: str = '' # The same for scans with the same voxels
     findings: list = field(default_factory=list) # Of `Finding`
 
-    def add(self, level, what, fault, cure): # as a `Finding` has them
-        self.findings.append(Finding(level, self.case, plain(what), fault, cure))
+    def add(self, level, what, fault, remedy): # as a `Finding` has them
+        self.findings.append(Finding(level, self.case, plain(what), fault, remedy))
     def note(self, path, volume):
         for n in volume.notes:
             self.add('note', path, n, 'Nothing to do, the reader has dealt with it')
@@ -509,7 +509,7 @@ def check_case(
     except (CTError,MemoryError,OSError,RuntimeError) as e:
         if case.private or not isinstance(e, CTError): e = told(e, case)
         if isinstance(e, Scarce): raise e from None
-        rep.add('error', e.what, e.fault, e.cure)
+        rep.add('error', e.what, e.fault, e.remedy)
     return rep
 
 # %% ../nbs/04_cases.ipynb #74948001
@@ -544,7 +544,7 @@ def _case_or_report(row, root, masks):
     try: return _case(row, root, masks)
     except CTError as e:
         rep = CaseReport(row['case'], row.get('split',''))
-        rep.add('error', str(e.what).rpartition(' ')[2], e.fault, e.cure)
+        rep.add('error', str(e.what).rpartition(' ')[2], e.fault, e.remedy)
         return rep
 
 # %% ../nbs/04_cases.ipynb #9a5fbe4b
@@ -564,7 +564,7 @@ def check_table(
         raise CTError(name, f'no case has the split {" or ".join(map(repr, sorted(wanted)))}',
                       'Change the split column')
     top = CaseReport('the table')
-    for e in _table_faults(df, name): top.add('error', e.what, e.fault, e.cure)
+    for e in _table_faults(df, name): top.add('error', e.what, e.fault, e.remedy)
     return [top]*bool(top.findings)+check_cases(cases, need, workers)
 
 # %% ../nbs/04_cases.ipynb #0a5df960
@@ -576,7 +576,7 @@ def require_ok(
     errors = [f for r in reports for f in r.findings if f.level=='error']
     if not errors: return
     more = f' ({len(errors)-1} more: `covid3d check {table}` lists them)' if len(errors)>1 else ''
-    raise CTError(errors[0].what, errors[0].fault, errors[0].cure+more)
+    raise CTError(errors[0].what, errors[0].fault, errors[0].remedy+more)
 
 # %% ../nbs/04_cases.ipynb #1207abd7
 def report_table(

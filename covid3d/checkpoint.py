@@ -51,7 +51,7 @@ def write_checkpoint(path, state, tensors):
     try: write_atomic(path, raw)
     except CTError as e:
         fault = e.fault+'; the last one is intact'*Path(path).exists()
-        raise CTError(path, fault, e.cure) from None
+        raise CTError(path, fault, e.remedy) from None
 
 # %% ../nbs/17_checkpoint.ipynb #f3c9d17d
 def _check_sizes(path, remedy, most, parts, size):
@@ -348,7 +348,7 @@ def _to_be_resumed():
     try: yield
     except CTError as e:
         if not e.fault.startswith('cannot be written'): raise
-        raise CTError(e.what, e.fault, f'{e.cure}, then resume with --resume') from None
+        raise CTError(e.what, e.fault, f'{e.remedy}, then resume with --resume') from None
 
 @patch
 def _write(self: Checkpoint, tensors, **kwargs) -> dict:

@@ -704,8 +704,8 @@ def _one_line(e, options=()) -> str:
     if _is_ours(e):
         what = _plain(e.what)
         if what in options: what = '--'+what.replace('_', '-')
-        cure = e.cure.replace('pretrained=True', '--init kinetics')
-        return f'{what}: {e.fault}. {cure.replace("pretrained=False", "--init random")}.'
+        remedy = e.remedy.replace('pretrained=True', '--init kinetics')
+        return f'{what}: {e.fault}. {remedy.replace("pretrained=False", "--init random")}.'
     if _is_scarce(e):
         smaller = ' or '.join(f'--{k}' for k in ('patch','bs') if k in options)
         other = 'Close other programs, or raise the limit'

@@ -286,7 +286,7 @@ def _walk_dicom(root, notes) -> tuple:
         others += here.skipped
         if here.damaged:
             e = told(here.damaged[0], Case(pseudonym(folder, 'folder'), folder))
-            broken.append((str(at), f'{e.fault}. {e.cure}.'))
+            broken.append((str(at), f'{e.fault}. {e.remedy}.'))
         good = [s for s in here.series if not s.damaged]
         if good and plain(at)!=str(at):
             broken.append((ascii(str(at)), _rename))

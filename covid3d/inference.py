@@ -108,7 +108,7 @@ def _whole_scan(model, spec, ct, overlap, bar, finish, full: int = 1) -> dict:
         if not out_of_memory(e): raise
         remedy = 'Use --device cpu, or weights of a coarser spacing'
         raise CTError(name, 'segmenting it needs more memory than there is', remedy) from None
-    except CTError as e: raise CTError(name, e.fault, e.cure) if e.what=='logits' else e from None
+    except CTError as e: raise CTError(name, e.fault, e.remedy) if e.what=='logits' else e from None
     finally: model.train(training)
 
 # %% ../nbs/15_inference.ipynb #588f8595

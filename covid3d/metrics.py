@@ -80,9 +80,9 @@ def check_spacing(spacing) -> np.ndarray: # (slice, row, column), mm
                       'Give (slice, row, column) in mm')
     return s
 
-def check_number(name, x, low, high, cure):
+def check_number(name, x, low, high, remedy):
     "A number between two others"
-    if not low<=x<=high: raise CTError(name, f'{x} is not in {low}…{high}', cure)
+    if not low<=x<=high: raise CTError(name, f'{x} is not in {low}…{high}', remedy)
 
 # %% ../nbs/13_metrics.ipynb #954d91cd
 def volume_error(

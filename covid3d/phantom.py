@@ -187,7 +187,7 @@ def draw_chest(
     plan,   # A `chest_plan`
     shape,  # (slice, row, column)
     spacing # mm
-) -> tuple: # float32 arrays of `shape`: HU without lungs, edge of the lung (<0 inside), HU of aerated lung, fraction of tissue
+) -> tuple: # float32: HU without lungs, edge of the lung (<0 inside), HU of the lung, tissue in it
     "Body and lungs before vessels, lesions and noise"
     zs,y,x = centred_mm(shape,spacing)
     voxel,plate = (spacing[1]*spacing[2])**.5,couch(plan,y,x)
@@ -346,7 +346,7 @@ def lesion(
     nodule: bool, # A small round one
     solid: bool,  # May it have a consolidated core?
     rng           # NumPy's random generator
-) -> SimpleNamespace: # Half axes in mm, softness of the border, shares of tissue in the rim (`peak`) and core
+) -> SimpleNamespace: # Half axes in mm, softness of the border, tissue in rim and core
     "Draw one lesion"
     u,r = rng.uniform,(18+70*load)*np.clip(rng.normal(1,.2),.7,1.4)
     axes = np.full(3,u(7,9)) if nodule else r*u((1,.75,.75),(1.5,1.1,1.1))

@@ -128,7 +128,7 @@ def _check_format(cases, format):
     odd = next((c.name for c in cases if is_nifti(c.ct)), None)
     if odd is not None: raise CTError(odd,
         'was not read from DICOM, so there is no series to refer to', 'Use --format nifti')
-    try: import highdicom
+    try: import highdicom  # noqa: F401
     except ImportError:
         raise CTError('format', 'writing DICOM Segmentation needs highdicom',
                       "Install it with pip install 'covid3d[dicom]'") from None
@@ -276,7 +276,7 @@ def _line(e, case) -> str:
     own = case.ct if is_nifti(case.ct) or os.path.isdir(case.ct) else case.ct.parent
     what = Path(str(e.what))
     place = '' if own in (what,*what.parents) or e.what==case.name else f'{plain(e.what)}: '
-    return f'{plain(case.name)}: {place}{plain(without_paths(e.fault, case))}. {e.cure}.'
+    return f'{plain(case.name)}: {place}{plain(without_paths(e.fault, case))}. {e.remedy}.'
 
 # %% ../nbs/21_predict.ipynb #7da8c4e9
 def _scan(case, names, job) -> dict:
@@ -290,7 +290,7 @@ def _scan(case, names, job) -> dict:
     except (CTError,MemoryError,OSError,RuntimeError) as e:
         e = _as_error(e, case)
         # no fault of this scan
-        if isinstance(e, Scarce): raise Scarce(case.name, e.fault, e.cure) from None
+        if isinstance(e, Scarce): raise Scarce(case.name, e.fault, e.remedy) from None
         state,old = 'failed',records.rows.get(row['scan'])
         row = (old if old and old['masks'] else row)|dict(error=_line(e, case))
         try: records.add(dict(row))

@@ -11,7 +11,8 @@ __all__ = ['shapes', 'pretrain_encoder']
 import json, math, random, time
 from pathlib import Path
 
-import fastai.callback.fp16, numpy as np, pandas as pd, torch  # fp16 adds to_fp16 to Learner
+import numpy as np, pandas as pd, torch
+import fastai.callback.fp16  # noqa: F401, it adds to_fp16 to Learner
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader

@@ -184,7 +184,7 @@ def load(cls: Recipe,
                       'Leave init out, and give the weights by --init')
     try: return cls(**_parts(d, o))
     except CTError as e:
-        raise e if str(e.what)==str(o) else CTError(o, f'{e.what}: {e.fault}', e.cure) from None
+        raise e if str(e.what)==str(o) else CTError(o, f'{e.what}: {e.fault}', e.remedy) from None
 
 # %% ../nbs/15_recipe.ipynb #630c5982
 recipes = dict(

@@ -33,10 +33,10 @@ class CTError(ValueError):
     def __init__(self,
         what,       # File, folder or argument at fault
         fault: str, # What is wrong with it
-        cure: str = 'Copy it again, or export it again' # What to do about it
+        remedy: str = 'Copy it again, or export it again' # What to do about it
     ):
-        self.what,self.fault,self.cure = what,plain(fault),plain(cure)
-        super().__init__(f'{plain(what)}: {self.fault}. {self.cure}.')
+        self.what,self.fault,self.remedy = what,plain(fault),plain(remedy)
+        super().__init__(f'{plain(what)}: {self.fault}. {self.remedy}.')
 
 # %% ../nbs/00_volume.ipynb #868847d1
 class Scarce(CTError): "The system is short of something; the file is not to blame"
@@ -48,12 +48,12 @@ _short = {errno.EMFILE:'Raise the limit on open files with ulimit -n',
 def unreadable(
     path, # File or folder
     e: OSError, # What was raised on opening or reading it
-    cure: str = 'Check the path and its permissions' # Where the file is to blame
+    remedy: str = 'Check the path and its permissions' # Where the file is to blame
 ) -> CTError: # To be raised; `Scarce` where the file is not to blame
     "What the operating system refused, and why"
-    if e.errno==errno.EIO: cure = 'Check the disk or the network it lies on, then copy it again'
+    if e.errno==errno.EIO: remedy = 'Check the disk or the network it lies on, then copy it again'
     return (Scarce if e.errno in _short else CTError)(
-        path, f'cannot be read ({e.strerror or e})', _short.get(e.errno, cure))
+        path, f'cannot be read ({e.strerror or e})', _short.get(e.errno, remedy))
 
 # %% ../nbs/00_volume.ipynb #7fba02a1
 def canonical_affine(
@@ -260,11 +260,11 @@ def memory_left() -> float: # Bytes; infinite where the system does not tell
 
 # %% ../nbs/00_volume.ipynb #59486d7a
 def check_memory(path, need: int,
-                 cure='Close other programs, use a machine with more memory, or crop the scan'):
+                 remedy='Close other programs, use a machine with more memory, or crop the scan'):
     "`CTError` if `need` bytes are more than are left; not asked where they are few"
     if need>2**28 and need>(left := memory_left()):
         raise CTError(path, f'needs {need/2**20:,.0f} MiB of memory, and {left/2**20:,.0f} MiB are '
-                            f'left', cure)
+                            f'left', remedy)
 
 # %% ../nbs/00_volume.ipynb #82c43997
 _types = (2,4,8,16,64,256,512,768,1024,1280)  # integers, and floats of up to 64 bits

@@ -124,10 +124,10 @@ def same_image(vol, voxels, affine, eps=1e-4):
     assert np.array_equal(x, voxels) and np.allclose(back, affine, atol=eps)
 
 def refused(path, pattern, names=None, opener=open_series)->str:
-    "Opening is refused in one line that names a path, the fault and a cure, and nobody"
+    "Opening is refused in one line that names a path, the fault and a remedy, and nobody"
     with pytest.raises(CTError, match=pattern) as e: opener(path)
     message = str(e.value)
-    assert message.startswith(f'{names or path}: ') and message.endswith(f'. {e.value.cure}.') and len(e.value.cure)>5 and '\n' not in message
+    assert message.startswith(f'{names or path}: ') and message.endswith(f'. {e.value.remedy}.') and len(e.value.remedy)>5 and '\n' not in message
     assert not re.search('DOE|JANE', message)
     return message
 

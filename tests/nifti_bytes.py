@@ -64,10 +64,10 @@ class Base:
         return path
 
 def refused(path, pattern, opener=open_ct, names=None, **kwargs)->str:
-    "Opening is refused in one line that names the file, the fault and a cure"
+    "Opening is refused in one line that names the file, the fault and a remedy"
     with pytest.raises(CTError, match=pattern) as e: opener(path, **kwargs)
     message = str(e.value)
-    assert message.startswith(str(names or path)) and message.endswith(f'. {e.value.cure}.') and len(e.value.cure)>5 and '\n' not in message
+    assert message.startswith(str(names or path)) and message.endswith(f'. {e.value.remedy}.') and len(e.value.remedy)>5 and '\n' not in message
     return message
 
 def noted(path, pattern, opener=open_ct, **kwargs):

@@ -92,7 +92,7 @@ def get(out): return main(['download','coronacases','-o',str(out)])
 def names(out): return sorted(o.name for o in out.iterdir()) if out.exists() else []
 
 def refused(capfd, out, *words):
-    "Exit status 2, and one line that holds `words` and ends with a cure"
+    "Exit status 2, and one line that holds `words` and ends with a remedy"
     assert get(out)==2
     err = capfd.readouterr().err
     assert err.count('\n')==1 and err.endswith('.\n') and 'Traceback' not in err and all(str(w) in err for w in words), err
@@ -225,7 +225,7 @@ def no_unpack(path, match, folder='A'):
     "Refused in one line, and neither the folder nor anything else was written"
     before = names(path.parent)
     with pytest.raises(CTError, match=match) as e: _unpack(path, path.parent/folder)
-    assert '\n' not in str(e.value) and len(e.value.cure)>5 and names(path.parent)==before
+    assert '\n' not in str(e.value) and len(e.value.remedy)>5 and names(path.parent)==before
 
 @pytest.mark.fault('K9')
 @each('name', ['../evil','a/../../evil','/evil','//evil','\\evil','a\\..\\..\\evil','C:\\evil','c:/evil','C:evil'])

@@ -6,7 +6,6 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
 from fastai.optimizer import SGD
 
-import covid3d.learner
 from covid3d.data import CaseReader
 from covid3d.learner import (CTDataLoaders, CTSpec, KeepBest, PatchDice, ScanDice, encoder3d, mc3_18,
                              r2plus1d_18, r3d_18, segment, set_seed, train, unet_learner_3d, write_phantoms)

@@ -131,7 +131,7 @@ def test_write_fails_half_way(tmp_path, monkeypatch, broken, how):
     (tmp_path/'mask.nii').write_bytes(b'old')
     monkeypatch.setattr(os, broken, how)
     with pytest.raises(CTError if how is fail else KeyboardInterrupt) as e: write_atomic(tmp_path/'mask.nii', b'new')
-    if how is fail: assert str(e.value)==f'{tmp_path/"mask.nii"}: cannot be written (No space left on device). {e.value.cure}.'
+    if how is fail: assert str(e.value)==f'{tmp_path/"mask.nii"}: cannot be written (No space left on device). {e.value.remedy}.'
     monkeypatch.undo()
     assert only(tmp_path, 'mask.nii', b'old')
 

@@ -44,8 +44,8 @@ class Cohort:
     def found(self, **change): return [f for r in self.check(**change) for f in r.findings]
 
 def one_line(f):
-    "A finding names the file, the fault and the cure, in one line"
-    assert '\n' not in str(f) and f.what and len(f.fault)>5 and len(f.cure)>5 and f.level in levels
+    "A finding names the file, the fault and the remedy, in one line"
+    assert '\n' not in str(f) and f.what and len(f.fault)>5 and len(f.remedy)>5 and f.level in levels
     return f
 
 def only(cohort, level, what, *words, case='c1', **change):
@@ -68,7 +68,7 @@ def broken(capfd, cohort, what, *words, **change):
     assert not reports[1].ok
     said(capfd, cohort, f, 1)
     with pytest.raises(CTError) as e: require_ok(reports, cohort.table)
-    assert str(e.value)==f'{f.what}: {f.fault}. {f.cure}.'
+    assert str(e.value)==f'{f.what}: {f.fault}. {f.remedy}.'
 
 def odd(capfd, cohort, level, what, *words, **change):
     "A warning or a note: exit status 0"
@@ -339,7 +339,7 @@ def test_json(capfd, cohort):
     cohort.write(row=2, lung=save(cohort/'nl.nii', lung*0).name); cohort.write(row=3, patient='p0')
     d = strict(json_of(capfd, cohort))
     assert (d['ok'],d['cases'],d['errors'],d['warnings'],d['notes'])==(False,4,2,1,1) and d['reports'][1]['shape'] is None
-    assert all({*f}=={'level','case','what','fault','cure'} for r in d['reports'] for f in r['findings'])
+    assert all({*f}=={'level','case','what','fault','remedy'} for r in d['reports'] for f in r['findings'])
 
 def test_json_of_infinite_values(capfd, cohort):
     x = ct(1).astype(np.float32); x[0,0,0] = np.nan; x[1,1,1] = np.inf

@@ -48,7 +48,7 @@ def refused(capfd, tmp_path, kind, root, *words, argv=(), **kw):
     out = tmp_path/'refused.csv'
     assert main(['table',str(root),'--layout',kind,'-o',str(out),*argv])==2
     err = capfd.readouterr().err
-    assert err==f'covid3d table: {e.value}\n' and str(e.value).endswith(f'. {e.value.cure}.') and len(e.value.cure)>5
+    assert err==f'covid3d table: {e.value}\n' and str(e.value).endswith(f'. {e.value.remedy}.') and len(e.value.remedy)>5
     assert all(str(w) in err for w in words), err
     assert not out.exists()
 

@@ -2,7 +2,6 @@
 import io, json, math, os, pickle, struct, subprocess, sys, zipfile
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback

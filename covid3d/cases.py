@@ -100,14 +100,15 @@ _common = set('ct scan scans series slice slices dicom mask masks lesion lung da
               'folder'.split())
 
 def _roles(case) -> dict: # file → what messages call it
-    return {**{Path(p):f'{k} mask' for k,p in case.masks.items()}, Path(case.ct):'scan'}
+    return {Path(str(p)):f'{k} mask' for k,p in case.masks.items()}|{Path(str(case.ct)):'scan'}
 
 def _file_names(case) -> dict:
     "Text that stands for a file of the case → what messages call it"
     names = {t:k for p,k in _roles(case).items() if p.name for t in (p.name,str(p))
              if t.lower() not in _common}
     if not case.private: return names
-    home = case.ct if os.path.isdir(case.ct) else Path(case.ct).parent
+    ct = Path(str(case.ct))
+    home = ct if ct.is_dir() else ct.parent
     try: inside = os.listdir(home)[:4096]
     except (OSError,ValueError): return names
     return {o:'scan' for o in inside if len(o)>3 and re.search(r'[^\W\d_]', o)
@@ -268,7 +269,7 @@ def _resolve(df, table) -> pd.DataFrame:
     named = named[[not (root/o).exists() for o in named.ct]]
     if not len(named): return df
     remedy = (f'Copy it beside {Path(table).name} again, or write the table anew with `covid3d '
-              f'cases`')
+              f'table`')
     if not os.path.lexists(p):
         raise CTError(p, f'is missing: it says where {len(named)} scan{"s"[:len(named)>1]} of '
                          f'{Path(table).name} lie', remedy)

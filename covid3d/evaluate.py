@@ -18,7 +18,7 @@ from .cases import check_cases, told
 from .files import append, locked, read_bytes
 from .inference import Segmenter
 from .recipe import require_same
-from .report import Extremes, Snapshot, keep_inputs, report_outputs, write_report
+from .report import Extremes, Snapshot, refuse_inputs, report_outputs, write_report
 from .show import track
 from covid3d.statistics import (many, row_names, score_masks, score_table, some, text_names,
     to_json)
@@ -227,7 +227,7 @@ def evaluate_cases(
     out,keep,klass = Path(out),Extremes(pictures),klass or segmenter.spec.lesion
     settings = dict(weights=segmenter.digest, overlap=segmenter.overlap, tolerance=tolerance,
                     threshold=segmenter.threshold) | {'class':klass}
-    keep_inputs(out, [*inputs, *(p for c in cases for p in (c.ct, *c.masks.values()))])
+    refuse_inputs(out, [*inputs, *(p for c in cases for p in (c.ct, *c.masks.values()))])
     mine,j = report_outputs(out),Journal(out/'scores.jsonl', settings, keep)
     with locked(out, folder=True):
         mine.require(overwrite or j.path.exists())

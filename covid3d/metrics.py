@@ -108,7 +108,7 @@ def cube_faces() -> list: # Six faces of four corners, each (slice, row, column)
 
 def inside(code, corner): return code>>(7-4*corner[0]-2*corner[1]-corner[2])&1
 
-def outlines(
+def cube_polygons(
     code: int # The corners inside: 128 for (0,0,0), 64 for (0,0,1) … 1 for (1,1,1)
 ) -> list: # Arrays of (n, 3)
     "Closed polygons that separate the inside corners of a cube from the others"
@@ -148,7 +148,7 @@ def surfel_normals() -> np.ndarray: # (256, 4, 3), unused triangles are 0
     "Normals of the triangles of each pattern, on a voxel of size 1"
     out = np.zeros((256,4,3))
     for c in range(256):
-        ns = [n for o in outlines(c) for n in largest_fill(o)[1]]
+        ns = [n for o in cube_polygons(c) for n in largest_fill(o)[1]]
         if ns: out[c,:len(ns)] = ns
     return out
 

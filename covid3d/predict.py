@@ -244,7 +244,7 @@ def _unlike(masks, ct, seen) -> list:
     return [f'warning: {"; ".join(out)}: {advice}']*bool(out)
 
 # %% ../nbs/21_predict.ipynb #204da7a9
-def _do(case, row, names, job) -> str:
+def _segment_and_write(case, row, names, job) -> str:
     "Segment a scan and write its masks, unless that is done; fills the row"
     ct = replace(case, already_windowed=job['window'] or case.already_windowed).open_ct()
     row |= dict(digest=scan_digest(ct), grid=_grid_digest(ct), notes=' · '.join(ct.notes))
@@ -279,13 +279,13 @@ def _line(e, case) -> str:
     return f'{plain(case.name)}: {place}{plain(without_paths(e.fault, case))}. {e.remedy}.'
 
 # %% ../nbs/21_predict.ipynb #7da8c4e9
-def _scan(case, names, job) -> dict:
+def _try_scan(case, names, job) -> dict:
     "The row of a scan that was tried, with its `state`"
     row = dict(scan=plain(case.name), source=plain(os.path.abspath(case.ct)), **job['made'],
                masks='')
     records = job['record']
     try:
-        state = _do(case, row, names, job)
+        state = _segment_and_write(case, row, names, job)
         if records.rows.get(row['scan'])!=row: records.add(dict(row))
     except (CTError,MemoryError,OSError,RuntimeError) as e:
         e = _as_error(e, case)
@@ -321,7 +321,7 @@ def predict_scans(
         _claim(out, names, made, overwrite)
         job['record'] = _Record(out, segmenter.classes)
         for c in cases:
-            rows.append(_scan(c, names[c.name], job))
+            rows.append(_try_scan(c, names[c.name], job))
             if each: each(rows[-1])
         job['record'].rewrite()
     return pd.DataFrame(rows)

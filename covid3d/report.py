@@ -230,7 +230,7 @@ def report_outputs(out) -> Outputs:
     "The list of the report's files in the folder `out`"
     return Outputs(out, 'evaluate', *report_files)
 
-def keep_inputs(out, inputs):
+def refuse_inputs(out, inputs):
     "Refuse an input that a report in `out` would replace; None among them is passed over"
     out = Path(out)
     mine = {p.resolve() for k in report_files for p in out.glob(k)}

@@ -26,25 +26,25 @@ from covid3d.phantom import write_phantoms
 from covid3d.unet import DynamicUnet3d, _logit_conv, param_groups, _resize
 
 path = here/'recipe.csv'
-base = dict(width=16, norm='batch', decoder=None, lr=2e-3, bs=2, spacing=(4,2.8,2.8), patch=(16,96,96), p_lesion=.5, aug='light', loss='DiceCELoss', up='trilinear', stem_skip=True, input_skip=False, attention=False,
+base = dict(width=16, norm='batch', decoder=None, lr=2e-3, bs=2, spacing=(4,2.8,2.8), patch=(16,96,96), oversample_foreground=.5, aug='light', loss='DiceCELoss', up='trilinear', stem_skip=True, input_skip=False, attention=False,
             decoder_norm='group', deep=False, head=.1, prior=.05, ema=0, frozen=0., cut='', ratio=1., wd=.01, bf16=False, clip=0.)
 
 # name → what differs from `base`; a leading * means pretrained
 choices = {'base':{}, 'learning rate 5e-3':dict(lr=5e-3), 'loss: Dice + focal':dict(loss='DiceFocalLoss'), 'loss: Tversky':dict(loss='TverskyLoss'), 'moving average':dict(ema=.99),
     'Dice + focal, moving average':dict(loss='DiceFocalLoss', ema=.99), '* Dice + focal, moving average, rates 1:10':dict(loss='DiceFocalLoss', ema=.99, ratio=10.),
-    'focal, p 0.7':dict(loss='DiceFocalLoss', p_lesion=.7), '* focal, p 0.7, 1:10':dict(loss='DiceFocalLoss', p_lesion=.7, ratio=10.), '* focal, p 0.33, 1:10':dict(loss='DiceFocalLoss', p_lesion=.33, ratio=10.), '* focal, p 0.33':dict(loss='DiceFocalLoss', p_lesion=.33),
+    'focal, p 0.7':dict(loss='DiceFocalLoss', oversample_foreground=.7), '* focal, p 0.7, 1:10':dict(loss='DiceFocalLoss', oversample_foreground=.7, ratio=10.), '* focal, p 0.33, 1:10':dict(loss='DiceFocalLoss', oversample_foreground=.33, ratio=10.), '* focal, p 0.33':dict(loss='DiceFocalLoss', oversample_foreground=.33),
     'head: first weights 0.01':dict(head=.01), 'head: first weights 0.3':dict(head=.3), 'head: first weights n^-1/2':dict(head=None), 'head: prior 0.2':dict(prior=.2),
-    'patches at lesions: 0.8':dict(p_lesion=.8), 'patches at lesions: 0.2':dict(p_lesion=.2), '* base':{}, '* learning rates 1:10':dict(ratio=10.)}
+    'patches at lesions: 0.8':dict(oversample_foreground=.8), 'patches at lesions: 0.2':dict(oversample_foreground=.2), '* base':{}, '* learning rates 1:10':dict(ratio=10.)}
 
 # The second round starts from what the first one chose: Dice + focal loss, first weights of the head n^-1/2, patches at lesions 0.7; from pretrained weights, stem and layer 1 frozen and rates 1:3
-now,kept = dict(loss='DiceFocalLoss', head=None, p_lesion=.7),dict(cut='layer1', ratio=3.)
+now,kept = dict(loss='DiceFocalLoss', head=None, oversample_foreground=.7),dict(cut='layer1', ratio=3.)
 second = {'now':{}, 'loss: Dice + cross-entropy':dict(loss='DiceCELoss'), 'loss: Tversky + focal':dict(loss='TverskyFocal'), 'loss: Lovász':dict(loss='LovaszHingeLoss'), 'up: pixel shuffle':dict(up='shuffle'), 'up: transposed':dict(up='transposed'),
     'decoder 64,32,16':dict(decoder=(64,32,16)), 'decoder 16,8,4':dict(decoder=(16,8,4)), 'decoder norm: instance':dict(decoder_norm='instance'), 'decoder norm: batch':dict(decoder_norm='batch'),
     'encoder norm: group':dict(norm='group'), 'encoder norm: instance':dict(norm='instance'), 'batch 1':dict(bs=1), 'batch 1, encoder norm: group':dict(bs=1, norm='group'), 'batch 1, encoder norm: instance':dict(bs=1, norm='instance'),
     'no stem skip':dict(stem_skip=False), 'input skip':dict(input_skip=True), 'attention':dict(attention=True), 'deep supervision':dict(deep=True), 'moving average':dict(ema=.99), 'bfloat16':dict(bf16=True), 'width 8':dict(width=8), 'width 32':dict(width=32),
-    'patch 16×64×64':dict(patch=(16,64,64)), 'patch 16×128×128':dict(patch=(16,128,128)), 'spacing 6×4×4, patch 16×64×64':dict(spacing=(6,4,4), patch=(16,64,64)), 'augmentation: full':dict(aug='full'), 'augmentation: none':dict(aug='none'), 'patches at lesions: 0.5':dict(p_lesion=.5), 'gradients clipped at 12':dict(clip=12.),
+    'patch 16×64×64':dict(patch=(16,64,64)), 'patch 16×128×128':dict(patch=(16,128,128)), 'spacing 6×4×4, patch 16×64×64':dict(spacing=(6,4,4), patch=(16,64,64)), 'augmentation: full':dict(aug='full'), 'augmentation: none':dict(aug='none'), 'patches at lesions: 0.5':dict(oversample_foreground=.5), 'gradients clipped at 12':dict(clip=12.),
     '* now':dict(ratio=10.), '* now, rates 1:3':dict(ratio=3.), '* now, one rate':{}, '* now, frozen start, 10 %':dict(ratio=3., frozen=.1), '* now, encoder frozen':dict(frozen=2.),
-    '* now, encoder norm: frozen':kept|dict(norm='frozen'), '* now, stem and layer1 frozen, 1:3':kept, '* now, stem and layer1 frozen, 1:3, grey':kept|dict(aug='grey'), '* now, stem to layer2 frozen, 1:3':kept|dict(cut='layer2'), '* now, stem and layer1 frozen, 1:3, patches at lesions: 0.5':kept|dict(p_lesion=.5), '* now, batch 1, encoder norm: frozen':kept|dict(bs=1, norm='frozen'),
+    '* now, encoder norm: frozen':kept|dict(norm='frozen'), '* now, stem and layer1 frozen, 1:3':kept, '* now, stem and layer1 frozen, 1:3, grey':kept|dict(aug='grey'), '* now, stem to layer2 frozen, 1:3':kept|dict(cut='layer2'), '* now, stem and layer1 frozen, 1:3, patches at lesions: 0.5':kept|dict(oversample_foreground=.5), '* now, batch 1, encoder norm: frozen':kept|dict(bs=1, norm='frozen'),
     '* now, stem and layer1 frozen, 1:3, up: transposed':kept|dict(up='transposed'), '* now, stem and layer1 frozen, 1:3, up: pixel shuffle':kept|dict(up='shuffle'), '* now, stem and layer1 frozen, 1:3, decoder 64,32,16':kept|dict(decoder=(64,32,16)),
     '* now, stem and layer1 frozen, 1:3, loss: Lovász':kept|dict(loss='LovaszHingeLoss'), '* now, stem and layer1 frozen, 1:3, up: transposed, decoder 64,32,16':kept|dict(up='transposed', decoder=(64,32,16))}
 choices |= {k if 'now' in k else 'now, '+k:now|v for k,v in second.items()}
@@ -123,7 +123,7 @@ def run(data, table, name, fold, seed, budget, encoder):
     set_seed(seed, reproducible=True)
     c = base|choices[name]
     spec = CTSpec(spacing=c['spacing'], patch=c['patch'])
-    dls = CTDataLoaders.from_table(table, spec, bs=c['bs'], fold=(fold,3), patches=6, p_lesion=c['p_lesion'], device='cpu', aug=augmentations[c['aug']])
+    dls = CTDataLoaders.from_table(table, spec, bs=c['bs'], fold=(fold,3), patches=6, oversample_foreground=c['oversample_foreground'], device='cpu', aug=augmentations[c['aug']])
     learn = learner(dls, c, encoder if name[0]=='*' else None)
     b = Budget(slice(c['lr']/c['ratio'], c['lr']) if c['ratio']!=1 else c['lr'], **budget)
     cbs = [b]+[EMA(c['ema'])]*bool(c['ema'])+[Thaw(c['frozen'], b)]*bool(c['frozen'])+[BFloat16()]*c['bf16']+[GradientClip(c['clip'])]*bool(c['clip'])

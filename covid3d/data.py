@@ -278,12 +278,13 @@ def _train_valid(table, spec, fold, reader) -> tuple:
     return [c for c,f in zip(cases, folds) if f!=i],[c for c,f in zip(cases, folds) if f==i]
 
 # %% ../nbs/09_data.ipynb #86023905
-def _cut_and_aug(spec, p_lesion, aug, on_batch) -> tuple:
+def _cut_and_aug(spec, oversample_foreground, aug, on_batch) -> tuple:
     "`RandomPatch`, and what augments batches, if anything does"
     aug = copy(ct_aug_transforms() if aug is None else aug or None)
     if aug: aug.size,aug.spacing = spec.patch,aug.spacing or spec.mm
-    if aug and on_batch: return RandomPatch(aug.room(spec.patch), p_lesion, None, spec.patch),aug
-    return RandomPatch(spec.patch, p_lesion, aug, spec.patch),None
+    if aug and on_batch:
+        return RandomPatch(aug.room(spec.patch), oversample_foreground, None, spec.patch),aug
+    return RandomPatch(spec.patch, oversample_foreground, aug, spec.patch),None
 
 # %% ../nbs/09_data.ipynb #54ed4b47
 class CTDataLoaders(DataLoaders):
@@ -299,7 +300,7 @@ def from_table(cls: CTDataLoaders,
     spec: CTSpec = None,          # That of the prepared folder, or the default, if None
     bs: int = 2,                  # Patches in a batch
     patches: int = 6,             # Patches of each training scan per epoch
-    p_lesion: float = .7,         # Fraction of training patches placed on a lesion, 0 to 1
+    oversample_foreground: float = .7, # Fraction of training patches placed on a lesion, 0 to 1
     aug: Augment3d = None,        # Augmentation; `ct_aug_transforms()` if None, False for none
     on_batch: bool = False,       # Augment batches, on the device that trains, instead of patches
     fold: tuple = None,           # (i, k): fold i of k, 0…k−1, is `valid`, whatever the `split`
@@ -311,7 +312,8 @@ def from_table(cls: CTDataLoaders,
     table,spec = _prepared_table(table, spec)
     reader = CaseReader(spec, folder)
     train,valid = _train_valid(table, spec, fold, reader)
-    dls = _loaders(reader, train, valid, bs, patches, _cut_and_aug(spec, p_lesion, aug, on_batch),
+    cut = _cut_and_aug(spec, oversample_foreground, aug, on_batch)
+    dls = _loaders(reader, train, valid, bs, patches, cut,
                    kwargs)
     return cls(*dls.loaders, path=dls.path, device=dls.device)
 

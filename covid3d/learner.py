@@ -290,7 +290,7 @@ def _learner(table, out, recipe, fold, device, workers, cbs) -> Learner:
     "The learner of a recipe"
     more = {} if workers is None else dict(num_workers=workers)
     dls = CTDataLoaders.from_table(table, recipe.spec, bs=recipe.bs, patches=recipe.patches,
-                                   p_lesion=recipe.oversample_foreground, fold=fold,
+                                   oversample_foreground=recipe.oversample_foreground, fold=fold,
                                    aug=recipe.augmentation, path=out, device=device, **more)
     return unet_learner_3d(dls, recipe.network, recipe.pretrained, loss_func=recipe.loss_func,
                            cbs=cbs, wd=recipe.wd,

@@ -349,11 +349,13 @@ class RandomPatch(ItemTransform):
     order,train = 10,True
     def __init__(self,
         size: tuple,             # (slice, row, column) in voxels
-        p_lesion: float = .7,    # Fraction of training patches placed on the first class, 0 to 1
+        # Fraction of training patches placed on the first class, 0 to 1
+        oversample_foreground: float = .7,
         aug=None,                # `Augment3d` that cuts and deforms in one step, in training
         valid_size: tuple = None # (slice, row, column) in validation; `size` if None
     ):
-        self.sizes,self.p_lesion,self.aug = (tuple(valid_size or size),tuple(size)),p_lesion,aug
+        self.sizes,self.aug = (tuple(valid_size or size),tuple(size)),aug
+        self.oversample_foreground = oversample_foreground
     @property
     def size(self) -> tuple: return self.sizes[self.train]
     def __call__(self, x, split_idx=None, **kwargs):
@@ -379,7 +381,7 @@ def place(self: RandomPatch,
 ) -> tuple: # First voxel of the patch on each axis, and the voxel it was placed on, or None
     "Where to cut"
     shape = masks.shape[1:]
-    on = 'lesion' if not self.train or random.random()<self.p_lesion else 'body'
+    on = 'lesion' if not self.train or random.random()<self.oversample_foreground else 'body'
     where,axes = positions(masks, on, at),[(p,*patch_range(n,p)) for n,p in zip(shape, self.size)]
     if not len(where):
         return [random.randint(lo,hi) if self.train else (lo+hi)//2 for _,lo,hi in axes],None

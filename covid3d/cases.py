@@ -108,7 +108,7 @@ def _file_names(case) -> dict:
              if t.lower() not in _common}
     if not case.private: return names
     ct = Path(str(case.ct))
-    home = ct if ct.is_dir() else ct.parent
+    home = ct if os.path.isdir(ct) else ct.parent
     try: inside = os.listdir(home)[:4096]
     except (OSError,ValueError): return names
     return {o:'scan' for o in inside if len(o)>3 and re.search(r'[^\W\d_]', o)

@@ -62,7 +62,7 @@ def canonical_affine(
 ) -> np.ndarray: # 4×4, index (slice, row, column) → RAS mm
     "The affine of an upright scan with canonical axes"
     dz,dy,dx = spacing
-    return nib.affines.from_matvec([[0,0,-dx],[0,-dy,0],[dz,0,0]], origin)
+    return nib.affines.from_matvec(np.array([[0,0,-dx],[0,-dy,0],[dz,0,0]], float), origin)
 
 # %% ../nbs/00_volume.ipynb #0cb7648d
 @dataclass(eq=False)

@@ -287,7 +287,7 @@ def test_already_windowed(cohort):
     r = cohort.check(ct=grey(cohort), already_windowed='-1250:250')[1]
     assert not r.findings and (r.hu[0],r.hu[2])==(-1250,250)
 def test_grey_without_window(capfd, cohort): broken(capfd, cohort, 'grey.nii', 'are grey levels, not HU', ct=grey(cohort))
-def test_window_for_hu(capfd, cohort): broken(capfd, cohort, '1.nii', 'already_windowed does not fit', already_windowed='-1250:250')
+def test_window_for_hu(capfd, cohort): broken(capfd, cohort, '1.nii', 'are not grey levels 0…255', already_windowed='-1250:250')
 
 @each('window', ['20','250:-1250','a:b','1:2:3','nan:5','-inf:250','0:inf',':'])
 def test_wrong_window(capfd, cohort, window):

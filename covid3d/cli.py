@@ -146,7 +146,7 @@ _patch_options = _panel('Data',
 _optim_options = _panel('Optimisation',
     loss=_opt(Literal['dice-focal','dice-ce','tversky','lovasz'], 'Loss (dice-focal)'),
     frozen_epochs=_opt(int, 'Epochs of the decoder alone, before, if pretrained (1)', min=0),
-    frozen_lr=_opt(float, 'Learning rate of these (that of --lr)', min=1e-12),
+    frozen_lr=_opt(float, 'Learning rate of the frozen epochs (that of --lr)', min=1e-12),
     frozen_stages=_opt(int, 'Stages of the encoder that stay as pretrained (2)', min=0, max=5),
     lr_ratio=_opt(float, 'If pretrained: the decoder’s rate over the stem’s (3.0)', min=1),
     wd=_opt(float, 'Weight decay (0.01)', min=0, max=10),
@@ -155,7 +155,7 @@ _optim_options = _panel('Optimisation',
         min=0, max=.999999))
 
 _run_options = _panel('Run',
-    score_every=_opt(int, 'Epochs from one score of whole validation scans to the next (5)', min=1),
+    score_every=_opt(int, 'Score whole validation scans every N epochs (5)', min=1),
     keep=_opt(Literal['best','last'], 'Which epoch’s weights to keep (best; with --folds, last)'),
     reproducible=_opt(bool, 'Only algorithms that give the same result each time (True)'),
     seed=_opt(int, 'Of weights, patches and augmentation (0)', min=0, max=2**32-1))

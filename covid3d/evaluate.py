@@ -195,7 +195,7 @@ def seen_note(
                              'has checked that these cases are new to them.')
     known = [k for k,d in digests.items() if d in seen]
     return (f'{len(known)} of {many(len(digests), "case")} trained these weights or chose them '
-        f'({some(known)}): their scores flatter, and are no estimate for new scans. For a '
+        f'({some(known)}): their scores are too high, and no estimate for new scans. For a '
         'cross-validation, its own report scores each case with the network that did not see it.'
         ) if known else ''
 

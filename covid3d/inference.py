@@ -133,7 +133,7 @@ def window_bytes(
     patch, # Window, (slice, row, column)
     n=1    # Windows at a time
 ) -> int: # Bytes
-    "What the forward pass of windows needs at its peak, counted without numbers"
+    "Peak memory of a forward pass of windows, in bytes, computed without running it"
     from covid3d.memory import LiveBytes, on_meta
     meta = on_meta(model).eval()
     with torch.no_grad(), LiveBytes() as live: meta(torch.empty(n, 1, *patch, device='meta'))

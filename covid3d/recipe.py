@@ -78,7 +78,7 @@ class Recipe:
     wd: float = .01             # Weight decay
     # Decay of a moving average of the weights, which is scored and kept; 0 for none
     ema: float = 0.
-    score_every: int = 5        # Epochs from one score of whole validation scans to the next
+    score_every: int = 5        # Whole validation scans are scored every so many epochs
     # Weights of the epoch with the `best` whole-scan Dice, or of the `last`
     keep: str = 'best'
     # What a step may take, such as '6GB'; batch and precision are chosen to fit

@@ -607,7 +607,7 @@ def to_hu(
     vol: Volume,          # Values as its file means them; they may be overwritten
     already_windowed=None # (low, high) in HU that grey levels 0…255 stand for; None for HU
 ) -> Volume: # HU, as int16 where they are whole numbers
-    "Say so if the values of `vol` are not HU"
+    "`vol` in HU; refused if its values are not HU"
     p = vol.source.path
     x,notes = _finite(vol.data, p)
     lo,hi = x.min(),x.max()

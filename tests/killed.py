@@ -2,7 +2,7 @@
 
 A line of JSON in: argv of `covid3d`; `after` seconds, or `writing` (the n-th checkpoint is half written), when it is killed (or sent `signal`); `limit`, the largest file once `room` checkpoints with
 tensors are there, 1 if not given; `keep`, a folder for a link to each checkpoint; `score`, whether a made-up score of the weights, best in the second epoch, stands for the Dice of
-whole scans, which is 0 in so small a training; `nan`, whether a patch in step 3 of the second epoch is no number. A line of JSON out: status (negative: killed), seconds, stdout, stderr."""
+whole scans, which is 0 in so small a training; `nan`, whether a patch in step 3 of the second epoch is NaN. A line of JSON out: status (negative: killed), seconds, stdout, stderr."""
 import json, math, os, resource, signal, sys, tempfile, time
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def made_up(self, case)->float:
     return self.learn.epoch%2/2+float(total*1000%1)/4
 
 class Spoiled(covid3d.callbacks.StopOnNaN):
-    "With a patch that is no number"
+    "With a patch that is NaN"
     def before_batch(self):
         if self.training and (self.n_epoch,self.epoch,self.iter)==(3,1,2): self.learn.xb = (self.x*math.nan,)
 

@@ -333,7 +333,7 @@ def test_report_says_what_the_table_says(tmp_path):
     text,t,n = said(at),summarise(df),case_counts(df)
     js = json.loads((at.parent/'report.json').read_text(), parse_constant=lambda s: pytest.fail(f'{s} is no JSON'))
     assert js['summary']['dice']['mean']==t.loc['dice','mean'] and js['summary']['hd95']['mean']=='inf' and js['counts']==case_counts(df) and js['tolerance_mm']==3
-    sentences = [f'10 cases of 10 patients; {n["scored"]} scored. Failed, and in no figure: {n["failed"]}.', f'Both masks empty: {many(n["both_empty"],"case")}.',
+    sentences = [f'10 cases of 10 patients; {n["scored"]} scored. Failed, and not counted in any figure: {n["failed"]}.', f'Both masks empty: {many(n["both_empty"],"case")}.',
         f'({many(n["false_alarms"],"false alarm")}: empty reference; {many(n["misses"],"miss","misses")}: empty prediction). They count with the worst value',
         'on the grid of its own scan, voxel by voxel', 'bootstrap-t (4,999 resamples) of the mean over patients', 'rest on the spacing that each file states', 'pooled Dice gives it to each voxel']
     assert f'{t.loc["dice","mean"]:.3f}' in text and all(s in text for s in sentences) and 'Surface Dice at 3 mm' in text and '∞' in text

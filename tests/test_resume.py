@@ -227,7 +227,7 @@ def test_a_training_is_not_finished_because_its_checkpoint_says_so(data, worker,
     refused(worker, words(data, tmp_path/'run', '--resume'), 'callback history does not fit')
 
 def test_nan(data, worker, tmp_path):
-    "The loss is no number: one line with step and cases; no checkpoint with NaN"
+    "The loss is NaN: one line with step and cases; no checkpoint with NaN"
     res = worker(words(data, tmp_path/'run', '--lr', '1e25'))
     assert res['status']==2 and res['err'].count('\n')==1 and 'at step' in res['err'] and 'phantom_00' in res['err'] and 'lower lr' in res['err'], res
     _,t = read_checkpoint(tmp_path/'run'/'checkpoint.safetensors')

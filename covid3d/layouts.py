@@ -17,7 +17,6 @@ import numpy as np
 from .dicom import ct_datasets, save_dicom
 from .files import Outputs, locked
 from .outlines import ricord_labels, trace
-from .phantom import phantom
 from .volume import CTError, save_volume, temp_beside, temps_here, write_atomic
 
 # %% ../nbs/04_layouts.ipynb #8c42a282
@@ -147,6 +146,7 @@ _names = dict(
 
 def phantom_layout(out: Path, layout: str, n: int, seed: int = None, overwrite: bool = False):
     "`n` phantoms as a data set has them, in `out`"
+    from covid3d.phantom import phantom  # loads PyTorch, which a case table does not need
     if seed is None: seed = 100_000*[*_names].index(layout)
     mine,draft = Outputs(out, 'phantom', *_names[layout]),temp_beside(out/'draft')
     with locked(out, folder=True):

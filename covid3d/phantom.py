@@ -1,4 +1,4 @@
-"""Phantoms: synthetic chest CTs with COVID-19 lesions, for the demo and the tests
+"""Synthetic patients: chest CTs with COVID-19 lesions and exact masks, any number of them, from a seed
 
 Docs: https://covid3d.github.io/covid3d/phantom.html.md"""
 
@@ -7,7 +7,8 @@ Docs: https://covid3d.github.io/covid3d/phantom.html.md"""
 # %% auto #0
 __all__ = ['Phantom', 'phantom', 'write_phantoms']
 
-# %% ../nbs/03_phantom.ipynb #04b9b5e1
+# %% ../nbs/03_phantom.ipynb #a3c0530e
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -15,383 +16,181 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from scipy.ndimage import gaussian_filter
 
-from .files import Outputs, locked, sweep
+from .anatomy import (Pose, inside, mm_axes, on_lattice, paint_body, sample_body, slices,
+                             smooth_noise)
+from .files import Outputs, locked, read_json, sweep
+from .lung_tissue import (Shares, add_dependent, add_fissures, add_scars, add_sheaths,
+                                 aerated, airways, draw_tubes, effusion, lung_points, nodules,
+                                 posed, vessels)
+from .opacities import burden, draw_lesions, sample_lesions
 from .show import track
 from .volume import CTError, Volume, canonical_affine, save_volume, write_atomic
 
-# %% ../nbs/03_phantom.ipynb #f69ffeb3
-def centred_mm(
-    shape,  # (slice, row, column)
-    spacing # The same order, mm
-) -> list: # z (n,1,1), y (n,1), x (1,n): mm from the centre, float32
-    "Where the voxels lie, as arrays that broadcast"
-    forms = (-1,1,1),(-1,1),(1,-1)
-    return [((np.arange(n)-(n-1)/2)*s).astype(np.float32).reshape(f)
-            for n,s,f in zip(shape,spacing,forms)]
+# %% ../nbs/03_phantom.ipynb #a0581edb
+def kernel_noise(
+    rng,        # NumPy's random generator
+    shape,      # (slice, row, column)
+    sharp: float# 0 a soft kernel: coarse noise; 1 a sharp one: fine noise
+) -> np.ndarray: # sd about 1, float32
+    "Noise with the grain of a reconstruction kernel"
+    n = rng.standard_normal(shape, dtype=np.float32)
+    return sharp*n+(1-sharp)*3.2*gaussian_filter(n, (.4,1,1))
 
-# %% ../nbs/03_phantom.ipynb #3b7fb3f6
-def chest_plan(
-    rng # NumPy's random generator
-) -> SimpleNamespace: # Lengths in mm, densities in HU
-    "Draw one patient"
-    u,size = rng.uniform,rng.uniform(.94,1.05)
-    return SimpleNamespace(half_width=138*size*u(.97,1.03), half_depth=93*size*u(.95,1.05),
-                           apex=u(118,130), muscle=u(10,15), fat=u(6,18),
-        dome_right=u(-66,-50), dome_drop=u(6,14), heart=(u(-42,-34),u(-32,-22),u(22,28)),
-                           heart_size=u(.9,1.08),
-        rib_gap=u(26,30), rib_phase=u(0,28), disc_phase=u(0,28), lung_hu=u(-880,-850),
-                           fissure=u(-20,0), noise=u(20,28),
-        load=float(np.clip(rng.lognormal(np.log(.08),.5),.035,.13)), breath=u(.85,1.15))
+def acquire(
+    hu,      # float32, (slice, row, column)
+    spacing, # mm
+    rng      # NumPy's random generator
+) -> np.ndarray: # HU, float32, -1024…3071
+    "Blur, sharpen, thicken and add noise, as some scanner would"
+    u,(dz,_,dx) = rng.uniform,spacing
+    if (s := u(.25,.9)/dx)>.2: hu = gaussian_filter(hu, (0,s,s))
+    if (thick := rng.choice([1,1.5,3,5,8]))>dz: hu = gaussian_filter(hu, (.35*thick/dz,0,0))
+    if rng.random()<.4: hu = hu+u(.2,1)*(hu-gaussian_filter(hu, (0,1.1,1.1)))
+    sd = np.clip(rng.lognormal(np.log(18), .7), 3, 90)
+    hu = hu+np.float32(sd)*kernel_noise(rng, hu.shape, u(0,1))
+    if rng.random()<.2:
+        streak = gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), (.3,.5,9))
+        hu = hu+np.float32(u(20,90))*streak
+    return np.clip(hu, -1024, 3071)
 
-# %% ../nbs/03_phantom.ipynb #09499f44
-def ring(*r): return sum(t*t for t in r)
-def bump(t, centre, width): return np.exp(-((t-centre)/width)**2)
+# %% ../nbs/03_phantom.ipynb #7914dd05
+def blur_heart(hu, heart, rng):
+    "A second, shifted image of what lies at the heart, in half of the patients"
+    if rng.random()<.5: return hu
+    near = inside(np.abs(heart)-rng.uniform(2,8), 6)
+    return hu+.5*near*(np.roll(hu, int(rng.integers(1,3)), 2)-hu)
 
-def oval(
-    y,        # mm from the centre
-    x,        # mm from the centre
-    b,        # Half axis along y, mm
-    a,        # Half axis along x, mm
-    power=2.3 # 2 is an ellipse, more is boxier
-): # About the distance in mm, negative inside
-    "Signed distance to a superellipse"
-    s = (np.abs(x)/a)**power+(np.abs(y)/b)**power
-    return (s-1)*((x*x*a+y*y*b+b)/(x*x+y*y+1))/power
+# %% ../nbs/03_phantom.ipynb #cb0e9164
+def _patient(seed) -> SimpleNamespace:
+    "All that does not depend on the grid"
+    rngs = dict(zip('body pose points trees noise lesions lung scanner'.split(),
+                    np.random.default_rng(seed).spawn(8)))
+    body,pose = sample_body(rngs['body']),Pose(rngs['pose'])
+    points,depth = lung_points(body, rngs['points'])
+    return SimpleNamespace(rngs=rngs, body=body, pose=pose, points=points, depth=depth,
+                           blood=vessels(points, depth, rngs['trees']),
+                           air=airways(points, depth, rngs['trees']),
+                           spots=nodules(points, rngs['trees']))
 
-# %% ../nbs/03_phantom.ipynb #bec48845
-def taper(
-    plan, # A `chest_plan`
-    z     # Height in mm
-): # 1 in the lower chest, towards 0 at the apex
-    "How wide the chest is at height `z`"
-    return np.maximum(1-np.clip((z-plan.apex+155)/155,0,1)**2.6,.002)**(1/2.6)
+_kept = 'lung','fluid','y','x','oblique','horizontal','heart','below' # fields needed for the lungs
 
-def chest_wall(
-    plan, # A `chest_plan`
-    z, y, x # mm
-): # mm, negative inside the chest
-    "Signed distance to the inner chest wall"
-    t = taper(plan,z)
-    return oval(y-8*(1-t),x,plan.half_depth*t,plan.half_width*t)
+def _body(p, axes, spacing, noises) -> tuple: # HU without lungs; fields on the grid
+    "The body, some slices at a time"
+    shape,mm = tuple(map(len, axes)),spacing[2]
+    lattice = on_lattice(p.body, p.pose, axes)
+    wavy = smooth_noise(p.rngs['noise'], _axes_of(lattice, axes), 40)
+    effusion(p.body, p.rngs['lung'], lattice, wavy)
+    names,fields = [*lattice],np.stack([*lattice.values()])
+    hu,g = np.empty(shape, np.float32),{k:np.empty(shape, np.float32) for k in _kept}
+    step = max(1, 2**20//(shape[1]*shape[2]))
+    for i in range(0, shape[0], step):
+        at = slice(i, min(i+step, shape[0]))
+        part = dict(zip(names, slices(fields, shape, at.start, at.stop)))
+        hu[at] = paint_body(p.body, part, mm, *(n[at] for n in noises[:2]))
+        for k in _kept: g[k][at] = part[k]
+    return hu+(8-hu)*inside(g['fluid'], mm)*(g['fluid']<9),g
 
-def diaphragm(
-    plan, # A `chest_plan`
-    z, y, x # mm
-): # mm, negative above
-    "Signed distance to the diaphragm"
-    f,lateral = np.float32,np.abs(x)-62
-    fall = np.where(lateral>0,f(.0105),f(.0055))*lateral**2+np.where(y>-15,f(.0055),
-        f(.006))*(y+15)**2
-    return (plan.dome_right-plan.dome_drop*(x>0)-fall-z)*.8
+def _axes_of(lattice, axes): # of the lattice, mm
+    return [np.linspace(a[0], a[-1], n, dtype=np.float32)
+            for a,n in zip(axes, lattice['lung'].shape)]
 
-# %% ../nbs/03_phantom.ipynb #4259dd42
-def heart(
-    plan, # A `chest_plan`
-    z, y, x # mm
-): # mm, negative inside
-    "Signed distance to the heart, an ellipsoid turned to the left"
-    (hz,hy,hx),k = plan.heart,plan.heart_size
-    u,v = .825*(x-hx)-.565*(y-hy),.565*(x-hx)+.825*(y-hy)
-    return (np.sqrt(ring(u/62,v/46,(z-hz)/48))-k)*46
+# %% ../nbs/03_phantom.ipynb #1a5a81f8
+def _lungs(p, axes, spacing, noises, g, share) -> np.ndarray: # HU
+    "The lungs with their vessels; `share` is the lesions'"
+    (coarse,_,spark),mm,rng,body,shape = noises,spacing[2],p.rngs['lung'],p.body,share.shape
+    centre,depth = [float((a[0]+a[-1])/2) for a in axes],-g['lung']
+    hu,shares = aerated(body, rng, g['y'], coarse, spark),Shares(shape)
+    add_dependent(shares, body, rng, g['y'], depth); add_fissures(shares, rng, g, mm)
+    shares.add(share)
+    if len(p.spots): shares.add(.9*draw_tubes(posed(p.spots, p.pose, centre), shape, spacing))
+    add_scars(shares, rng, p.pose.placed(p.points[p.depth<8]), axes, coarse, mm)
+    blood = posed(p.blood, p.pose, centre)
+    add_sheaths(shares, blood, rng, spacing)
+    hu += (40-hu)*(1-shares.clear)
+    filled = np.minimum(draw_tubes(blood, shape, spacing), 1)
+    hu += (body.blood+body.contrast*rng.uniform(.6,1)-hu)*filled
+    return hu
 
-def mediastinum(
-    plan, # A `chest_plan`
-    z, y, x # mm
-): # mm, positive inside
-    "Depth in everything between the lungs"
-    width = 7+15*bump(y,62,24)+17*bump(y,2,30)+12*bump(y,5,18)*bump(z,12,24)
-    aorta = 13-np.sqrt(ring(x-20,y-38))-np.maximum(z-55,0)
-    return np.maximum(np.maximum(width-np.abs(x),aorta),-heart(plan,z,y,x))
+def _lesions(p, healthy, axes, noises, depth) -> tuple: # profile, fraction of air replaced
+    rng = p.rngs['lesions']
+    if rng.random()<.2 if healthy is None else healthy:
+        return np.zeros_like(depth),np.zeros_like(depth)
+    found = sample_lesions(p.points, p.depth, burden(rng), 300*250*320/1000/150_000, rng)
+    at = p.pose.placed(np.array([o.centre for o in found]))
+    return draw_lesions(found, at, axes, depth, noises)
 
-# %% ../nbs/03_phantom.ipynb #5e1a67c1
-def soft_tissue(
-    plan,     # A `chest_plan`
-    z: float, # Height of the slice, mm
-    y, x, # mm, (row,1) and (1,column)
-    wall, # `chest_wall` of the slice
-    dia   # `diaphragm` of the slice
-) -> tuple: # HU, signed distance to the skin in mm
-    "The body without bones and lungs"
-    f,outer,h = np.float32,plan.muscle+plan.fat+8,heart(plan,z,y,x)
-    skin = oval(y,x,plan.half_depth+outer,(plan.half_width+outer)*(1+.04*np.clip((z-85)/40,0,1)))
-    core = np.where((h>0)&((y<-45)|(h<6)),f(-90),f(40))
-    belly = np.where(x<20-.2*y,f(58),np.where(y>25,f(50),f(-95)))
-    core = np.where((dia>0)&(h>0),belly,core)
-    return np.where(wall<0,core,np.where(skin>-plan.fat,f(-100),f(55))),skin
+# %% ../nbs/03_phantom.ipynb #6b64a3f9
+def _compose(p, hu, lungs, g, axes, spacing) -> tuple: # HU, lumen and wall of the airways
+    "Lungs into the body, and air into the airways"
+    mm,centre = spacing[2],[float((a[0]+a[-1])/2) for a in axes]
+    soft = max(.8*spacing[0], mm, p.rngs['scanner'].uniform(0,7))
+    hu += (lungs-hu)*np.minimum(inside(g['lung'], mm+.3), inside(g['below'], soft))
+    tubes = posed(p.air, p.pose, centre)
+    wall = draw_tubes(tubes[tubes[:,6]>1.2], hu.shape, spacing, .8)  # finer ones show no wall
+    lumen = draw_tubes(tubes, hu.shape, spacing)
+    hu += .9*(-50-hu)*wall; hu += (-990-hu)*np.minimum(1.05*lumen, 1)
+    return blur_heart(hu, g['heart'], p.rngs['scanner']),wall>.5,lumen>.5
 
-# %% ../nbs/03_phantom.ipynb #c9bd2aa6
-_absent = np.float32(-2000)
+# 1 right upper, 2 middle, 3 right lower, 4 left upper, 5 left lower
+def _lobes(g, lung) -> np.ndarray:
+    above = g['oblique']>0
+    right = np.where(above, np.where(g['horizontal']>0, 1, 2), 3)
+    return np.where(lung==1, right, np.where(above, 4, 5)).astype(np.uint8)*(lung>0)
 
-def ribs(
-    plan,     # A `chest_plan`
-    z: float, # Height of the slice, mm
-    y, x, # mm
-    wall  # `chest_wall` of the slice
-): # HU, or `_absent`
-    "Ribs: tubes in the chest wall, half a mm lower for each mm forwards"
-    along = (z-.5*y+plan.rib_phase)%plan.rib_gap-plan.rib_gap/2
-    r = ring((wall-6)/4,along/6.5)
-    return np.where((r<1)&(np.abs(x)>np.where(y<0,30,15)),
-                    np.where(r>.42,np.float32(750),np.float32(300)),_absent)
+# %% ../nbs/03_phantom.ipynb #9199645b
+class Phantom(NamedTuple):
+    "A synthetic chest CT with its exact masks"
+    ct: Volume     # HU, int16
+    lung: Volume   # 0, 1 right lung, 2 left, uint8; vessels and lesions included, airways not
+    lesion: Volume # 0 or 1, uint8, inside the lung
+    lobes: Volume  # 0, right: 1 upper, 2 middle, 3 lower; left: 4 upper, 5 lower; uint8
 
-# %% ../nbs/03_phantom.ipynb #8aa02d63
-def spine(
-    plan,     # A `chest_plan`
-    z: float, # Height of the slice, mm
-    y, x  # mm
-): # HU, or `_absent`
-    "Vertebral body or disc, canal, arch and processes"
-    f,y,level = np.float32,y-plan.half_depth+30,(z+plan.disc_phase)%28
-    body,canal = ring(x/20,y/16),ring(x/9,(y-23)/8)
-    arch = np.minimum(ring(x/16,(y-23)/13),np.minimum(ring(x/4,(y-40)/14),ring(x/36,(y-28)/5)))
-    cortex = np.where(body>.72,f(600),f(200 if 8<level<26.5 else 600))
-    hu = np.where(arch<1,f(600),_absent) if level>6 else _absent
-    return np.where(canal<1,f(25),np.where(body<1,cortex if level>6 else f(90),hu))
-
-# %% ../nbs/03_phantom.ipynb #46903375
-def sternum(
-    plan,     # A `chest_plan`
-    z: float, # Height of the slice, mm
-    y, x  # mm
-): # HU, or `_absent`
-    "A flat bone in front"
-    t = taper(plan,z)
-    r = np.maximum(np.abs(x)/18,np.abs(y-8*(1-t)+plan.half_depth*t+8)/6)
-    return np.where((r<1)&(-40<z<85),np.where(r>.75,np.float32(500),np.float32(180)),_absent)
-
-# %% ../nbs/03_phantom.ipynb #cf2511b4
-def couch(
-    plan, # A `chest_plan`
-    y, x  # mm
-): # HU, (row,column)
-    "The scanner's table below the patient, and air"
-    depth = np.abs(y-(plan.half_depth+plan.muscle+plan.fat+24-.0011*x*x))
-    return np.where((depth<11)&(np.abs(x)<172),np.where(depth>8,-50,-900),-1000).astype(np.float32)
-
-# %% ../nbs/03_phantom.ipynb #88ad7ba9
-def parenchyma(
-    plan,     # A `chest_plan`
-    z: float, # Height of the slice, mm
-    y, x, # mm
-    wall  # `chest_wall` of the slice
-) -> tuple: # HU of the aerated lung, fraction of its air replaced (0…1)
-    "Healthy lung: gravity and the fissure"
-    hu = plan.lung_hu+(80+700*plan.load)*plan.breath*np.clip((y+80)/170,0,1)**1.5-20*z/120
-    width = (5+66*plan.load)*plan.breath
-    dependent = (.26+2.75*plan.load)*np.clip((y-15)/45,0,1)*np.exp(np.minimum(wall/width+.8,0))
-    fissure = .12*np.clip(1.5-np.abs(z+.95*y-.25*np.abs(x)-plan.fissure)/2,0,1)
-    return hu,1-(1-dependent)*(1-fissure)
-
-# %% ../nbs/03_phantom.ipynb #1407ad10
-def draw_chest(
-    plan,   # A `chest_plan`
+# %% ../nbs/03_phantom.ipynb #74175efa
+def check_field(
     shape,  # (slice, row, column)
     spacing # mm
-) -> tuple: # float32: HU without lungs, edge of the lung (<0 inside), HU of the lung, tissue in it
-    "Body and lungs before vessels, lesions and noise"
-    zs,y,x = centred_mm(shape,spacing)
-    voxel,plate = (spacing[1]*spacing[2])**.5,couch(plan,y,x)
-    body,edge,lung,dense = out = [np.empty(shape,np.float32) for _ in range(4)]
-    for i,z in enumerate(zs.ravel().tolist()):
-        wall,dia = chest_wall(plan,z,y,x),diaphragm(plan,z,y,x)
-        hu,skin = soft_tissue(plan,z,y,x,wall,dia)
-        for bone in (ribs(plan,z,y,x,wall),spine(plan,z,y,x),sternum(plan,z,y,x)):
-            hu = np.maximum(hu,bone)
-        body[i] = plate+(hu-plate)*np.clip(.5-skin/voxel,0,1)
-        edge[i] = np.maximum(np.maximum(wall,mediastinum(plan,z,y,x))/voxel,dia/max(7,spacing[0]))
-        lung[i],dense[i] = parenchyma(plan,z,y,x,wall)
-    return out
-
-# %% ../nbs/03_phantom.ipynb #8bf63d74
-def smooth_noise(
-    rng,         # NumPy's random generator
-    shape,       # (slice, row, column)
-    spacing,     # mm
-    scale: float # Size of the features, mm
-) -> np.ndarray: # Mean 0, sd 1, float32
-    "A smooth random field that does not depend on the grid"
-    nodes = np.arange(-228,229,scale,dtype=np.float32)
-    w = [np.exp(-((t.reshape(-1,1)-nodes)/scale)**2) for t in centred_mm(shape,spacing)]
-    wz,wy,wx = (o/np.sqrt((o**2).sum(1,keepdims=True)) for o in w)
-    a = wy@(rng.standard_normal((len(nodes),)*3,dtype=np.float32)@wx.T)
-    return (wz@a.reshape(len(nodes),-1)).reshape(shape)
-
-# %% ../nbs/03_phantom.ipynb #b19ae9f2
-def lung_points(
-    plan,           # A `chest_plan`
-    rng,            # NumPy's random generator
-    n: int = 60_000 # Points tried
-) -> tuple: # (m,3) z, y, x in mm; (m,) mm below the chest wall or diaphragm
-    "Random points inside the lungs"
-    z,y,x = p = rng.uniform((-140,-110,-150),(140,110,150),(n,3)).astype(np.float32).T
-    depth = -np.maximum(chest_wall(plan,z,y,x),diaphragm(plan,z,y,x))
-    keep = (depth>0)&(mediastinum(plan,z,y,x)<0)
-    return p.T[keep],depth[keep]
-
-# %% ../nbs/03_phantom.ipynb #af8155d4
-def vessel_tree(
-    root,              # Where it starts, (z, y, x) in mm
-    points,            # (2ᵏ,3) in mm
-    rng,               # NumPy's random generator
-    leaf: float = .7,  # Radius of the ends, mm
-    axis: int = None,  # First halving: 0, 1 or 2; None the longest
-    reach: float = .45 # Length of a first branch ÷ distance to its half's centre
-) -> np.ndarray: # (branch, 7): start and end in mm, radius in mm
-    "A binary tree that fills a cloud of points"
-    levels,node,groups,out = int(np.log2(len(points))),np.array([root],np.float32),points[None],[]
-    for level in range(levels):
-        ax = np.ptp(groups,axis=1).argmax(1) if level or axis is None else np.array([axis])
-        order = np.take_along_axis(groups,ax[:,None,None],2)[...,0].argsort(1)
-        groups = np.take_along_axis(groups,order[...,None],1).reshape(2*len(groups),-1,3)
-        start = np.repeat(node,2,0); aim = groups.mean(1)-start
-        node = start+min(.9,reach+.04*level)*aim+rng.normal(0,.06,aim.shape)*np.linalg.norm(aim,
-            axis=1,keepdims=True)
-        out.append(np.c_[start,node,leaf*2**((levels-level-1)/2.8)*rng.uniform(.75,1.2,len(node))])
-    return np.concatenate(out).astype(np.float32)
-
-# %% ../nbs/03_phantom.ipynb #445112ea
-def vessels(
-    points, # `lung_points`
-    depth,  # mm below the pleura
-    rng     # NumPy's random generator
-) -> np.ndarray: # (branch, 7)
-    "Pulmonary arteries and veins"
-    out = []
-    for side in (-1,1):
-        p = points[(points[:,2]*side>0)&(depth>4)]
-        for z,axis in ((18,0),(4,1),(11,2)):
-            out.append(vessel_tree((z,rng.normal(5,4),side*28),p[rng.permutation(len(p))[:1024]],
-                                   rng,axis=axis))
-    return np.concatenate(out)
-
-def airways(
-    points, # `lung_points`
-    depth,  # mm below the pleura
-    rng     # NumPy's random generator
-) -> np.ndarray: # (branch, 7)
-    "Trachea and bronchi"
-    out = [np.array([[150,0,0,38,14,0,9.5]]+[[38,14,0,15-3*s,14,s*34,7] for s in (-1,1)],
-                    np.float32)]
-    for side in (-1,1):
-        p = points[(points[:,2]*side>0)&(depth>12)]
-        out.append(vessel_tree((15-3*side,14,side*34),p[rng.permutation(len(p))[:32]],rng,1.7,0,.4))
-    return np.concatenate(out)
-
-# %% ../nbs/03_phantom.ipynb #4d75bba5
-def beads(
-    tubes,      # (branch, 7)
-    step: float # mm from ball to ball
-) -> tuple: # Centres (n,3) in mm, radii (n,) in mm
-    "Balls along the branches"
-    start,way = tubes[:,:3],tubes[:,3:6]-tubes[:,:3]
-    n = np.ceil(np.linalg.norm(way,axis=1)/step).astype(int)+1
-    i = np.repeat(np.arange(len(n)),n)
-    t = (np.arange(len(i))-np.repeat(np.cumsum(n)-n,n))/np.maximum(n[i]-1,1)
-    return (start[i]+way[i]*t[:,None]).astype(np.float32),tubes[i,6]
-
-# %% ../nbs/03_phantom.ipynb #52ce6a3c
-def stamp(
-    alpha,   # Painted in place: fraction of each voxel that is filled
-    centre,  # (n,3) in mm
-    radius,  # (n,) in mm
-    offsets, # (m,3) voxels around a centre
-    spacing  # (3,) in mm, float32
 ):
-    "Paint balls of about the same size"
-    shape,voxel,reach = np.array(alpha.shape),float(np.prod(spacing)**(1/3)),offsets.max(0)
-    at = np.rint(centre/spacing+(shape-1)/2).astype(int)
-    ok = ((at>=reach)&(at<shape-reach)).all(1); at,centre,radius = at[ok],centre[ok],radius[ok,None]
-    miss,off = ((at-(shape-1)/2)*spacing-centre).astype(np.float32),offsets*spacing
-    d = np.sqrt(ring(*(miss[:,k,None]+off[:,k] for k in range(3))))
-    a = np.clip((radius-d)/voxel+.5,0,1)*np.minimum(1,2*radius/voxel)
-    stride = np.array([shape[1]*shape[2],shape[2],1]); hit = a>0
-    np.maximum.at(alpha.reshape(-1),((at@stride)[:,None]+offsets@stride)[hit],a[hit])
+    "Refuse a field of view in which no chest can be made out"
+    size = [n*s for n,s in zip(shape,spacing)]
+    if len(shape)==len(spacing)==3 and all(150<=o<=550 for o in size): return
+    raise CTError('shape, spacing',
+                  f'the field of view is {"×".join(f"{o:.0f}" for o in size)} mm',
+                  'Choose about 290×360×360 mm')
 
-# %% ../nbs/03_phantom.ipynb #55f367b9
-def draw_tubes(
-    tubes,          # (branch, 7) in mm
-    shape,          # (slice, row, column)
-    spacing,        # mm
-    wall: float = 0 # Thickness added around, mm
-) -> np.ndarray: # Fraction of each voxel that is filled, float32 0…1
-    "Draw branches on a grid"
-    sp = np.array(spacing,np.float32); voxel = float(sp.prod()**(1/3))
-    centre,radius = beads(tubes,max(1.,.6*voxel)); radius = radius*(1.12 if wall else 1)+wall
-    alpha,size = np.zeros(shape,np.float32),np.ceil(radius)
-    for s in np.unique(size):
-        reach = np.ceil((s+voxel/2)/sp).astype(int)
-        off = np.stack(np.meshgrid(*[np.arange(-k,k+1) for k in reach],indexing='ij'),
-                       -1).reshape(-1,3)
-        parts = (size==s).sum()*len(off)//60_000+1
-        for c,r in zip(*[np.array_split(a[size==s],parts) for a in (centre,radius)]):
-            stamp(alpha,c,r,off,sp)
-    return alpha
+# %% ../nbs/03_phantom.ipynb #ae85ff77
+def sample_field(
+    seed: int, # Of the patient
+    spacing    # mm
+) -> tuple: # (slice, row, column) in voxels; the centre, mm from the middle of the chest
+    "Sample a field of view"
+    u = np.random.default_rng([seed, 1]).uniform
+    tall,wide = u(230,330),u(290,400)
+    centre = u(-25,25),u(-15,25),u(-15,15)
+    return tuple(round(o/s) for o,s in zip((tall,wide,wide), spacing)),centre
 
-# %% ../nbs/03_phantom.ipynb #390c7b44
-def lesion_order(
-    points, # `lung_points`
-    depth,  # mm below the pleura
-    rng     # NumPy's random generator
-) -> np.ndarray: # Indices into `points`, right and left in turn
-    "Where lesions come first"
-    w = np.exp(-depth/14+points[:,1]/55-points[:,0]/75)*(np.abs(points[:,2])>25)
-    sides = [rng.choice(len(points),40,replace=False,p=o/o.sum())
-             for o in (w*(points[:,2]<0),w*(points[:,2]>0))]
-    return np.stack(sides,1).ravel()
+# %% ../nbs/03_phantom.ipynb #a6964f91
+def phantom(
+    seed: int,            # Same seed, same patient
+    shape=(96,256,256),   # (slice, row, column)
+    spacing=(3.,1.4,1.4), # The same order, mm
+    centre=(0.,0.,0.),    # Of the field of view, mm from the middle of the chest
+    healthy: bool = None  # Without lesions; one patient of five if None
+) -> Phantom:
+    "A synthetic chest CT with COVID-19 lesions"
+    check_field(shape, spacing)
+    p,axes = _patient(seed),mm_axes(shape, spacing, centre)
+    noises = [smooth_noise(p.rngs['noise'], axes, s) for s in (14,6,4)]
+    hu,g = _body(p, axes, spacing, noises)
+    profile,share = _lesions(p, healthy, axes, noises, -g['lung'])
+    lungs = _lungs(p, axes, spacing, noises, g, share)
+    hu,wall,lumen = _compose(p, hu, lungs, g, axes, spacing)
+    ct = np.rint(acquire(hu, spacing, p.rngs['scanner'])).astype(np.int16)
+    lung = ((g['lung']<0)&~wall)*np.where(g['x']<0, np.uint8(1), np.uint8(2))
+    ill = ((profile>.5)&(lung>0)&~lumen).astype(np.uint8)
+    vol = Volume(ct, canonical_affine(spacing, (-axes[2][0],-axes[1][0],axes[0][0])))
+    return Phantom(vol, *map(vol.new, (lung, ill, _lobes(g, lung))))
 
-# %% ../nbs/03_phantom.ipynb #a7411844
-def lesion(
-    centre,       # (z, y, x) in mm
-    load,         # Fraction of the lung that is diseased
-    nodule: bool, # A small round one
-    solid: bool,  # May it have a consolidated core?
-    rng           # NumPy's random generator
-) -> SimpleNamespace: # Half axes in mm, softness of the border, tissue in rim and core
-    "Draw one lesion"
-    u,r = rng.uniform,(18+70*load)*np.clip(rng.normal(1,.2),.7,1.4)
-    axes = np.full(3,u(7,9)) if nodule else r*u((1,.75,.75),(1.5,1.1,1.1))
-    core = u(.86,.97) if solid and not nodule and rng.random()<.35 else 0
-    return SimpleNamespace(centre=centre,axes=axes,nodule=nodule,soft=u(.08,.18),
-                           peak=u(.5,.7) if nodule else u(.3,.47),core=core,core_at=u(.4,.65))
-
-# %% ../nbs/03_phantom.ipynb #e503c981
-def lesion_plan(
-    plan,   # A `chest_plan`
-    points, # `lung_points`
-    depth,  # mm below the pleura
-    rng     # NumPy's random generator
-) -> list: # Lesions
-    "Lesions until the patient's load is reached, four at least"
-    solid,out,hit = rng.random()<.6,[],np.zeros(len(points),bool)
-    for n,i in enumerate(lesion_order(points,depth,rng)):
-        o = lesion(points[i],plan.load,n>1 and rng.random()<.2,solid,rng)
-        hit |= (((points-o.centre)/o.axes)**2).sum(1)<1
-        if n>3 and hit.mean()>plan.load: break
-        out.append(o)
-    return out
-
-# %% ../nbs/03_phantom.ipynb #74ec8f35
-def draw_lesions(
-    lesions, # A `lesion_plan`
-    coarse,  # `smooth_noise`, ragged borders
-    fine,    # `smooth_noise`, mottle
-    spacing  # mm
-) -> tuple: # float32: profile (lesion where >0.5), fraction of air replaced
-    "Draw lesions, each in its own box"
-    profile,dense = np.zeros_like(coarse),np.zeros_like(coarse)
-    grid = [g.ravel() for g in centred_mm(coarse.shape,spacing)]
-    for o in lesions:
-        box = tuple(slice(*np.searchsorted(g,(c-1.6*a,c+1.6*a)))
-                    for g,c,a in zip(grid,o.centre,o.axes))
-        z,y,x = ((g[b]-c)/a for g,b,c,a in zip(grid,box,o.centre,o.axes))
-        q = 1-np.sqrt(ring(z[:,None,None],y[:,None],x))+(.05 if o.nodule
-                                                         else .16)*coarse[box]+.06*fine[box]
-        p = np.clip(q/o.soft+.5,0,1)
-        share = np.maximum(o.peak*(1+.25*fine[box])*p,o.core*np.clip((q-o.core_at)/.2+.5,0,1))
-        for whole,part in ((profile,p),(dense,share)): np.maximum(whole[box],part,out=whole[box])
-    return profile,dense
-
-# %% ../nbs/03_phantom.ipynb #b99f95b6
+# %% ../nbs/03_phantom.ipynb #fd698dec
 def best_band(
     ct,              # HU, `Volume` or array (slice, row, column)
     lung,            # The same shape, >0 inside
@@ -419,112 +218,16 @@ def best_band_dice(
     "Dice of the best HU band inside the lung"
     return best_band(ct,lung,lesion,sigma)[0]
 
-# %% ../nbs/03_phantom.ipynb #9cb2ad31
-def scanner_noise(
-    rng,      # NumPy's random generator
-    shape,    # (slice, row, column)
-    sd: float # HU
-) -> np.ndarray: # HU, float32
-    "Noise with neighbours in a slice correlated by one half"
-    n = rng.standard_normal(shape,dtype=np.float32)
-    n[:,1:] += n[:,:-1]; n[:,:,1:] += n[:,:,:-1]
-    n *= np.float32(sd/2)
-    return n
-
-# %% ../nbs/03_phantom.ipynb #d30ee1ac
-def blend_lung(
-    body, edge, lung, dense, # From `draw_chest`
-    coarse, # `smooth_noise`: patchy ventilation
-    fine,   # `smooth_noise`: texture of the dependent lung
-    *more   # Further shares of tissue: lesions, vessels
-) -> np.ndarray: # HU, float32
-    "Fill the lungs with tissue and put them in the body, slice by slice"
-    out = np.empty_like(body)
-    for o,b,e,hu,d,c,f,*shares in zip(out,body,edge,lung,dense,coarse,fine,*more):
-        hu = hu+16*c
-        for share in (d*(1+.06*f),*shares): hu += (40-hu)*np.minimum(share,1)
-        o[:] = b+(hu-b)*np.clip(.5-e,0,1)
-    return out
-
-# %% ../nbs/03_phantom.ipynb #e835a4fe
-def hide_lesions(
-    blend, # From the lesions' fraction of tissue to HU
-    share, # The lesions' fraction of tissue
-    inside, # Lung, bool
-    ill, # Lesion, bool
-    limit: float = .575 # Dice that the best band may reach
-) -> np.ndarray: # HU
-    "Blend with lesions just thin enough that no HU band finds them"
-    for k in (1,.9,.8,.7,.6,.5):
-        ct = blend(share*np.float32(k))
-        if max(best_band_dice(ct[::2],inside[::2],ill[::2],s) for s in (0,(0,1,1)))<limit: break
-    return ct
-
-# %% ../nbs/03_phantom.ipynb #d4dda7bf
-def open_airways(
-    ct,     # HU, changed in place
-    tubes,  # (branch, 7)
-    spacing # mm
-) -> np.ndarray: # bool: lumen and wall
-    "Bronchi: a wall of −60 HU around air"
-    outer = draw_tubes(tubes,ct.shape,spacing,wall=1.)
-    ct += (-60-ct)*outer
-    ct += (-1000-ct)*draw_tubes(tubes,ct.shape,spacing)
-    return outer>.5
-
-# %% ../nbs/03_phantom.ipynb #fb327d45
-class Phantom(NamedTuple):
-    "A synthetic chest CT with its exact masks"
-    ct: Volume     # HU, int16
-    lung: Volume   # 0, 1 right lung, 2 left, uint8; vessels and lesions included, airways not
-    lesion: Volume # 0 or 1, uint8, inside the lung
-
-# %% ../nbs/03_phantom.ipynb #71272374
-def check_field(
-    shape,  # (slice, row, column)
-    spacing # mm
-):
-    "Refuse a grid that the chest does not fit"
-    size = [n*s for n,s in zip(shape,spacing)]
-    if len(shape)!=3 or len(spacing)!=3 or not (250<=size[0]<=450
-                                                and all(320<=o<=450 for o in size[1:])):
-        raise CTError('shape, spacing',
-                      f'the field of view is {"×".join(f"{o:.0f}" for o in size)} mm',
-                      'Choose about 290×360×360 mm')
-
-# %% ../nbs/03_phantom.ipynb #85d55426
-def phantom(
-    seed: int,           # Same seed, same patient
-    shape=(96,256,256),  # (slice, row, column)
-    spacing=(3.,1.4,1.4) # The same order, mm
-) -> Phantom:
-    "A synthetic chest CT with COVID-19 lesions"
-    check_field(shape,spacing)
-    rng = np.random.default_rng(seed); plan = chest_plan(rng); points,depth = lung_points(plan,rng)
-    blood,air,spots = vessels(points,depth,rng),airways(points,depth,rng),lesion_plan(plan,points,
-        depth,rng)
-    coarse,fine = smooth_noise(rng,shape,spacing,14),smooth_noise(rng,shape,spacing,6)
-    chest = draw_chest(plan,shape,spacing); edge = chest[1]
-    profile,share = draw_lesions(spots,coarse,fine,spacing)
-    tubes,inside,ill = draw_tubes(blood,shape,spacing),edge<0,profile>.5
-    ct = hide_lesions(lambda o: blend_lung(*chest,coarse,fine,o,tubes),share,inside,ill&inside)
-    inside &= ~open_airways(ct,air,spacing)
-    ct += scanner_noise(rng,shape,plan.noise)
-    dz,dy,dx = ((n-1)/2*s for n,s in zip(shape,spacing))
-    vol = Volume(np.rint(ct,out=ct).clip(-1024,3071,out=ct).astype(np.int16),
-                 canonical_affine(spacing,(dx,dy,-dz)))
-    sides = np.where(centred_mm(shape,spacing)[2]<0,np.uint8(1),np.uint8(2))
-    return Phantom(vol,vol.new(inside*sides),vol.new((inside&ill).astype(np.uint8)))
-
-# %% ../nbs/03_phantom.ipynb #d67e2dd3
+# %% ../nbs/03_phantom.ipynb #16b431f0
 def _splits(
     n: int # Cases
 ) -> list: # 'train', 'valid' or 'test' for each
-    "About 60, 15 and 25 %; one of each from three cases on"
+    "About 60, 15 and 25 %, one of each from three cases on; at most 12 valid and 20 test"
     test,valid = (max(1,round(n/4)),max(1,round(.15*n))) if n>2 else (0,n//2)
+    test,valid = min(test, 20),min(valid, 12)
     return ['train']*(n-valid-test)+['valid']*valid+['test']*test
 
-# %% ../nbs/03_phantom.ipynb #d5534e7f
+# %% ../nbs/03_phantom.ipynb #b2463ffb
 def check_seed(
     seed: int # Of random numbers
 ):
@@ -533,43 +236,67 @@ def check_seed(
         raise CTError('seed', f'{seed} is not a whole number in 0…{2**32-1}',
                       'Give such a number, for example 0')
 
-# %% ../nbs/03_phantom.ipynb #a318b016
-_homes = dict(ct='ct', lung='lung_mask', lesion='infection_mask')
-_row = 'case','patient','ct','lesion','lung','dataset','split','already_windowed'
+# %% ../nbs/03_phantom.ipynb #9adeb782
+_homes = dict(ct='ct', lung='lung_mask', lesion='infection_mask', right_lung='right_lung_mask',
+              left_lung='left_lung_mask', lobes='lobes_mask')
+_row = 'case','patient',*_homes,'dataset','split','already_windowed'
 
 def phantom_outputs(out) -> Outputs:
     "What `write_phantoms` writes"
-    return Outputs(out, 'phantom', 'cases.csv', *(f'{d}/phantom_*.nii.gz' for d in _homes.values()))
+    return Outputs(out, 'phantom', 'cases.csv', 'phantoms.json',
+                   *(f'{d}/phantom_*.nii.gz' for d in _homes.values()))
 
-# %% ../nbs/03_phantom.ipynb #2cb87dc8
+# %% ../nbs/03_phantom.ipynb #c048d1eb
 def _phantom_rows(n) -> list:
     "The lines of the case table"
     return [dict(case=c, patient=c, **{k:f'{d}/{c}.nii.gz' for k,d in _homes.items()},
                  dataset='phantom', split=s, already_windowed='')
             for c,s in ((f'phantom_{i:03d}',s) for i,s in enumerate(_splits(n)))]
 
-# %% ../nbs/03_phantom.ipynb #28cc72c4
+def _save_phantom(ph, row, out):
+    "The scan and its masks"
+    sides = {k:ph.lung.new((ph.lung.data==i).astype(np.uint8))
+             for i,k in ((1,'right_lung'),(2,'left_lung'))}
+    for k in _homes: save_volume(sides.get(k) or getattr(ph, k), out/row[k])
+
+# %% ../nbs/03_phantom.ipynb #7c7d93d0
+def _begin(files, about, resume, overwrite) -> bool: # Whether a former run goes on
+    "Keep the phantoms of an interrupted run, or clear the folder for a new one"
+    out,note = files.folder,files.folder/'phantoms.json'
+    if resume and note.exists() and read_json(note, remedy='Use another folder')==about:
+        files.require(True)
+        return True
+    files.require(overwrite or not (out/'cases.csv').exists(),
+                  'Choose another folder, or pass overwrite=True (--overwrite)')
+    files.clear()
+    files.add('phantoms.json'); write_atomic(note, json.dumps(about).encode())
+    return False
+
+# %% ../nbs/03_phantom.ipynb #3fac359f
 def write_phantoms(
     out, # Folder
     n: int = 12, # How many, 1 to 10,000
     seed: int = 0, # Of the first; the others count up
-    shape=(96,256,256), # (slice, row, column)
+    shape=(96,256,256), # (slice, row, column); a field of view for each patient if None
     spacing=(3.,1.4,1.4), # mm
-    overwrite: bool = False # Replace phantoms that are there
+    overwrite: bool = False, # Replace phantoms that are there
+    resume: bool = False # Keep those that an interrupted call with these arguments has written
 ) -> Path: # `cases.csv`
-    "Write phantoms as `ct/`, `lung_mask/` and `infection_mask/`, and their table of cases"
+    "Write synthetic patients, a folder for scans and for each kind of mask, and a table of cases"
     out,table,files = Path(out),Path(out)/'cases.csv',phantom_outputs(out)
     if not 1<=n<=10_000: raise CTError('n', f'{n} phantoms cannot be made', 'Ask for 1 to 10,000')
-    check_seed(seed); check_field(shape, spacing)
-    rows = _phantom_rows(n)
+    check_seed(seed); check_seed(seed+n-1)
+    if shape is not None: check_field(shape, spacing)
+    rows,grid = _phantom_rows(n),shape and list(shape)
     with locked(out, folder=True):
-        files.require(overwrite or not table.exists(),
-                      'Choose another folder, or pass overwrite=True (--overwrite)')
+        about = dict(n=n, seed=seed, shape=grid, spacing=list(map(float, spacing)))
+        kept = _begin(files, about, resume, overwrite)
         for d in _homes.values(): sweep(out/d)
-        files.clear(); files.add('cases.csv', *(r[k] for r in rows for k in _homes))
+        files.add('cases.csv', *(r[k] for r in rows for k in _homes))
         for i,r in enumerate(track(rows, 'phantoms')):
-            ph = phantom(seed+i, shape, spacing)
-            for k in _homes: save_volume(getattr(ph, k), out/r[k])
+            if kept and (out/r['lobes']).exists(): continue  # the last file of each
+            size,centre = (shape,(0.,0.,0.)) if shape else sample_field(seed+i, spacing)
+            _save_phantom(phantom(seed+i, size, spacing, centre), r, out)
         text = pd.DataFrame(rows)[[*_row]].to_csv(index=False, lineterminator='\n')
         write_atomic(table, text.encode())
     return table

@@ -7,7 +7,7 @@ Docs: https://covid3d.github.io/covid3d/augment.html.md"""
 # %% auto #0
 __all__ = ['Flip3d', 'Rotate3d', 'Zoom3d', 'Shear3d', 'Shift3d', 'Perspective3d', 'Elastic3d', 'Brightness3d', 'Contrast3d',
            'Window3d', 'Gamma3d', 'Noise3d', 'Streaks3d', 'Blur3d', 'Sharpen3d', 'ThickSlices3d', 'CutOut3d',
-           'Augment3d', 'ct_aug_transforms', 'light_aug_transforms']
+           'GreyLevels3d', 'Augment3d', 'ct_aug_transforms', 'light_aug_transforms', 'grey_aug_transforms']
 
 # %% ../nbs/07_augment.ipynb #a66ce2f1
 import inspect, math
@@ -430,6 +430,61 @@ class CutOut3d(Then3d):
         x = x.clone(); x[(slice(None),*(slice(a,a+s) for a,s in zip(at, size)))] = 0
         return x
 
+# %% ../nbs/07_augment.ipynb #d4f549c1
+def _tile_curves(x, n, clip, bins) -> torch.Tensor: # (slice, tile row, tile column, bins)
+    "The curve of each of n×n tiles, 0 to 1"
+    d,rows,cols = x.shape; h,w = -(-rows//n),-(-cols//n)
+    padded = F.pad(x[:,None], (0,n*w-cols,0,n*h-rows), mode='replicate')[:,0]
+    at = (padded*(bins-1)).round().long().view(d,n,h,n,w).transpose(2,3).reshape(-1,h*w)
+    count = torch.zeros(len(at), bins, device=x.device).scatter_add_(1, at, torch.ones_like(at,
+                                                                     dtype=torch.float))
+    limit = clip*h*w/bins
+    over = (count-limit).clamp(min=0).sum(1, keepdim=True)
+    return ((count.clamp(max=limit)+over/bins).cumsum(1)/(h*w)).view(d, n, n, bins)
+
+def _between(length, n) -> tuple: # tile before, tile after, weight of the latter
+    at = ((torch.arange(length)+.5)/-(-length//n)-.5).clamp(0, n-1)
+    low = at.floor().long().clamp(max=max(n-2, 0))
+    return low,(low+1).clamp(max=n-1),at-low
+
+def equalize(
+    x: torch.Tensor,  # (slice, row, column), values in [0, 1]
+    tiles: int = 8,   # Tiles along rows, and along columns
+    clip: float = 3., # Most that a grey level may hold, times the mean of all levels
+    bins: int = 64    # Grey levels of the histogram
+) -> torch.Tensor: # The same shape, values in [0, 1]
+    "Contrast-limited adaptive histogram equalisation, slice by slice"
+    curve,b = _tile_curves(x, tiles, clip, bins),(x*(bins-1)).clamp(0, bins-1)
+    level = b.floor().long().clamp(max=bins-2); part = b-level
+    (top,bottom,down),(left,right,along) = (_between(n, tiles) for n in x.shape[1:])
+    slices,flat = torch.arange(len(x))[:,None,None],curve.reshape(-1)
+    def look(row, col):
+        at = ((slices*tiles+row[:,None])*tiles+col)*bins+level
+        return flat[at]*(1-part)+flat[at+1]*part
+    upper = look(top, left)*(1-along)+look(top, right)*along
+    lower = look(bottom, left)*(1-along)+look(bottom, right)*along
+    return upper*(1-down[:,None])+lower*down[:,None]
+
+# %% ../nbs/07_augment.ipynb #2763b186
+@_arguments
+class GreyLevels3d(Then3d):
+    "A picture in place of HU: another window, gamma, local contrast, another black and white"
+    low: float = .4    # Least that white becomes, 0 to 1
+    tiles: tuple = (3,8) # Fewest and most tiles along an axis
+    clip: tuple = (1.5,8.) # Least and greatest clip limit
+    p: float = .5      # Probability, 0 to 1
+    high = 1.05
+    def change(self, x, by):
+        u = lambda a,b: float(torch.empty(()).uniform_(a, b))
+        lo,hi = u(-.2,.08),u(.65,1.05)
+        x = ((x-lo)/(hi-lo)).clamp(0, 1)
+        if u(0,1)<.4: x = x**u(.6,1.6)
+        if u(0,1)<.75:
+            n,limit = int(u(self.tiles[0], self.tiles[1]+1)),math.exp(u(*map(math.log, self.clip)))
+            x = torch.lerp(x, equalize(x[0], n, limit)[None], u(.5,1))
+        black = u(-.06,.15)
+        return black+x*(by-black)
+
 # %% ../nbs/07_augment.ipynb #e1ae83fc
 @_arguments
 class Augment3d(ItemTransform):
@@ -438,6 +493,7 @@ class Augment3d(ItemTransform):
     spacing: tuple = None # (slice, row, column) of the patches in mm; `CTDataLoaders` fill it in
     size: tuple = None    # (slice, row, column) of the patch in voxels; that of the input if None
     linear_masks: bool = False # Masks by interpolation, cut at one half, not the nearest voxel
+    mirrored: tuple = None # Each class's index in a mirror image (`CTSpec.mirrored`)
     split_idx,order = 0,20
     def __post_init__(self): self.tfms,self.spacing = [*self.tfms],self.spacing and (*self.spacing,)
 
@@ -480,6 +536,9 @@ def apply(self: Augment3d,
     x = _tone(x, d)
     if not d.still or tuple(size)!=tuple(x.shape[2:]):
         x,y = warp(x, y, d, size, self.mm(d), centre, self.linear_masks)
+    if self.mirrored and y is not None:
+        turned = (torch.linalg.det(d.matrix[:,:3,:3])<0).to(y.device).view(-1,1,1,1,1)
+        y = torch.where(turned, y[:,list(self.mirrored)], y)
     for t,strengths in d.then: t.apply(x, strengths)
     return x.clamp_(0,1) if d.then else x,y
 
@@ -571,3 +630,10 @@ def ct_aug_transforms(
 def light_aug_transforms() -> Augment3d:
     "Mirror image, contrast and brightness: for short trainings"
     return Augment3d([Flip3d(), Contrast3d(.1, p=1), Brightness3d(.05, p=1)])
+
+# %% ../nbs/07_augment.ipynb #5258e330
+def grey_aug_transforms() -> Augment3d:
+    "All of `ct_aug_transforms`, and grey levels that are no HU: for weights that others will use"
+    full = ct_aug_transforms(brightness=.04, contrast=.08)
+    at = next(i for i,t in enumerate(full.tfms) if isinstance(t, Then3d))
+    return Augment3d([*full.tfms[:at], GreyLevels3d(p=.45), *full.tfms[at:]])

@@ -281,7 +281,7 @@ def _train_valid(table, spec, fold, reader) -> tuple:
 def _cut_and_aug(spec, oversample_foreground, aug, on_batch) -> tuple:
     "`RandomPatch`, and what augments batches, if anything does"
     aug = copy(ct_aug_transforms() if aug is None else aug or None)
-    if aug: aug.size,aug.spacing = spec.patch,aug.spacing or spec.mm
+    if aug: aug.size,aug.spacing,aug.mirrored = spec.patch,aug.spacing or spec.mm,spec.mirrored
     if aug and on_batch:
         return RandomPatch(aug.room(spec.patch), oversample_foreground, None, spec.patch),aug
     return RandomPatch(spec.patch, oversample_foreground, aug, spec.patch),None

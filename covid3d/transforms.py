@@ -268,6 +268,13 @@ def lesion(self: CTSpec) -> str:
     return self.classes[0]
 
 @patch(as_prop=True)
+def mirrored(self: CTSpec) -> tuple:
+    "The index of the class that each becomes in a mirror image: `right_…` ↔ `left_…`"
+    other = lambda k: re.sub('right|left', lambda m: dict(right='left', left='right')[m[0]], k)
+    find = lambda i,k: self.classes.index(other(k)) if other(k) in self.classes else i
+    return tuple(find(i, k) for i,k in enumerate(self.classes))
+
+@patch(as_prop=True)
 def form(self: CTSpec) -> dict:
     "What a prepared case depends on, as JSON has it"
     return json.loads(json.dumps({k:getattr(self, k) for k in ('spacing','window','classes')}))

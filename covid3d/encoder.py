@@ -321,36 +321,22 @@ def _weights_width(state: dict) -> int:
 # %% ../nbs/10_encoder.ipynb #aa72e16e
 def encoder_info(
     path: str | Path, # of weights
-) -> dict: # `encoder`, `width`, `norm`, how it was trained; empty for weights of another origin
-    "What covid3d wrote beside the weights of an encoder, or of a U-Net."
+) -> dict: # `encoder`, `width`, `norm`, …; empty for weights of another origin
+    "What covid3d wrote beside the weights of a U-Net, of its encoder."
     if Path(path).suffix != '.safetensors': return {}
     with open_tensors(path, 'Copy the file again') as f: about = f.metadata() or {}
-    try:
-        info = json.loads(about.get('covid3d_encoder') or about.get('covid3d', '{"net": {}}'))
-        if 'covid3d_encoder' not in about: info = info.get('net', {})
+    try: info = json.loads(about.get('covid3d', '{}')).get('net', {})
     except (ValueError, AttributeError, RecursionError): info = None
     if not isinstance(info, dict) or not all(_is_info(k, v) for k, v in info.items()):
         raise CTError(path, 'what it says of its encoder cannot be read',
-                      'Copy the file again, or pretrain again')
+                      'Copy the file again, or train again')
     return info
 
 def _is_info(key: str, value) -> bool: # of what is written beside an encoder
     "Whether the entries that decide something are of their kind."
-    whole = isinstance(value, int) and 0 <= value < 10**9
     return {'norm': value is None or value in list(_norms),
-            'width': value is None or whole and value <= 512, 'step': whole, 'steps': whole,
+            'width': value is None or isinstance(value, int) and 0 <= value <= 512,
             'encoder': isinstance(value, str) and len(value) < 40}.get(key, True)
-
-# %% ../nbs/10_encoder.ipynb #6d102400
-def unfinished(
-    path: str | Path, # of encoder weights
-) -> str: # empty for an encoder that is finished, or of another origin
-    "Say of an encoder that its pretraining has not ended."
-    info = encoder_info(path)
-    step, steps = info.get('step', 0), info.get('steps', 0)
-    if step >= steps: return ''
-    return (f'{path}: its pretraining was left at step {step} of {steps}; '
-            'resume it with covid3d pretrain --resume')
 
 # %% ../nbs/10_encoder.ipynb #e2a67255
 def _load(arch, state, source, width, norm):

@@ -44,10 +44,10 @@ from .data import CaseReader, CTBlock, CTDataLoaders, LesionBlock
 from .dicom import open_scan
 from .dicom_seg import save_seg
 from .distributed import joined, once, own_random, place, split_training
-from .encoder import build_of, encoder3d, mc3_18, r2plus1d_18, r3d_18, unfinished
+from .encoder import build_of, encoder3d, mc3_18, r2plus1d_18, r3d_18
 from .files import locked, sweep
 from .inference import Segmentation, Segmenter, out_of_memory, segment, sliding_window
-from .weights import NetSpec, Seen, load_model, save_model
+from .weights import NetSpec, Seen, is_network, load_model, network_in, save_model
 from .losses import DiceCELoss, DiceFocalLoss, soft_dice
 from .memory import apply_plan, plan_memory
 from .metrics import PatchDice, dice
@@ -114,16 +114,16 @@ def _net_of(arch, pretrained, kwargs) -> tuple:
     if net.norm=='frozen' and not pretrained:
         raise CTError('norm=frozen', 'random weights have no statistics to freeze',
                       'Use norm=batch, or pretrained weights')
-    if isinstance(pretrained, (str,Path)) and (note := unfinished(pretrained)):
-        once(lambda: print(note, flush=True))
-    return net,kwargs
+    return (network_in(pretrained, net) if is_network(pretrained) else net),kwargs
 
 # %% ../nbs/18_learner.ipynb #9cbc1bb4
 @delegates(NetSpec, but='encoder')
 def unet_learner_3d(
     dls,                   # `CTDataLoaders`, or DataLoaders of such batches
     arch=r3d_18,           # `r3d_18`, `mc3_18` or `r2plus1d_18`; or a whole `NetSpec`
-    pretrained=True,       # Kinetics-400 weights (True), random ones (False), or a file of weights
+    # Kinetics-400 weights (True), random ones (False), a file of weights, or `covid3d` for those
+    # that come with the library
+    pretrained=True,
     spec: CTSpec = None,   # How the data were prepared; that of `dls` if None
     loss_func=None,        # Of logits and masks (batch, class, …); `DiceFocalLoss()` if None
     metrics=None,          # `PatchDice` of the first class if None

@@ -1,25 +1,30 @@
 "Training: rates group by group, fastai's verbs, and what is kept"
-import math, os, signal
+import json, math, os, signal
 
 import fastai.metrics, numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
 from fastai.optimizer import SGD
+from safetensors.torch import save_file
 
 from covid3d.data import CaseReader
 from covid3d.learner import (CTDataLoaders, CTSpec, KeepBest, PatchDice, ScanDice, encoder3d, mc3_18,
-                             r2plus1d_18, r3d_18, segment, set_seed, train, unet_learner_3d, write_phantoms)
+                             r2plus1d_18, r3d_18, segment, set_seed, train, unet_learner_3d)
 from covid3d.weights import load_model, save_model
-from covid3d.pretrain import save_encoder
 from covid3d.volume import CTError
+from coarse import write_coarse
 
 spec = CTSpec(spacing=(9,7,7), patch=(16,32,32))
 
 @pytest.fixture(scope='module')
-def table(tmp_path_factory): return write_phantoms(tmp_path_factory.mktemp('data'), n=4, seed=1, shape=(32,96,96), spacing=(9,3.7,3.7))
+def table(tmp_path_factory): return write_coarse(tmp_path_factory.mktemp('data'), n=4, seed=1)
 
 @pytest.fixture(scope='module')
 def dls(table): return CTDataLoaders.from_table(table, spec, bs=2, patches=2)
+
+def save_encoder(body, path, **net):
+    "An encoder alone, with a note of how it is built, as a file of weights may hold it"
+    save_file({k:v.contiguous() for k,v in body.state_dict().items()}, path, dict(covid3d=json.dumps(dict(net=net))))
 
 def learner(dls, arch=r3d_18, **kw):
     set_seed(0, reproducible=True)
@@ -65,7 +70,7 @@ def test_frozen_is_frozen(dls):
 @pytest.mark.parametrize('norm', ['batch','instance'])
 def test_a_file_says_how_its_encoder_is_built(dls, tmp_path, norm):
     "Width and normalisation come from the file, and travel with the model"
-    save_encoder(encoder3d(r3d_18, False, 8, norm), tmp_path/'e.safetensors', dict(encoder='r3d_18', width=8, norm=norm))
+    save_encoder(encoder3d(r3d_18, False, 8, norm), tmp_path/'e.safetensors', encoder='r3d_18', width=8, norm=norm)
     learn = unet_learner_3d(dls, pretrained=tmp_path/'e.safetensors')
     assert (learn.net.width,learn.net.norm)==(8,norm)
     save_model(learn.model, tmp_path/'m.safetensors', learn.spec, learn.net)
@@ -139,8 +144,6 @@ def test_fp16_on_a_gpu(table):
 def test_frozen_and_free_epochs_in_one_table(table, tmp_path):
     "From weights of a file: the frozen epoch and the others are one table, and the best of all is kept"
     import pandas as pd
-    from safetensors.torch import save_file
-    from covid3d.encoder import encoder3d
     save_file({k:v.contiguous() for k,v in encoder3d(r3d_18, pretrained=False, width=4).state_dict().items()}, tmp_path/'encoder.safetensors')
     learn = train(table, tmp_path/'run', spec=spec, init=tmp_path/'encoder.safetensors', width=4, epochs=2, frozen_epochs=1, patches=2, score_every=1, device='cpu')
     h = pd.read_csv(tmp_path/'run'/'history.csv')
@@ -158,7 +161,7 @@ def test_nan_loss_is_said(table, tmp_path, capfd):
 def test_early_stages_stay_and_rates_rise(table, tmp_path, ratio, stages):
     "Frozen stages keep weights and running statistics; the others and the decoder move, each group by its rate"
     enc = encoder3d(r3d_18, False, 4)
-    save_encoder(enc, tmp_path/'e.safetensors', dict(encoder='r3d_18', width=4, norm='batch'))
+    save_encoder(enc, tmp_path/'e.safetensors', encoder='r3d_18', width=4, norm='batch')
     learn = train(table, tmp_path/'run', spec=spec, init=tmp_path/'e.safetensors', epochs=1, frozen_epochs=0, patches=2, examples=0, lr_ratio=ratio, frozen_stages=stages)
     rates = [h['lr'] for h in learn.opt.hypers]
     assert rates==sorted(rates) and math.isclose(rates[-1]/rates[0], ratio, rel_tol=1e-6)

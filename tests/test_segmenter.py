@@ -11,9 +11,9 @@ from covid3d.cli import main
 from covid3d.dicom import write_series
 from covid3d.inference import Segmentation, Segmenter, as_volume
 from covid3d.weights import Ensemble, NetSpec, Seen, save_model
-from covid3d.phantom import phantom
 from covid3d.transforms import CTSpec
 from covid3d.volume import CTError, open_ct, open_mask, save_volume
+from coarse import cached
 
 spec = CTSpec(spacing=(9,5,5), patch=(16,48,48), classes=('lesion','lung'))
 
@@ -30,7 +30,7 @@ class Two(nn.Module):
 def scans(tmp_path_factory):
     "One scan as a NIfTI file, a DICOM folder and, with its rows reversed, a second NIfTI file"
     root = tmp_path_factory.mktemp('scans')
-    ct = phantom(1, shape=(32,96,96), spacing=(9.,3.7,3.7)).ct
+    ct = cached(1).ct
     save_volume(ct, root/'ct.nii.gz'); write_series(ct, root/'series')
     save_volume(ct.new(np.ascontiguousarray(ct.data[:,::-1])), root/'flipped.nii.gz')
     return root

@@ -3,7 +3,7 @@
     COVID3D_TEST_DATA=folder python benchmarks/recipe.py [--only REGEX] [--seconds 300 | --patches 68] [--folds 0] [--seeds 0] [--encoder FILE] [--phantoms] [--out _bench]
 
 Each run adds a row to benchmarks/recipe.csv; a run that has its row is not repeated. CPU-seconds are user + system time of the process, patches and augmentation included; nothing is chosen on the scans that are scored, so
-there is no validation. `base` is the state of the recipe before this table: Dice + cross-entropy, first weights of the head of 0.1. Choices marked * start from `--encoder`, as `covid3d pretrain` writes it; the others from random weights. `--phantoms` takes seven made-up chests in place of the scans.
+there is no validation. `base` is the state of the recipe before this table: Dice + cross-entropy, first weights of the head of 0.1. Choices marked * start from `--encoder`, as `covid3d pretrain` writes it; the others from random weights. `--phantoms` takes seven phantoms in place of the scans.
 """
 import argparse, hashlib, itertools, json, re
 from copy import deepcopy
@@ -114,7 +114,7 @@ def learner(dls, c, pretrained):
 def digest(name, encoder)->str: return hashlib.blake2b(Path(encoder).read_bytes(), digest_size=4).hexdigest() if name[0]=='*' else ''
 
 def seven_phantoms(out)->Path:
-    "The case table of seven made-up chests"
+    "The case table of seven phantoms"
     if not (out/'phantoms'/'cases.csv').exists(): write_phantoms(out/'phantoms', 7, seed=1000)
     return out/'phantoms'/'cases.csv'
 

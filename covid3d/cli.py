@@ -75,9 +75,11 @@ _Table = _arg(str, 'Case table (CSV)', metavar='TABLE', callback=_table_there)
 _Cases = _arg(str, 'Case table (CSV), or a folder from covid3d prepare', metavar='TABLE',
     callback=_table_there)
 _Out = _opt(str, 'Folder to write', '-o', '--out', metavar='DIR', callback=_writable)
-_model = _exists('no such file', 'Give the model.safetensors that `covid3d train` wrote')
+_model = _exists('no such file', 'Give the model.safetensors that `covid3d train` wrote', 'covid3d')
 _Weights = _opt(list[str], 'Trained model: a model.safetensors, or a folder of folds; repeat it '
-    'for the mean of several', metavar='PATH', callback=_model)
+    'for the mean of several (those that come with covid3d)', metavar='PATH', callback=_model)
+_Mirror = _opt(bool, 'Average with the answer to the mirror image; takes twice as long', '--mirror')
+_MinMl = _opt(float, 'Smallest lesion to keep, ml (0)', min=0)
 _no_scores = 'no such file or folder','Give a folder of covid3d evaluate, or its scores.csv'
 _Compare = _opt(list[str], 'Scores of another model on the same cases, its folder or scores.csv; '
     'repeat it for several', metavar='PATH', callback=_exists(*_no_scores))
@@ -95,14 +97,17 @@ _Split = Literal['train','valid','test']
 _Seed = _opt(int, 'Of everything that is random', min=0, max=2**32-1)
 
 # %% ../nbs/30_cli.ipynb #9abd7de7
-_no_recipe = 'no such recipe','Give default, small, resize, or a JSON file'
-_Recipe = _opt(str, 'Recipe: default, small, resize, or a JSON file; other options change it',
-    metavar='NAME|FILE', callback=_exists(*_no_recipe, 'default', 'small', 'resize'))
+_no_recipe = 'no such recipe','Give default, small, kinetics, resize, synthetic, or a JSON file'
+_Recipe = _opt(str, 'Recipe: default, small, kinetics, resize, synthetic, or a JSON file; other '
+    'options change it', metavar='NAME|FILE',
+    callback=_exists(*_no_recipe, 'default', 'small', 'kinetics', 'resize', 'synthetic'))
 
-_no_init = 'no such file','Give kinetics, random, or a file of weights','kinetics','random'
+_no_init = ('no such file','Give covid3d, kinetics, random, or a file of weights','covid3d',
+            'kinetics','random')
 _essential = dict(
-    init=_opt(str, 'Where the encoder starts: kinetics (downloaded once), random, or a file of '
-        'weights (kinetics)', metavar='kinetics|random|FILE', callback=_exists(*_no_init)),
+    init=_opt(str, 'Where it starts: covid3d (the weights that come with it), random, kinetics '
+        '(downloaded once), or a file of weights (covid3d)',
+        metavar='covid3d|kinetics|random|FILE', callback=_exists(*_no_init)),
     epochs=_opt(int, 'Epochs of the whole network (25)', min=1),
     lr=_opt(float, 'Highest learning rate (0.002)', min=1e-12),
     memory=_opt(str, 'What a step may take, such as 6GB: batch and precision are chosen to fit',
@@ -132,23 +137,24 @@ _net_options = _panel('Network',
     norm=_opt(Literal['batch','frozen','group','instance'], 'Normalisation (as in the weights)'),
     decoder=_opt(str, 'Channels of the decoder from coarse to fine, such as 128,64,32',
         parser=_numbers(int, None, 1), metavar='N,…'),
-    up=_opt(Literal['trilinear','transposed','shuffle'], 'Upsampling in the decoder (transposed)'))
+    up=_opt(Literal['trilinear','transposed','shuffle'], 'Upsampling in the decoder '
+        '(as in the weights; transposed)'))
 
 _patch_options = _panel('Data',
     bs=_opt(int, 'Patches in a batch (2)', min=1),
     patches=_opt(int, 'Patches of each training scan in an epoch (24)', min=1),
     oversample_foreground=_opt(float, 'Fraction of these that are centred on a lesion (0.7)',
         min=0, max=1),
-    augment=_opt(Literal['none','light','full'], 'light: mirror, contrast, brightness; full: for '
-        'long trainings (light)'))
+    augment=_opt(Literal['none','light','full','grey'], 'light: mirror, contrast, brightness; '
+        'full: for long trainings; grey: where HU are not to be relied upon (light)'))
 
 # %% ../nbs/30_cli.ipynb #6f3d050e
 _optim_options = _panel('Optimisation',
     loss=_opt(Literal['dice-focal','dice-ce','tversky','lovasz'], 'Loss (dice-focal)'),
-    frozen_epochs=_opt(int, 'Epochs of the decoder alone, before, if pretrained (1)', min=0),
+    frozen_epochs=_opt(int, 'Epochs of the decoder alone, before, if pretrained (0)', min=0),
     frozen_lr=_opt(float, 'Learning rate of the frozen epochs (that of --lr)', min=1e-12),
-    frozen_stages=_opt(int, 'Stages of the encoder that stay as pretrained (2)', min=0, max=5),
-    lr_ratio=_opt(float, 'If pretrained: the decoder’s rate over the stem’s (3.0)', min=1),
+    frozen_stages=_opt(int, 'Stages of the encoder that stay as pretrained (0)', min=0, max=5),
+    lr_ratio=_opt(float, 'If pretrained: the decoder’s rate over the stem’s (1.0)', min=1),
     wd=_opt(float, 'Weight decay (0.01)', min=0, max=10),
     clip=_opt(float, 'Largest L2 norm of all gradients together, 0 for any (12.0)', min=0),
     ema=_opt(float, 'Decay of a moving average of the weights, 0 for none (0.0)',
@@ -285,7 +291,7 @@ def _clear_demo(out, overwrite):
 @_command('Start here')
 def _demo(
     out: _Out = 'covid3d-demo',
-    n: _opt(int, 'Scans to make', min=3, max=10_000) = 14,
+    n: _opt(int, 'Scans to make', min=3, max=10_000) = 12,
     seed: _Seed = 0,
     overwrite: _Overwrite = False
 ):
@@ -304,17 +310,18 @@ def _run_demo(out, mine, n, seed, start):
     recipe = Recipe.load('small').but(seed=seed)
     print(f'1  synthetic scans: {n} of 96×256×256 voxels')
     table = write_phantoms(out/'data', n, seed)
-    print(f'2  training: r3d_18 of width {recipe.network.width} (of 64), random weights')
+    print('2  training, from the weights that come with covid3d')
     segmenter = train(table, out/'run', recipe).segmenter()
     print('3  scores on unseen scans, each on its own grid')
     test = read_cases(table, 'test')
     df,page,_ = evaluate_cases(segmenter, test, out/'scores', title='Demo: synthetic chests')
     status = _print_scores(df)
-    mask,seg = out/f'{test[0].name}_lesion.nii.gz',segmenter(test[0])
+    case = test[int(df.dice.fillna(0).argmax())]
+    mask,seg = out/f'{case.name}_lesion.nii.gz',segmenter(case)
     mine.add(mask.name)
     seg.save(mask)
-    masks = dict(reference=test[0].open_mask('lesion', seg.ct), prediction=seg.masks['lesion'])
-    title = f'{test[0].name}: Dice {df.dice[0]:.2f}'
+    masks = dict(reference=case.open_mask('lesion', seg.ct), prediction=seg.masks['lesion'])
+    title = f'{case.name}: Dice {df.dice.max():.2f}'
     save_figure(show_slices(seg.ct, masks, n=5, title=title), out/'demo.png')
     print(f'4  {mask}, {out/"run"/"model.safetensors"} and {page}, after {time.time()-start:.0f} s')
     _wrote(out/'demo.png')
@@ -528,35 +535,28 @@ def _train_folds(table, out, config, folds, fold, how):
     return int((df.error!='').any())
 
 # %% ../nbs/30_cli.ipynb #93baf3b8
-@_command('Train', *_spec_options, 'encoder','lr','bs','seed')
+@_command('Train', *_recipe_options)
 def _pretrain(
-    out: _Out,
-    width: _opt(int, 'Channels of its first stage; torchvision has 64', min=1, max=512) = 16,
-    norm: _opt(Literal['batch','group','instance'], 'Normalisation of the encoder') = 'batch',
-    steps: _opt(int, 'Batches to train on', min=1) = 6000,
-    share: _opt(float, 'Fraction of the patches that show shapes; the others show phantoms',
-        '--shapes', min=0, max=1) = .5,
-    phantoms: _opt(int, 'Phantoms to train with', min=1, max=10_000) = 24,
-    device: _Device = None, resume: _Resume = False, overwrite: _Overwrite = False, **given
+    out: _Out, config: _Recipe = 'synthetic',
+    patients: _opt(int, 'Synthetic patients to make', min=3, max=10_000) = 400,
+    device: _Device = None, resume: _Resume = False, overwrite: _Overwrite = False,
+    workers: _run_only['workers'] = None, **given
 ):
-    "Train an encoder on synthetic shapes and phantoms, for train --init."
-    _absent_run(Path(out), resume, overwrite, 'pretrain', 'encoder.safetensors')
+    "Train on synthetic patients, for predict, or for train --init. Takes hours on a CPU."
+    _absent_run(Path(out), resume, overwrite)
     device = _find_device(device)
-    from covid3d.pretrain import pretrain_encoder
-    from covid3d.transforms import CTSpec
-    spec = CTSpec(**{k:given.pop(k) for k in _spec_options if k in given})
-    if 'encoder' in given: given['arch'] = given.pop('encoder')
-    file = pretrain_encoder(out, width=width, steps=steps, spec=spec, share=share,
-        phantoms=phantoms, norm=norm, device=device, resume=resume, overwrite=overwrite, **given)
+    from covid3d.pretrain import pretrain
+    file = pretrain(out, patients, config, device, workers, resume, overwrite, **given)
     _wrote(file, f' · next: covid3d train cases.csv --init {file} -o RUN')
 
 # %% ../nbs/30_cli.ipynb #0bc50b5d
 @_command('Use')
 def _evaluate(
-    table: _Table, weights: _Weights, out: _Out,
+    table: _Table, out: _Out, weights: _Weights = None,
     split: _opt(_Split, 'Cases to score') = 'test',
     compare: _Compare = None,
-    overlap: _Overlap = .5, tolerance: _Tolerance = 3.,
+    overlap: _Overlap = .5, mirror: _Mirror = False, min_ml: _MinMl = 0.,
+    tolerance: _Tolerance = 3.,
     score_class: _opt(str, 'Class to score, of several (the first)', metavar='NAME') = None,
     pictures: _opt(int, 'Pictures of the worst and of the best cases', min=0, max=99) = 3,
     title: _opt(str, 'Title of the report', metavar='TEXT') = 'Evaluation',
@@ -566,7 +566,9 @@ def _evaluate(
     from covid3d.cases import read_cases
     from covid3d.evaluate import class_note, evaluate_cases
     from covid3d.statistics import check_same_cases, read_others
-    others,segmenter = read_others(compare or []),_segmenter(weights, device, overlap)
+    weights = weights or ['covid3d']
+    others = read_others(compare or [])
+    segmenter = _segmenter(weights, device, overlap=overlap, mirror=mirror, min_ml=min_ml)
     classes,klass = segmenter.classes,score_class or segmenter.spec.lesion
     if klass not in classes: raise _Refused('--score-class', f'the weights do not find {klass!r}',
                                             f'Give {" or ".join(classes)}')
@@ -575,7 +577,8 @@ def _evaluate(
     about = dict(weights=', '.join(Path(o).name for o in weights), table=Path(table).name,
                  split=split, overlap=overlap, **{'class':klass})
     df,page,kept = evaluate_cases(segmenter, cases, out, tolerance, klass, pictures, overwrite,
-        True, [table, *weights, *(compare or [])], title=title, against=others, about=about)
+        True, [table, *(o for o in weights if o!='covid3d'), *(compare or [])], title=title,
+        against=others, about=about)
     if kept: print(f'{kept} of {len(df)} cases were scored before and are kept')
     if note := class_note(segmenter.spec, klass): print(note)
     status = _print_scores(df, others)
@@ -583,11 +586,15 @@ def _evaluate(
     return status
 
 # %% ../nbs/30_cli.ipynb #5a5083d3
-def _segmenter(weights, device, overlap):
+_own = ('weights: covid3d’s own, trained on synthetic patients alone; for research, not a medical '
+        'device')
+
+def _segmenter(weights, device, **how):
     "The network of a file or folder, or several as one, on a device"
     from covid3d.inference import Segmenter
     paths = weights[0] if len(weights)==1 else weights
-    return Segmenter.load(paths, _find_device(device), overlap=overlap)
+    if paths=='covid3d': print(_own)
+    return Segmenter.load(paths, _find_device(device), **how)
 
 def _print_scores(df, others=None) -> int:
     "What was measured; what failed goes to stderr"
@@ -611,13 +618,14 @@ def _tell_scan(row):
 # %% ../nbs/30_cli.ipynb #3d6186a7
 @_command('Use')
 def _predict(
-    weights: _Weights, out: _Out,
+    out: _Out, weights: _Weights = None,
     ct: Annotated[list[str]|None, _Scans] = None,
     inputs: _opt(list[str], 'The same as the arguments; repeat it for several', '-i', '--input',
         metavar='PATH', callback=_scans_there) = None,
     format: _opt(Literal['nifti','seg'], 'seg: DICOM Segmentation, which carries the patient’s '
         'data as archives need it') = 'nifti',
-    already_windowed: _Window = '', overlap: _Overlap = .5, device: _Device = None,
+    already_windowed: _Window = '', overlap: _Overlap = .5, mirror: _Mirror = False,
+    min_ml: _MinMl = 0., device: _Device = None,
     overwrite: _opt(bool, 'Replace masks that other weights or settings made; never those of '
         'another scan', '--overwrite') = False
 ):
@@ -629,7 +637,8 @@ def _predict(
     from covid3d.predict import find_scans, predict_scans
     found = find_scans(paths, notes)
     for n in notes: print('note:', n, file=sys.stderr)
-    segmenter = _segmenter(weights, device, overlap)
+    segmenter = _segmenter(weights or ['covid3d'], device, overlap=overlap, mirror=mirror,
+                           min_ml=min_ml)
     df = predict_scans(found, segmenter, out, format, window, overwrite, _tell_scan, bar=not _loud)
     return _print_masks(df, Path(out))
 
@@ -659,7 +668,7 @@ def _reproduce(
     "Measure the paper's table on its three data sets, or some of them."
     device = _find_device(device)
     from covid3d.reproduce import reproduce
-    df = reproduce(out, ricord, coronacases, mosmed, config or 'default', weights, device, overlap,
+    df = reproduce(out, ricord, coronacases, mosmed, config or 'kinetics', weights, device, overlap,
                    tolerance, against, **given)
     _wrote(out)
     return int(bool(df.attrs['left_out']))
@@ -671,7 +680,11 @@ _examples = '''Your own scans, from folder to masks:
   covid3d check cases.csv
   covid3d train cases.csv -o run
   covid3d evaluate cases.csv --weights run/model.safetensors -o scores
-  covid3d predict new.nii.gz --weights run/model.safetensors -o masks'''
+  covid3d predict new.nii.gz --weights run/model.safetensors -o masks
+
+With the weights that come with covid3d:
+
+  covid3d predict new.nii.gz -o masks'''
 
 def _show_version(value: bool):
     if value: print(__version__); raise typer.Exit

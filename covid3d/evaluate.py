@@ -225,8 +225,8 @@ def evaluate_cases(
 ) -> tuple: # Table of scores, the page, and how many cases were scored by a former run
     "Score cases and write their report; resumes a run that was interrupted"
     out,keep,klass = Path(out),Extremes(pictures),klass or segmenter.spec.lesion
-    settings = dict(weights=segmenter.digest, overlap=segmenter.overlap, tolerance=tolerance,
-                    threshold=segmenter.threshold) | {'class':klass}
+    settings = segmenter.settings|dict(weights=segmenter.digest, tolerance=tolerance)
+    settings['class'] = klass
     refuse_inputs(out, [*inputs, *(p for c in cases for p in (c.ct, *c.masks.values()))])
     mine,j = report_outputs(out),Journal(out/'scores.jsonl', settings, keep)
     with locked(out, folder=True):

@@ -312,7 +312,8 @@ def predict_scans(
     out = Path(out)
     _check_format(cases, format)
     names = _names(cases, segmenter.classes, format, out)
-    settings = f'overlap={segmenter.overlap:g} threshold={segmenter.threshold:g} format={format}'
+    how = segmenter.settings|dict(format=format)
+    settings = ' '.join(f'{k}={v}' for k,v in how.items())
     made = dict(weights=segmenter.digest, settings=settings)
     job = dict(segmenter=segmenter, out=out, format=format, bar=bar, window=already_windowed,
                overwrite=overwrite, made=made, seen=segmenter.seen)

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .augment import light_aug_transforms
+from .augment import grey_aug_transforms, light_aug_transforms
 from .files import read_json
 from .losses import losses_by_name
 from .transforms import CTSpec, ResizeSpec, spec_class
 from .volume import CTError, write_atomic
-from .weights import NetSpec
+from .weights import NetSpec, weights_file
 
 # %% ../nbs/15_recipe.ipynb #b1ca0634
 _ranges = dict(
@@ -46,7 +46,8 @@ def _in_range(name, v):
     raise CTError(name, f'{v!r} is not in {low}…{high}', remedy)
 
 # %% ../nbs/15_recipe.ipynb #533fb35f
-_choices = dict(loss=(*losses_by_name,), augment=('none','light','full'), keep=('best','last'))
+_choices = dict(loss=(*losses_by_name,), augment=('none','light','full','grey'),
+                keep=('best','last'))
 
 def _one_of(name, v):
     "The name `v`, if it is one of the choices"
@@ -60,20 +61,22 @@ class Recipe:
     # Spacing, window, patch, classes; those of a prepared folder if None
     spec: CTSpec = None
     net: NetSpec = field(default_factory=NetSpec) # Which network
-    # Where the encoder starts: `kinetics`, `random`, or a file of weights
-    init: str = 'kinetics'
+    # Where it starts: `covid3d` (the weights that come with the library), `random`, `kinetics`
+    # (the encoder alone), or a file of weights
+    init: str = 'covid3d'
     epochs: int = 25            # Of the whole network
-    frozen_epochs: int = 1      # Of the decoder alone, before; only from pretrained weights
+    frozen_epochs: int = 0      # Of the decoder alone, before; only from pretrained weights
     lr: float = 2e-3            # Highest learning rate
     frozen_lr: float = None     # That of the frozen epochs; `lr` if None
     # Of a pretrained encoder's five (stem, layers 1–4), so many stay as they are
-    frozen_stages: int = 2
-    lr_ratio: float = 3.        # From pretrained weights: the decoder's rate over the stem's
+    frozen_stages: int = 0
+    lr_ratio: float = 1.        # From pretrained weights: the decoder's rate over the stem's
     bs: int = 2                 # Patches in a batch
     patches: int = 24           # Patches of each training scan in an epoch
     oversample_foreground: float = .7 # Fraction of these that are centred on a lesion
     loss: str = 'dice-focal'    # `dice-focal`, `dice-ce`, `tversky` or `lovasz`
-    augment: str = 'light'      # `none`, `light`, or `full` for long trainings
+    # `none`, `light`, `full` for long trainings, `grey` where HU are not to be relied upon
+    augment: str = 'light'
     clip: float = 12.           # Largest L2 norm of all gradients together; 0 for any
     wd: float = .01             # Weight decay
     # Decay of a moving average of the weights, which is scored and kept; 0 for none
@@ -96,7 +99,7 @@ class Recipe:
 
     @property
     def pretrained(self):
-        "What fastai calls it: True for Kinetics-400, False for random weights, or a file"
+        "What fastai calls it: True for Kinetics-400, False for random weights, a name or a file"
         return dict(kinetics=True, random=False).get(self.init, self.init)
 
 def _check_parts(r):
@@ -105,7 +108,7 @@ def _check_parts(r):
         if not ok: raise CTError(name, f'{getattr(r, name)!r} is not understood', remedy)
     need('spec', r.spec is None or isinstance(r.spec, CTSpec), 'Give a CTSpec')
     need('net', isinstance(r.net, NetSpec), 'Give a NetSpec')
-    need('init', isinstance(r.init, str) and r.init, 'Give kinetics, random, or a file of weights')
+    need('init', isinstance(r.init, str) and r.init, 'Give covid3d, kinetics, random, or a file')
     need('memory', r.memory is None or isinstance(r.memory, str), 'Give, for example, 6GB')
     need('reproducible', isinstance(r.reproducible, bool), 'Give true or false')
 
@@ -131,17 +134,18 @@ def but(self: Recipe, **changes) -> Recipe:
 
 # %% ../nbs/15_recipe.ipynb #25945247
 def init_digest(
-    init # `kinetics`, `random`, or a file of weights
+    init # `covid3d`, `kinetics`, `random`, or a file of weights
 ) -> str: # The word, or the checksum of the file
     "What tells initial weights from others"
     if init in ('kinetics','random'): return init
-    if not Path(init).is_file():
+    path = Path(weights_file(init))
+    if not path.is_file():
         raise CTError(init, 'no such file',
-                      'Give the path of weights, or --init kinetics or random')
+                      'Give the path of weights, or --init covid3d, kinetics or random')
     crc = 0
-    with open(init, 'rb') as f:
+    with open(path, 'rb') as f:
         while block := f.read(2**20): crc = zlib.crc32(block, crc)
-    return f'file {crc:08x}'
+    return f'{"covid3d" if init=="covid3d" else "file"} {crc:08x}'
 
 # %% ../nbs/15_recipe.ipynb #e7712903
 def _parts(d, what) -> dict:
@@ -163,7 +167,8 @@ def save(self: Recipe,
     path # `.json`
 ):
     "Write the recipe as JSON"
-    known = asdict(self)|dict(init=init_digest(self.init))
+    word = self.init if self.init=='covid3d' else init_digest(self.init)
+    known = asdict(self)|dict(init=word)
     write_atomic(path, (json.dumps(known, indent=1)+'\n').encode())
 
 @patch(cls_method=True)
@@ -179,7 +184,7 @@ def load(cls: Recipe,
     d = read_json(o, most=2**20, remedy='Write it with Recipe.save')
     for k in d:
         if k not in _names(cls): _unknown(k, _names(cls), o)
-    if not re.fullmatch('kinetics|random|file [0-9a-f]{8}', str(d.get('init', 'random'))):
+    if not re.fullmatch('covid3d|kinetics|random|file [0-9a-f]{8}', str(d.get('init', 'random'))):
         raise CTError(o, 'names a file of weights, and no file may choose another',
                       'Leave init out, and give the weights by --init')
     try: return cls(**_parts(d, o))
@@ -189,10 +194,13 @@ def load(cls: Recipe,
 # %% ../nbs/15_recipe.ipynb #630c5982
 recipes = dict(
     default=Recipe(),
-    small=Recipe(CTSpec(spacing=(6.,2.8,2.8), patch=(16,64,64)), NetSpec(width=16), 'random',
-                 epochs=21, lr=1e-2, score_every=11),
-    resize=Recipe(ResizeSpec(), frozen_stages=0, bs=1, patches=1, epochs=50, frozen_epochs=3,
-                  lr=1e-3, frozen_lr=1e-2, lr_ratio=1., wd=1e-4, loss='dice-ce'))
+    small=Recipe(epochs=4, patches=12, score_every=4),
+    kinetics=Recipe(init='kinetics', frozen_epochs=1, frozen_stages=2, lr_ratio=3.),
+    resize=Recipe(ResizeSpec(), init='kinetics', bs=1, patches=1, epochs=50, frozen_epochs=3,
+                  lr=1e-3, frozen_lr=1e-2, wd=1e-4, loss='dice-ce'),
+    synthetic=Recipe(CTSpec(classes=('lesion','right_lung','left_lung')),
+                     NetSpec(width=16, up='shuffle'), 'random', epochs=16, lr=4e-3, patches=2,
+                     oversample_foreground=.5, augment='grey', score_every=4, keep='last'))
 
 # %% ../nbs/15_recipe.ipynb #a27ded3f
 @patch(as_prop=True)
@@ -252,7 +260,8 @@ def loss_func(self: Recipe):
 @patch(as_prop=True)
 def augmentation(self: Recipe):
     "What `CTDataLoaders` takes as `aug`: None for its own, False for none"
-    return dict(none=False, full=None, light=light_aug_transforms())[self.augment]
+    own = dict(light=light_aug_transforms, grey=grey_aug_transforms)
+    return own[self.augment]() if self.augment in own else None if self.augment=='full' else False
 
 @patch(as_prop=True)
 def network(self: Recipe) -> NetSpec:

@@ -446,7 +446,7 @@ def reproduce(
     ricord: str | Path = None,  # Folder of RICORD-1a from TCIA, with the annotations of MD.ai
     coronacases: str | Path = None, # Folder of COVID-19-CT-Seg
     mosmed: str | Path = None,  # Folder of MosMedData
-    recipe: Recipe | str = 'default', # As `train` takes it; `resize` for whole scans, resized
+    recipe: Recipe | str = 'kinetics', # As `train` takes it; `resize` for whole scans, resized
     weights: str | Path = None, # Trained weights (.safetensors) to score instead of training
     device: str = None,         # `cpu`, `cuda`; the best there is if None
     overlap: float = .5,        # Of neighbouring windows, 0 to below 1

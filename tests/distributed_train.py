@@ -32,7 +32,7 @@ def run(folder, bs):
     dls = data(folder, bs)
     learn = unet_learner_3d(dls, r3d_18, pretrained=False, spec=CTSpec(spacing=(9,7,7), patch=(16,32,32)), width=4, opt_func=SGD, cbs=FrozenNorms())
     start = torch.cat([p.detach().flatten() for p in learn.model.parameters()])
-    with split_training(learn), learn.no_bar(): learn.fit_one_cycle(3, .5)
+    with split_training(learn), learn.no_bar(): learn.fit_one_cycle(3, 1.5)
     name = f'{folder}/batch{bs}-rank{rank_distrib()}'
     save_file({k:v.contiguous() for k,v in learn.model.state_dict().items()}, f'{name}.safetensors')
     moved = (torch.cat([p.detach().flatten() for p in learn.model.parameters()])-start).abs().max()

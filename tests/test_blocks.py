@@ -12,16 +12,16 @@ from covid3d.cases import read_cases
 from covid3d.data import CTBlock, CTDataLoaders, LesionBlock, RepeatSplitter, cases_in
 from covid3d.dicom import write_series
 from covid3d.learner import ScanDice, unet_learner_3d
-from covid3d.phantom import write_phantoms
 from covid3d.transforms import CTSpec, ResizeSpec, TensorMask3d
 from covid3d.volume import CTError
+from coarse import write_coarse
 
 spec = CTSpec((9,5,5), patch=(16,32,32), classes=('lesion','lung'))
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
     d = tmp_path_factory.mktemp('scans')
-    write_phantoms(d, n=4, seed=0, shape=(32,96,96), spacing=(9,3.7,3.7))
+    write_coarse(d, n=4, seed=0)
     return d
 
 two_meanings = {'splits'}  # of `covid3d.cases` and of another module

@@ -10,8 +10,8 @@ import typer
 from covid3d.cli import _one_line, _options, app, main
 from covid3d.weights import NetSpec, load_model, save_model
 from covid3d.volume import CTError
-from covid3d.phantom import write_phantoms
 from covid3d.transforms import CTSpec
+from coarse import write_coarse
 
 spec = CTSpec(spacing=(9,5,5), patch=(16,48,48))
 names = [*typer.main.get_command(app).commands]
@@ -20,7 +20,7 @@ names = [*typer.main.get_command(app).commands]
 def data(tmp_path_factory):
     "Five small phantoms in the folder layout"
     root = tmp_path_factory.mktemp('data')
-    write_phantoms(root, n=5, seed=0, shape=(32,96,96), spacing=(9,3.7,3.7))
+    write_coarse(root, n=5, seed=0)
     return root
 
 @pytest.fixture(scope='module')
@@ -364,7 +364,7 @@ def loaded(*argv):
     'train none.csv --out O', 'train T --out O --config none.json', 'train T --out O --init none.pth', 'train T --out O --fold 1', 'train T --out O --folds 2 --fold 2', 'train T --out O --resume --overwrite',
     'train T --out RUN', 'train T --out /dev/null/x', 'train . --out O --spacing 3,2,2', 'predict none.nii --weights T --out O', 'predict T --weights none.safetensors --out O', 'predict --weights T --out O',
     'predict T --weights T --out O --already-windowed 20:-1000', 'predict T --weights T --out O --overlap nan', 'evaluate none.csv --weights T --out O', 'evaluate T --weights T --out O --compare none',
-    'reproduce --weights none --out O', 'prepare none.csv --out O', 'check none.csv', 'table none', 'pretrain --out O --shapes 2', 'demo -n 2', 'phantom --out O --layout x'])
+    'reproduce --weights none --out O', 'prepare none.csv --out O', 'check none.csv', 'table none', 'pretrain --out O --patients 2', 'demo -n 2', 'phantom --out O --layout x'])
 def test_refused_before_torch_is_loaded(argv, tmp_path, data):
     "Help, and every error of arguments and files, comes without PyTorch"
     (tmp_path/'run').mkdir(); (tmp_path/'run'/'model.safetensors').touch()

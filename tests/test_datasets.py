@@ -12,8 +12,8 @@ from covid3d.dicom import ct_datasets, find_series, open_series, pseudonym, save
 from covid3d.layouts import windowed, write_layout
 from covid3d.metrics import dice
 from covid3d.outlines import read_outlines
-from covid3d.phantom import phantom
 from covid3d.volume import CTError, save_volume
+from coarse import cached, small as small_phantom
 
 each = pytest.mark.parametrize
 data = os.environ.get('COVID3D_TEST_DATA')
@@ -21,7 +21,7 @@ small = ['--init','random','--width','4','--spacing','9,5,5','--patch','16,48,48
 sets = ('coronacases','mosmed','covid1920','ricord')
 
 @pytest.fixture(scope='module')
-def phantoms(): return [phantom(i, shape=(32,96,96), spacing=(9,3.7,3.7)) for i in range(5)]
+def phantoms(): return [cached(i) for i in range(5)]
 
 @pytest.fixture(scope='module')
 def root(phantoms, tmp_path_factory):
@@ -101,8 +101,7 @@ def test_ricord_table_can_be_moved_with_its_masks(root, tmp_path):
 @each('name', sets)
 def test_phantom_layout(name, tmp_path, monkeypatch, capfd):
     "`covid3d phantom --layout` writes what `covid3d table` reads, and says so"
-    real = phantom
-    monkeypatch.setattr('covid3d.phantom.phantom', lambda seed, **k: real(seed, shape=(32,96,96), spacing=(9,3.7,3.7)))
+    monkeypatch.setattr('covid3d.phantom.phantom', small_phantom)
     assert run('phantom', '-o', tmp_path/'d', '--n','3','--layout',name)==0
     assert f'covid3d table {tmp_path/"d"}' in capfd.readouterr().out
     assert run('table', tmp_path/'d', '--layout',name, '-o', tmp_path/'c.csv')==0 and len(rows(tmp_path/'c.csv'))==3
@@ -211,7 +210,7 @@ def test_a_series_has_one_name_everywhere(archive, tmp_path):
     def names(root): return {r['ct'].split('/')[-1]:r for r in datasets.folder(root, layout='dicom').to_dict('records')}
     tree = names(archive)
     alone = datasets.folder(archive/'S2').case[0]
-    write_series(phantom(9, shape=(32,96,96), spacing=(9,3.7,3.7)).ct, tmp_path/'t'/'A0', patient='NEW')
+    write_series(cached(9).ct, tmp_path/'t'/'A0', patient='NEW')
     os.symlink(archive/'S2'/'0000', tmp_path/'x')
     import shutil; shutil.copytree(archive, tmp_path/'t'/'B')
     assert alone==tree['S2']['case']==names(tmp_path/'t')['S2']['case'] and tree['S2']['patient']==names(tmp_path/'t')['S2']['patient']

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from covid3d.checkpoint import read_checkpoint
 from covid3d.cli import main
 from covid3d.learner import CTDataLoaders, CTSpec, set_seed
-from covid3d.phantom import write_phantoms
+from coarse import write_coarse
 from distributed_train import run
 
 env = os.environ|dict(OMP_NUM_THREADS='1')
@@ -16,7 +16,7 @@ torchrun = [sys.executable,'-m','torch.distributed.run','--standalone','--nproc-
 script = Path(__file__).with_name('distributed_train.py')
 
 @pytest.fixture(scope='module')
-def table(tmp_path_factory): return write_phantoms(tmp_path_factory.mktemp('data'), n=5, seed=1, shape=(32,96,96), spacing=(9,3.7,3.7))
+def table(tmp_path_factory): return write_coarse(tmp_path_factory.mktemp('data'), n=5, seed=6)
 
 @pytest.fixture(scope='module')
 def patches(table, tmp_path_factory):

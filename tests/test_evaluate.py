@@ -15,12 +15,12 @@ from covid3d.cases import Case, read_cases
 from covid3d.datasets import folder
 from covid3d.evaluate import evaluate_cases, read_journal, score_case, score_cases
 from covid3d.inference import Segmenter
-from covid3d.phantom import write_phantoms
 from covid3d.report import Extremes, snapshot, write_report
 from covid3d.statistics import (case_counts, compare, compare_all, fmt, headline, holm, least_patients, many, mean_interval, paired_tests, per_patient,
     ratio_interval, read_scores, score_masks, score_table, scores_csv, summarise)
 from covid3d.transforms import CTSpec
 from covid3d.volume import CTError, Volume, canonical_affine, write_atomic
+from coarse import write_coarse
 
 class Band(nn.Module):
     "Calls a band of grey a lesion"
@@ -30,7 +30,7 @@ class Band(nn.Module):
 spec = CTSpec(spacing=(9,3.7,3.7), patch=(16,96,96))
 
 @pytest.fixture(scope='module')
-def cases(tmp_path_factory): return read_cases(write_phantoms(tmp_path_factory.mktemp('phantoms'), n=4, seed=3, shape=(24,64,72), spacing=(12,5.5,5)))
+def cases(tmp_path_factory): return read_cases(write_coarse(tmp_path_factory.mktemp('phantoms'), n=4, seed=6, shape=(24,64,72), spacing=(12,5.5,5)))
 
 def oracle(pred, mask, spacing):
     "The scores by scikit-learn, SciPy and DeepMind's surface-distance"

@@ -11,15 +11,13 @@ from covid3d.dicom import open_scan, pseudonym, write_series
 from covid3d.files import locked
 from covid3d.inference import Segmenter
 from covid3d.weights import NetSpec, Seen, save_model
-from covid3d.phantom import phantom
 from covid3d.predict import find_scans, predict_scans
 from covid3d.transforms import CTSpec
 from covid3d.volume import CTError, open_mask, save_volume
-
-small = dict(shape=(32,96,96), spacing=(9.,3.7,3.7))
+from coarse import cached
 
 @pytest.fixture(scope='module')
-def cts(): return [phantom(i, **small).ct for i in range(3)]
+def cts(): return [cached(i).ct for i in range(3)]
 
 def untrained(path, classes=('lesion',), seed=0, seen=None):
     "Weights that call about half of a scan lesion"

@@ -9,10 +9,10 @@ from covid3d.cases import read_cases
 from covid3d.cli import main
 from covid3d.data import CTBlock, CTDataLoaders, LesionBlock, prepare_table, stratified_folds
 from covid3d.dicom import write_series
-from covid3d.phantom import phantom, write_phantoms
 from covid3d.prepare import Prepared, find_prepared, fingerprint, open_prepared, prepare_case, prepare_cases, tidy
 from covid3d.transforms import CTSpec, RandomPatch, body_ml, resample_mask
 from covid3d.volume import CTError, save_volume, scan_digest
+from coarse import cached, write_coarse
 
 each,fault,promise = pytest.mark.parametrize,pytest.mark.fault,pytest.mark.promise
 spec = CTSpec(spacing=(9,5,5), patch=(16,48,48))
@@ -20,7 +20,7 @@ spec = CTSpec(spacing=(9,5,5), patch=(16,48,48))
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
     root = tmp_path_factory.mktemp('source')
-    write_phantoms(root, n=4, seed=0, shape=(32,96,96), spacing=(9,3.7,3.7))
+    write_coarse(root, n=4, seed=0)
     return root
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_patch_size_is_no_reason_to_prepare_anew(root):
     assert fingerprint(case, spec)==fingerprint(case, CTSpec(spacing=(9,5,5), patch=(8,32,32)))
 
 def test_dicom_series_that_grew(tmp_path):
-    ph = phantom(0, (32,96,96), (9,3.7,3.7))
+    ph = cached(0)
     write_series(ph.ct, tmp_path/'ct'/'a'); save_volume(ph.lesion, tmp_path/'infection_mask'/'a.nii.gz')
     from covid3d.datasets import folder
     case, = read_cases(folder(tmp_path, layout='plain'))
@@ -148,7 +148,7 @@ def test_moved_data_set_is_not_prepared_again(root, tmp_path, monkeypatch):
 
 def test_any_file_of_a_series_stands_for_all_of_it(tmp_path):
     from covid3d.cases import Case
-    ph = phantom(0, (32,96,96), (9,3.7,3.7))
+    ph = cached(0)
     write_series(ph.ct, tmp_path/'a'); save_volume(ph.lesion, tmp_path/'m.nii.gz')
     one = sorted((tmp_path/'a').iterdir()); case = Case('a', one[3], dict(lesion=tmp_path/'m.nii.gz'))
     was = fingerprint(case, spec); one[7].unlink(); assert fingerprint(case, spec)!=was
@@ -390,7 +390,7 @@ def test_small_lesions_keep_their_volume_at_the_training_spacing(spacing):
 @pytest.mark.promise('lost')
 def test_a_foreign_file_in_a_damaged_case(tmp_path):
     "A prepared case that is damaged, and in which somebody put a file, loses nothing: it is refused as it is"
-    table = write_phantoms(tmp_path/'data', n=1, shape=(32,96,96), spacing=(9,3.7,3.7))
+    table = write_coarse(tmp_path/'data', n=1)
     case,small = read_cases(table)[0],CTSpec(spacing=(9,5,5), patch=(16,48,48))
     prepare_case(case, small, tmp_path/'p')
     home = next((tmp_path/'p').iterdir())

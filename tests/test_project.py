@@ -120,14 +120,14 @@ def test_map():
 def test_numbers_are_the_order_of_dependence():
     number = {}
     for p in (root/'covid3d').glob('*.py'):
-        if m := re.search(r'File to edit: \.\./nbs/(\d+)_', p.read_text(encoding='utf-8')): number[p.stem] = int(m[1])
+        if m := re.search(r'File to edit: \.\./nbs/(\d\w+)\.ipynb', p.read_text(encoding='utf-8')): number[p.stem] = m[1]
     for k,n in number.items():
         for node in ast.walk(ast.parse(read(f'covid3d/{k}.py'))):
             if not isinstance(node, ast.ImportFrom): continue
             src = node.module or ''
             mods = [src.split('.')[-1]] if node.level or src.startswith('covid3d.') else []
             if node.level and not src or src=='covid3d': mods = [o.name for o in node.names]
-            for o in mods: assert number.get(o, -1)<n, f'{k} ({n}) imports {o} ({number[o]}): a notebook imports only those with a smaller number'
+            for o in mods: assert number.get(o, '')<n, f'{k} ({n}) imports {o} ({number[o]}): a notebook imports only those that come before it in the list'
 
 @pytest.mark.parametrize('nb', notebooks, ids=lambda p: p.stem)
 def test_notebook_is_small(nb):

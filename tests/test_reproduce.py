@@ -13,11 +13,11 @@ from covid3d.evaluate import score_case
 from covid3d.statistics import read_scores
 from covid3d.inference import Segmenter
 from covid3d.weights import NetSpec, load_model, save_model
-from covid3d.phantom import phantom, write_phantoms
 from covid3d.files import locked
 from covid3d.reproduce import reproduce
 from covid3d.transforms import CTSpec, ResizeSpec, resize
 from covid3d.volume import CTError
+from coarse import cached, write_coarse
 
 each = pytest.mark.parametrize
 
@@ -30,7 +30,7 @@ class Grey(torch.nn.Module):
 
 @each('patch', [(12,40,44), (48,128,100)])
 def test_whole_scan_is_one_window_and_comes_back_to_its_own_grid(patch):
-    ph,spec,net = phantom(2, shape=(32,96,96), spacing=(9,3.7,3.7)),ResizeSpec(patch=patch),Grey()
+    ph,spec,net = cached(2),ResizeSpec(patch=patch),Grey()
     mask = Segmenter(net, spec)(ph.ct).masks['lesion']
     assert net.seen==[(1,1,*patch)] and mask.shape==ph.ct.shape and mask.dtype==np.uint8
     want = resize((20*(spec.prepare(ph.ct)-.4)).sigmoid(), ph.ct.shape)[0]>=.5
@@ -46,7 +46,7 @@ def test_weights_carry_that_there_is_no_spacing(tmp_path):
     with safe_open(tmp_path/'m.safetensors', 'pt') as f: assert json.loads(f.metadata()['covid3d'])['ct']==dict(spacing=[4,2.8,2.8], window=[-1000,400], patch=[16,96,96], classes=['lesion'])
 
 def test_prepared_folder_of_whole_scans(tmp_path):
-    table = write_phantoms(tmp_path/'data', n=3, seed=0, shape=(32,96,96), spacing=(9,3.7,3.7)); spec = ResizeSpec(patch=(8,32,32))
+    table = write_coarse(tmp_path/'data', n=3, seed=0); spec = ResizeSpec(patch=(8,32,32))
     prepare_table(table, tmp_path/'p', spec); before = sorted(tmp_path.glob('p/*'))
     dls = CTDataLoaders.from_table(tmp_path/'p', bs=1, patches=1, aug=None)
     assert dls.spec==spec and dls.train.one_batch()[0].shape==(1,1,8,32,32) and sorted(tmp_path.glob('p/*'))==before
@@ -62,7 +62,7 @@ small = dict(init='random', device='cpu', spec=CTSpec((9,7,7), patch=(16,32,32))
 def data(tmp_path_factory):
     "All three data sets; one scan of each is damaged: a slice that is cut short, a mask of another size, a file that is no gzip"
     root = tmp_path_factory.mktemp('sets')
-    ph = [phantom(i, shape=(32,96,96), spacing=(9,3.7,3.7)) for i in range(14)]
+    ph = [cached(i) for i in range(14)]
     write_layout(ph[:6], root/'ricord', 'ricord'); write_layout([*ph[6:9], ph[0]], root/'corona', 'coronacases')
     write_layout([*ph[9:12], ph[0]], root/'mosmed', 'mosmed')
     dcm = sorted((root/'ricord').rglob('1-009.dcm'))[1]; dcm.write_bytes(dcm.read_bytes()[:700])
@@ -240,7 +240,7 @@ def test_whole_scans_beside_patches(start, data, straight, tmp_path):
 @pytest.mark.promise('silent')
 def test_data_sets_of_the_same_phantoms_say_so(tmp_path):
     "Three layouts of the same phantoms (`covid3d phantom --layout …` with one seed) share every scan: nothing is left to train on, and that is the reason given"
-    ph = [phantom(i, shape=(32,96,96), spacing=(9,3.7,3.7)) for i in range(4)]
+    ph = [cached(i) for i in range(4)]
     write_layout(ph, tmp_path/'r', 'ricord'); write_layout(ph, tmp_path/'c', 'coronacases'); write_layout(ph, tmp_path/'m', 'mosmed')
     with pytest.raises(CTError, match=r'no scan for training is left: \d scans of \d scans left out hold the same voxels as scans that test. Give data sets that share no scan \(phantoms: another --seed for each\)'):
         reproduce(tmp_path/'run', tmp_path/'r', tmp_path/'c', tmp_path/'m', **small)
@@ -250,7 +250,7 @@ def test_phantom_layouts_of_the_default_seed_share_no_scan(tmp_path, monkeypatch
     "`covid3d phantom` without --seed draws other phantoms for each layout, so that together they make a run"
     from covid3d import cli, layouts
     seeds = {}
-    monkeypatch.setattr(layouts, 'phantom', lambda seed: seed)
+    monkeypatch.setattr('covid3d.phantom.phantom', lambda seed: seed)
     monkeypatch.setattr(layouts, 'write_layout', lambda phantoms, root, layout: seeds.update({layout:phantoms[0]}))
     for k in ('ricord','coronacases','mosmed','covid1920'): assert cli.main(['phantom','-o',str(tmp_path/k),'--n','4','--layout',k])==0
     first = sorted(seeds.values()); assert len(seeds)==4 and min(b-a for a,b in zip(first, first[1:]))>=10_000

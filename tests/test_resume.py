@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from covid3d.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from covid3d.encoder import encoder3d
-from covid3d.phantom import write_phantoms
+from coarse import write_coarse
 
 rng = random.Random(int(os.environ.get('COVID3D_SEED', 0)))
 small = ['--width','8','--spacing','9,7,7','--patch','16,32,32','--patches','12','--frozen-epochs','1','--epochs','3','--lr','1e-1','--score-every','1','--augment','full','--ema','.9','--device','cpu']
@@ -22,7 +22,7 @@ small = ['--width','8','--spacing','9,7,7','--patch','16,32,32','--patches','12'
 def data(tmp_path_factory):
     "Phantoms, a table, and an encoder to start from"
     root = tmp_path_factory.mktemp('data')
-    table = write_phantoms(root, n=5, seed=1, shape=(32,96,96), spacing=(9,3.7,3.7))
+    table = write_coarse(root, n=5, seed=1)
     torch.manual_seed(2)
     save_file({k:v.contiguous() for k,v in encoder3d('r3d_18', False, 8).state_dict().items()}, root/'encoder.safetensors')
     return table,root/'encoder.safetensors'
@@ -175,7 +175,7 @@ def test_another_table(data, worker, broken, tmp_path):
     lines = data[0].read_text().splitlines()
     less = data[0].with_name('less.csv'); less.write_text('\n'.join(lines[:1]+lines[2:]))
     refused(worker, ['train',less,*words(data, broken, '--resume')[2:]], 'of another training', 'train ', 'absent now')
-    other = write_phantoms(tmp_path, n=5, seed=2, shape=(32,96,96), spacing=(9,3.7,3.7))
+    other = write_coarse(tmp_path, n=5, seed=6)
     refused(worker, ['train',other,*words(data, broken, '--resume')[2:]], 'of another training', 'train phantom_000')
 
 @pytest.mark.parametrize('harm', [lambda b: b[:-100], lambda b: b[:-1]+bytes([b[-1]^1]), lambda b: b''], ids=['cut','flipped','empty'])

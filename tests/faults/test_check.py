@@ -9,9 +9,9 @@ from covid3d.cli import main
 from covid3d.datasets import mosmed
 from covid3d.dicom import write_series
 from covid3d.weights import NetSpec, save_model
-from covid3d.phantom import phantom
 from covid3d.transforms import CTSpec
 from covid3d.volume import CTError, Volume, canonical_affine, save_volume
+from coarse import cached
 
 each = pytest.mark.parametrize
 shape,affine = (10,16,18),canonical_affine((5,3,2),(90,110,-240))
@@ -116,7 +116,7 @@ def test_P6_empty_is_counted(capfd, cohort):
 # P9: the mask of somebody else
 
 @pytest.fixture(scope='module')
-def phantoms(): return [phantom(i, (32,96,96), (9,3.7,3.7)) for i in range(2)]
+def phantoms(): return [cached(i) for i in range(2)]
 
 @pytest.mark.fault('P9')
 def test_P9_mask_of_another_patient(tmp_path, phantoms):

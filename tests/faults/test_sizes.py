@@ -10,9 +10,9 @@ from covid3d.cases import bare_cell, read_cases, safe_cell
 from covid3d.cli import main
 from covid3d.statistics import read_scores
 from covid3d.weights import NetSpec, save_model
-from covid3d.phantom import phantom
 from covid3d.transforms import CTSpec
 from covid3d.volume import CTError, canonical_affine, open_ct, plain, save_volume
+from coarse import cached
 from safetensors.torch import save
 
 def refused(f, *words):
@@ -44,7 +44,7 @@ def test_a_patch_that_no_network_needs(change, word):
 @pytest.mark.promise('named')
 def test_a_spacing_that_fills_the_memory(tmp_path, capfd):
     "Weights whose spacing would make more than 2²⁸ voxels of a wide scan: one line for the scan, nothing written"
-    save_volume(replace(phantom(0, (32,96,96), (9,3.7,3.7)).ct, affine=canonical_affine((9,5.5,5.5))), tmp_path/'scan.nii.gz')
+    save_volume(replace(cached(0).ct, affine=canonical_affine((9,5.5,5.5))), tmp_path/'scan.nii.gz')
     spec,net = CTSpec(spacing=(.6,.6,.6), patch=(16,32,32)),NetSpec(width=4)
     save_model(net.build(spec.classes), tmp_path/'w.safetensors', spec, net)
     assert main(['predict',str(tmp_path/'scan.nii.gz'),'--weights',str(tmp_path/'w.safetensors'),'--out',str(tmp_path/'m'),'--device','cpu'])==1
@@ -65,7 +65,7 @@ def forged(path, net=NetSpec(width=4), **changes):
 def test_weights_that_ask_for_gigabytes_are_named(tmp_path, capfd, changes):
     "Weights whose patch or spacing would fill the memory are refused in one line that names their file, and nothing is written"
     ct,w = tmp_path/'scan.nii.gz',forged(tmp_path/'w.safetensors', **changes)
-    save_volume(phantom(0, (32,96,96), (9,3.7,3.7)).ct, ct)
+    save_volume(cached(0).ct, ct)
     assert main(['predict',str(ct),'--weights',str(w),'--out',str(tmp_path/'m'),'--device','cpu'])==2
     err = capfd.readouterr().err
     assert err.count('\n')==1 and 'w.safetensors: the specification cannot be read' in err and not (tmp_path/'m').exists()
@@ -208,7 +208,7 @@ os._exit(0)
 @pytest.mark.parametrize('name', ['scan.nii','scan.nii.gz'])
 def test_too_many_open_files(tmp_path, name):
     "A sound scan that the system does not let us open is not called damaged"
-    save_volume(phantom(0, (32,96,96), (9,3.7,3.7)).ct, tmp_path/name)
+    save_volume(cached(0).ct, tmp_path/name)
     res = subprocess.run([sys.executable,'-c',few,str(tmp_path/name)], capture_output=True, text=True)
     assert res.stderr.count('\n')==1 and f'{name}: cannot be read (Too many open files). Raise the limit on open files with ulimit -n' in res.stderr, res.stderr
 
@@ -218,7 +218,7 @@ def test_too_many_open_files(tmp_path, name):
 @pytest.mark.parametrize('number', [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 def test_a_lack_of_the_system_stops_the_batch(tmp_path, monkeypatch, capfd, command, number):
     "Where the system has no files or memory left, a command stops with one line instead of calling each scan damaged"
-    for i in range(2): save_volume((ph := phantom(i, (32,96,96), (9,3.7,3.7))).ct, tmp_path/f'{i}.nii.gz'); save_volume(ph.lesion, tmp_path/f'{i}_m.nii.gz')
+    for i in range(2): save_volume((ph := cached(i)).ct, tmp_path/f'{i}.nii.gz'); save_volume(ph.lesion, tmp_path/f'{i}_m.nii.gz')
     (tmp_path/'t.csv').write_text('case,ct,lesion,split\n'+''.join(f'c{i},{i}.nii.gz,{i}_m.nii.gz,test\n' for i in range(2)))
     w = forged(tmp_path/'w.safetensors')
     def short(*a, **k): raise OSError(number, os.strerror(number))
@@ -234,7 +234,7 @@ def test_a_lack_of_the_system_stops_the_batch(tmp_path, monkeypatch, capfd, comm
 def test_a_prepared_case_outlives_a_lack_of_files(tmp_path, monkeypatch):
     "A prepared case that the system does not let us open is neither called damaged nor removed"
     from covid3d.prepare import open_prepared, prepare_case
-    ph = phantom(0, (32,96,96), (9,3.7,3.7)); save_volume(ph.ct, tmp_path/'a.nii'); save_volume(ph.lesion, tmp_path/'m.nii')
+    ph = cached(0); save_volume(ph.ct, tmp_path/'a.nii'); save_volume(ph.lesion, tmp_path/'m.nii')
     (tmp_path/'t.csv').write_text('case,ct,lesion\na,a.nii,m.nii\n')
     case,spec = read_cases(tmp_path/'t.csv')[0],CTSpec(spacing=(9,5,5), patch=(16,48,48))
     prepare_case(case, spec, tmp_path/'p')
@@ -251,7 +251,7 @@ def test_a_prepared_case_outlives_a_lack_of_files(tmp_path, monkeypatch):
 def test_a_slice_that_cannot_be_opened_now_is_not_missing(tmp_path, monkeypatch):
     "A slice of a DICOM series that the system does not let us open is not left out of the series"
     import covid3d.dicom as dicom
-    dicom.write_series(phantom(0, (32,96,96), (9,3.7,3.7)).ct, tmp_path/'s')
+    dicom.write_series(cached(0).ct, tmp_path/'s')
     real,n = dicom._open,[0]
     def short(p):
         n[0] += 1
@@ -264,7 +264,7 @@ def test_a_slice_that_cannot_be_opened_now_is_not_missing(tmp_path, monkeypatch)
 @pytest.mark.promise('silent')
 def test_a_disk_that_fails_is_told_as_that(tmp_path, monkeypatch):
     "A read error of the disk is told as that and not as damage of the gzip stream"
-    save_volume(phantom(0, (32,96,96), (9,3.7,3.7)).ct, tmp_path/'a.nii.gz')
+    save_volume(cached(0).ct, tmp_path/'a.nii.gz')
     def broken(*a, **k): raise OSError(5, 'Input/output error')
     monkeypatch.setattr('covid3d.volume.igzip.open', broken)
     refused(lambda: open_ct(tmp_path/'a.nii.gz'), 'a.nii.gz: cannot be read (Input/output error). Check the disk')

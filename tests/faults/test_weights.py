@@ -21,9 +21,9 @@ from covid3d.files import locked
 from covid3d.inference import Segmenter
 from covid3d.weights import NetSpec, Seen, load_model, read_seen, save_model
 from covid3d.learner import History, KeepBest, EMA
-from covid3d.phantom import phantom
 from covid3d.transforms import CTSpec
 from covid3d.volume import CTError, save_volume
+from coarse import cached
 
 each = pytest.mark.parametrize
 spec,net = CTSpec(spacing=(9,5,5), patch=(16,48,48)),NetSpec(width=4)
@@ -71,7 +71,7 @@ def test_K1_K3_K4_a_pickle_never_runs(tmp_path, kind, suffix, capfd):
     "A pickle given as weights, as an encoder, or as a checkpoint is refused before anything in it runs"
     path = poisoned(tmp_path, kind, suffix)
     for f in (load_model, Segmenter.load, read_seen, read_checkpoint, read_weights, lambda p: encoder3d('r3d_18', p)): refused(lambda: f(path))
-    scan = tmp_path/'ct.nii.gz'; save_volume(phantom(0, shape=(32,48,48), spacing=(9,7,7)).ct, scan)
+    scan = tmp_path/'ct.nii.gz'; save_volume(cached(0, (32,48,48), (9,7,7)).ct, scan)
     assert main(['predict',str(scan),'--weights',str(path),'--out',str(tmp_path/'out'),'--device','cpu'])==2
     assert not (tmp_path/'ran').exists()
 
@@ -202,7 +202,7 @@ class Broken(nn.Module):
 def test_K12_an_answer_that_is_not_finite_names_the_scan(tmp_path, value):
     "An answer that is NaN or infinite is an error that names the scan, not an empty mask"
     from covid3d.volume import open_ct
-    save_volume(phantom(0, shape=(32,48,48), spacing=(9,7,7)).ct, tmp_path/'ct.nii.gz')
+    save_volume(cached(0, (32,48,48), (9,7,7)).ct, tmp_path/'ct.nii.gz')
     refused(lambda: Segmenter(Broken(value), spec)(open_ct(tmp_path/'ct.nii.gz')), 'ct.nii.gz', 'NaN or infinite')
 
 @pytest.mark.fault('K14')
@@ -217,7 +217,7 @@ def test_K14_what_is_saved_is_what_is_read(tmp_path):
     assert all(torch.equal(v, again.state_dict()[k]) for k,v in model.state_dict().items()) and not again.training
     save_model(again, tmp_path/'n.safetensors', ct, n, seen)
     assert (tmp_path/'m.safetensors').read_bytes()==(tmp_path/'n.safetensors').read_bytes()
-    assert set(Segmenter.load([tmp_path/'m.safetensors']*2)(phantom(0, shape=(32,48,48), spacing=(9,7,7)).ct).masks)=={'lesion','lung'}
+    assert set(Segmenter.load([tmp_path/'m.safetensors']*2)(cached(0, (32,48,48), (9,7,7)).ct).masks)=={'lesion','lung'}
 
 # No memory, no hanging
 
@@ -289,7 +289,7 @@ def test_malformed_folds(tmp_path, text):
 
 def test_a_scan_too_large_is_named(monkeypatch):
     "A scan for which memory does not suffice is named, whether the computer or a bound says so"
-    ct = phantom(0, shape=(32,48,48), spacing=(9,7,7)).ct
+    ct = cached(0, (32,48,48), (9,7,7)).ct
     wide = replace(ct, affine=ct.affine@np.diag([1,3,3,1]))
     refused(lambda: Segmenter(Broken(0.), replace(spec, spacing=(.6,.6,.6)))(wide), '0.6×0.6×0.6 mm would make 480×1680×1680 voxels')
     refused(lambda: Segmenter(Broken(0.), replace(spec, spacing=(1,1,1), patch=(4,4,4)), overlap=.9)(ct), 'windows would have to be computed')

@@ -4,7 +4,7 @@
 
 Seven CoronaCases scans with lesion and lung masks (grey levels, read as −1000…20 HU), two hospital scans as DICOM (P001 with COVID-19 and a label per slice from three radiologists, normal001 healthy), a coarse scan with
 a lung mask, and a crop of a chest without COVID-19. `--stress` adds changed copies of the CoronaCases scans: another window, gamma, noise, blur, thick slices, a crop, an upside-down and a mirrored file, a wrong spacing. A row per
-scan and change is written to benchmarks/synthetic.csv (rows of the same name are replaced); `--table` prints the means. All of P001, normal001 and coronacases_7 were looked at while the synthetic patients were made.
+scan and change is written to benchmarks/synthetic.csv (rows of the same name are replaced); `--table` prints the means. All of these scans were looked at while the synthetic patients were made and the weights chosen.
 """
 import argparse, os, time
 from pathlib import Path

@@ -121,12 +121,13 @@ def segment(
     ct: Volume,             # Scan in HU
     overlap: float = .5,    # Fraction of a window that the next one covers again
     threshold: float = .5,  # Probability from which a voxel is set
-    bar: bool = False       # Show a progress bar
+    bar: bool = False,      # Show a progress bar
+    clean=None              # Changes the probabilities on the network's grid, in place
 ) -> dict: # Class → uint8 mask, canonical axes, shape of `ct`
     "Masks of a whole scan, on its own voxels"
     if not 0<threshold<1:
         raise CTError('threshold', f'{threshold} is not between 0 and 1', 'Give 0.5')
-    return _whole_scan(model, spec, ct, overlap, bar, lambda p: _cut(p, threshold))
+    return _whole_scan(model, spec, ct, overlap, bar, lambda p: _cut(p, threshold), clean=clean)
 
 def _cut(p, threshold) -> np.ndarray: return (p>=threshold).cpu().numpy().astype(np.uint8)
 
@@ -276,13 +277,15 @@ def __call__(self: Segmenter,
     bar: bool = False # Show a progress bar
 ) -> Segmentation:
     "Segment a whole scan"
-    ct,cut = as_volume(scan),lambda p: _cut(p, self.threshold)
+    ct,kept = as_volume(scan),None
     with collect_features(self.model) as found:
-        if self.keep: both = self._each(ct, lambda p: (cut(p),p.cpu().numpy()), bar)
-        else: both = {k:(v,None) for k,v in self._each(ct, cut, bar, 1).items()}
-    masks,kept = ({k:v[i] for k,v in both.items()} for i in (0,1))
+        if self.keep:
+            both = self._each(ct, lambda p: (_cut(p, self.threshold),p.cpu().numpy()), bar)
+            masks,kept = ({k:v[i] for k,v in both.items()} for i in (0,1))
+        else: masks = segment(self.model, self.spec, ct, self.overlap, self.threshold, bar,
+                              self._clean)
     far = self.domain.distance(found) if self.domain else math.nan
-    return Segmentation(ct, masks, self, kept if self.keep else None, far)
+    return Segmentation(ct, masks, self, kept, far)
 
 @patch
 def probabilities(self: Segmenter,
@@ -293,9 +296,9 @@ def probabilities(self: Segmenter,
     return self._each(as_volume(scan), lambda p: p.cpu().numpy(), bar)
 
 @patch
-def _each(self: Segmenter, ct, finish, bar, full=None):
-    full = len(self.classes) if full is None else full
-    return _whole_scan(self.model, self.spec, ct, self.overlap, bar, finish, full, self._clean)
+def _each(self: Segmenter, ct, finish, bar):
+    return _whole_scan(self.model, self.spec, ct, self.overlap, bar, finish, len(self.classes),
+                       self._clean)
 
 # %% ../nbs/15_inference.ipynb #fca3e8fb
 @patch(cls_method=True)

@@ -279,7 +279,9 @@ def is_network(
     "Whether it names a whole network that `save_model` wrote, not an encoder alone"
     if isinstance(pretrained, bool): return False
     p = Path(pretrained := weights_file(pretrained))
-    return p.suffix=='.safetensors' and p.is_file() and 'covid3d' in _read(pretrained, _header)[0]
+    if p.suffix!='.safetensors' or not p.is_file(): return False
+    meta,have = _read(pretrained, _header)
+    return 'covid3d' in meta and any(k.startswith('head.') for k in have)
 
 def network_in(
     path,        # Of a whole network

@@ -190,7 +190,7 @@ def test_kinetics_offline(capfd, data, tmp_path, monkeypatch):
     def no_network(*a, **k): raise urllib.error.URLError('no network')
     monkeypatch.setattr(urllib.request, 'urlopen', no_network); monkeypatch.setattr(torch.hub, 'urlopen', no_network)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path/'cache'))
-    assert main(['train',str(data/'cases.csv'),'--out',str(tmp_path/'run')])==2
+    assert main(['train',str(data/'cases.csv'),'--out',str(tmp_path/'run'),'--init','kinetics'])==2
     announced,line = capfd.readouterr().err.splitlines()  # the first is torchvision's own: what it tries to download
     assert all(o in line for o in ('https://download.pytorch.org/models/r3d_18', str(tmp_path/'cache'), '--init random'))
     assert not (tmp_path/'run').exists()

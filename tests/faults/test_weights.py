@@ -138,11 +138,11 @@ def test_one_flipped_bit_is_noticed(good, tmp_path):
 def states(good):
     w = load_file(good); k = next(k for k in w if w[k].ndim>1)
     return dict(missing={n:v for n,v in w.items() if n!=k}, more=w|{'extra':torch.zeros(1)}, renamed={n.replace('layer1','layer9'):v for n,v in w.items()},
-        shape=w|{k:w[k][:1].clone()}, half={n:v.half() if v.is_floating_point() else v for n,v in w.items()}, whole=w|{k:w[k].long()})
+        shape=w|{k:w[k][:1].clone()}, double={n:v.double() if v.is_floating_point() else v for n,v in w.items()}, whole=w|{k:w[k].long()})
 
 @pytest.mark.fault('K6')
 @pytest.mark.promise('silent')
-@each('kind', ['missing','more','renamed','shape','half','whole'])
+@each('kind', ['missing','more','renamed','shape','double','whole'])
 def test_K6_weights_of_another_network(good, tmp_path, kind):
     "Tensors of another name, shape or type are refused, not cast or left out"
     refused(lambda: load_model(forged(good, tmp_path/'m.safetensors', states(good)[kind])), 'weights of another network')

@@ -60,7 +60,8 @@ published = [dict(zip(('data', 'dice', 'sd', 'n', 'method', 'source', 'differs')
         'people, on other scans: how far two readers agree')]]
 
 # %% ../nbs/24_reproduce.ipynb #b18515b5
-_methods = dict(default='this library’s own recipe, not the paper’s',
+_own = 'this library’s own recipe, not the paper’s'
+_methods = dict(kinetics=_own, default=f'{_own}, from weights of synthetic patients',
     resize='whole scans resized to {}, after the authors’ later example for CoronaCases, '
            'not the paper’s')
 

@@ -510,8 +510,8 @@ def _absent_run(run, resume, overwrite, command='train', file='model.safetensors
     if resume and overwrite:
         raise _Refused('--resume', 'it contradicts --overwrite', 'Give one of the two')
     if not os.path.lexists(run): return
-    from covid3d.files import Outputs
-    may = overwrite or resume and (run/'checkpoint.safetensors').exists()
+    from covid3d.files import Outputs, resumable
+    may = overwrite or resume and resumable(run)
     remedy = 'Add --resume to continue an interrupted run, choose another --out, or add --overwrite'
     Outputs(run, command, 'checkpoint.safetensors', file).require(may, remedy)
 

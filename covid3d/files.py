@@ -266,3 +266,12 @@ def require(self: Outputs,
                       'Choose another --out, or move it away')
     if (found := self.present) and not overwrite:
         raise CTError(self.folder/found[0], 'exists already', remedy)
+
+# %% ../nbs/02_files.ipynb #cf2848cb
+def resumable(
+    out: str|Path # Folder of a training
+) -> bool:
+    "Whether there is a checkpoint, or a training that had not reached its first"
+    try: rows = (Path(out)/'history.csv').read_bytes().count(b'\n')
+    except OSError: rows = 0
+    return rows<=2 or (Path(out)/'checkpoint.safetensors').exists()

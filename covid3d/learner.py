@@ -45,7 +45,7 @@ from .dicom import open_scan
 from .dicom_seg import save_seg
 from .distributed import joined, once, own_random, place, split_training
 from .encoder import build_of, encoder3d, mc3_18, r2plus1d_18, r3d_18
-from .files import locked, sweep
+from .files import locked, resumable, sweep
 from .inference import Segmentation, Segmenter, out_of_memory, segment, sliding_window
 from .weights import NetSpec, Seen, is_network, load_model, network_in, save_model
 from .losses import DiceCELoss, DiceFocalLoss, soft_dice
@@ -219,7 +219,7 @@ def _seen_by(reader, cases) -> Seen:
 def _take(out, held, resume, overwrite):
     "Lock the folder of a training, and refuse to replace what is not to be replaced"
     held.enter_context(locked(out, folder=True))
-    may = overwrite or resume and (out/'checkpoint.safetensors').exists()
+    may = overwrite or resume and resumable(out)
     run_outputs(out).require(may, 'Add --resume to resume a training that was interrupted, choose '
                                   'another --out, or add --overwrite')
 

@@ -19,7 +19,7 @@ from .cases import read_cases
 from .data import CaseReader, CTDataLoaders, prepared_folder
 from .distributed import started
 from .domain import Domain, collect_features
-from .files import Outputs, locked, no_links
+from .files import Outputs, locked, no_links, resumable
 from .inference import sliding_window
 from .learner import set_seed, train
 from .phantom import write_phantoms
@@ -82,7 +82,7 @@ def pretrain(
     spec = recipe.spec or CTSpec()
     with locked(out, folder=True):
         no_links(out, 'patients/')
-        may = overwrite or resume and (out/'checkpoint.safetensors').exists()
+        may = overwrite or resume and resumable(out)
         run_outputs(out).require(may, 'Add --resume, choose another --out, or add --overwrite')
         table = write_phantoms(out/'patients', patients, recipe.seed+1000, None, (3.,2.,2.),
                                overwrite=overwrite, resume=True)

@@ -3,7 +3,7 @@
     COVID3D_TEST_DATA=folder python benchmarks/synthetic.py [--weights covid3d] [--mirror] [--stress] [--name NAME]
 
 Seven CoronaCases scans with lesion and lung masks (grey levels, read as −1000…20 HU), two hospital scans as DICOM (P001 with COVID-19 and a label per slice from three radiologists, normal001 healthy), a coarse scan with
-a lung mask, and a crop of a chest without COVID-19. `--stress` adds changed copies of the CoronaCases scans: another window, gamma, noise, blur, thick slices, a crop, an upside-down and a mirrored file, a wrong spacing. A row per
+a lung mask, and a crop of a chest without COVID-19. `--stress` adds changed copies of the CoronaCases scans: another window, gamma, noise, blur, thick slices, crops, a wrong spacing. A row per
 scan and change is written to benchmarks/synthetic.csv (rows of the same name are replaced); `--table` prints the means. All of these scans were looked at while the synthetic patients were made and the weights chosen.
 """
 import argparse, os, time
@@ -38,8 +38,6 @@ def measure(seg, lesion=None, lung=None):
     if lesion is not None: row |= dict(dice=dice(seg.masks['lesion'], lesion), inside=float(found[lesion>0].mean()))
     if lung is not None: row['lung_dice'] = dice(found, lung>0)
     return row
-
-def resliced(vol, keep): return Volume(np.ascontiguousarray(vol.data[keep]), vol.affine, vol.source)
 
 def thick(vol, n=3):
     "The mean of n slices in place of each n"

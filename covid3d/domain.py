@@ -40,7 +40,7 @@ class Domain:
     limit: float = 1.       # Distance from which a scan is out of the domain
 
     def distance(self,
-        features # (window, channel), or a list of such tensors
+        features: list # (window, channel) tensors
     ) -> float: # NaN where there are none
         "How far a scan is from the training scans, in limits: 1 or more is out of the domain"
         f = torch.cat([torch.empty(0, len(self.mean)), *features]).double()-self.mean.double()
@@ -49,12 +49,12 @@ class Domain:
 
 @patch(cls_method=True)
 def fit(cls: Domain,
-    scans,            # For each training scan: (window, channel) or a list of such tensors
+    scans: list,      # For each training scan, a list of (window, channel) tensors
     others=None,      # The same, of scans that set the limit; those of the training if None
     margin: float = 1.2 # Limit ÷ largest distance of these scans
 ) -> Domain:
     "Describe the features of training scans"
-    f = torch.cat([torch.cat(list(s)) for s in scans]).double()
+    f = torch.cat([torch.cat(s) for s in scans]).double()
     cov = torch.cov(f.T)+.1*f.var(0).mean()*torch.eye(f.shape[1])
     raw = cls(f.mean(0).float(), torch.linalg.inv(cov).float())
     return cls(raw.mean, raw.precision, margin*max(raw.distance(s) for s in others or scans))

@@ -274,4 +274,5 @@ def resumable(
     "Whether there is a checkpoint, or a training that had not reached its first"
     try: rows = (Path(out)/'history.csv').read_bytes().count(b'\n')
     except OSError: rows = 0
-    return rows<=2 or (Path(out)/'checkpoint.safetensors').exists()
+    first = rows<=2 and (Path(out)/'recipe.json').exists()
+    return first or (Path(out)/'checkpoint.safetensors').exists()

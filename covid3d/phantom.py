@@ -260,7 +260,7 @@ def _save_phantom(ph, row, out):
     for k in _homes: save_volume(sides.get(k) or getattr(ph, k), out/row[k])
 
 # %% ../nbs/03_phantom.ipynb #7c7d93d0
-def _begin(files, about, resume, overwrite) -> bool: # Whether a former run goes on
+def _begin(files, about, resume, overwrite) -> bool: # Whether a former run resumes
     "Keep the phantoms of an interrupted run, or clear the folder for a new one"
     out,note = files.folder,files.folder/'phantoms.json'
     if resume and note.exists() and read_json(note, remedy='Use another folder')==about:

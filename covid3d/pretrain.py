@@ -29,6 +29,8 @@ from .volume import CTError
 from .weights import load_model, read_seen, save_model
 
 # %% ../nbs/19_pretrain.ipynb #335ef641
+def _published(out): return Outputs(out, 'pretrain', 'covid3d.safetensors')
+
 def _features(model, scans, spec): # a list of feature vectors for each scan
     for x in scans:
         with torch.inference_mode(), collect_features(model) as found:
@@ -57,8 +59,7 @@ def publish(
     others = [c for c in read_cases(table, masks=(*spec.classes,'lung')) if c.split!='train']
     limits = [*_features(model, _held_out(CaseReader(spec, prepared_folder(table)), others), spec)]
     file,seen = 'covid3d.safetensors',read_seen(out/'model.safetensors')
-    mine = Outputs(out, 'pretrain', file)
-    mine.require(True); mine.add(file)
+    mine = _published(out); mine.require(True); mine.add(file)
     save_model(model, out/file, spec, net, replace(seen, scans=()), True,
                Domain.fit([found], limits))
     return out/file
@@ -84,6 +85,8 @@ def pretrain(
         no_links(out, 'patients/')
         may = overwrite or resume and resumable(out)
         run_outputs(out).require(may, 'Add --resume, choose another --out, or add --overwrite')
+        _published(out).require(True)
+        if not resume: _published(out).clear()
         table = write_phantoms(out/'patients', patients, recipe.seed+1000, None, (3.,2.,2.),
                                overwrite=overwrite, resume=True)
         cases = read_cases(table, masks=(*spec.classes,'lung'))

@@ -92,7 +92,7 @@ class Seen:
                           'Give counts, volumes and digests')
 
 # %% ../nbs/14_weights.ipynb #107fd499
-_weights_format = 1
+_weights_format,_domain_tensors = 1,('domain.mean','domain.precision')
 
 def _digest(about, state) -> str:
     "Digest of the specification, and of the tensors with names, types and shapes"
@@ -121,7 +121,7 @@ def save_model(
                  seen=asdict(seen) if seen else None)
     if domain:
         about['domain'] = domain.limit
-        state |= {f'domain.{k}':getattr(domain, k).contiguous() for k in ('mean','precision')}
+        state |= {k:v.contiguous() for k,v in zip(_domain_tensors, (domain.mean,domain.precision))}
     text = json.dumps(about|dict(digest=_digest(about, state)))
     write_atomic(path, save(state, dict(covid3d=text)))
 
@@ -205,7 +205,7 @@ def _fitting(path, ct, net, have) -> nn.Module:
     except (ValueError,TypeError,RuntimeError) as e:
         raise CTError(path, f'its specification builds no network ({e})', _old) from None
     need = {k:(v.dtype,tuple(v.shape)) for k,v in model.state_dict().items()}
-    have = {k:v for k,v in have.items() if not k.startswith('domain.')}
+    have = {k:v for k,v in have.items() if k not in _domain_tensors}
     whole = {torch.float16:torch.float32}  # 16 bits are read as 32
     have = {k:(whole.get(kind, kind),size) for k,(kind,size) in have.items()}
     misfit = next((k for k in [*need,*have] if need.get(k)!=have.get(k)), None)
@@ -239,7 +239,7 @@ def load_model(
     if bad := next((k for k,v in state.items() if not torch.isfinite(v).all()), None):
         raise CTError(path, f'{bad} holds NaN or infinite weights',
                       'Train again, or use other weights')
-    state = {k:v for k,v in state.items() if not k.startswith('domain.')}
+    state = {k:v for k,v in state.items() if k not in _domain_tensors}
     model.to_empty(device='cpu').load_state_dict(state)
     return model.to(device).eval(),ct,net
 
@@ -254,13 +254,14 @@ def read_domain(
     path # `.safetensors` from `save_model`, which `load_model` has opened
 ) -> Domain: # None where the weights do not say
     "What the features of the training scans look like"
-    limit = json.loads(_read(path, _header)[0]['covid3d']).get('domain')
+    meta,have = _read(path, _header)
+    limit,(_,net,_) = json.loads(meta['covid3d']).get('domain'),_specs(meta['covid3d'], path)
     if limit is None: return None
-    try: mean,precision = _read(path, lambda o: [o.get_tensor(f'domain.{k}').float()
-                                                 for k in ('mean','precision')])
-    except CTError: mean = precision = torch.empty(0)
-    ok = isinstance(limit, float) and 0<limit<1e9 and mean.ndim==1 and len(mean)
-    if ok and precision.shape==(len(mean),)*2: return Domain(mean, precision, limit)
+    n = 8*(net.width or 64)  # channels of the encoder's last stage
+    sizes = [have.get(k, (0,0))[1] for k in _domain_tensors]
+    if isinstance(limit, float) and 0<limit<1e9 and sizes==[(n,),(n,n)]:
+        parts = _read(path, lambda o: [o.get_tensor(k).float() for k in _domain_tensors])
+        return Domain(*parts, limit)
     raise CTError(path, 'what it says of its training scans cannot be read', _old)
 
 # %% ../nbs/14_weights.ipynb #382cc2af
@@ -310,15 +311,18 @@ def _continued(path, net, classes) -> DynamicUnet3d:
     return new
 
 # %% ../nbs/14_weights.ipynb #3177801f
+def _mean_logit(*logits):
+    "The logit of the mean probability"
+    l = torch.stack(logits)
+    return F.logsigmoid(l).logsumexp(0)-F.logsigmoid(-l).logsumexp(0)
+
 class Ensemble(nn.Module):
     "Several networks as one: the mean of their probabilities"
     def __init__(self,
         models # Networks of the same classes
     ): super().__init__(); self.models = nn.ModuleList(models)
     # (batch, 1, slice, row, column) → logits (batch, class, slice, row, column)
-    def forward(self, x):
-        l = torch.stack([m(x) for m in self.models])
-        return F.logsigmoid(l).logsumexp(0)-F.logsigmoid(-l).logsumexp(0)
+    def forward(self, x): return _mean_logit(*(m(x) for m in self.models))
 
 # %% ../nbs/14_weights.ipynb #aca23579
 class Mirrored(nn.Module):
@@ -330,8 +334,7 @@ class Mirrored(nn.Module):
         super().__init__(); self.model,self.order = model,list(order)
     # (batch, 1, slice, row, column) → logits (batch, class, slice, row, column)
     def forward(self, x):
-        l = torch.stack([self.model(x), self.model(x.flip(-1)).flip(-1)[:,self.order]])
-        return F.logsigmoid(l).logsumexp(0)-F.logsigmoid(-l).logsumexp(0)
+        return _mean_logit(self.model(x), self.model(x.flip(-1)).flip(-1)[:,self.order])
 
 # %% ../nbs/14_weights.ipynb #bd6d8d18
 def weights_in(

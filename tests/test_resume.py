@@ -16,7 +16,7 @@ from covid3d.encoder import encoder3d
 from coarse import write_coarse
 
 rng = random.Random(int(os.environ.get('COVID3D_SEED', 0)))
-small = ['--width','8','--spacing','9,7,7','--patch','16,32,32','--patches','12','--frozen-epochs','1','--epochs','3','--lr','1e-1','--score-every','1','--augment','full','--ema','.9','--device','cpu']
+small = ['--width','8','--spacing','9,7,7','--patch','16,32,32','--patches','12','--frozen-epochs','1','--frozen-stages','2','--lr-ratio','3','--epochs','3','--lr','1e-1','--score-every','1','--augment','full','--ema','.9','--device','cpu']
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -80,7 +80,7 @@ def test_the_training_learns(data, scored):
     "Else equal weights would say little: every epoch other weights, and neither the first nor the last the best"
     out,_ = scored
     h = history(out/'run')
-    assert len(h)==4 and len({r['valid_loss'] for r in h})==4 and float(h[-1]['train_loss'])<.985*float(h[0]['train_loss'])
+    assert len(h)==4 and len({r['valid_loss'] for r in h})==4 and float(h[-1]['train_loss'])<.97*float(h[0]['train_loss'])
     dice = [float(r['scan_dice']) for r in h]
     assert dice.index(max(dice))==2
     kept = [read_checkpoint(out/'kept'/f'{o}.safetensors')[1] for o in ('0-1','1-1','1-2','1-3')]

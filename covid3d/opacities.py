@@ -41,25 +41,27 @@ def centres(
     return rng.choice(len(points), n, p=w/w.sum())
 
 # %% ../nbs/03_opacities.ipynb #b43bc1a6
-shapes = 'round','crescent','patch','band'
+shapes = 'round','crescent','patch','band','diffuse'
+_wide = dict(crescent=(1.1,2.2), diffuse=(1.3,2.6)) # how much wider than the others
 fillings = 'ground glass','crazy paving','consolidation','halo','reversed halo'
 
 def _sample_lesion(shape, dense, mixed, size, rng): # `size`: factor on lengths
     u = rng.uniform
     r = u(2.5,6) if rng.random()<.25 else float(np.clip(rng.lognormal(np.log(13*size), .5), 4, 60))
-    axes = r*u((.7,.7,.7), (1.4,1.2,1.2))*(u(1.1,2.2) if shape=='crescent' else 1)
+    axes = r*u((.7,.7,.7), (1.4,1.2,1.2))*u(*_wide.get(shape, (1,1)))
     if shape=='band': axes = np.array([u(15,40),u(15,40),3.])
     turn = np.eye(3) if shape=='crescent' else np.linalg.qr(rng.normal(size=(3,3)))[0]
     chances = [.42,.2,.16,.14,.08] if mixed else [.5,.5,0,0,0]
     return SimpleNamespace(shape=shape, axes=axes, turn=turn.astype(np.float32), soft=u(.06,.3),
                            filling=str(rng.choice(fillings, p=chances)), ragged=u(.08,.35),
-                           thick=u(4,12)*size*u(.8,1.8),
+                           thick=u(4,12)*size*u(.8,1.8), uneven=u(.1,.45),
                            dense=float(np.clip(dense*u(.8,1.3), .12, .75)))
 
 # %% ../nbs/03_opacities.ipynb #db5a738d
 def _covers(o, points, depth): # which points a lesion holds, about
     hit = squares(*((points-o.centre)@o.turn.T/o.axes).T)<1.2
-    return hit&(depth<1.2*o.thick) if o.shape=='crescent' else hit
+    reach = dict(crescent=1.2, diffuse=2.5).get(o.shape, np.inf)
+    return hit&(depth<reach*o.thick)
 
 def sample_lesions(
     points, depth, # From `lung_points`
@@ -68,7 +70,7 @@ def sample_lesions(
     rng            # NumPy's random generator
 ) -> list: # Lesions, centres in mm of the upright body
     "Sample lesions until a patient has `total` ml"
-    at,kinds = centres(points, depth, rng),rng.dirichlet([2,2,1.2,.3])
+    at,kinds = centres(points, depth, rng),rng.dirichlet([1.6,2,1,.3,1.8])
     dense,mixed,size = rng.uniform(.16,.6),rng.random()<.75,(total/60)**.25
     out,hit = [],np.zeros(len(points), bool)
     for tried,i in enumerate(at):
@@ -86,12 +88,13 @@ def _depth_within(o, v, coarse, fine, depth): # 1 in the middle, 0 on the border
         return 1-np.maximum(np.sqrt(squares(v[0]/o.axes[0], v[1]/o.axes[1])),
                             np.abs(v[2]+3*coarse)/o.axes[2])
     r = np.sqrt(squares(*(a/b for a,b in zip(v, o.axes))))
-    if o.shape=='crescent': r = np.maximum(r, .9*depth/o.thick)
+    r = np.maximum(r, dict(crescent=.9, diffuse=.35).get(o.shape, 0)*depth/o.thick)
     q = 1-r+o.ragged*(coarse+.3*fine)
+    if o.shape=='diffuse': q = q-.4+.3*coarse+.2*fine
     return q-.25+.36*coarse if o.shape=='patch' else q
 
 def _filling(o, q, coarse, fine, net): # fraction of air replaced
-    glass = o.dense*(1+.22*fine)
+    glass = np.clip(o.dense*(1+o.uneven*(fine+.5*coarse)), .05, .85)
     if o.shape=='band': return np.full_like(glass, .55+.2*o.dense)
     if o.filling=='crazy paving': return np.maximum(glass, np.clip(o.dense+.35*net, 0, .9))
     if o.filling=='consolidation': return np.clip(.8+.1*fine, 0, 1)

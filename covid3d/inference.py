@@ -177,13 +177,18 @@ class Segmentation:
     # How far the scan is from the training scans (`Domain.distance`), from 1 on out of the domain;
     # NaN where the weights do not tell
     distance: float = math.nan
+    # How far the answers to the scan and to its mirror image are apart (`Mirrored.disagreement`),
+    # 0 to 1; NaN without `mirror`
+    disagreement: float = math.nan
 
     @property
     def ml(self) -> dict:
         "Class → volume of its mask in ml"
         return {k:float(m.sum()*self.ct.ml_per_voxel) for k,m in self.masks.items()}
     @property
-    def notes(self) -> tuple: return self.ct.notes
+    def notes(self) -> tuple:
+        "What is to be known about the scan, and what speaks against its masks, in words"
+        return (*self.ct.notes, *(f'warning: {o}' for o in _doubts(self)))
 
     def __repr__(self):
         volumes = ', '.join(f'{k} {v:.1f} ml' for k,v in self.ml.items())
@@ -191,6 +196,27 @@ class Segmentation:
     def probabilities(self) -> dict:
         "Class → float32 probability of each voxel; as slow as the masks were, unless it was kept"
         return self.kept or self.segmenter.probabilities(self.ct)
+
+# %% ../nbs/15_inference.ipynb #aa27b7a2
+_least_lung,_most_lungs = 300,10_000 # ml: of each lung, and of both
+_apart = .5 # of two answers, from which they have little in common
+
+def _doubts(seg) -> list:
+    "What speaks against the masks of a scan"
+    out,ml = [],{k:seg.ml[k] for k in ('right_lung','left_lung') if k in seg.masks}
+    if seg.distance>=1:
+        out.append(f'unlike all scans of the training: its distance of {seg.distance:.1f} is '
+                   'above 1; look whether it is a chest CT in HU')
+    if seg.disagreement>_apart:
+        out.append(f'the answer to the mirror image differs by {seg.disagreement:.0%}; look at '
+                   'the mask before you use it')
+    if sum(ml.values())>_most_lungs:
+        out.append(f'lungs of {sum(ml.values()):,.0f} ml; check the voxel size')
+    small = [f'{k.replace("_", " ")} of {v:,.0f} ml' for k,v in ml.items() if v<_least_lung]
+    if len(ml)==2 and small:
+        out.append(f'{" and ".join(small)}; check that the scan holds the whole chest, and its '
+                   'voxel size')
+    return out
 
 # %% ../nbs/15_inference.ipynb #2056564a
 @patch
@@ -252,8 +278,6 @@ class Segmenter:
         return f'Segmenter of {", ".join(self.classes)} ({how})'
 
 # %% ../nbs/15_inference.ipynb #888c984a
-_least_lung = 300 # ml
-
 @patch
 def _clean(self: Segmenter, prob, ct):
     "Set the probabilities of lesions to zero that are too small, or outside of the lungs"
@@ -285,7 +309,8 @@ def __call__(self: Segmenter,
         else: masks = segment(self.model, self.spec, ct, self.overlap, self.threshold, bar,
                               self._clean)
     far = self.domain.distance(found) if self.domain else math.nan
-    return Segmentation(ct, masks, self, kept, far)
+    apart = self.model.disagreement() if self.mirror else math.nan
+    return Segmentation(ct, masks, self, kept, far, apart)
 
 @patch
 def probabilities(self: Segmenter,

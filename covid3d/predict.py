@@ -8,7 +8,7 @@ Docs: https://covid3d.github.io/covid3d/predict.html.md"""
 __all__ = ['find_scans', 'predict_scans']
 
 # %% ../nbs/21_predict.ipynb #86635256
-import csv, hashlib, io, os, unicodedata
+import csv, hashlib, io, math, os, unicodedata
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -166,7 +166,8 @@ class _Record:
         self.path = Path(folder)/_scans_csv
         self.rows = _read_rows(self.path)
         ml = [k for r in self.rows.values() for k in r if k.endswith('_ml')]
-        self.columns = (*_first,*dict.fromkeys([*ml,*(f'{k}_ml' for k in classes)]),*_last,_private)
+        ml = dict.fromkeys([*ml,*(f'{k}_ml' for k in classes)])
+        self.columns = (*_first,*ml,'distance',*_last,_private)
         self.rewrite()
 
     def _text(self, rows, header=False) -> bytes:
@@ -254,7 +255,8 @@ def _segment_and_write(case, row, names, job) -> str:
         return 'kept'
     seg = job['segmenter'](ct, job['bar'])
     row |= {f'{k}_ml':f'{v:.4f}' for k,v in seg.ml.items()}
-    row['notes'] = ' · '.join((*ct.notes, *_unlike(seg.masks, ct, job['seen'])))
+    row['distance'] = '' if math.isnan(seg.distance) else f'{seg.distance:.2f}'
+    row['notes'] = ' · '.join((*seg.notes, *_unlike(seg.masks, ct, job['seen'])))
     row |= dict(masks=' / '.join(map(plain, names)), written='', error='')
     job['record'].add(dict(row))
     if job['format']=='seg': save_seg(seg.masks, ct, job['out']/names[0])

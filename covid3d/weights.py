@@ -8,7 +8,7 @@ Docs: https://covid3d.github.io/covid3d/weights.html.md"""
 __all__ = ['NetSpec', 'Seen', 'save_model', 'load_model', 'read_seen', 'read_domain', 'Ensemble', 'Mirrored']
 
 # %% ../nbs/14_weights.ipynb #1a21c84e
-import hashlib, json, os, re
+import hashlib, json, math, os, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -332,9 +332,17 @@ class Mirrored(nn.Module):
         order  # Each class's index in a mirror image (`CTSpec.mirrored`)
     ):
         super().__init__(); self.model,self.order = model,list(order)
+        self.overlap = torch.zeros(2, len(order))  # of both answers, for each class
     # (batch, 1, slice, row, column) → logits (batch, class, slice, row, column)
     def forward(self, x):
-        return _mean_logit(self.model(x), self.model(x.flip(-1)).flip(-1)[:,self.order])
+        a,b = self.model(x),self.model(x.flip(-1)).flip(-1)[:,self.order]
+        p,q = a>0,b>0
+        self.overlap += torch.stack([2*(p&q).sum((0,2,3,4)), (p.int()+q).sum((0,2,3,4))]).cpu()
+        return _mean_logit(a, b)
+    def disagreement(self) -> float: # 0 the same, 1 nothing in common; NaN if both are empty
+        "How far both answers for the first class lie apart, since it was last asked"
+        both,all_ = map(float, self.overlap[:,0]); self.overlap.zero_()
+        return 1-both/all_ if all_ else math.nan
 
 # %% ../nbs/14_weights.ipynb #bd6d8d18
 def weights_in(

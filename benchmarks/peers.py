@@ -1,13 +1,14 @@
 """This library's network beside its peers: seven real scans, three folds by patient, Dice and surface Dice of whole scans on their own grids
 
-    COVID3D_TEST_DATA=folder python benchmarks/peers.py [--seconds 200 | --patches 68] [--networks …] [--folds 0,1,2] [--seeds 0] [--lr 2e-3] [--encoder FILE] [--out _bench]
+    COVID3D_TEST_DATA=folder python benchmarks/peers.py [--seconds 200 | --patches 68] [--networks …] [--folds 0,1,2] [--seeds 0] [--lr 2e-3] [--weights covid3d] [--out _bench]
 
 Peers: MONAI's UNet, SegResNet and DynUNet, nnU-Net's default plain and residual networks, and the recipe that resizes whole volumes to 20×224×224 (the whole r3d_18, batch 1, rate 1e-3, weight decay 1e-4).
 All but the last get the same cases, grid (4×2.8×2.8 mm), patches (16×96×96), batch size, augmentation, optimiser, schedule and sliding window. The peers train with Dice + cross-entropy, the default of nnU-Net and the usual choice with
-MONAI; ours with its own default, Dice + focal loss, and from pretrained weights with the first stages frozen and rates that rise to the decoder, as `train` does. That is not what nnU-Net's own program would do: its
+MONAI; ours with its own default, Dice + focal loss, all of it trained at one rate, as `train` does. `covid3d` starts from the weights that come with the library, or from a file (`--weights`); `covid3d scratch` is
+the same network from random weights. That is not what nnU-Net's own program would do: its
 planner would choose near 0.7 mm and patches of millions of voxels, of which these budgets pay for none.
 `cpu_seconds` is training alone, `step` one batch of it, `inference` one scan, `peak_mb` the process's resident memory in training, PyTorch and data included. Each run adds a row to benchmarks/peers.csv; a run that has its row
-is not repeated; `encoder` is the digest of the pretrained file. `--table` prints the means, with the 95 % bootstrap interval over patients, and draws nbs/images/peers.png.
+is not repeated; `weights` is the digest of the file of the start. `--table` prints the means, with the 95 % bootstrap interval over patients, and draws nbs/images/peers.png.
 """
 import argparse, hashlib, itertools, time
 from concurrent.futures import ProcessPoolExecutor
@@ -20,9 +21,10 @@ from fastai.learner import Learner
 from budget import Budget, add_row, budget_name, done, here, peak_mb, reset_peak, seven_scans, versions
 from covid3d.evaluate import score_cases
 from covid3d.inference import Segmenter
-from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, unfreeze_for, unet_learner_3d
+from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, unet_learner_3d
 from covid3d.statistics import compare, mean_interval, score_table
 from covid3d.transforms import ResizeSpec
+from covid3d.weights import load_model, weights_file
 from memory import nnunet
 
 path,spec,whole = here/'peers.csv',CTSpec(),ResizeSpec()
@@ -45,25 +47,24 @@ def plain(deep=False, **kwargs): return nnunet(spec.patch, deep=deep, **kwargs) 
 
 peers = {'MONAI UNet':monai_unet, 'MONAI SegResNet':segresnet, 'MONAI DynUNet':dynunet, 'nnU-Net plain':plain, 'nnU-Net residual':lambda: plain(residual=True)}
 
-def learner(name, dls, encoder, lr):
-    "The learner and its learning rates; ours as `covid3d train` builds it: r3d_18 of width 16 from random weights, or whatever the encoder file holds"
+def learner(name, dls, weights):
+    "The learner; ours as `covid3d train` builds it from these weights, and its twin from scratch"
     if name in peers: learn = Learner(dls, peers[name](), loss_func=DiceCELoss(), metrics=[])
     elif name=='whole-volume resize': learn = unet_learner_3d(dls, pretrained=False, loss_func=DiceCELoss(), metrics=[], wd=1e-4)
     else:
-        pretrained = encoder if name.endswith('pretrained') else False
-        learn = unet_learner_3d(dls, pretrained=pretrained, width=None if pretrained else 16, metrics=[])
-        lr = unfreeze_for(learn, pretrained, lr)
+        learn = unet_learner_3d(dls, load_model(weights_file(weights))[2], pretrained=False if name.endswith('scratch') else weights, metrics=[])
+        learn.unfreeze()
     learn.model.to(memory_format=torch.channels_last_3d)
-    return learn,lr
+    return learn
 
-def run(table, name, fold, seed, budget, lr, encoder):
+def run(table, name, fold, seed, budget, lr, weights):
     "Train and score one network"
     set_seed(seed, reproducible=True)
     resize = name=='whole-volume resize'
     s,bs = (whole,1) if resize else (spec,2)
     dls = CTDataLoaders.from_table(table, s, bs=bs, fold=(fold,3), patches=6, device='cpu', aug=light_aug_transforms())
-    learn,rates = learner(name, dls, encoder, lr)
-    b = Budget(rates, **budget)
+    learn = learner(name, dls, weights)
+    b = Budget(lr, **budget)
     reset_peak()
     with learn.no_bar(), learn.no_logging(): learn.fit(10**6, cbs=b)
     peak,model = peak_mb(),learn.model.eval()
@@ -72,9 +73,9 @@ def run(table, name, fold, seed, budget, lr, encoder):
     df = score_cases(segmenter, dls.valid_cases)
     each = lambda k: ' '.join(f'{c[-3:]}:{v:.3f}' for c,v in zip(df.case, df[k]))
     return dict(network=name, budget=budget_name(budget), lr=lr, fold=fold, seed=seed, dice=f'{df.dice.mean():.3f}', nsd=f'{df.nsd.mean():.3f}', cases=each('dice'), nsd_cases=each('nsd'), patches=b.seen, cpu_seconds=f'{b.spent:.0f}',
-        step=f'{b.spent*bs/b.seen:.3f}', inference=f'{t:.1f}', peak_mb=f'{peak:.0f}', parameters=sum(p.numel() for p in model.parameters()), **versions(), encoder=digest(name, encoder))
+        step=f'{b.spent*bs/b.seen:.3f}', inference=f'{t:.1f}', peak_mb=f'{peak:.0f}', parameters=sum(p.numel() for p in model.parameters()), **versions(), weights=digest(name, weights))
 
-def digest(name, encoder)->str: return hashlib.blake2b(Path(encoder).read_bytes(), digest_size=4).hexdigest() if name.endswith('pretrained') else ''
+def digest(name, weights)->str: return hashlib.blake2b(Path(weights_file(weights)).read_bytes(), digest_size=4).hexdigest() if name=='covid3d' else ''
 
 def default_lr(name)->float: return 1e-3 if name=='whole-volume resize' else 2e-3
 
@@ -95,7 +96,7 @@ def table(**kwargs)->pd.DataFrame:
     res = res.join(g.agg(runs=('dice','size'), seeds=('seed','nunique'), patches=('patches','mean'), cpu_seconds=('cpu_seconds','mean'), step=('step','median'), inference=('inference','median'), peak_mb=('peak_mb','median'), parameters=('parameters','first')))
     return res.sort_values(['budget','dice'], ascending=[True,False])
 
-def paired(name='covid3d pretrained', **kwargs)->pd.DataFrame:
+def paired(name='covid3d', **kwargs)->pd.DataFrame:
     "Difference to each other network on the same scans (above 0: `name` is ahead), its 95 % interval over patients, and p of the sign-flip test, at least 2/128 with seven patients"
     each,rows = by_case(**kwargs)[0],[]
     for (budget,k),d in each.groupby(['budget','network'], sort=False):
@@ -124,16 +125,15 @@ def plot():
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seconds', type=float); p.add_argument('--patches', type=int); p.add_argument('--networks', default=','.join([*peers,'whole-volume resize','covid3d','covid3d pretrained']))
-    p.add_argument('--folds', default='0,1,2'); p.add_argument('--seeds', default='0'); p.add_argument('--encoder'); p.add_argument('--lr', type=float)
+    p.add_argument('--seconds', type=float); p.add_argument('--patches', type=int); p.add_argument('--networks', default=','.join([*peers,'whole-volume resize','covid3d scratch','covid3d']))
+    p.add_argument('--folds', default='0,1,2'); p.add_argument('--seeds', default='0'); p.add_argument('--weights', default='covid3d'); p.add_argument('--lr', type=float)
     p.add_argument('--out', type=Path, default=here.parent/'_bench'); p.add_argument('--table', action='store_true')
     a = p.parse_args()
     if a.table: print(table().round(3).to_string(), paired().round(3).to_string(), sep='\n\n'); plot().savefig(here.parent/'nbs'/'images'/'peers.png', dpi=80); raise SystemExit
     budget = dict(patches=a.patches) if a.patches else dict(seconds=a.seconds or 200)
     for seed,fold,name in itertools.product(map(int, a.seeds.split(',')), map(int, a.folds.split(',')), a.networks.split(',')):
-        if name.endswith('pretrained') and not a.encoder: continue
         lr = a.lr or default_lr(name)
-        key = dict(network=name, budget=budget_name(budget), lr=lr, fold=fold, seed=seed, encoder=digest(name, a.encoder))
+        key = dict(network=name, budget=budget_name(budget), lr=lr, fold=fold, seed=seed, weights=digest(name, a.weights))
         if done(path, **key): continue
         with ProcessPoolExecutor(1, get_context('spawn')) as pool:  # its own process, so that its memory is its own
-            add_row(path, pool.submit(run, seven_scans(a.out), name, fold, seed, budget, lr, a.encoder).result())
+            add_row(path, pool.submit(run, seven_scans(a.out), name, fold, seed, budget, lr, a.weights).result())

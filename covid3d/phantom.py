@@ -273,6 +273,27 @@ def _begin(files, about, resume, overwrite) -> bool: # Whether a former run resu
     return False
 
 # %% ../nbs/03_phantom.ipynb #3fac359f
+class _Patients:
+    "Phantoms as a data set: to read one is to write it"
+    def __init__(self, todo, out, seed, shape, spacing):
+        self.todo,self.out,self.seed,self.shape,self.spacing = todo,out,seed,shape,spacing
+    def __len__(self): return len(self.todo)
+    def __getitem__(self, k): # A `CTError`, or None
+        i,row = self.todo[k]
+        size,centre = ((self.shape,(0.,0.,0.)) if self.shape else
+                       sample_field(self.seed+i, self.spacing))
+        try: _save_phantom(phantom(self.seed+i, size, self.spacing, centre), row, self.out)
+        except CTError as e: return e
+
+def _write_all(patients, workers):
+    "Write them, in `workers` processes"
+    from torch.utils.data import DataLoader
+    several = workers>1 and len(patients)>1
+    done = DataLoader(patients, None, num_workers=workers) if several else patients
+    for e in track(done, 'phantoms'):
+        if e: raise e
+
+# %% ../nbs/03_phantom.ipynb #6aa17a2e
 def write_phantoms(
     out, # Folder
     n: int = 12, # How many, 1 to 10,000
@@ -280,7 +301,8 @@ def write_phantoms(
     shape=(96,256,256), # (slice, row, column); a field of view for each patient if None
     spacing=(3.,1.4,1.4), # mm
     overwrite: bool = False, # Replace phantoms that are there
-    resume: bool = False # Keep those that an interrupted call with these arguments has written
+    resume: bool = False, # Keep those that an interrupted call with these arguments has written
+    workers: int = 1 # Processes
 ) -> Path: # `cases.csv`
     "Write synthetic patients, a folder for scans and for each kind of mask, and a table of cases"
     out,table,files = Path(out),Path(out)/'cases.csv',phantom_outputs(out)
@@ -293,10 +315,9 @@ def write_phantoms(
         kept = _begin(files, about, resume, overwrite)
         for d in _homes.values(): sweep(out/d)
         files.add('cases.csv', *(r[k] for r in rows for k in _homes))
-        for i,r in enumerate(track(rows, 'phantoms')):
-            if kept and (out/r['lobes']).exists(): continue  # the last file of each
-            size,centre = (shape,(0.,0.,0.)) if shape else sample_field(seed+i, spacing)
-            _save_phantom(phantom(seed+i, size, spacing, centre), r, out)
+        # `lobes` is the last file of each
+        todo = [(i,r) for i,r in enumerate(rows) if not (kept and (out/r['lobes']).exists())]
+        _write_all(_Patients(todo, out, seed, shape, spacing), workers)
         text = pd.DataFrame(rows)[[*_row]].to_csv(index=False, lineterminator='\n')
         write_atomic(table, text.encode())
     return table

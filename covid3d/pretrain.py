@@ -8,6 +8,7 @@ Docs: https://covid3d.github.io/covid3d/pretrain.html.md"""
 __all__ = ['publish', 'pretrain']
 
 # %% ../nbs/19_pretrain.ipynb #3a9da41d
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def pretrain(
     patients: int = 400,      # Synthetic patients, nearly all of them to train with
     recipe='synthetic',       # `Recipe`, a name, or a JSON file
     device=None,              # `cpu`, `cuda`; the best there is if None
-    workers: int = None,      # Processes that draw patches, as for `train`
+    # Processes that draw patches, as for `train`; and that make patients, as many as CPUs if None
+    workers: int = None,
     resume: bool = False,     # Resume an interrupted call with the same arguments
     overwrite: bool = True,   # Replace what an earlier call wrote, never files of somebody else
     **changes                 # Of the recipe, such as `epochs=40`
@@ -87,8 +89,9 @@ def pretrain(
         run_outputs(out).require(may, 'Add --resume, choose another --out, or add --overwrite')
         _published(out).require(True)
         if not resume: _published(out).clear()
+        n = min(16, os.cpu_count()) if workers is None else workers
         table = write_phantoms(out/'patients', patients, recipe.seed+1000, None, (3.,2.,2.),
-                               overwrite=overwrite, resume=True)
+                               overwrite=overwrite, resume=True, workers=n)
         cases = read_cases(table, masks=(*spec.classes,'lung'))
         CaseReader(spec, prepared_folder(table)).prepare(cases)
     train(table, out, recipe, device=device, workers=workers, resume=resume, overwrite=overwrite,

@@ -34,7 +34,7 @@ def sides(seg):
 def measure(seg, lesion=None, lung=None):
     "What one scan says"
     found = (seg.masks['left_lung']+seg.masks['right_lung'])>0
-    row = {f'{k}_ml':v for k,v in seg.ml.items()}|dict(sides=sides(seg), distance=seg.distance)
+    row = {f'{k}_ml':v for k,v in seg.ml.items()}|dict(sides=sides(seg), distance=seg.distance, disagreement=seg.disagreement, warnings=sum(o.startswith('warning: ') for o in seg.notes))
     if lesion is not None: row |= dict(dice=dice(seg.masks['lesion'], lesion), inside=float(found[lesion>0].mean()))
     if lung is not None: row['lung_dice'] = dice(found, lung>0)
     return row
@@ -97,7 +97,7 @@ def table(path=here/'synthetic.csv'):
     def one(d):
         plain = d[d.change=='']; at = plain.set_index('scan'); cc = plain[plain.scan.str.startswith('corona')]
         return pd.Series({'P001, AUC':at.auc['P001'], 'P001, ml':at.lesion_ml['P001'], 'normal001, ml':at.lesion_ml['normal001'], 'coronacases_7, Dice':cc.dice.mean(), 'lungs, Dice':cc.lung_dice.mean(),
-            'lesion inside':cc.inside.mean(), 'cip_ct64, lungs':at.lung_dice['cip_ct64'], 'sides':plain.sides.min(), 'totalseg_chest, ml':at.lesion_ml['totalseg_chest'], 'stress, Dice':d[d.change!=''].dice.mean()})
+            'lesion inside':cc.inside.mean(), 'cip_ct64, lungs':at.lung_dice['cip_ct64'], 'sides':plain.sides.min(), 'totalseg_chest, ml':at.lesion_ml['totalseg_chest'], 'stress, Dice':d[d.change!=''].dice.mean(), 'stress without warning, Dice':d[(d.change!='')&(d.warnings==0)].dice.mean()})
     return df.groupby('name', sort=False)[df.columns.drop('name')].apply(one)
 
 if __name__=='__main__':

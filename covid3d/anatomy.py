@@ -69,7 +69,7 @@ def sample_body(
     "Sample the parameters of one patient's chest"
     u,size = rng.uniform,rng.uniform(.88,1.1)
     wide,deep = 126*size*u(.93,1.07),99*size*u(.88,1.1)
-    return SimpleNamespace(size=size, wide=wide, deep=deep, apex=u(112,135)*size, power=u(2.2,3),
+    return SimpleNamespace(size=size, wide=wide, deep=deep, apex=u(112,135)*size, power=u(2,2.8), egg=u(0,.2),
         fat=float(np.clip(rng.lognormal(2.56,.55), 4, 45)), muscle=u(3,10),
         breasts=rng.random()<.45,
         breast=(u(-10,25),u(62,85),u(.6,1.4)), pectoral=u(2,10), back=u(10,24),
@@ -77,9 +77,9 @@ def sample_body(
         kyphosis=u(2,16), dome=u(-88,-38), dome_drop=u(4,16), rib_gap=u(25,31), rib_slope=u(.35,.7),
         phase=u(0,30,2), spine_x=u(-4,4), scapula=u(.5,.9),
         table=(u(14,26),u(.0006,.0016),u(160,230),u(6,14)),
-        heart=(u(-48,-34),u(-34,-22),u(14,28)), heart_size=u(.85,1.15)*size, heart_fat=u(1,9),
+        heart=(u(-48,-34),u(-34,-22),u(14,28)), heart_size=u(.85,1.15)*size, heart_fat=float(np.clip(rng.lognormal(1.5,.6), 1, 16)),
         aorta=(u(14,24),u(11,15)*size,u(-6,8)), oesophagus=u(5,9), thymus=u(8,20),
-        junction=(u(-4,4),u(1.5,5)),
+        junction=(u(-4,4),float(np.clip(rng.lognormal(1.3,.6), 1.5, 14)),u(0,45)),
         stomach=(u(18,30),u(-40,-10),u(50,70)), bubble=(u(15,32),u(20,40),u(25,42)), fluid=u(-40,0),
         colon=(u(25,60),u(40,90),u(20,45)), fissure=(u(-18,6),u(.75,1.1),u(.1,.35),u(5,25)),
         lung=u(-895,-790), gravity=u(20,110), blood=u(30,55),
@@ -94,7 +94,8 @@ def taper(b, z): # 1 in the lower chest, towards 0 at the apex
 def cavity(b, z, y, x): # mm, negative inside
     "The inner chest wall"
     t = taper(b, z)
-    return oval(y-8*(1-t), np.abs(x)-44*(1-t)*b.size, b.deep*t, b.wide*t, b.power)
+    wide = b.wide*(1+b.egg*np.clip(y/b.deep, -1, .6))
+    return oval(y-8*(1-t), np.abs(x)-44*(1-t)*b.size, b.deep*t, wide*t, b.power)
 
 # %% ../nbs/03_anatomy.ipynb #edd40913
 def diaphragm(b, z, y, x): # mm, positive below
@@ -215,14 +216,15 @@ main_bronchi = [[(38,16,0),(15-3*s,16,s*34)] for s in (-1,1)] # right, left
 
 def mediastinum(b, z, y, x) -> dict: # name → mm
     "What lies between the lungs; `media` is all of it"
-    p,(jx,jw) = (z,y,x),b.junction
+    p,(jx,jw,fan) = (z,y,x),b.junction
     heart,chamber = _heart(b, z, y, x)
     blood = np.minimum(_arteries(b, p), _veins(b, p))
     gullet = tube(p, [(140,16,2),(60,26,4),(0,b.deep-60,2),(-70,b.deep-66,12)], b.oesophagus)
     spine,behind = oval(y-b.deep+18, x, 22, 30),np.maximum(np.abs(x)-jw-6, -y-10)
     pipes = [tube(p, windpipe, 12), *(tube(p, o, 9.5) for o in main_bronchi)]
     hila = [ball(p, (14,12,s*38), (20,14,13))+2 for s in (-1,1)]
-    front = np.maximum(np.abs(x-jx)-jw, np.maximum(y-5, -z-60))
+    front = np.abs(x-jx)-jw-fan*np.clip(-y/b.deep-.3, 0, 1)
+    front = np.maximum(front, np.maximum(y-5, -z-60))
     thymus = tube(p, [(100,-6,0),(60,-26,0)], b.thymus)
     column = oval(y-b.deep+32, x-b.spine_x, 18*b.size, 22*b.size)-2
     media = smooth_min(4, heart-b.heart_fat, blood-2.5, gullet-3, spine, column, front, behind,

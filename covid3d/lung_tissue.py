@@ -52,8 +52,8 @@ def vessels(
     rng            # NumPy's random generator
 ) -> np.ndarray: # (branch, 7)
     "Pulmonary arteries and veins"
-    out,n,leaf = [],int(rng.choice([1024,2048], p=[.3,.7])),rng.uniform(.25,.45)
-    murray = rng.uniform(2.3,2.8)
+    out,levels,murray = [],int(rng.choice([10,11,12], p=[.2,.4,.4])),rng.uniform(2.3,2.9)
+    leaf,n = rng.uniform(3,7.5)*2**((1-levels)/murray),2**levels
     for side in (-1,1):
         p = points[(points[:,2]*side>0)&(depth>3)]
         for z,axis in ((20,0),(6,1),(12,2)):

@@ -19,7 +19,7 @@ def cohort(): return [cached(i) for i in seeds]
 @pytest.fixture(scope='module')
 def ill(cohort): return [ph for ph in cohort if ph.lesion.data.any()]
 
-@pytest.fixture(scope='module', params=[6,12])
+@pytest.fixture(scope='module', params=[9,12])
 def ph(request):
     "At full size: a large lesion burden, and a middling one"
     return phantom(request.param)

@@ -199,8 +199,9 @@ recipes = dict(
     resize=Recipe(ResizeSpec(), init='kinetics', bs=1, patches=1, epochs=50, frozen_epochs=3,
                   lr=1e-3, frozen_lr=1e-2, wd=1e-4, loss='dice-ce'),
     synthetic=Recipe(CTSpec(classes=('lesion','right_lung','left_lung')),
-                     NetSpec(width=16, up='shuffle'), 'random', epochs=16, lr=1.5e-3, patches=2,
-                     oversample_foreground=.5, augment='grey', score_every=4, keep='last'))
+                     NetSpec(width=16, up='shuffle', norm='group'), 'random', epochs=30, patches=2,
+                     oversample_foreground=.5, augment='grey', ema=.998, score_every=10,
+                     keep='last'))
 
 # %% ../nbs/15_recipe.ipynb #a27ded3f
 @patch(as_prop=True)

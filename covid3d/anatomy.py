@@ -69,7 +69,8 @@ def sample_body(
     "Sample the parameters of one patient's chest"
     u,size = rng.uniform,rng.uniform(.88,1.1)
     wide,deep = 126*size*u(.93,1.07),99*size*u(.88,1.1)
-    return SimpleNamespace(size=size, wide=wide, deep=deep, apex=u(112,135)*size, power=u(2,2.8), egg=u(0,.2),
+    return SimpleNamespace(size=size, wide=wide, deep=deep, apex=u(112,135)*size, power=u(2,2.8),
+        egg=u(0,.2),
         fat=float(np.clip(rng.lognormal(2.56,.55), 4, 45)), muscle=u(3,10),
         breasts=rng.random()<.45,
         breast=(u(-10,25),u(62,85),u(.6,1.4)), pectoral=u(2,10), back=u(10,24),
@@ -77,7 +78,8 @@ def sample_body(
         kyphosis=u(2,16), dome=u(-88,-38), dome_drop=u(4,16), rib_gap=u(25,31), rib_slope=u(.35,.7),
         phase=u(0,30,2), spine_x=u(-4,4), scapula=u(.5,.9),
         table=(u(14,26),u(.0006,.0016),u(160,230),u(6,14)),
-        heart=(u(-48,-34),u(-34,-22),u(14,28)), heart_size=u(.85,1.15)*size, heart_fat=float(np.clip(rng.lognormal(1.5,.6), 1, 16)),
+        heart=(u(-48,-34),u(-34,-22),u(14,28)), heart_size=u(.85,1.15)*size,
+        heart_fat=float(np.clip(rng.lognormal(1.5,.6), 1, 16)),
         aorta=(u(14,24),u(11,15)*size,u(-6,8)), oesophagus=u(5,9), thymus=u(8,20),
         junction=(u(-4,4),float(np.clip(rng.lognormal(1.3,.6), 1.5, 14)),u(0,45)),
         stomach=(u(18,30),u(-40,-10),u(50,70)), bubble=(u(15,32),u(20,40),u(25,42)), fluid=u(-40,0),

@@ -290,8 +290,13 @@ def _write_all(patients, workers):
     from torch.utils.data import DataLoader
     several = workers>1 and len(patients)>1
     done = DataLoader(patients, None, num_workers=workers) if several else patients
-    for e in track(done, 'phantoms'):
-        if e: raise e
+    try:
+        for e in track(done, 'phantoms'):
+            if e: raise e
+    except RuntimeError as err:
+        if 'DataLoader worker' not in str(err): raise
+        raise CTError('workers', 'a process that makes patients was killed',
+                      'Free memory and resume (--resume), or use fewer (--workers 1)') from None
 
 # %% ../nbs/03_phantom.ipynb #6aa17a2e
 def write_phantoms(

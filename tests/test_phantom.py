@@ -1,5 +1,5 @@
 "Synthetic patients: hard enough, right enough, the same every time"
-import json
+import json, os, signal
 
 import numpy as np, pandas as pd, pytest
 from scipy.ndimage import gaussian_filter
@@ -173,6 +173,16 @@ def test_an_interrupted_write_resumes(tmp_path, monkeypatch, file):
     assert made==[2,3] and df['split'].tolist()==['train','train','valid','test'] and df['already_windowed'].isna().all()
     files = lambda d: {p.relative_to(d).as_posix():p.read_bytes() for p in d.rglob('*') if p.is_file()}
     assert files(tmp_path/'cut')==files(tmp_path/'whole')
+
+@pytest.mark.promise('lost')
+def test_a_killed_process_is_told(tmp_path, monkeypatch):
+    "The kernel kills a process for its memory: one line with the remedy, and a resumed call keeps what was made"
+    def dies(seed, *_): return small_phantom(seed) if seed<3 else os.kill(os.getpid(), signal.SIGKILL)
+    monkeypatch.setattr(module, 'phantom', dies)
+    with pytest.raises(CTError, match='was killed. Free memory and resume'): write_phantoms(tmp_path, 4, workers=2, **grid)
+    assert not (tmp_path/'cases.csv').exists()
+    monkeypatch.setattr(module, 'phantom', small_phantom)
+    assert len(pd.read_csv(write_phantoms(tmp_path, 4, resume=True, workers=2, **grid)))==4
 
 def test_other_phantoms_are_not_resumed(tmp_path, monkeypatch):
     "Phantoms of other arguments in the folder are refused without overwrite=True, and none of them is mixed in with it"

@@ -92,7 +92,7 @@ for line in sys.stdin:
     out,moment = line.rstrip().split('|'); pid = os.fork()
     if not pid:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1); torch.set_num_threads(1)
-        pretrain(out, 3, width=4, spacing=(9,7,7), patch=(16,32,32), epochs=2, score_every=1, device='cpu', resume=True)
+        pretrain(out, 3, width=4, spacing=(9,7,7), patch=(16,32,32), epochs=2, score_every=1, device='cpu', workers=0, resume=True)
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """

@@ -109,7 +109,7 @@ _essential = dict(
         '(downloaded once), or a file of weights (covid3d)',
         metavar='covid3d|kinetics|random|FILE', callback=_exists(*_no_init)),
     epochs=_opt(int, 'Epochs of the whole network (25)', min=1),
-    lr=_opt(float, 'Highest learning rate (0.002)', min=1e-12),
+    lr=_opt(float, 'Highest learning rate (0.0005; 0.002 from random, kinetics)', min=1e-12),
     memory=_opt(str, 'What a step may take, such as 6GB: batch and precision are chosen to fit',
         metavar='SIZE'))
 

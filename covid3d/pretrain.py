@@ -32,24 +32,32 @@ from .weights import load_model, read_seen, save_model
 # %% ../nbs/19_pretrain.ipynb #335ef641
 def _published(out): return Outputs(out, 'pretrain', 'covid3d.safetensors')
 
-def _features(model, scans, spec): # a list of feature vectors for each scan
-    for x in scans:
-        with torch.inference_mode(), collect_features(model) as found:
-            sliding_window(model, x, spec.patch, .25, len(spec.classes))
-        yield found
-
-def _held_out(reader, cases): # scans as the network reads them, each in two ways
-    grey = GreyLevels3d(p=1.)
-    for c in cases:
-        x = reader(c).ct.float()/255
-        yield x
-        yield grey.change(x, .7).clamp(0, 1)
+def _look(model, x, spec): # feature vectors of the windows; probabilities
+    with torch.inference_mode(), collect_features(model) as found:
+        return found,sliding_window(model, x, spec.patch, .25, len(spec.classes))
 
 # %% ../nbs/19_pretrain.ipynb #5c5a3a79
+_levels = torch.arange(1, 20)/20 # thresholds to try
+
+def _dice_by_level(prob, masks): # (class, level); NaN for a class without voxels
+    p,m = prob.flatten(1),masks.flatten(1)>0
+    n = m.sum(1)
+    d = [2*((p>=t)&m).sum(1)/((p>=t).sum(1)+n) for t in _levels]
+    return torch.where(n>0, torch.stack(d), torch.nan).T
+
+def best_levels(
+    dices # (case, class, level); NaN counts for nothing
+) -> torch.Tensor: # A threshold for each class
+    "The threshold nearest to 0.5 whose mean Dice is within 0.01 of the best"
+    mean = dices.nanmean(0).nan_to_num()
+    away = (_levels-.5).abs()
+    return _levels[torch.where(mean>=mean.amax(1, True)-.01, away, 1).argmin(1)]
+
+# %% ../nbs/19_pretrain.ipynb #73b8f80a
 def publish(
     out # Folder that `pretrain` wrote
 ) -> Path: # `covid3d.safetensors`
-    "Write the weights in half precision, with a description of the synthetic patients' features"
+    "Write the weights in half precision, with thresholds and a description of the features"
     out = Path(out); model,spec,net = load_model(out/'model.safetensors')
     table,recipe = out/'patients'/'cases.csv',Recipe.load(out/'recipe.json')
     dls = CTDataLoaders.from_table(table, spec, bs=2, patches=4, aug=recipe.augmentation,
@@ -57,8 +65,14 @@ def publish(
     set_seed(0)
     with torch.inference_mode(), collect_features(model) as found:
         for x,_ in dls.train: model(x.as_subclass(torch.Tensor))
-    others = [c for c in read_cases(table, masks=(*spec.classes,'lung')) if c.split!='train']
-    limits = [*_features(model, _held_out(CaseReader(spec, prepared_folder(table)), others), spec)]
+    reader,limits,dices = CaseReader(spec, prepared_folder(table)),[],[]
+    for case in read_cases(table, masks=(*spec.classes,'lung')):
+        if case.split=='train': continue
+        held = reader(case); x = held.ct.float()/255
+        features,prob = _look(model, x, spec)
+        limits += [features, _look(model, GreyLevels3d(p=1.).change(x, .7).clamp(0, 1), spec)[0]]
+        dices.append(_dice_by_level(prob, held.masks))
+    with torch.no_grad(): model.head.logits.bias -= best_levels(torch.stack(dices)).logit()
     file,seen = 'covid3d.safetensors',read_seen(out/'model.safetensors')
     mine = _published(out); mine.require(True); mine.add(file)
     save_model(model, out/file, spec, net, replace(seen, scans=()), True,

@@ -55,6 +55,8 @@ def _one_of(name, v):
     raise CTError(name, f'{v!r} is unknown', f'Give {", ".join(_choices[name])}')
 
 # %% ../nbs/15_recipe.ipynb #9f51c34a
+def _usual_lr(init): return 2e-3 if init in ('random','kinetics') else 5e-4
+
 @dataclass(frozen=True)
 class Recipe:
     "All that decides the result of a training"
@@ -66,7 +68,8 @@ class Recipe:
     init: str = 'covid3d'
     epochs: int = 25            # Of the whole network
     frozen_epochs: int = 0      # Of the decoder alone, before; only from pretrained weights
-    lr: float = 2e-3            # Highest learning rate
+    # Highest learning rate; if None, 5e-4 from weights of a whole network, and 2e-3 else
+    lr: float = None
     frozen_lr: float = None     # That of the frozen epochs; `lr` if None
     # Of a pretrained encoder's five (stem, layers 1–4), so many stay as they are
     frozen_stages: int = 0
@@ -91,6 +94,7 @@ class Recipe:
 
     def __post_init__(self):
         put = lambda k,v: object.__setattr__(self, k, v)
+        if self.lr is None: put('lr', _usual_lr(self.init))
         if self.frozen_lr is None: put('frozen_lr', self.lr)
         if isinstance(self.init, Path): put('init', str(self.init))
         for k in _ranges: put(k, _in_range(k, getattr(self, k)))
@@ -129,6 +133,7 @@ def but(self: Recipe, **changes) -> Recipe:
     known = _names(self)
     for k in changes:
         if k not in known: _unknown(k, known+_names(CTSpec)+_names(NetSpec), 'recipe')
+    if 'init' in changes and self.lr==_usual_lr(self.init): changes = dict(lr=None)|changes
     if 'lr' in changes and self.frozen_lr==self.lr: changes = dict(frozen_lr=None)|changes
     return replace(self, **changes)
 

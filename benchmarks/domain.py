@@ -1,0 +1,77 @@
+"""Does the library know when it does not know? Distances and warnings on scans that are chests as it should see them, and on scans that are not
+
+    COVID3D_TEST_DATA=folder python benchmarks/domain.py [--weights covid3d] [--others head.nii.gz …] [--mirror]
+
+Ordinary chests: seven CoronaCases scans (grey levels), P001, normal001 (hospital DICOM), cip_ct64, totalseg_chest. Foreign: the same scans with front and back or head and foot exchanged, coronal slices in place of axial ones, stored values read as
+HU (1,024 too high), HU divided by ten, black and white exchanged, half and double the voxel size, the abdomen below the lungs, and the files named by `--others` (of other organs, or MR). A row for each in benchmarks/domain.csv. `--table` prints how
+often each kind warns, and how Dice rises as the scans with the largest distance are left out (risk-coverage, on the CoronaCases scans and their changed copies in benchmarks/synthetic.csv). No limit was set on these scans; the limit comes from
+synthetic patients.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np, pandas as pd
+
+from covid3d.dicom import open_scan
+from covid3d.inference import Segmenter
+from covid3d.volume import CTError, Volume, open_ct
+from synthetic import here, scans
+
+def foreign(ct):
+    "kind, scan"
+    hu,a = ct.data.astype(np.float32),ct.affine
+    def new(d, affine=a): return Volume(np.ascontiguousarray(d, np.float32), affine)
+    yield 'front and back exchanged', new(hu[:,::-1])
+    yield 'head and foot exchanged', new(hu[::-1])
+    swap = np.eye(4)[[0,2,1,3]]
+    yield 'coronal slices as axial', new(hu.transpose(1,0,2)[::-1], np.abs(swap@a@swap)*np.sign(a))
+    yield 'stored values as HU', new(hu+1024)
+    yield 'HU divided by 10', new(hu/10)
+    yield 'black and white exchanged', new(-hu-600)
+    yield 'half the voxel size', new(hu, a@np.diag([.5,.5,.5,1.]))
+    yield 'double the voxel size', new(hu, a@np.diag([2,2,2,1.]))
+
+def trials(segmenter, others):
+    "name, kind, scan"
+    for name,_,ct,_,_ in scans(False):
+        yield name,'chest',ct
+        for kind,vol in foreign(ct): yield name,kind,vol
+        masks = segmenter(ct).masks
+        lungs = np.flatnonzero((masks['right_lung']+masks['left_lung']).any((1,2)))
+        low = lungs[0]+round(30/np.linalg.norm(ct.affine[:3,0])) if len(lungs) else 0  # from 30 mm above the lowest voxel of lung, so with little of it
+        if low*np.linalg.norm(ct.affine[:3,0])>=60: yield name,'abdomen',Volume(ct.data[:low], ct.affine)
+    for f in others:
+        name = Path(f).name.split('.')[0]
+        yield name,'other',Path(f)
+        yield name,'other, as grey levels',Path(f)
+
+def run(a):
+    segmenter,rows = Segmenter.load(a.weights, mirror=a.mirror),[]
+    for name,kind,ct in trials(segmenter, a.others):
+        row = dict(scan=name, kind=kind)
+        try:
+            if isinstance(ct, Path): ct = open_scan(ct) if kind=='other' else open_ct(ct, already_windowed=(-1000,400))
+            seg = segmenter(ct)
+            row |= dict(distance=seg.distance, disagreement=seg.disagreement, **{f'{k}_ml':v for k,v in seg.ml.items()}, warnings=sum(o.startswith('warning: ') for o in seg.notes), refused='')
+        except CTError as e: row['refused'] = e.fault
+        rows.append(row); print({k:round(v, 3) if isinstance(v, float) else v for k,v in row.items()}, flush=True)
+    pd.DataFrame(rows).to_csv(here/'domain.csv', index=False, float_format='%.4g', lineterminator='\n')
+
+def told()->pd.DataFrame:
+    "A row for each kind: scans, how many were refused or warned of, how many of those by their distance, the distances"
+    df = pd.read_csv(here/'domain.csv'); df['kind'] = df.kind.where(~df.kind.str.startswith('other'), df.scan+df.kind.str[5:])
+    refused = df.refused.notna()
+    return pd.DataFrame(dict(told=refused|(df.warnings>0), distant=df.distance>=1, distance=df.distance, n=1)).groupby(df.kind, sort=False).agg(scans=('n','sum'), told=('told','sum'), by_distance=('distant','sum'), least=('distance','min'), median=('distance','median'), most=('distance','max'))
+
+def coverage(shares=(1,.9,.8,.7,.6,.5))->pd.DataFrame:
+    "Mean Dice of the scans with the smallest distances"
+    df = pd.read_csv(here/'synthetic.csv').query("name=='covid3d'").dropna(subset='dice').sort_values('distance')
+    first = [df.head(round(s*len(df))) for s in shares]
+    return pd.DataFrame(dict(share=shares, scans=[len(d) for d in first], distance=[d.distance.max() for d in first], dice=[d.dice.mean() for d in first], worst=[d.dice.min() for d in first]))
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--weights', default='covid3d'); p.add_argument('--others', nargs='*', default=[]); p.add_argument('--mirror', action='store_true'); p.add_argument('--table', action='store_true')
+    a = p.parse_args()
+    if not a.table: run(a)
+    print(told().round(2).to_string(), coverage().round(3).to_string(index=False), sep='\n\n')

@@ -19,7 +19,7 @@ def burden(
     rng # NumPy's random generator
 ) -> float: # ml
     "Sample how much lesion a patient has"
-    middle,spread,low,high = ((220,.7,60,1500) if rng.random()<.2 else (55,.9,4,500))
+    middle,spread,low,high = ((220,.7,60,1500) if rng.random()<.2 else (48,.9,4,500))
     return float(np.clip(rng.lognormal(np.log(middle), spread), low, high))
 
 # %% ../nbs/03_opacities.ipynb #5070f3bb
@@ -38,7 +38,7 @@ def centres(
 ) -> np.ndarray: # Indices into `points`
     "Where a patient's lesions lie"
     w = _preference(points, depth, rng)
-    return rng.choice(len(points), n, p=w/w.sum())
+    return rng.choice(len(points), n, p=.75*w/w.sum()+.25/len(w))
 
 # %% ../nbs/03_opacities.ipynb #b43bc1a6
 shapes = 'round','crescent','patch','band','diffuse'
@@ -47,12 +47,13 @@ fillings = 'ground glass','crazy paving','consolidation','halo','reversed halo'
 
 def _sample_lesion(shape, dense, mixed, size, rng): # `size`: factor on lengths
     u = rng.uniform
-    r = u(2.5,6) if rng.random()<.25 else float(np.clip(rng.lognormal(np.log(13*size), .5), 4, 60))
+    r = u(2.5,10) if rng.random()<.35 else float(np.clip(rng.lognormal(np.log(13*size), .5), 4, 60))
     axes = r*u((.7,.7,.7), (1.4,1.2,1.2))*u(*_wide.get(shape, (1,1)))
     if shape=='band': axes = np.array([u(15,40),u(15,40),3.])
     turn = np.eye(3) if shape=='crescent' else np.linalg.qr(rng.normal(size=(3,3)))[0]
+    soft = u(.06,.3) if rng.random()<.65 else u(.3,.9)
     chances = [.42,.2,.16,.14,.08] if mixed else [.5,.5,0,0,0]
-    return SimpleNamespace(shape=shape, axes=axes, turn=turn.astype(np.float32), soft=u(.06,.3),
+    return SimpleNamespace(shape=shape, axes=axes, turn=turn.astype(np.float32), soft=soft,
                            filling=str(rng.choice(fillings, p=chances)), ragged=u(.08,.35),
                            thick=u(4,12)*size*u(.8,1.8), uneven=u(.1,.45),
                            dense=float(np.clip(dense*u(.8,1.3), .12, .75)))
@@ -114,7 +115,7 @@ def draw_lesions(
     "Draw lesions, each in a box of its own"
     profile,share = np.zeros_like(depth),np.zeros_like(depth)
     for o,c in zip(lesions, at):
-        reach = 1.5*np.max(o.axes)
+        reach = 1.7*np.max(o.axes)
         box = tuple(slice(*np.searchsorted(a, (k-reach,k+reach))) for a,k in zip(axes, c))
         z,y,x = np.meshgrid(*(a[b]-k for a,b,k in zip(axes, box, c)), indexing='ij')
         if not z.size: continue

@@ -123,7 +123,7 @@ def _lesions(p, healthy, axes, noises, depth) -> tuple: # profile, fraction of a
 def _compose(p, hu, lungs, g, axes, spacing) -> tuple: # HU, lumen and wall of the airways
     "Lungs into the body, and air into the airways"
     mm,centre = spacing[2],[float((a[0]+a[-1])/2) for a in axes]
-    soft = max(.8*spacing[0], mm, p.rngs['scanner'].uniform(0,7))
+    soft = max(.8*spacing[0], mm, min(15, p.rngs['scanner'].exponential(4)))
     hu += (lungs-hu)*np.minimum(inside(g['lung'], mm+.3), inside(g['below'], soft))
     tubes = posed(p.air, p.pose, centre)
     wall = draw_tubes(tubes[tubes[:,6]>1.2], hu.shape, spacing, .8)  # finer ones show no wall

@@ -95,7 +95,7 @@ def test_lesions_lie_as_they_should(ill):
 def test_tissues(ph):
     ct,lung,ill = ph.ct.data,ph.lung.data,ph.lesion.data>0
     low,mid,high = np.percentile(ct[ill], (5,50,95))
-    assert low<-450 and -600<mid<-150 and mid+100<high<250
+    assert low<-450 and -600<mid<-100 and mid+100<high<250
     assert -930<np.median(ct[(lung>0)&~ill])<-700
     assert (ct>250).sum()>10_000 and abs(np.median(ct[:,:8])+1000)<30 and -1024<=ct.min()
 

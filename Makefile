@@ -9,7 +9,7 @@ READY := .venv/.installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz kill test-processors test-oldest site notebooks export bench clean
+.PHONY: help demo test fuzz kill test-processors test-oldest site notebooks export bench weights clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -57,6 +57,10 @@ export: $(READY) ## clean the notebooks, write covid3d/ and README.md from them
 bench: $(READY) ## the comparisons in benchmarks/, with the peers installed (long; needs COVID3D_TEST_DATA)
 	$(BIN)/python -m pip install -e '.[dev,dicom,bench]'
 	@for f in benchmarks/*.py; do echo "$$f"; $(BIN)/python "$$f" || exit 1; done
+
+weights: $(READY) ## make weights like those that come with covid3d, in two rounds: hours on a CPU, on a GPU if there is one; resumes; OUT=folder
+	$(BIN)/covid3d pretrain --resume -o "$(or $(OUT),_weights)/first"
+	$(BIN)/covid3d pretrain --resume -o "$(or $(OUT),_weights)/second" --init "$(or $(OUT),_weights)/first/model.safetensors" --seed 1000 --lr 7e-4 --epochs 14
 
 clean: ## remove what the targets built; .venv stays
 	rm -rf _docs _proc _stage build dist .pytest_cache .hypothesis

@@ -77,7 +77,7 @@ def run(table, name, fold, seed, budget, lr, weights):
 
 def digest(name, weights)->str: return hashlib.blake2b(Path(weights_file(weights)).read_bytes(), digest_size=4).hexdigest() if name=='covid3d' else ''
 
-def default_lr(name)->float: return 1e-3 if name=='whole-volume resize' else 2e-3
+def default_lr(name)->float: return {'whole-volume resize':1e-3, 'covid3d':5e-4}.get(name, 2e-3)
 
 def by_case(collapsed=True)->tuple:
     "Dice of each scan, the mean of its seeds; and the rows of the file, with or without runs that scored 0 on every scan"

@@ -22,7 +22,7 @@ small = ['--width','8','--spacing','9,7,7','--patch','16,32,32','--patches','12'
 def data(tmp_path_factory):
     "Phantoms, a table, and an encoder to start from"
     root = tmp_path_factory.mktemp('data')
-    table = write_coarse(root, n=5, seed=1)
+    table = write_coarse(root, n=5, seed=10)  # large lesions, so that there is something to learn
     torch.manual_seed(2)
     save_file({k:v.contiguous() for k,v in encoder3d('r3d_18', False, 8).state_dict().items()}, root/'encoder.safetensors')
     return table,root/'encoder.safetensors'

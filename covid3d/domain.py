@@ -51,7 +51,7 @@ class Domain:
 def fit(cls: Domain,
     scans: list,      # For each training scan, a list of (window, channel) tensors
     others=None,      # The same, of scans that set the limit; those of the training if None
-    margin: float = 1.2 # Limit ÷ largest distance of these scans
+    margin: float = 1.4 # Limit ÷ largest distance of these scans
 ) -> Domain:
     "Describe the features of training scans"
     f = torch.cat([torch.cat(s) for s in scans]).double()

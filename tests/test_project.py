@@ -129,6 +129,12 @@ def test_numbers_are_the_order_of_dependence():
             if node.level and not src or src=='covid3d': mods = [o.name for o in node.names]
             for o in mods: assert number.get(o, '')<n, f'{k} ({n}) imports {o} ({number[o]}): a notebook imports only those that come before it in the list'
 
+def test_the_title_stands_alone():
+    "nbdev makes a page's heading of the cell with title and summary, and drops what else is in it"
+    for p in notebooks:
+        first = next(''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown')
+        assert len(first.split('\n\n'))<=2, f'{p.name}: put what follows the summary into a cell of its own'
+
 @pytest.mark.parametrize('nb', notebooks, ids=lambda p: p.stem)
 def test_notebook_is_small(nb):
     assert nb.stat().st_size<2_000_000

@@ -23,8 +23,8 @@ def foreign(ct):
     def new(d, affine=a): return Volume(np.ascontiguousarray(d, np.float32), affine)
     yield 'front and back exchanged', new(hu[:,::-1])
     yield 'head and foot exchanged', new(hu[::-1])
-    swap = np.eye(4)[[0,2,1,3]]
-    yield 'coronal slices as axial', new(hu.transpose(1,0,2)[::-1], np.abs(swap@a@swap)*np.sign(a))
+    mm = np.linalg.norm(a[:3,:3], axis=0); turned = a.copy(); turned[:3,:3] *= mm[[1,0,2]]/mm
+    yield 'coronal slices as axial', new(hu.transpose(1,0,2), turned)
     yield 'stored values as HU', new(hu+1024)
     yield 'HU divided by 10', new(hu/10)
     yield 'black and white exchanged', new(-hu-600)

@@ -15,6 +15,7 @@ from itertools import product
 import cc3d, numpy as np, torch
 from fastcore.basics import patch
 
+from .cases import spine_in_front
 from .dicom import open_scan
 from .domain import Domain, collect_features
 from .show import track
@@ -203,7 +204,8 @@ _apart = .5 # of two answers, from which they have little in common
 
 def _doubts(seg) -> list:
     "What speaks against the masks of a scan"
-    out,ml = [],{k:seg.ml[k] for k in ('right_lung','left_lung') if k in seg.masks}
+    lungs = {k:seg.masks[k] for k in ('right_lung','left_lung') if k in seg.masks}
+    out,ml = [],{k:seg.ml[k] for k in lungs}
     if seg.distance>=1:
         out.append(f'unlike all scans of the training: its distance of {seg.distance:.1f} is '
                    'above 1; look whether it is a chest CT in HU')
@@ -216,6 +218,9 @@ def _doubts(seg) -> list:
     if len(ml)==2 and small:
         out.append(f'{" and ".join(small)}; check that the scan holds the whole chest, and its '
                    'voxel size')
+    if len(lungs)==2 and spine_in_front(seg.ct, np.maximum(*lungs.values())):
+        out.append('the spine lies in front of the lungs, as if front and back were exchanged; '
+                   'look at the scan')
     return out
 
 # %% ../nbs/15_inference.ipynb #2056564a

@@ -61,6 +61,17 @@ def told()->pd.DataFrame:
     refused = df.refused.notna()
     return pd.DataFrame(dict(told=refused|(df.warnings>0), distant=df.distance>=1, distance=df.distance, n=1)).groupby(df.kind, sort=False).agg(scans=('n','sum'), told=('told','sum'), by_distance=('distant','sum'), least=('distance','min'), median=('distance','median'), most=('distance','max'))
 
+def plot():
+    "Each scan a dot: its distance, filled where it was warned of or refused"
+    import matplotlib.pyplot as plt
+    df = pd.read_csv(here/'domain.csv').dropna(subset='distance'); df['kind'] = df.kind.where(df.kind!='other', df.scan.str.replace('_', ' ').str.upper().str.replace('HEAD CT', 'CT of a head'))
+    kinds = list(dict.fromkeys(df.kind)); fig,ax = plt.subplots(figsize=(6.4,3.4), layout='constrained')
+    at,color = np.array([kinds.index(k) for k in df.kind]),np.where(df.kind=='chest', '#0072B2', '#D55E00')
+    ax.scatter(df.distance, at, s=30, edgecolors=color, facecolors=[c if w else 'white' for c,w in zip(color, df.warnings>0)])
+    ax.axvline(1, color='.5', lw=1, ls='--'); ax.set(yticks=range(len(kinds)), yticklabels=[k.replace('chest', 'as it is') if k=='chest' else k for k in kinds], xlabel='distance, in limits')
+    ax.invert_yaxis(); ax.spines[['top','right']].set_visible(False)
+    return fig
+
 def coverage(shares=(1,.9,.8,.7,.6,.5))->pd.DataFrame:
     "Mean Dice of the scans with the smallest distances"
     df = pd.read_csv(here/'synthetic.csv').query("name=='covid3d'").dropna(subset='dice').sort_values('distance')

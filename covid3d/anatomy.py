@@ -69,24 +69,26 @@ def sample_body(
     "Sample the parameters of one patient's chest"
     u,size = rng.uniform,rng.uniform(.88,1.1)
     wide,deep = 126*size*u(.93,1.07),99*size*u(.88,1.1)
-    return SimpleNamespace(size=size, wide=wide, deep=deep, apex=u(112,135)*size, power=u(2,2.8),
+    return SimpleNamespace(size=size, wide=wide, deep=deep, apex=u(112,135)*size, power=u(2,2.6),
         egg=u(0,.2),
         fat=float(np.clip(rng.lognormal(2.56,.55), 4, 45)), muscle=u(3,10),
         breasts=rng.random()<.45,
-        breast=(u(-10,25),u(62,85),u(.6,1.4)), pectoral=u(2,10), back=u(10,24),
+        breast=(u(-10,25),u(68,100),u(.6,1.4),u(14,28)), pectoral=u(3,15), lats=u(2,13),
+        back=u(4,14), gutter=u(6,18),
         arms_down=rng.random()<.25, shoulder=u(15,70), arm=(u(18,40),u(36,48)),
         kyphosis=u(2,16), dome=u(-88,-38), dome_drop=u(4,16), rib_gap=u(25,31), rib_slope=u(.35,.7),
-        phase=u(0,30,2), spine_x=u(-4,4), scapula=u(.5,.9),
+        phase=u(0,30,2), spine_x=u(-4,4), scapula=(u(.55,1.1),u(.78,.98)),
         table=(u(14,26),u(.0006,.0016),u(160,230),u(6,14)),
         heart=(u(-48,-34),u(-34,-22),u(14,28)), heart_size=u(.85,1.15)*size,
         heart_fat=float(np.clip(rng.lognormal(1.5,.6), 1, 16)),
         aorta=(u(14,24),u(11,15)*size,u(-6,8)), oesophagus=u(5,9), thymus=u(8,20),
-        junction=(u(-4,4),float(np.clip(rng.lognormal(1.3,.6), 1.5, 14)),u(0,45)),
+        junction=(u(-4,4),float(np.clip(rng.lognormal(.9,.6), 1.2, 12)),u(6,34),
+                  u(0,40)*(rng.random()<.3)),
         stomach=(u(18,30),u(-40,-10),u(50,70)), bubble=(u(15,32),u(20,40),u(25,42)), fluid=u(-40,0),
         colon=(u(25,60),u(40,90),u(20,45)), fissure=(u(-18,6),u(.75,1.1),u(.1,.35),u(5,25)),
         lung=u(-895,-790), gravity=u(20,110), blood=u(30,55),
-        contrast=u(60,330) if rng.random()<.35 else 0., liver=u(35,70), spleen=u(40,60),
-        cortex=u(400,1000), marrow=u(80,280), top=u(-700,200))
+        contrast=u(60,280) if rng.random()<.25 else 0., liver=u(35,70), spleen=u(40,60),
+        cortex=u(400,1000), marrow=u(10,210), top=u(-700,200))
 
 # %% ../nbs/03_anatomy.ipynb #e927503f
 def taper(b, z): # 1 in the lower chest, towards 0 at the apex
@@ -97,7 +99,8 @@ def cavity(b, z, y, x): # mm, negative inside
     "The inner chest wall"
     t = taper(b, z)
     wide = b.wide*(1+b.egg*np.clip(y/b.deep, -1, .6))
-    return oval(y-8*(1-t), np.abs(x)-44*(1-t)*b.size, b.deep*t, wide*t, b.power)
+    gutter = b.gutter*np.exp(-(x/34)**2)*np.clip(y/b.deep, 0, 1)
+    return oval(y-8*(1-t)+gutter, np.abs(x)-44*(1-t)*b.size, b.deep*t, wide*t, b.power)
 
 # %% ../nbs/03_anatomy.ipynb #edd40913
 def diaphragm(b, z, y, x): # mm, positive below
@@ -113,10 +116,16 @@ def _mirrored(path, turn=1): # nodes of the left side; both sides
 def _both(p, path, radius): # distance to a tube on either side
     return np.minimum(*(tube(p, o, radius) for o in _mirrored(path)))
 
+def _flesh(b, z, y, x): # mm from the inner chest wall to the fat
+    front,back,side = np.clip(-y/b.deep, 0, 1),np.clip(y/b.deep, 0, 1),np.abs(x)/b.wide
+    chest = b.pectoral*front*np.exp(-((side-.5)/.28)**2)*np.clip((z+15)/40, 0, 1)
+    flank = b.lats*np.clip(2*side-.8, 0, 1)*np.exp(-((y/b.deep-.3)/.45)**2)
+    spine = b.back*back**2*np.exp(-((np.abs(x)-22)/40)**2)
+    return 11+.6*b.muscle+chest+flank+spine
+
 def wall(b, z, y, x) -> dict: # name → mm
     "Muscle, skin, breasts and the bone of the arms"
-    p,front,back = (z,y,x),np.clip(-y/b.deep, 0, 1),np.clip(y/b.deep, 0, 1)
-    flesh = b.muscle+6+front*b.pectoral*(z>0)+back**2*b.back*np.exp(-(x/75)**2)
+    p,front,flesh = (z,y,x),np.clip(-y/b.deep, 0, 1),_flesh(b, z, y, x)
     t,neck = np.maximum(taper(b, z-35), .35),np.clip((z-b.apex-5)/35, 0, 1)
     shoulders = b.shoulder*np.clip((z-50)/60, 0, 1)*(1-.3*neck)
     muscle = oval(y-6*(1-t), x, b.deep*np.maximum(t, .6)+flesh,
@@ -129,8 +138,9 @@ def wall(b, z, y, x) -> dict: # name → mm
 # %% ../nbs/03_anatomy.ipynb #e1942d96
 def _breasts(b, p, skin) -> tuple: # skin and glandular tissue, mm
     if not b.breasts: return skin,np.full_like(skin, 90)
-    (height,side,k),depth = b.breast,b.deep+b.muscle+8
-    breast = np.minimum(*(ball(p, (height,4-depth,s*side), (52*k,30*k+.7*b.fat,56*k))
+    (height,side,k,flat),depth = b.breast,b.deep+.6*b.muscle+8
+    breast = np.minimum(*(ball(p, (height,6-depth+.2*side,s*side),
+                               (52*k,flat*k+.6*b.fat,58*k))
                           for s in (-1,1)))
     return smooth_min(8, skin, breast),breast+.6*b.fat
 
@@ -173,10 +183,10 @@ def _front_and_shoulders(b, z, y, x, inner): # mm
     sternum = np.maximum(sternum, np.maximum(z-b.apex+40, -50-z))
     collar = _both((z,y,x), [(b.apex-22,-.62*b.deep,16), (b.apex-8,-.5*b.deep,70),
                              (b.apex+12,-5,b.wide+15)], 6)
-    out = side-.72*b.wide
-    blade = np.maximum(np.abs(y-.8*b.deep+.6*b.scapula*out)-3.2,
-                       np.sqrt(squares((z-75)/75, out/46))*46-46)
-    return np.minimum.reduce([sternum, collar, np.where(inner>9, blade, 9)])
+    slope,at = b.scapula; out = side-at*b.wide
+    blade = np.maximum((np.abs(y-.78*b.deep+slope*out)-3.5)/np.sqrt(1+slope**2),
+                       np.sqrt(squares((z-75)/75, out/36))*36-36)
+    return np.minimum.reduce([sternum, collar, np.where(inner>12, blade, 9)])
 
 def bones(b, z, y, x, inner) -> dict: # name → mm; `inner` is `cavity`
     "Ribs, cartilage, spine, sternum, collarbones and shoulder blades"
@@ -218,14 +228,14 @@ main_bronchi = [[(38,16,0),(15-3*s,16,s*34)] for s in (-1,1)] # right, left
 
 def mediastinum(b, z, y, x) -> dict: # name → mm
     "What lies between the lungs; `media` is all of it"
-    p,(jx,jw,fan) = (z,y,x),b.junction
+    p,(jx,jw,roof,fan) = (z,y,x),b.junction
     heart,chamber = _heart(b, z, y, x)
     blood = np.minimum(_arteries(b, p), _veins(b, p))
     gullet = tube(p, [(140,16,2),(60,26,4),(0,b.deep-60,2),(-70,b.deep-66,12)], b.oesophagus)
-    spine,behind = oval(y-b.deep+18, x, 22, 30),np.maximum(np.abs(x)-jw-6, -y-10)
+    spine,behind = oval(y-b.deep+18, x, 21, 25),np.maximum(np.abs(x)-jw-6, -y-10)
     pipes = [tube(p, windpipe, 12), *(tube(p, o, 9.5) for o in main_bronchi)]
     hila = [ball(p, (14,12,s*38), (20,14,13))+2 for s in (-1,1)]
-    front = np.abs(x-jx)-jw-fan*np.clip(-y/b.deep-.3, 0, 1)
+    front = np.abs(x-jx)-jw-fan*np.clip(-y/b.deep-.3, 0, 1)-roof*np.clip(y/b.deep+.85, 0, .85)
     front = np.maximum(front, np.maximum(y-5, -z-60))
     thymus = tube(p, [(100,-6,0),(60,-26,0)], b.thymus)
     column = oval(y-b.deep+32, x-b.spine_x, 18*b.size, 22*b.size)-2
@@ -264,7 +274,7 @@ box = np.array([[-200,-190,-250],[200,190,250]], np.float32) # mm, in which shif
 
 class Pose:
     "How a patient lies: from mm in the scan to mm in the upright body, and back"
-    def __init__(self, rng, tilt: float = .08, shifts=((70,3.),(32,1.5))):
+    def __init__(self, rng, tilt: float = .08, shifts=((70,3.5),(32,2.))):
         (cz,cy,cx),(sz,sy,sx) = (f(rng.normal(0, tilt, 3)*(1,.5,.5)) for f in (np.cos, np.sin))
         about_z = np.array([[1,0,0],[0,cz,-sz],[0,sz,cz]])
         about_y = np.array([[cy,0,sy],[0,1,0],[-sy,0,cy]])
@@ -351,7 +361,8 @@ def _paint_belly(b, g, mm, coarse): # HU
     c.put(inside(g['liver'], mm+1), b.liver+.25*b.contrast+4*coarse)
     c.put(inside(g['spleen'], mm+1), b.spleen+.3*b.contrast)
     c.put(inside(g['stomach']-5, mm), 38)
-    c.put(inside(g['stomach'], mm), np.where(g['y']<b.fluid, -980, 15+10*coarse))
+    gas = inside(g['y']-b.fluid, mm)
+    c.put(inside(g['stomach'], mm), 15+10*coarse-995*gas)
     c.put(inside(g['colon']-3, mm), 35)
     c.put(inside(g['colon'], mm), np.where(coarse>-.3, -960, 20))
     return c.hu
@@ -363,8 +374,10 @@ def _paint_wall(b, g, mm, coarse, fine) -> Canvas:
     c.put(inside(g['skin'], mm), -105+6*fine)
     c.put(.7*inside(np.abs(g['skin'])-1.2, mm), 10)
     c.put(.75*inside(g['gland']+10+9*coarse, 6), 30)
-    c.put(inside(g['muscle']+2.5*fine, mm+1), 52+8*fine)
-    c.put(np.clip(1.4*coarse-.9, 0, 1)*(g['cavity']>8)*inside(g['muscle'], mm), -80)
+    c.put(inside(g['muscle']+fine, mm+1), 52+8*fine)
+    between = np.maximum(np.abs(g['cavity']-12.5-.8*coarse)-.7, g['muscle']+2.5)
+    c.put(.85*inside(between, mm+.5), -85)
+    c.put(np.clip(1.4*coarse-1.2, 0, 1)*(g['cavity']>13)*inside(g['muscle'], mm), -80)
     return c
 
 # %% ../nbs/03_anatomy.ipynb #da0029c1
@@ -384,6 +397,6 @@ def paint_body(
     c.put(above*inside(g['chamber']+4, 3), b.blood+.8*b.contrast)
     c.put(chest*inside(g['blood'], mm+.5), blood); c.put(chest*inside(g['gullet'], mm), 38)
     c.put(inside(g['cartilage'], mm), 95); c.put(inside(g['bone'], mm), b.cortex)
-    c.put(inside(g['bone']+2.2, 1.5+mm/2), b.marrow+60*fine)
+    c.put(inside(g['bone']+1.6, 1+mm/2), b.marrow+40*fine)
     c.put(inside(g['disc'], mm), 90); c.put(inside(g['canal'], mm), 25)
     return c.hu

@@ -53,7 +53,7 @@ def vessels(
 ) -> np.ndarray: # (branch, 7)
     "Pulmonary arteries and veins"
     out,levels,murray = [],int(rng.choice([10,11,12], p=[.2,.4,.4])),rng.uniform(2.3,2.9)
-    leaf,n = rng.uniform(3,7.5)*2**((1-levels)/murray),2**levels
+    leaf,n = rng.uniform(2.2,5.5)*2**((1-levels)/murray),2**levels
     for side in (-1,1):
         p = points[(points[:,2]*side>0)&(depth>3)]
         for z,axis in ((20,0),(6,1),(12,2)):

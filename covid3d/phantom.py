@@ -127,7 +127,7 @@ def _compose(p, hu, lungs, g, axes, spacing) -> tuple: # HU, lumen and wall of t
     hu += (lungs-hu)*np.minimum(inside(g['lung'], mm+.3), inside(g['below'], soft))
     tubes = posed(p.air, p.pose, centre)
     wall = draw_tubes(tubes[tubes[:,6]>1.2], hu.shape, spacing, .8)  # finer ones show no wall
-    lumen = draw_tubes(tubes, hu.shape, spacing)
+    lumen = draw_tubes(tubes, hu.shape, spacing)*(1-inside(g['heart'], 2))
     hu += .9*(-50-hu)*wall; hu += (-990-hu)*np.minimum(1.05*lumen, 1)
     return blur_heart(hu, g['heart'], p.rngs['scanner']),wall>.5,lumen>.5
 

@@ -183,7 +183,7 @@ def _front_and_shoulders(b, z, y, x, inner): # mm
     slope,at = b.scapula; out = side-at*b.wide
     blade = np.maximum((np.abs(y-.78*b.deep+slope*out)-3.5)/np.sqrt(1+slope**2),
                        np.sqrt(squares((z-75)/75, out/36))*36-36)
-    return np.minimum.reduce([sternum, collar, np.where(inner>12, blade, 9)])
+    return np.minimum.reduce([sternum, collar, np.maximum(blade, 12-inner)])
 
 def bones(b, z, y, x, inner) -> dict: # name → mm; `inner` is `cavity`
     "Ribs, cartilage, spine, sternum, collarbones and shoulder blades"

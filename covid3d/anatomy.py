@@ -72,7 +72,7 @@ def sample_body(
     return SimpleNamespace(size=size, wide=wide, deep=deep, apex=u(112,135)*size, power=u(2,2.6),
         egg=u(0,.2), fat=float(np.clip(rng.lognormal(2.56,.55), 4, 45)), muscle=u(3,10),
         breasts=rng.random()<.45, breast=(u(-10,25),u(68,100),u(.6,1.4),u(14,28)),
-        pectoral=u(3,15), lats=u(2,13), back=u(4,14), gutter=u(6,18), arms_down=rng.random()<.25,
+        pectoral=u(3,15), lats=u(2,13), back=u(4,14), gutter=u(10,24), arms_down=rng.random()<.25,
         shoulder=u(15,70), arm=(u(18,40),u(36,48)), kyphosis=u(2,16), dome=u(-88,-38),
         dome_drop=u(4,16), rib_gap=u(25,31), rib_slope=u(.35,.7), phase=u(0,30,2), spine_x=u(-4,4),
         scapula=(u(.55,1.1),u(.78,.98)), table=(u(14,26),u(.0006,.0016),u(160,230),u(6,14)),
@@ -83,7 +83,7 @@ def sample_body(
                   u(0,40)*(rng.random()<.3)),
         stomach=(u(18,30),u(-40,-10),u(50,70)), bubble=(u(15,32),u(20,40),u(25,42)), fluid=u(-40,0),
         colon=(u(25,60),u(40,90),u(20,45)), fissure=(u(-18,6),u(.75,1.1),u(.1,.35),u(5,25)),
-        lung=u(-895,-790), gravity=u(20,110), blood=u(30,55),
+        lung=u(-905,-800), gravity=u(20,110), blood=u(30,55),
         contrast=u(60,280) if rng.random()<.25 else 0., liver=u(35,70), spleen=u(40,60),
         cortex=u(400,1000), marrow=u(10,210), top=u(-700,200))
 
@@ -165,7 +165,7 @@ def _ribs(b, z, y, x, inner) -> tuple: # bone and cartilage, mm; `inner` is `cav
     return np.where(soft, 9, r),np.where(soft, r, 90)
 
 def _spine(b, z, y, x) -> dict: # name → mm
-    y,x,level = y-b.deep+32,x-b.spine_x,(z+b.phase[1])%28
+    y,x,level = y-b.deep+36,x-b.spine_x,(z+b.phase[1])%28
     body = oval(y, x, 16*b.size, 20*b.size, 2.4)+1.5*np.exp(-((level-14)/9)**2)-.8
     arch = np.minimum.reduce([oval(y-24, x, 14, 17), oval(y-44, x, 16, 3.5),
                               oval(y-28, x, 5.5, 36)])
@@ -229,13 +229,15 @@ def mediastinum(b, z, y, x) -> dict: # name → mm
     heart,chamber = _heart(b, z, y, x)
     blood = np.minimum(_arteries(b, p), _veins(b, p))
     gullet = tube(p, [(140,16,2),(60,26,4),(0,b.deep-60,2),(-70,b.deep-66,12)], b.oesophagus)
-    spine,behind = oval(y-b.deep+18, x, 21, 25),np.maximum(np.abs(x)-jw-6, -y-10)
+    behind = np.maximum(np.abs(x)-jw-6, -y-10)
+    joints = np.abs(x)-16-.42*np.clip(y-b.deep+52, 0, 45)
+    spine = np.maximum(joints, b.deep-46-y)
     pipes = [tube(p, windpipe, 12), *(tube(p, o, 9.5) for o in main_bronchi)]
     hila = [ball(p, (14,12,s*38), (20,14,13))+2 for s in (-1,1)]
     front = np.abs(x-jx)-jw-fan*np.clip(-y/b.deep-.3, 0, 1)-roof*np.clip(y/b.deep+.85, 0, .85)
     front = np.maximum(front, np.maximum(y-5, -z-60))
     thymus = tube(p, [(100,-6,0),(60,-26,0)], b.thymus)
-    column = oval(y-b.deep+32, x-b.spine_x, 18*b.size, 22*b.size)-2
+    column = oval(y-b.deep+36, x-b.spine_x, 18*b.size, 22*b.size)-1
     media = smooth_min(4, heart-b.heart_fat, blood-2.5, gullet-3, spine, column, front, behind,
                        thymus, *pipes, *hila)
     return dict(media=media, heart=heart, chamber=chamber, blood=blood, gullet=gullet)

@@ -52,10 +52,10 @@ def vessels(
     rng            # NumPy's random generator
 ) -> np.ndarray: # (branch, 7)
     "Pulmonary arteries and veins"
-    out,levels,murray = [],int(rng.choice([10,11,12], p=[.2,.4,.4])),rng.uniform(2.3,2.9)
-    leaf,n = rng.uniform(2.2,5.5)*2**((1-levels)/murray),2**levels
+    out,levels,murray = [],int(rng.choice([11,12,13], p=[.3,.5,.2])),rng.uniform(2.4,3.2)
+    leaf,n = rng.uniform(2.4,5.5)*2**((1-levels)/murray),2**levels
     for side in (-1,1):
-        p = points[(points[:,2]*side>0)&(depth>3)]
+        p = points[(points[:,2]*side>0)&(depth>2)]
         for z,axis in ((20,0),(6,1),(12,2)):
             some = p[rng.permutation(len(p))[:n]]
             root = z,rng.normal(12,4),34*side

@@ -181,22 +181,22 @@ def add_sheaths(
     rng,     # NumPy's random generator
     spacing  # mm
 ):
-    "A soft rim around vessels of more than 2 mm across, in two patients of three"
-    if rng.random()>.66: return
+    "A soft rim around vessels of more than 2 mm across, in two patients of five"
+    if rng.random()>.4: return
     large,rim = tubes[tubes[:,6]>1],rng.uniform(.5,2)
     if not len(large): return
     soft = gaussian_filter(draw_tubes(large, shares.clear.shape, spacing, rim), (.4,1,1))
-    shares.add(rng.uniform(.03,.3)*soft)
+    shares.add(rng.uniform(.03,.2)*soft)
 
 # %% ../nbs/03_lung_tissue.ipynb #9faf44ac
 def nodules(
     points, # From `lung_points`
     rng     # NumPy's random generator
 ) -> np.ndarray: # (n, 7)
-    "Nodules, and in one patient of five a tree-in-bud"
+    "Nodules, and in one patient of sixteen a tree-in-bud"
     u,any_point = rng.uniform,lambda: points[rng.integers(len(points))]
     out = [[*c,*c,u(1.5,5)] for c in (any_point() for _ in range(rng.poisson(1.2)))]
-    if rng.random()<.2:
+    if rng.random()<.06:
         centre,wide = any_point(),u(5,14)
         for _ in range(rng.integers(8,40)):
             c = centre+rng.normal(0, wide, 3)

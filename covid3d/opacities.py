@@ -38,7 +38,7 @@ def centres(
 ) -> np.ndarray: # Indices into `points`
     "Where a patient's lesions lie"
     w = _preference(points, depth, rng)
-    return rng.choice(len(points), n, p=.75*w/w.sum()+.25/len(w))
+    return rng.choice(len(points), n, p=.6*w/w.sum()+.4/len(w))
 
 # %% ../nbs/03_opacities.ipynb #b43bc1a6
 shapes = 'round','crescent','patch','band','diffuse'

@@ -57,7 +57,7 @@ def vessels(
     for side in (-1,1):
         p = points[(points[:,2]*side>0)&(depth>2)]
         for z,axis in ((20,0),(6,1),(12,2)):
-            some = p[rng.permutation(len(p))[:n]]
+            some = p[rng.integers(len(p), size=n)]
             root = z,rng.normal(12,4),34*side
             out.append(vessel_tree(root, some, rng, leaf, axis, p=murray))
     return np.concatenate(out)
@@ -71,7 +71,7 @@ def airways(
     out = [np.array([*out, *([*a,*b,6.2] for a,b in main_bronchi)], np.float32)]
     for side,(_,end) in zip((-1,1), main_bronchi):
         p = points[(points[:,2]*side>0)&(depth>10)]
-        out.append(vessel_tree(end, p[rng.permutation(len(p))[:64]], rng, .7, 0, .4, 2.2))
+        out.append(vessel_tree(end, p[rng.integers(len(p), size=64)], rng, .7, 0, .4, 2.2))
     return np.concatenate(out)
 
 # %% ../nbs/03_lung_tissue.ipynb #2f78d085

@@ -96,7 +96,7 @@ def test_tissues(ph):
     ct,lung,ill = ph.ct.data,ph.lung.data,ph.lesion.data>0
     low,mid,high = np.percentile(ct[ill], (5,50,95))
     assert low<-450 and -600<mid<-100 and mid+100<high<250
-    assert -930<np.median(ct[(lung>0)&~ill])<-700
+    assert -940<np.median(ct[(lung>0)&~ill])<-660
     assert (ct>250).sum()>10_000 and abs(np.median(ct[:,:8])+1000)<30 and -1024<=ct.min()
 
 def test_soft_edges(ph):

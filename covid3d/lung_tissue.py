@@ -47,6 +47,13 @@ def vessel_tree(
     return np.concatenate(out).astype(np.float32)
 
 # %% ../nbs/03_lung_tissue.ipynb #af19224e
+def _along_bronchus(side, dy, rng): # nodes, mm; `dy` to the back
+    path = np.array([(14,16,36*side),(4,20,46*side),(-10,25,52*side),(-28,31,55*side)], np.float32)
+    return path+(0,dy,0)+rng.normal(0, 2.5, path.shape)
+
+def _segments(path, r): # (branch, 7), thinner from node to node
+    return np.c_[path[:-1],path[1:],r*np.array([1,.8,.6])].astype(np.float32)
+
 def vessels(
     points, depth, # From `lung_points`
     rng            # NumPy's random generator
@@ -55,10 +62,10 @@ def vessels(
     out,levels,murray = [],int(rng.choice([11,12,13], p=[.3,.5,.2])),rng.uniform(2.4,3.2)
     leaf,n = rng.uniform(2.4,5.5)*2**((1-levels)/murray),2**levels
     for side in (-1,1):
-        p = points[(points[:,2]*side>0)&(depth>2)]
-        for z,axis in ((20,0),(6,1),(12,2)):
+        p,trunk = points[(points[:,2]*side>0)&(depth>2)],_along_bronchus(side, -9, rng)
+        out.append(_segments(trunk, rng.uniform(4,8)))
+        for root,axis in (((20,rng.normal(12,4),34*side),0),(trunk[-1],1),(trunk[1],2)):
             some = p[rng.integers(len(p), size=n)]
-            root = z,rng.normal(12,4),34*side
             out.append(vessel_tree(root, some, rng, leaf, axis, p=murray))
     return np.concatenate(out)
 
@@ -71,6 +78,7 @@ def airways(
     out = [np.array([*out, *([*a,*b,6.2] for a,b in main_bronchi)], np.float32)]
     for side,(_,end) in zip((-1,1), main_bronchi):
         p = points[(points[:,2]*side>0)&(depth>10)]
+        out.append(_segments(_along_bronchus(side, 0, rng), rng.uniform(2.5,4.5)))
         out.append(vessel_tree(end, p[rng.integers(len(p), size=64)], rng, .7, 0, .4, 2.2))
     return np.concatenate(out)
 

@@ -1,5 +1,5 @@
 "What the packages say: every import is declared with a lower bound, the source distribution builds, licences are listed"
-import ast, importlib.util, re, shutil, subprocess, sys, tarfile, zipfile
+import ast, importlib.util, re, shutil, subprocess, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def test_the_source_distribution_builds(tmp_path):
     for o in ('covid3d','nbs','tests'): shutil.copytree(root/o, ours/o, ignore=shutil.ignore_patterns('__pycache__'))
     (tmp_path/'dist').mkdir()
     sdist = build('sdist', ours, tmp_path/'dist')
-    with tarfile.open(sdist) as t: t.extractall(tmp_path/'there', filter='data')
+    shutil.unpack_archive(sdist, tmp_path/'there')
     there, = (tmp_path/'there').iterdir()
     for o in ('settings.ini','nbs/00_volume.ipynb','tests/test_packaging.py','THIRD_PARTY.md'): assert (there/o).is_file(), o
     with zipfile.ZipFile(build('wheel', there, tmp_path/'dist')) as z: inside = z.namelist()

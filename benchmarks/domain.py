@@ -64,11 +64,11 @@ def told()->pd.DataFrame:
 def plot():
     "Each scan a dot: its distance, filled where it was warned of or refused"
     import matplotlib.pyplot as plt
-    df = pd.read_csv(here/'domain.csv').dropna(subset='distance'); df['kind'] = df.kind.where(df.kind!='other', df.scan.str.replace('_', ' ').str.upper().str.replace('HEAD CT', 'CT of a head'))
+    df = pd.read_csv(here/'domain.csv').dropna(subset='distance'); df['kind'] = df.kind.where(df.kind!='other', df.scan).replace(dict(chest='as it is', head_ct='CT of a head'))
     kinds = list(dict.fromkeys(df.kind)); fig,ax = plt.subplots(figsize=(6.4,3.4), layout='constrained')
-    at,color = np.array([kinds.index(k) for k in df.kind]),np.where(df.kind=='chest', '#0072B2', '#D55E00')
+    at,color = np.array([kinds.index(k) for k in df.kind]),np.where(df.kind=='as it is', '#0072B2', '#D55E00')
     ax.scatter(df.distance, at, s=30, edgecolors=color, facecolors=[c if w else 'white' for c,w in zip(color, df.warnings>0)])
-    ax.axvline(1, color='.5', lw=1, ls='--'); ax.set(yticks=range(len(kinds)), yticklabels=[k.replace('chest', 'as it is') if k=='chest' else k for k in kinds], xlabel='distance, in limits')
+    ax.axvline(1, color='.5', lw=1, ls='--'); ax.set(yticks=range(len(kinds)), yticklabels=kinds, xlabel='distance, in limits')
     ax.invert_yaxis(); ax.spines[['top','right']].set_visible(False)
     return fig
 

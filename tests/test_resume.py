@@ -22,7 +22,7 @@ small = ['--width','8','--spacing','9,7,7','--patch','16,32,32','--patches','12'
 def data(tmp_path_factory):
     "Phantoms, a table, and an encoder to start from"
     root = tmp_path_factory.mktemp('data')
-    table = write_coarse(root, n=5, seed=33)  # large lesions, so that there is something to learn
+    table = write_coarse(root, n=5, seed=31)  # large lesions, so that there is something to learn
     torch.manual_seed(2)
     save_file({k:v.contiguous() for k,v in encoder3d('r3d_18', False, 8).state_dict().items()}, root/'encoder.safetensors')
     return table,root/'encoder.safetensors'
@@ -80,7 +80,7 @@ def test_the_training_learns(data, scored):
     "Else equal weights would say little: every epoch other weights, and neither the first nor the last the best"
     out,_ = scored
     h = history(out/'run')
-    assert len(h)==4 and len({r['valid_loss'] for r in h})==4 and float(h[-1]['train_loss'])<.995*float(h[0]['train_loss'])
+    assert len(h)==4 and len({r['valid_loss'] for r in h})==4 and float(h[-1]['train_loss'])<.98*float(h[0]['train_loss'])
     dice = [float(r['scan_dice']) for r in h]
     assert dice.index(max(dice))==2
     kept = [read_checkpoint(out/'kept'/f'{o}.safetensors')[1] for o in ('0-1','1-1','1-2','1-3')]

@@ -10,7 +10,7 @@ import argparse, os, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import binary_erosion, gaussian_filter, label
 
 from covid3d.dicom import open_scan
 from covid3d.inference import Segmenter
@@ -25,16 +25,27 @@ def auc(score, ill):
     a,b = score[ill][:,None],score[~ill]
     return float(((a>b)+.5*(a==b)).mean())
 
-def sides(seg):
-    "Fraction of each lung's voxels on its own side of the middle between both lungs"
-    left,right = (seg.masks[k].sum((0,1)) for k in ('left_lung','right_lung'))
-    x = np.arange(len(left)); middle = (left@x/max(left.sum(), 1)+right@x/max(right.sum(), 1))/2
-    return float((left[x>middle].sum()+right[x<middle].sum())/max(left.sum()+right.sum(), 1))
+def both_lungs(lung):
+    "The right and the left lung of a mask of both: its two largest components, thinned by up to 3 voxels within slices where they touch"
+    for n in range(4):
+        part = label(binary_erosion(lung, np.ones((1,3,3)), n) if n else lung)[0]; size = np.bincount(part.ravel()); size[0] = 0
+        a,b = np.argsort(size)[-2:]
+        if size[a]>.2*size[b]: return sorted((part==a,part==b), key=lambda m: np.nonzero(m)[2].mean())
+    raise SystemExit('the lungs of a mask could not be told apart')
+
+def sides(seg, lung=None):
+    "Fraction of the lungs' voxels that have the right name: by the components of a human mask of both lungs; where there is none, by the middle between both lungs, which a lung may cross in front of the heart"
+    right,left = (seg.masks[k]>0 for k in ('right_lung','left_lung'))
+    if lung is not None: r,l = both_lungs(lung>0); ok,all_ = (right&r).sum()+(left&l).sum(),((right|left)&(r|l)).sum()
+    else:
+        x = np.arange(left.shape[2]); n = [m.sum((0,1)) for m in (right,left)]; middle = sum(m@x/max(m.sum(), 1) for m in n)/2
+        ok,all_ = n[0][x<middle].sum()+n[1][x>middle].sum(),n[0].sum()+n[1].sum()
+    return float(ok/max(all_, 1))
 
 def measure(seg, lesion=None, lung=None):
     "What one scan says"
     found = (seg.masks['left_lung']+seg.masks['right_lung'])>0
-    row = {f'{k}_ml':v for k,v in seg.ml.items()}|dict(sides=sides(seg), distance=seg.distance, disagreement=seg.disagreement, warnings=sum(o.startswith('warning: ') for o in seg.notes))
+    row = {f'{k}_ml':v for k,v in seg.ml.items()}|dict(sides=sides(seg, lung), distance=seg.distance, disagreement=seg.disagreement, warnings=sum(o.startswith('warning: ') for o in seg.notes))
     if lesion is not None: row |= dict(dice=dice(seg.masks['lesion'], lesion), inside=float(found[lesion>0].mean()))
     if lung is not None: row['lung_dice'] = dice(found, lung>0)
     return row

@@ -14,6 +14,7 @@ from itertools import product
 
 import cc3d, numpy as np, torch
 from fastcore.basics import patch
+from scipy import ndimage as ndi
 
 from .cases import spine_in_front
 from .dicom import open_scan
@@ -282,12 +283,39 @@ class Segmenter:
         how = f'overlap {self.overlap:g}, threshold {self.threshold:g}, {self.device}'
         return f'Segmenter of {", ".join(self.classes)} ({how})'
 
+# %% ../nbs/15_inference.ipynb #83fb8c0f
+def _pieces(lungs) -> tuple: # Two masks, larger first; None if there are no two
+    "Right and left lung as two pieces, thinned by as little as sets them apart"
+    for n in range(5):
+        peeled = ndi.binary_erosion(lungs, np.ones((1,3,3)), n) if n else lungs
+        part = cc3d.connected_components(peeled); size = np.bincount(part.ravel()); size[0] = 0
+        a,b = np.argsort(-size)[:2] if len(size)>2 else (0,0)
+        if size[b]>.2*size[a]: return part==a,part==b
+
+def name_lungs(
+    right: torch.Tensor,  # (slice, row, column), probabilities; changed
+    left: torch.Tensor,   # Likewise
+    threshold: float = .5 # From which a voxel is lung
+):
+    "Exchange the probabilities where a voxel bears the name of the other lung"
+    lungs = (torch.maximum(right, left)>=threshold).cpu().numpy()
+    named = (right>left).cpu().numpy()
+    if not (pieces := _pieces(lungs)): return
+    fractions = [named[m].mean() for m in pieces]
+    if not (max(fractions)>.8 and min(fractions)<.2): return
+    a,b = sorted(pieces, key=lambda m: -named[m].mean())
+    at = ndi.distance_transform_edt(~(a|b), return_distances=False, return_indices=True)
+    swap = torch.from_numpy(lungs&(a[tuple(at)]!=named)).to(right.device)
+    right[swap],left[swap] = left[swap],right[swap]
+
 # %% ../nbs/15_inference.ipynb #888c984a
 @patch
 def _clean(self: Segmenter, prob, ct):
-    "Set the probabilities of lesions to zero that are too small, or outside of the lungs"
+    "Name the lungs; set lesions to zero that are too small, or outside of the lungs"
     ml = ct.ml_per_voxel*math.prod(ct.shape)/math.prod(prob.shape[1:])
     sides = 'right_lung','left_lung'
+    if {*sides}<={*self.classes}:
+        name_lungs(*(prob[self.classes.index(k)] for k in sides), self.threshold)
     lungs = [p>=self.threshold for k,p in zip(self.classes, prob) if k in sides]
     whole = len(lungs)==2 and all(m.sum()*ml>=_least_lung for m in lungs)
     for k,p in zip(self.classes, prob):

@@ -54,6 +54,13 @@ def _along_bronchus(side, dy, rng): # nodes, mm; `dy` to the back
 def _segments(path, r): # (branch, 7), thinner from node to node
     return np.c_[path[:-1],path[1:],r*np.array([1,.8,.6])].astype(np.float32)
 
+def _side_branches(path, rng, n, radii): # (n, 7), from anywhere along a path, outwards
+    at = rng.uniform(0, len(path)-1, n); i = at.astype(int); t = (at-i)[:,None]
+    start = path[i]*(1-t)+path[i+1]*t+rng.normal(0, 2, (n,3))
+    way = rng.normal(0, 1, (n,3))+(0,0,np.sign(path[0,2]))
+    way *= rng.uniform(8, 28, (n,1))/np.linalg.norm(way, axis=1, keepdims=True)
+    return np.c_[start,start+way,rng.uniform(*radii, n)].astype(np.float32)
+
 def vessels(
     points, depth, # From `lung_points`
     rng            # NumPy's random generator
@@ -64,6 +71,7 @@ def vessels(
     for side in (-1,1):
         p,trunk = points[(points[:,2]*side>0)&(depth>2)],_along_bronchus(side, -9, rng)
         out.append(_segments(trunk, rng.uniform(4,8)))
+        out.append(_side_branches(trunk, rng, rng.integers(4,12), (1.5,4.5)))
         for root,axis in (((20,rng.normal(12,4),34*side),0),(trunk[-1],1),(trunk[1],2)):
             some = p[rng.integers(len(p), size=n)]
             out.append(vessel_tree(root, some, rng, leaf, axis, p=murray))
@@ -78,7 +86,8 @@ def airways(
     out = [np.array([*out, *([*a,*b,6.2] for a,b in main_bronchi)], np.float32)]
     for side,(_,end) in zip((-1,1), main_bronchi):
         p = points[(points[:,2]*side>0)&(depth>10)]
-        out.append(_segments(_along_bronchus(side, 0, rng), rng.uniform(2.5,4.5)))
+        out.append(_segments(trunk := _along_bronchus(side, 0, rng), rng.uniform(2.5,4.5)))
+        out.append(_side_branches(trunk, rng, rng.integers(3,7), (1.,2.2)))
         out.append(vessel_tree(end, p[rng.integers(len(p), size=64)], rng, .7, 0, .4, 2.2))
     return np.concatenate(out)
 

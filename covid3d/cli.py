@@ -150,7 +150,7 @@ _patch_options = _panel('Data',
 
 # %% ../nbs/30_cli.ipynb #6f3d050e
 _optim_options = _panel('Optimisation',
-    loss=_opt(Literal['dice-focal','dice-ce','tversky','lovasz'], 'Loss (dice-focal)'),
+    loss=_opt(Literal['dice-focal','dice-ce','calibrated','tversky','lovasz'], 'Loss (dice-focal)'),
     frozen_epochs=_opt(int, 'Epochs of the decoder alone, before, if pretrained (0)', min=0),
     frozen_lr=_opt(float, 'Learning rate of the frozen epochs (that of --lr)', min=1e-12),
     frozen_stages=_opt(int, 'Stages of the encoder that stay as pretrained (0)', min=0, max=5),

@@ -77,7 +77,8 @@ class Recipe:
     bs: int = 2                 # Patches in a batch
     patches: int = 24           # Patches of each training scan in an epoch
     oversample_foreground: float = .7 # Fraction of these that are centred on a lesion
-    loss: str = 'dice-focal'    # `dice-focal`, `dice-ce`, `tversky` or `lovasz`
+    # `dice-focal`, `dice-ce`, `calibrated`, `tversky` or `lovasz`
+    loss: str = 'dice-focal'
     # `none`, `light`, `full` for long trainings, `grey` where HU are not to be relied upon
     augment: str = 'light'
     clip: float = 12.           # Largest L2 norm of all gradients together; 0 for any
@@ -205,8 +206,8 @@ recipes = dict(
                   lr=1e-3, frozen_lr=1e-2, wd=1e-4, loss='dice-ce'),
     synthetic=Recipe(CTSpec(classes=('lesion','right_lung','left_lung')),
                      NetSpec(width=16, up='shuffle', norm='group'), 'random', epochs=30, patches=2,
-                     oversample_foreground=.5, augment='grey', ema=.998, score_every=10,
-                     keep='last'))
+                     oversample_foreground=.5, loss='calibrated', augment='grey', ema=.998,
+                     score_every=10, keep='last'))
 
 # %% ../nbs/15_recipe.ipynb #a27ded3f
 @patch(as_prop=True)

@@ -3,10 +3,10 @@ import copy
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from monai import losses as monai
-from covid3d.losses import DiceCELoss, DiceFocalLoss, LovaszHingeLoss, SampleLoss, TverskyLoss
+from covid3d.losses import CalibratedLoss, DiceCELoss, DiceFocalLoss, LovaszHingeLoss, SampleLoss, TverskyLoss
 from covid3d.volume import CTError
 
-makers = dict(dice_ce=DiceCELoss, dice_focal=DiceFocalLoss, focal_below_1=lambda **k: DiceFocalLoss(gamma=.5, alpha=.8, **k), tversky=TverskyLoss, focal_tversky=lambda **k: TverskyLoss(gamma=4/3, **k),
+makers = dict(dice_ce=DiceCELoss, calibrated=CalibratedLoss, dice_focal=DiceFocalLoss, focal_below_1=lambda **k: DiceFocalLoss(gamma=.5, alpha=.8, **k), tversky=TverskyLoss, focal_tversky=lambda **k: TverskyLoss(gamma=4/3, **k),
     lovasz=LovaszHingeLoss, lovasz_ce=lambda **k: LovaszHingeLoss(ce=1, **k))
 each = pytest.mark.parametrize('make', makers.values(), ids=list(makers))
 

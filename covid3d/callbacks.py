@@ -157,18 +157,23 @@ class History(WhileTraining):
 
 # %% ../nbs/17_callbacks.ipynb #04c9a541
 class EMA(WhileTraining):
-    "Validate and keep a moving average of the weights; train the weights themselves"
+    "Validate and keep averages of the weights; train the weights themselves"
     order,keeps,keeps_tensors = 64,('n',),'mean'  # after those that keep weights
     def __init__(self,
-        decay: float = .99 # d, in (0, 1)
-    ): self.decay,self.n,self.mean,self.own = decay,0,{},None
+        decay: float = .99,    # d, in (0, 1), of the moving average; 0 for none
+        model=None,            # Network before the training, if its weights are mixed in
+        keep_start: float = .5 # a: their weight, in (0, 1)
+    ):
+        self.decay,self.n,self.mean,self.own,self.keep_start = decay,0,{},None,keep_start
+        self.start = {k:v.clone() for k,v in model.state_dict().items()
+                      if v.is_floating_point() and not k.startswith('head.')} if model else {}
     def fits(self, learn, done, tensors, n) -> bool:
         "Whether there is a mean of `n` steps; a finished training needs it no more"
         if tensors is None: return True
         return n<=(done+1)*10**7 and (n>0)==any(k.startswith(f'{self.name}.') for k in tensors)
     def _state(self): return get_model(self.learn.model).state_dict()
     def after_step(self):  # of the optimiser; with accumulated gradients not after every batch
-        if not self.trains: return
+        if not (self.trains and self.decay): return
         if not self.mean: self.mean = {k:v.clone() for k,v in self._state().items()}
         self.n += 1; d = min(self.decay, (1+self.n)/(10+self.n))
         for k,v in self._state().items():
@@ -178,10 +183,16 @@ class EMA(WhileTraining):
 # %% ../nbs/17_callbacks.ipynb #ea5eba11
 @patch
 def before_validate(self: EMA):
-    if not (self.trains and self.mean): return
+    if not (self.trains and (self.mean or self.start)): return
     spread(self.mean.values())  # of several processes, the first one's
     self.own = {k:v.clone() for k,v in self._state().items()}
-    get_model(self.learn.model).load_state_dict(self.mean)
+    get_model(self.learn.model).load_state_dict(self.averaged())
+
+@patch
+def averaged(self: EMA) -> dict:
+    "The state that is validated and kept"
+    now = self.mean or self._state()
+    return now|{k:v.to(now[k]).lerp(now[k], 1-self.keep_start) for k,v in self.start.items()}
 
 @patch
 def after_epoch(self: EMA): self.swap_back()

@@ -158,7 +158,9 @@ _optim_options = _panel('Optimisation',
     wd=_opt(float, 'Weight decay (0.01)', min=0, max=10),
     clip=_opt(float, 'Largest L2 norm of all gradients together, 0 for any (12.0)', min=0),
     ema=_opt(float, 'Decay of a moving average of the weights, 0 for none (0.0)',
-        min=0, max=.999999))
+        min=0, max=.999999),
+    keep_start=_opt(float, 'Weight of the initial weights in those that are kept (0.5; 0.0 from '
+        'random, kinetics)', min=0, max=.99))
 
 _run_options = _panel('Run',
     score_every=_opt(int, 'Score whole validation scans every N epochs (5)', min=1),

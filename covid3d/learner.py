@@ -303,7 +303,7 @@ def _to_device(learn, recipe):
     if device=='cpu': learn.model.to(memory_format=torch.channels_last_3d)
     if recipe.memory is not None:
         frozen = recipe.frozen_stages if recipe.pretrained else 0
-        _fit_memory(learn, recipe.memory, frozen, bool(recipe.ema))
+        _fit_memory(learn, recipe.memory, frozen, bool(recipe.ema or recipe.keep_start))
     elif device=='cuda': learn.to_fp16()
 
 # %% ../nbs/18_learner.ipynb #c71ea203
@@ -313,7 +313,9 @@ def _fit(learn, out, recipe, resume, examples, plot) -> Learner:
     learn.kept = KeepBest(out/'model.safetensors', last=recipe.keep=='last', seen=seen)
     cbs = [learn.kept, history, _Awaited(), StopOnNaN(), Pictures(history, examples, plot)]
     if recipe.clip: cbs.append(GradientClip(recipe.clip))
-    if recipe.ema: cbs.append(EMA(recipe.ema))
+    if recipe.ema or recipe.keep_start:
+        start = learn.model if recipe.keep_start else None
+        cbs.append(EMA(recipe.ema, start, recipe.keep_start))
     about = once(lambda: _identity(learn, recipe))
     frozen = recipe.frozen_epochs if recipe.pretrained else 0
     steps = max(frozen, recipe.epochs)*len(learn.dls.train)

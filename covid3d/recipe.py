@@ -35,6 +35,7 @@ _ranges = dict(
     clip=(float, 0, 10**6, 'Give 12, or 0 for none'),
     wd=(float, 0, 10, 'Give 0.01'),
     ema=(float, 0, .999999, 'Give 0.99, or 0 for none'),
+    keep_start=(float, 0, .99, 'Give 0.5, or 0 for none'),
     score_every=(int, 1, 10**6, 'Give 5'),
     seed=(int, 0, 2**32-1, 'Give such a number, for example 0'))
 
@@ -55,7 +56,9 @@ def _one_of(name, v):
     raise CTError(name, f'{v!r} is unknown', f'Give {", ".join(_choices[name])}')
 
 # %% ../nbs/15_recipe.ipynb #9f51c34a
-def _usual_lr(init): return 2e-3 if init in ('random','kinetics') else 5e-4
+def _is_whole(init): return init not in ('random','kinetics')
+def _usual_lr(init): return 5e-4 if _is_whole(init) else 2e-3
+def _usual_keep(init): return .5 if _is_whole(init) else 0.
 
 @dataclass(frozen=True)
 class Recipe:
@@ -85,6 +88,9 @@ class Recipe:
     wd: float = .01             # Weight decay
     # Decay of a moving average of the weights, which is scored and kept; 0 for none
     ema: float = 0.
+    # Weight of the initial weights in those that are scored and kept (`EMA`); if None, 0.5 from
+    # weights of a whole network, and 0 else
+    keep_start: float = None
     score_every: int = 5        # Whole validation scans are scored every so many epochs
     # Weights of the epoch with the `best` whole-scan Dice, or of the `last`
     keep: str = 'best'
@@ -97,6 +103,7 @@ class Recipe:
         put = lambda k,v: object.__setattr__(self, k, v)
         if self.lr is None: put('lr', _usual_lr(self.init))
         if self.frozen_lr is None: put('frozen_lr', self.lr)
+        if self.keep_start is None: put('keep_start', _usual_keep(self.init))
         if isinstance(self.init, Path): put('init', str(self.init))
         for k in _ranges: put(k, _in_range(k, getattr(self, k)))
         for k in _choices: put(k, _one_of(k, getattr(self, k)))
@@ -114,6 +121,8 @@ def _check_parts(r):
     need('spec', r.spec is None or isinstance(r.spec, CTSpec), 'Give a CTSpec')
     need('net', isinstance(r.net, NetSpec), 'Give a NetSpec')
     need('init', isinstance(r.init, str) and r.init, 'Give covid3d, kinetics, random, or a file')
+    if r.keep_start and not _is_whole(r.init):
+        raise CTError('keep_start', f'{r.init} weights are not those of a whole network', 'Give 0')
     need('memory', r.memory is None or isinstance(r.memory, str), 'Give, for example, 6GB')
     need('reproducible', isinstance(r.reproducible, bool), 'Give true or false')
 
@@ -135,6 +144,8 @@ def but(self: Recipe, **changes) -> Recipe:
     for k in changes:
         if k not in known: _unknown(k, known+_names(CTSpec)+_names(NetSpec), 'recipe')
     if 'init' in changes and self.lr==_usual_lr(self.init): changes = dict(lr=None)|changes
+    if 'init' in changes and self.keep_start==_usual_keep(self.init):
+        changes = dict(keep_start=None)|changes
     if 'lr' in changes and self.frozen_lr==self.lr: changes = dict(frozen_lr=None)|changes
     return replace(self, **changes)
 
@@ -207,7 +218,7 @@ recipes = dict(
     synthetic=Recipe(CTSpec(classes=('lesion','right_lung','left_lung')),
                      NetSpec(width=16, up='shuffle', norm='group'), 'random', epochs=30, patches=2,
                      oversample_foreground=.5, loss='calibrated', augment='grey', ema=.998,
-                     score_every=10, keep='last'))
+                     keep_start=0., score_every=10, keep='last'))
 
 # %% ../nbs/15_recipe.ipynb #a27ded3f
 @patch(as_prop=True)

@@ -58,9 +58,12 @@ bench: $(READY) ## the comparisons in benchmarks/, with the peers installed (lon
 	$(BIN)/python -m pip install -e '.[dev,dicom,bench]'
 	@for f in benchmarks/*.py; do echo "$$f"; $(BIN)/python "$$f" || exit 1; done
 
-weights: $(READY) ## make weights like those that come with covid3d, in two rounds: hours on a CPU, on a GPU if there is one; resumes; OUT=folder
-	$(BIN)/covid3d pretrain --resume -o "$(or $(OUT),_weights)/first"
-	$(BIN)/covid3d pretrain --resume -o "$(or $(OUT),_weights)/second" --init "$(or $(OUT),_weights)/first/model.safetensors" --seed 1000 --lr 7e-4 --epochs 14
+WEIGHTS = $(or $(OUT),_weights)
+weights: $(READY) ## make weights like those that come with covid3d, in four rounds: hours on a CPU, on a GPU if there is one; resumes; OUT=folder
+	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/1"
+	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/2" --init "$(WEIGHTS)/1/model.safetensors" --seed 1000 --lr 7e-4 --epochs 14
+	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/3" --init "$(WEIGHTS)/2/covid3d.safetensors" --seed 7000 --lr 7e-4 --epochs 24
+	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/4" --init "$(WEIGHTS)/3/model.safetensors" --seed 9000 --lr 3e-4 --epochs 14 --patients 200
 
 clean: ## remove what the targets built; .venv stays
 	rm -rf _docs _proc _stage build dist .pytest_cache .hypothesis

@@ -4,7 +4,7 @@
 
 Peers: MONAI's UNet, SegResNet and DynUNet, nnU-Net's default plain and residual networks, and the recipe that resizes whole volumes to 20×224×224 (the whole r3d_18, batch 1, rate 1e-3, weight decay 1e-4).
 All but the last get the same cases, grid (4×2.8×2.8 mm), patches (16×96×96), batch size, augmentation, optimiser, schedule and sliding window. The peers train with Dice + cross-entropy, the default of nnU-Net and the usual choice with
-MONAI; ours with its own default, Dice + focal loss, all of it trained at one rate, as `train` does. `covid3d` starts from the weights that come with the library, or from a file (`--weights`); `covid3d scratch` is
+MONAI; ours with its own default, Dice + focal loss, all of it trained at one rate, as `train` does. `covid3d` starts from the weights that come with the library, or from a file (`--weights`), and ends half-way between these and the trained ones, as `train` does by default; `covid3d scratch` is
 the same network from random weights. That is not what nnU-Net's own program would do: its
 planner would choose near 0.7 mm and patches of millions of voxels, of which these budgets pay for none.
 `cpu_seconds` is training alone, `step` one batch of it, `inference` one scan, `peak_mb` the process's resident memory in training, PyTorch and data included. Each run adds a row to benchmarks/peers.csv; a run that has its row
@@ -21,7 +21,7 @@ from fastai.learner import Learner
 from budget import Budget, add_row, budget_name, done, here, peak_mb, reset_peak, seven_scans, versions
 from covid3d.evaluate import score_cases
 from covid3d.inference import Segmenter
-from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, light_aug_transforms, set_seed, unet_learner_3d
+from covid3d.learner import CTDataLoaders, CTSpec, DiceCELoss, EMA, light_aug_transforms, set_seed, unet_learner_3d
 from covid3d.statistics import compare, mean_interval, score_table
 from covid3d.transforms import ResizeSpec
 from covid3d.weights import load_model, weights_file
@@ -64,9 +64,10 @@ def run(table, name, fold, seed, budget, lr, weights):
     s,bs = (whole,1) if resize else (spec,2)
     dls = CTDataLoaders.from_table(table, s, bs=bs, fold=(fold,3), patches=6, device='cpu', aug=light_aug_transforms())
     learn = learner(name, dls, weights)
-    b = Budget(lr, **budget)
+    b,half = Budget(lr, **budget),EMA(0, learn.model) if name=='covid3d' else None
     reset_peak()
     with learn.no_bar(), learn.no_logging(): learn.fit(10**6, cbs=b)
+    if half: half.learn = learn; learn.model.load_state_dict(half.averaged())
     peak,model = peak_mb(),learn.model.eval()
     segmenter = Segmenter(model, s, .25)
     t = time.process_time(); segmenter(dls.valid_cases[0]); t = time.process_time()-t

@@ -54,11 +54,11 @@ def _along_bronchus(side, dy, rng): # nodes, mm; `dy` to the back
 def _segments(path, r): # (branch, 7), thinner from node to node
     return np.c_[path[:-1],path[1:],r*np.array([1,.8,.6])].astype(np.float32)
 
-def _side_branches(path, rng, n, radii): # (n, 7), from anywhere along a path, outwards
+def _side_branches(path, rng, n, radii, mm=(8,28)): # (n, 7), from anywhere along a path, outwards
     at = rng.uniform(0, len(path)-1, n); i = at.astype(int); t = (at-i)[:,None]
     start = path[i]*(1-t)+path[i+1]*t+rng.normal(0, 2, (n,3))
     way = rng.normal(0, 1, (n,3))+(0,0,np.sign(path[0,2]))
-    way *= rng.uniform(8, 28, (n,1))/np.linalg.norm(way, axis=1, keepdims=True)
+    way *= rng.uniform(*mm, (n,1))/np.linalg.norm(way, axis=1, keepdims=True)
     return np.c_[start,start+way,rng.uniform(*radii, n)].astype(np.float32)
 
 def vessels(
@@ -72,6 +72,7 @@ def vessels(
         p,trunk = points[(points[:,2]*side>0)&(depth>2)],_along_bronchus(side, -9, rng)
         out.append(_segments(trunk, rng.uniform(4,8)))
         out.append(_side_branches(trunk, rng, rng.integers(4,12), (1.5,4.5)))
+        out.append(_side_branches(trunk[:3]+(0,5,0), rng, rng.integers(0,8), (3,7), (2,12)))
         for root,axis in (((20,rng.normal(12,4),34*side),0),(trunk[-1],1),(trunk[1],2)):
             some = p[rng.integers(len(p), size=n)]
             out.append(vessel_tree(root, some, rng, leaf, axis, p=murray))

@@ -199,12 +199,12 @@ def add_sheaths(
     rng,     # NumPy's random generator
     spacing  # mm
 ):
-    "A soft rim around vessels of more than 2 mm across, in two patients of five"
-    if rng.random()>.4: return
-    large,rim = tubes[tubes[:,6]>1],rng.uniform(.5,2)
-    if not len(large): return
-    soft = gaussian_filter(draw_tubes(large, shares.clear.shape, spacing, rim), (.4,1,1))
-    shares.add(rng.uniform(.03,.2)*soft)
+    "Soft rims around vessels in two patients of five, around those of the hilum in three of four"
+    for least,often,rims,dense in ((1,.4,(.5,2),(.03,.2)), (2.8,.75,(1,5),(.2,.8))):
+        large,rim = tubes[tubes[:,6]>least],rng.uniform(*rims)
+        if rng.random()>often or not len(large): continue
+        soft = gaussian_filter(draw_tubes(large, shares.clear.shape, spacing, rim), (.4,1,1))
+        shares.add(rng.uniform(*dense)*soft)
 
 # %% ../nbs/03_lung_tissue.ipynb #9faf44ac
 def nodules(

@@ -63,7 +63,7 @@ weights: $(READY) ## make weights like those that come with covid3d, in four rou
 	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/1"
 	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/2" --init "$(WEIGHTS)/1/model.safetensors" --seed 1000 --lr 7e-4 --epochs 14
 	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/3" --init "$(WEIGHTS)/2/covid3d.safetensors" --seed 7000 --lr 7e-4 --epochs 24
-	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/4" --init "$(WEIGHTS)/3/model.safetensors" --seed 9000 --lr 3e-4 --epochs 14 --patients 200
+	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/4" --init "$(WEIGHTS)/3/model.safetensors" --seed 9000 --lr 5e-4 --epochs 12 --patients 200
 
 clean: ## remove what the targets built; .venv stays
 	rm -rf _docs _proc _stage build dist .pytest_cache .hypothesis

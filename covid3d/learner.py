@@ -313,9 +313,8 @@ def _fit(learn, out, recipe, resume, examples, plot) -> Learner:
     learn.kept = KeepBest(out/'model.safetensors', last=recipe.keep=='last', seen=seen)
     cbs = [learn.kept, history, _Awaited(), StopOnNaN(), Pictures(history, examples, plot)]
     if recipe.clip: cbs.append(GradientClip(recipe.clip))
-    if recipe.ema or recipe.keep_start:
-        start = learn.model if recipe.keep_start else None
-        cbs.append(EMA(recipe.ema, start, recipe.keep_start))
+    start = learn.model if recipe.keep_start and is_network(recipe.pretrained) else None
+    if recipe.ema or start: cbs.append(EMA(recipe.ema, start, recipe.keep_start))
     about = once(lambda: _identity(learn, recipe))
     frozen = recipe.frozen_epochs if recipe.pretrained else 0
     steps = max(frozen, recipe.epochs)*len(learn.dls.train)

@@ -95,7 +95,7 @@ def pretrain(
     if (n := started()[1])>1:
         raise CTError('pretraining', f'is work for one process, and {n} were started',
                       'Start it without torchrun')
-    out,recipe = Path(out),Recipe.load(recipe).but(**changes)
+    out,recipe = Path(out),Recipe.load(recipe).but(**dict(keep_start=0.)|changes)
     spec = recipe.spec or CTSpec()
     with locked(out, folder=True):
         no_links(out, 'patients/')

@@ -218,7 +218,7 @@ recipes = dict(
     synthetic=Recipe(CTSpec(classes=('lesion','right_lung','left_lung')),
                      NetSpec(width=16, up='shuffle', norm='group'), 'random', epochs=30, patches=2,
                      oversample_foreground=.5, loss='calibrated', augment='grey', ema=.998,
-                     keep_start=0., score_every=10, keep='last'))
+                     score_every=10, keep='last'))
 
 # %% ../nbs/15_recipe.ipynb #a27ded3f
 @patch(as_prop=True)

@@ -73,7 +73,7 @@ def test_the_source_distribution_builds(tmp_path):
 
 def test_licences_are_listed():
     page = (root/'THIRD_PARTY.md').read_text(encoding='utf-8')
-    names = third_party.declared()+third_party.declared('dicom_requirements')
+    names = [k for o in ('','dicom_','onnx_') for k in third_party.declared(o+'requirements')]
     listed = dict(re.findall(r'^\| ([\w.-]+) \| (.+?) \|$', page, flags=re.M))
     assert [k for k in names if k not in listed]==[], 'run `python nbs/_site/third_party.py`'
     lgpl = re.search(r'Under the LGPL: (.+?)\.\*\*', page)[1].split(', ')

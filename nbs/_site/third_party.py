@@ -37,8 +37,8 @@ def table(names, found): return '\n'.join(['| package | licence |', '|---|---|',
 
 def page():
     "THIRD_PARTY.md"
-    direct, extra = declared(), declared('dicom_requirements')
-    found = brought(direct); more = brought(extra)
+    direct, dicom, onnx = declared(), declared('dicom_requirements'), declared('onnx_requirements')
+    extra = dicom+onnx; found = brought(direct); more = brought(extra)
     lgpl = ', '.join(k for k in sorted(direct) if copyleft(found[k]))
     return f'''# Licences of third parties
 
@@ -53,7 +53,11 @@ PyTorch's builds for NVIDIA GPUs bring NVIDIA's libraries, under NVIDIA's own te
 
 ## What `covid3d[dicom]` adds
 
-{table(extra, more)}
+{table(dicom, more)}
+
+## What `covid3d[onnx]` adds
+
+{table(onnx, more)}
 
 ## What these bring with them
 

@@ -59,6 +59,16 @@ def _sample_lesion(shape, dense, mixed, size, rng): # `size`: factor on lengths
                            dense=float(np.clip(dense*u(.8,1.3), .12, .75)))
 
 # %% ../nbs/03_opacities.ipynb #db5a738d
+def _small_lesion(centre, rng):
+    "A round or patchy opacity of 6 to 30 mm, ground glass or with a dense core"
+    o = _sample_lesion(str(rng.choice(('round','patch'), p=(.7,.3))), rng.uniform(.18,.55),
+                       True, 1., rng)
+    o.axes = rng.uniform(4, 12)*rng.uniform((.8,.8,.8), (1.25,1.25,1.25))
+    o.soft,o.filling = rng.uniform(.15,.9),str(rng.choice(fillings[:4], p=[.55,.1,.05,.3]))
+    o.centre = centre
+    return o
+
+# %% ../nbs/03_opacities.ipynb #c09e8e3f
 def _covers(o, points, depth): # which points a lesion holds, about
     hit = squares(*((points-o.centre)@o.turn.T/o.axes).T)<1.2
     reach = dict(crescent=1.2, diffuse=2.5).get(o.shape, np.inf)
@@ -81,7 +91,7 @@ def sample_lesions(
         if more.sum()*ml>1.6*total+2 and tried<50: continue  # far too much
         out.append(o); hit = more
         if hit.sum()*ml>=total or len(out)==60: break
-    return out
+    return out+[_small_lesion(points[i], rng) for i in rng.choice(len(points), rng.poisson(2))]
 
 # %% ../nbs/03_opacities.ipynb #5a380bc2
 def _depth_within(o, v, coarse, fine, depth): # 1 in the middle, 0 on the border

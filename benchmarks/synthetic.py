@@ -10,10 +10,10 @@ import argparse, os, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
-from scipy.ndimage import binary_erosion, gaussian_filter, label
+from scipy.ndimage import gaussian_filter
 
 from covid3d.dicom import open_scan
-from covid3d.inference import Segmenter
+from covid3d.inference import Segmenter, _pieces
 from covid3d.metrics import dice
 from covid3d.volume import Volume, open_ct, open_mask
 
@@ -25,18 +25,12 @@ def auc(score, ill):
     a,b = score[ill][:,None],score[~ill]
     return float(((a>b)+.5*(a==b)).mean())
 
-def both_lungs(lung):
-    "The right and the left lung of a mask of both: its two largest components, thinned by up to 3 voxels within slices where they touch"
-    for n in range(4):
-        part = label(binary_erosion(lung, np.ones((1,3,3)), n) if n else lung)[0]; size = np.bincount(part.ravel()); size[0] = 0
-        a,b = np.argsort(size)[-2:]
-        if size[a]>.2*size[b]: return sorted((part==a,part==b), key=lambda m: np.nonzero(m)[2].mean())
-    raise SystemExit('the lungs of a mask could not be told apart')
-
 def sides(seg, lung=None):
-    "Fraction of the lungs' voxels that have the right name: by the components of a human mask of both lungs; where there is none, by the middle between both lungs, which a lung may cross in front of the heart"
+    "Fraction of the lungs' voxels that have the right name: by the two pieces of a reader's mask of both lungs; where there is none, by the middle between both lungs, which a lung may cross in front of the heart"
     right,left = (seg.masks[k]>0 for k in ('right_lung','left_lung'))
-    if lung is not None: r,l = both_lungs(lung>0); ok,all_ = (right&r).sum()+(left&l).sum(),((right|left)&(r|l)).sum()
+    if lung is not None:
+        r,l = sorted(_pieces(lung>0), key=lambda m: np.nonzero(m)[2].mean())
+        ok,all_ = (right&r).sum()+(left&l).sum(),((right|left)&(r|l)).sum()
     else:
         x = np.arange(left.shape[2]); n = [m.sum((0,1)) for m in (right,left)]; middle = sum(m@x/max(m.sum(), 1) for m in n)/2
         ok,all_ = n[0][x<middle].sum()+n[1][x>middle].sum(),n[0].sum()+n[1].sum()

@@ -72,6 +72,7 @@ def vessels(
         p,trunk = points[(points[:,2]*side>0)&(depth>2)],_along_bronchus(side, -9, rng)
         out.append(_segments(trunk, rng.uniform(4,8)))
         out.append(_side_branches(trunk, rng, rng.integers(4,12), (1.5,4.5)))
+        out.append(_side_branches(trunk, rng, rng.integers(0,30), (.8,2.2), (12,45)))
         out.append(_side_branches(trunk[:3]+(0,5,0), rng, rng.integers(0,8), (3,7), (2,12)))
         for root,axis in (((20,rng.normal(12,4),34*side),0),(trunk[-1],1),(trunk[1],2)):
             some = p[rng.integers(len(p), size=n)]
@@ -88,7 +89,7 @@ def airways(
     for side,(_,end) in zip((-1,1), main_bronchi):
         p = points[(points[:,2]*side>0)&(depth>10)]
         out.append(_segments(trunk := _along_bronchus(side, 0, rng), rng.uniform(2.5,4.5)))
-        out.append(_side_branches(trunk, rng, rng.integers(3,7), (1.,2.2)))
+        out.append(_side_branches(trunk, rng, rng.integers(3,10), (1.,2.2)))
         out.append(vessel_tree(end, p[rng.integers(len(p), size=64)], rng, .7, 0, .4, 2.2))
     return np.concatenate(out)
 

@@ -59,11 +59,13 @@ bench: $(READY) ## the comparisons in benchmarks/, with the peers installed (lon
 	@for f in benchmarks/*.py; do echo "$$f"; $(BIN)/python "$$f" || exit 1; done
 
 WEIGHTS = $(or $(OUT),_weights)
-weights: $(READY) ## make weights like those that come with covid3d, in four rounds: hours on a CPU, on a GPU if there is one; resumes; OUT=folder
+weights: $(READY) ## make weights like those that come with covid3d, in six rounds: hours on a CPU, on a GPU if there is one; resumes; OUT=folder
 	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/1"
 	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/2" --init "$(WEIGHTS)/1/model.safetensors" --seed 1000 --lr 7e-4 --epochs 14
 	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/3" --init "$(WEIGHTS)/2/covid3d.safetensors" --seed 7000 --lr 7e-4 --epochs 24
 	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/4" --init "$(WEIGHTS)/3/model.safetensors" --seed 9000 --lr 5e-4 --epochs 12 --patients 200
+	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/5" --init "$(WEIGHTS)/4/model.safetensors" --seed 11000 --lr 5e-4 --epochs 12 --patients 250
+	$(BIN)/covid3d pretrain --resume -o "$(WEIGHTS)/6" --init "$(WEIGHTS)/5/model.safetensors" --seed 13000 --lr 5e-4 --epochs 12 --patients 250
 
 clean: ## remove what the targets built; .venv stays
 	rm -rf _docs _proc _stage build dist .pytest_cache .hypothesis

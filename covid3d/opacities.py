@@ -80,7 +80,7 @@ def sample_lesions(
     ml: float,     # What a point stands for
     rng            # NumPy's random generator
 ) -> list: # Lesions, centres in mm of the upright body
-    "Sample lesions until a patient has `total` ml"
+    "Sample lesions until a patient has `total` ml, and some small ones more"
     at,kinds = centres(points, depth, rng),rng.dirichlet([1.6,2,1,.3,1.8])
     dense,mixed,size = rng.uniform(.16,.6),rng.random()<.75,(total/60)**.25
     out,hit = [],np.zeros(len(points), bool)

@@ -97,7 +97,8 @@ def cavity(b, z, y, x): # mm, negative inside
     t = taper(b, z)
     wide = b.wide*(1+b.egg*np.clip(y/b.deep, -1, .6))
     gutter = b.gutter*np.exp(-(x/34)**2)*np.clip(y/b.deep, 0, 1)
-    return oval(y-8*(1-t)+gutter, np.abs(x)-44*(1-t)*b.size, b.deep*t, wide*t, b.power)
+    around = oval(y-8*(1-t)+gutter, np.abs(x)-44*(1-t)*b.size, b.deep*t, wide*t, b.power)
+    return np.maximum(around, z-b.apex)
 
 # %% ../nbs/03_anatomy.ipynb #edd40913
 def diaphragm(b, z, y, x): # mm, positive below

@@ -190,7 +190,7 @@ def test_finished_again_and_refused(start, straight, data, tmp_path):
         status,text = start(out, kwargs.pop('data', data), **kwargs); last = text.strip().splitlines()[-1]; assert status==2 and word in last, text
     refused('seed 0 then, 3 now', seed=3); refused('recipe frozen_epochs 1 then, 3 now', recipe='resize'); refused('recipe epochs 3 then, 4 now', epochs=4)
     refused('data mosmed', data={k:v for k,v in data.items() if k!='mosmed'})
-    f = next(data['mosmed'].rglob('study_0257_mask.nii.gz')); raw = f.read_bytes(); f.write_bytes(raw[:-8]+b'\0'+raw[-7:]); refused('data mosmed digest '); f.write_bytes(raw)
+    f = next(data['mosmed'].rglob('study_0257_mask.nii.gz')); raw = f.read_bytes(); f.write_bytes(raw[:-8]+bytes([raw[-8]^1])+raw[-7:]); refused('data mosmed digest '); f.write_bytes(raw)
     assert start(out, data)[0]==0     # the same content at another time is the same data
     with locked(out): refused('another process is writing there')
     (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'thesis.doc').touch()

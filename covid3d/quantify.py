@@ -12,23 +12,15 @@ from dataclasses import dataclass
 
 import cc3d, numpy as np, pandas as pd
 
+from .metrics import joint_box
 from .volume import CTError
 
 # %% ../nbs/20_quantify.ipynb #80c8573d
 _sides,_thirds,_halves = ('right_lung','left_lung'),('lower','middle','upper'),('ventral','dorsal')
 
-def _box(mask) -> tuple: # Slices; None for an empty mask
-    "The box that holds a mask"
-    spans = []
-    for axis in range(3):
-        hit = np.flatnonzero(mask.any(tuple(a for a in range(3) if a!=axis)))
-        if not len(hit): return None
-        spans.append(slice(hit[0], hit[-1]+1))
-    return tuple(spans)
-
 def _parts(n, k) -> np.ndarray: # 0…k-1 for each of n
     "Which of `k` equal parts each index belongs to"
-    return np.arange(n)*k//n
+    return np.arange(n)*k//max(n, 1)
 
 # %% ../nbs/20_quantify.ipynb #bfe9e942
 bands = dict(emphysema=(-1050,-950), inflated=(-950,-750), infiltrated=(-750,-400),
@@ -42,9 +34,11 @@ def _slice_counts(code, lesion, hu, consolidation, edges) -> np.ndarray: # (18, 
              count(lesion, hu[lesion])]
     return np.stack([*parts,*(count(lung&(band==i)) for i in range(1, len(edges)))], 1)
 
-def _counts(seg, box, consolidation, edges) -> np.ndarray:
-    "`_slice_counts` of the box, added up; pieces are side × third × half, side 2 is no lung"
-    right,left,lesion = (seg.masks[k][box]>0 for k in (*_sides,'lesion'))
+def _counts(seg, consolidation, edges) -> np.ndarray:
+    "`_slice_counts` in the box of the lungs; pieces: side × third × half, side 2 is no lung"
+    right,left,lesion = (seg.masks[k]>0 for k in (*_sides,'lesion'))
+    box = joint_box(right, left)
+    right,left,lesion = right[box],left[box],lesion[box]
     height,depth = _parts(right.shape[0], 3),_parts(right.shape[1], 2)[:,None]
     total = np.zeros((18,3+len(edges)))
     for i,hu in enumerate(seg.ct.data[box]):
@@ -68,9 +62,9 @@ def _region_rows(counts, ml) -> pd.DataFrame:
 
 def _aeration_rows(counts, ml) -> pd.DataFrame:
     "A row for each band of HU"
-    whole,*_ = lung = counts[:2].sum((0,1,2))
-    low,high = zip(*bands.values()); n = lung[4:]
-    percent = 100*n/(whole or np.nan)
+    lung = counts[:2].sum((0,1,2)); n = lung[4:]
+    low,high = zip(*bands.values())
+    percent = 100*n/(lung[0] or np.nan)
     return pd.DataFrame(dict(from_hu=low, to_hu=high, ml=n*ml, percent=percent),
                         index=pd.Index(bands, name='band'))
 
@@ -164,6 +158,19 @@ class Measurements:
         return (f'{r.lesion_ml["lungs"]:.1f} ml of lesion, {r.lesion_percent["lungs"]:.1f} % of '
                 f'the lungs ({sides}); {len(self.lesions)} lesions; {len(self.flags)} flags')
 
+# %% ../nbs/20_quantify.ipynb #82665de4
+def _check(seg, lobes):
+    "`CTError` if a mask is missing, or the lobes do not fit"
+    if missing := [k for k in ('lesion',*_sides) if k not in seg.masks]:
+        raise CTError('quantify', f'there is no mask of {" and ".join(missing)}',
+                      'Use weights with these classes, such as those that come with covid3d')
+    if lobes is None: return
+    if np.shape(lobes)!=seg.ct.shape:
+        raise CTError('lobes', f'have the shape {np.shape(lobes)}, the scan {seg.ct.shape}',
+                      'Give a mask on the grid of the scan')
+    if lobes.dtype.kind not in 'biu' or lobes.min()<0 or lobes.max()>5:
+        raise CTError('lobes', 'are not whole numbers 0…5', 'Number them as in lobe_names, from 1')
+
 def quantify(
     seg,                        # `Segmentation` with masks `lesion`, `right_lung`, `left_lung`
     lobes: np.ndarray = None,   # Labels 1…5 as in `lobe_names`, 0 elsewhere, shape of the scan
@@ -172,20 +179,14 @@ def quantify(
     hu: bool = True             # Intensities are HU; False for grey levels of an assumed window
 ) -> Measurements:
     "Measure a segmentation: how much lesion, where, of what kind, and what speaks against it"
-    if missing := [k for k in ('lesion',*_sides) if k not in seg.masks]:
-        raise CTError('quantify', f'there is no mask of {" and ".join(missing)}',
-                      'Use weights with these classes, such as those that come with covid3d')
-    if lobes is not None and np.shape(lobes)!=seg.ct.shape:
-        raise CTError('lobes', f'have the shape {np.shape(lobes)}, the scan {seg.ct.shape}',
-                      'Give a mask on the grid of the scan')
+    _check(seg, lobes)
     edges,ml = [*(a for a,_ in bands.values()),0],seg.ct.ml_per_voxel
-    whole = _box(np.maximum.reduce([seg.masks[k] for k in _sides]))
-    counts = _counts(seg, whole, consolidation, edges) if whole else np.zeros((3,3,2,8))
+    counts = _counts(seg, consolidation, edges)
     regions,aeration = _region_rows(counts, ml),_aeration_rows(counts, ml)
     lesions = _lesion_rows(seg, least_ml)
     if not hu:
         regions[['ground_glass_ml','consolidation_ml','mean_hu']] = np.nan
         aeration[['ml','percent']] = np.nan; lesions['mean_hu'] = np.nan
     flags = _flags(seg, seg.ml['lesion']-regions.lesion_ml['lungs'], hu)
-    return Measurements(regions, lesions, aeration, None if lobes is None else
-                        _lobe_rows(seg, np.asarray(lobes)), flags, consolidation)
+    graded = None if lobes is None else _lobe_rows(seg, lobes)
+    return Measurements(regions, lesions, aeration, graded, flags, consolidation)

@@ -59,13 +59,12 @@ def _sample_lesion(shape, dense, mixed, size, rng): # `size`: factor on lengths
                            dense=float(np.clip(dense*u(.8,1.3), .12, .75)))
 
 # %% ../nbs/03_opacities.ipynb #db5a738d
-def _small_lesion(centre, rng):
+def _small_lesion(rng):
     "A round or patchy opacity of 6 to 30 mm, ground glass or with a dense core"
     o = _sample_lesion(str(rng.choice(('round','patch'), p=(.7,.3))), rng.uniform(.18,.55),
                        True, 1., rng)
     o.axes = rng.uniform(4, 12)*rng.uniform((.8,.8,.8), (1.25,1.25,1.25))
     o.soft,o.filling = rng.uniform(.15,.9),str(rng.choice(fillings[:4], p=[.55,.1,.05,.3]))
-    o.centre = centre
     return o
 
 # %% ../nbs/03_opacities.ipynb #c09e8e3f
@@ -80,18 +79,20 @@ def sample_lesions(
     ml: float,     # What a point stands for
     rng            # NumPy's random generator
 ) -> list: # Lesions, centres in mm of the upright body
-    "Sample lesions until a patient has `total` ml, and some small ones more"
+    "Sample lesions, small ones first, until a patient has `total` ml"
     at,kinds = centres(points, depth, rng),rng.dirichlet([1.6,2,1,.3,1.8])
     dense,mixed,size = rng.uniform(.16,.6),rng.random()<.75,(total/60)**.25
+    few = rng.poisson(2); at[:few] = rng.choice(len(points), few) # small ones first, anywhere
     out,hit = [],np.zeros(len(points), bool)
     for tried,i in enumerate(at):
-        o = _sample_lesion(str(rng.choice(shapes, p=kinds)), dense, mixed, size, rng)
+        if hit.sum()*ml>=total or len(out)==60: break
+        o = (_small_lesion(rng) if tried<few else
+             _sample_lesion(str(rng.choice(shapes, p=kinds)), dense, mixed, size, rng))
         o.centre = points[i]
         more = hit|_covers(o, points, depth)
         if more.sum()*ml>1.6*total+2 and tried<50: continue  # far too much
         out.append(o); hit = more
-        if hit.sum()*ml>=total or len(out)==60: break
-    return out+[_small_lesion(points[i], rng) for i in rng.choice(len(points), rng.poisson(2))]
+    return out
 
 # %% ../nbs/03_opacities.ipynb #5a380bc2
 def _depth_within(o, v, coarse, fine, depth): # 1 in the middle, 0 on the border

@@ -80,10 +80,10 @@ def test_lung_volumes_are_those_of_a_ct(cohort):
     assert l.min()>2 and l.max()<9 and 4<np.median(l)<6.5 and l.std()>.5
 
 def test_lesion_burden_is_that_of_mosmed(ill):
-    "Quartiles 26, 66 and 109 ml, to a factor of 1.6; from less than 25 ml to more than 200"
+    "Quartiles 26, 66 and 109 ml, to a factor of 1.6; from less than 15 ml to more than 200"
     got = [ml(p.lesion) for p in ill]
     ratio = np.percentile(got, (25,50,75))/(26,66,109)
-    assert (1/1.6<ratio).all() and (ratio<1.6).all() and min(got)<25 and max(got)>200
+    assert (1/1.6<ratio).all() and (ratio<1.6).all() and min(got)<15 and max(got)>200
 
 def test_lesions_lie_as_they_should(ill):
     "Low and at the back on the whole, in both lungs of most patients"

@@ -15,13 +15,12 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 
 from .cases import check_cases, told
-from .files import append, locked, read_bytes
+from .files import append, locked, read_bytes, to_json
 from .inference import Segmenter
 from .recipe import require_same
 from .report import Extremes, Snapshot, refuse_inputs, report_outputs, write_report
 from .show import track
-from covid3d.statistics import (many, row_names, score_masks, score_table, some, text_names,
-    to_json)
+from .statistics import (many, row_names, score_masks, score_table, some, text_names)
 from .transforms import CTSpec
 from .volume import CTError, Scarce, plain, scan_digest, write_atomic
 

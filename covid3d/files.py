@@ -8,10 +8,11 @@ Docs: https://covid3d.github.io/covid3d/files.html.md"""
 __all__ = []
 
 # %% ../nbs/02_files.ipynb #4364c805
-import fnmatch, json, os, re, shutil, stat, threading, time
+import fnmatch, json, math, os, re, shutil, stat, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 from fastcore.basics import patch
 
 from .volume import CTError, host_name, temps_here, unreadable, write_atomic
@@ -52,6 +53,18 @@ def read_json(
     if not isinstance(o, kind):
         raise CTError(path, f'holds a {type(o).__name__}, not a {kind.__name__}', remedy)
     return o
+
+# %% ../nbs/02_files.ipynb #ee88e8d6
+def to_json(
+    o # Dictionaries, lists, tuples, numbers, texts, and what a text can stand for
+):
+    "The same in what JSON knows"
+    if isinstance(o, dict): return {str(k):to_json(v) for k,v in o.items()}
+    if isinstance(o, (list,tuple)): return [to_json(v) for v in o]
+    if isinstance(o, np.generic): o = o.item()
+    if isinstance(o, float) and math.isnan(o): return None
+    if isinstance(o, float) and math.isinf(o): return 'inf' if o>0 else '-inf'
+    return o if isinstance(o, (str,int,float,type(None))) else str(o)
 
 # %% ../nbs/02_files.ipynb #97e8d0f9
 def append(

@@ -10,7 +10,7 @@ __all__ = ['sliding_window', 'segment', 'Segmentation', 'Segmenter', 'lungs']
 # %% ../nbs/15_inference.ipynb #6ada0e46
 import math, os
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import combinations, product
 
 import cc3d, numpy as np, torch
 from fastcore.basics import patch
@@ -22,8 +22,8 @@ from .domain import Domain, collect_features
 from .show import track
 from .transforms import CTSpec, crop, resize
 from .volume import CTError, Volume, check_memory, memory_left, save_mask
-from .weights import (Mirrored, load_all, network_digest, read_domain, read_seen,
-                             weights_in)
+from .weights import (Mirrored, load_all, mean_logit, network_digest, read_domain,
+                             read_seen, weights_in)
 
 # %% ../nbs/15_inference.ipynb #68500e88
 def window_starts(
@@ -55,20 +55,19 @@ def sliding_window(
     model,              # (batch, 1, slice, row, column) → logits (batch, class, slice, row, column)
     x: torch.Tensor,     # Prepared scan, (1, slice, row, column)
     patch,               # Window, (slice, row, column)
-    overlap: float = .5, # Share of a window that the next one covers again
-    classes: int = 1,    # Channels of logits
+    overlap: float = .5, # Fraction of a window that the next one covers again
     bar: bool = False,   # Show a progress bar
     windows: int = 4     # At a time, at most
 ) -> torch.Tensor: # Probabilities, (class, slice, row, column)
     "Probabilities for a whole scan"
-    size = x.shape[1:]
+    size,total = x.shape[1:],None
     starts = [window_starts(n, p, overlap) for n,p in zip(size, patch)]
     if (n := math.prod(map(len, starts)))>2**20:
         raise CTError('overlap', f'{n} windows would have to be computed',
                       'Give a smaller overlap, or weights of a coarser spacing')
     off,w = [-min(0, o[0]) for o in starts],blend_weights(patch).to(x.device)
     seen = x.new_zeros([max(n, p) for n,p in zip(size, patch)])
-    total,starts = seen.new_zeros(classes, *seen.shape),list(product(*starts))
+    starts = list(product(*starts))
     n = -(-len(starts)//_at_once(patch, windows))
     groups = [starts[i::n] for i in range(n)]
     for group in track(groups, 'segmenting') if bar else groups:
@@ -77,6 +76,7 @@ def sliding_window(
         if not torch.isfinite(logits).all():
             raise CTError('logits', 'the network answers with NaN or infinite logits',
                           'Train again, or use other weights')
+        if total is None: total = seen.new_zeros(logits.shape[1], *seen.shape)
         for start,prob in zip(group, logits.sigmoid()):
             at = tuple(slice(s+o, s+o+p) for s,o,p in zip(start, off, patch))
             total[(slice(None),*at)] += prob*w; seen[at] += w
@@ -93,22 +93,51 @@ def out_of_memory(
 
 # %% ../nbs/15_inference.ipynb #dc15e8e7
 def _check_scan(name, ct, spec, device, full):
-    "`CTError` where too little memory is left for a scan and `full` arrays of its size"
+    "`CTError` where too little memory is left for a scan and `full` bytes for each of its voxels"
     arrays = 2+2*len(spec.classes) if device.type=='cpu' else 2  # float32, of the resampled scan
-    need = 4*(arrays*math.prod(spec.size(ct))+full*math.prod(ct.shape))
+    need = 4*arrays*math.prod(spec.size(ct))+full*math.prod(ct.shape)
     check_memory(name, need, 'Close other programs, or use weights of a coarser spacing')
 
+def _ask(model):
+    "What gives a model's logits, and after them each of its answers, if it has several"
+    if not hasattr(model, 'answers'): return model
+    def ask(x):
+        each = model.answers(x)
+        return torch.cat([mean_logit(*each), *each], 1)
+    return ask
+
+def _on_grid(model, spec, ct, overlap, bar) -> torch.Tensor:
+    "Probabilities on the network's grid, (answer, class, slice, row, column); their mean first"
+    x = spec.prepare(ct).to(next(model.parameters()).device)
+    return sliding_window(_ask(model.eval()), x, spec.patch, overlap, bar
+                         ).unflatten(0, (-1,len(spec.classes)))
+
+# %% ../nbs/15_inference.ipynb #588f8595
+def _slabs(p, shape, slices=16):
+    "Probabilities of a class on a grid of `shape`, `slices` at a time"
+    for part in resize(p, (shape[0],*p.shape[1:])).split(slices):
+        yield resize(part, (len(part),*shape[1:]))
+
+def _fill(p, shape, dtype, finish=lambda o: o) -> np.ndarray:
+    "What `finish` makes of the probabilities of a class, on a grid of `shape`"
+    out,i = np.empty(shape, dtype),0
+    for o in _slabs(p, shape):
+        out[i:i+len(o)] = finish(o).cpu().numpy(); i += len(o)
+    return out
+
+def _cut(p, shape, threshold) -> np.ndarray:
+    "The mask of a class on a grid of `shape`"
+    return _fill(p, shape, np.uint8, lambda o: o>=threshold)
+
+# %% ../nbs/15_inference.ipynb #e0b80ee9
 @torch.inference_mode()
-def _whole_scan(model, spec, ct, overlap, bar, finish, full: int = 1, clean=None) -> dict:
-    "Class → what `finish` makes of its probabilities on the grid of `ct`; `clean`ed before"
+def _whole_scan(model, spec, ct, overlap, bar, finish, full: int = 1) -> dict:
+    "What `finish` makes of `_on_grid`; it takes `full` bytes for each voxel of the scan"
     name = ct.source.path if ct.source else ct
     device,training = next(model.parameters()).device,model.training
     try:
         _check_scan(name, ct, spec, device, full)
-        x = spec.prepare(ct).to(device)
-        prob = sliding_window(model.eval(), x, spec.patch, overlap, len(spec.classes), bar)
-        if clean: clean(prob, ct)
-        return {k:finish(resize(p, ct.shape)) for k,p in zip(spec.classes, prob)}
+        return finish(_on_grid(model, spec, ct, overlap, bar))
     except (MemoryError,RuntimeError) as e:
         if not out_of_memory(e): raise
         remedy = 'Use --device cpu, or weights of a coarser spacing'
@@ -116,22 +145,20 @@ def _whole_scan(model, spec, ct, overlap, bar, finish, full: int = 1, clean=None
     except CTError as e: raise CTError(name, e.fault, e.remedy) if e.what=='logits' else e from None
     finally: model.train(training)
 
-# %% ../nbs/15_inference.ipynb #588f8595
+# %% ../nbs/15_inference.ipynb #6c2c0556
 def segment(
     model,                  # Network
     spec: CTSpec,           # What it was trained with
     ct: Volume,             # Scan in HU
     overlap: float = .5,    # Fraction of a window that the next one covers again
     threshold: float = .5,  # Probability from which a voxel is set
-    bar: bool = False,      # Show a progress bar
-    clean=None              # Changes the probabilities on the network's grid, in place
+    bar: bool = False       # Show a progress bar
 ) -> dict: # Class → uint8 mask, canonical axes, shape of `ct`
     "Masks of a whole scan, on its own voxels"
     if not 0<threshold<1:
         raise CTError('threshold', f'{threshold} is not between 0 and 1', 'Give 0.5')
-    return _whole_scan(model, spec, ct, overlap, bar, lambda p: _cut(p, threshold), clean=clean)
-
-def _cut(p, threshold) -> np.ndarray: return (p>=threshold).cpu().numpy().astype(np.uint8)
+    cut = lambda prob: {k:_cut(p, ct.shape, threshold) for k,p in zip(spec.classes, prob[0])}
+    return _whole_scan(model, spec, ct, overlap, bar, cut, len(spec.classes))
 
 # %% ../nbs/15_inference.ipynb #f02f74bd
 def window_bytes(
@@ -179,10 +206,16 @@ class Segmentation:
     # How far the scan is from the training scans (`Domain.distance`), from 1 on out of the domain;
     # NaN where the weights do not tell
     distance: float = math.nan
-    # How far the answers to the scan and to its mirror image are apart (`Mirrored.disagreement`),
-    # 0 to 1; NaN without `mirror`
-    disagreement: float = math.nan
+    # Of an ensemble, or with `mirror`: class → uint8 mask of each answer, on the network's grid,
+    # which spans the same tissue in fewer voxels; first of their mean
+    answers: tuple = ()
 
+    @property
+    def disagreement(self) -> float:
+        "How far the answers for the first class are apart: mean of 1 − Dice over pairs; or NaN"
+        masks = [next(iter(o.values()))>0 for o in self.answers[1:]]
+        pairs = [(2*(a&b).sum(),a.sum()+b.sum()) for a,b in combinations(masks, 2)]
+        return float(np.mean([1-a/b for a,b in pairs if b] or np.nan))
     @property
     def ml(self) -> dict:
         "Class → volume of its mask in ml"
@@ -211,8 +244,8 @@ def _doubts(seg) -> list:
         out.append(f'unlike all scans of the training: its distance of {seg.distance:.1f} is '
                    'above 1; look whether it is a chest CT in HU')
     if seg.disagreement>_apart:
-        out.append(f'the answer to the mirror image differs by {seg.disagreement:.0%}; look at '
-                   'the mask before you use it')
+        out.append(f'the answers of the network differ by {seg.disagreement:.0%}; look at the mask '
+                   'before you use it')
     if sum(ml.values())>_most_lungs:
         out.append(f'lungs of {sum(ml.values()):,.0f} ml; check the voxel size')
     small = [f'{k.replace("_", " ")} of {v:,.0f} ml' for k,v in ml.items() if v<_least_lung]
@@ -334,16 +367,26 @@ def __call__(self: Segmenter,
     bar: bool = False # Show a progress bar
 ) -> Segmentation:
     "Segment a whole scan"
-    ct,kept = as_volume(scan),None
+    ct = as_volume(scan)
+    def finish(prob):
+        for p in prob: self._clean(p, ct)
+        answers = (prob>=self.threshold).cpu().numpy().astype(np.uint8) if len(prob)>1 else ()
+        masks = {k:_cut(p, ct.shape, self.threshold) for k,p in zip(self.classes, prob[0])}
+        kept = self._full(prob[0], ct) if self.keep else None
+        return masks,kept,tuple(dict(zip(self.classes, o)) for o in answers)
     with collect_features(self.model) as found:
-        if self.keep:
-            both = self._each(ct, lambda p: (_cut(p, self.threshold),p.cpu().numpy()), bar)
-            masks,kept = ({k:v[i] for k,v in both.items()} for i in (0,1))
-        else: masks = segment(self.model, self.spec, ct, self.overlap, self.threshold, bar,
-                              self._clean)
+        masks,kept,answers = self._whole_scan(ct, finish, bar, 5 if self.keep else 1)
     far = self.domain.distance(found) if self.domain else math.nan
-    apart = self.model.disagreement() if self.mirror else math.nan
-    return Segmentation(ct, masks, self, kept, far, apart)
+    return Segmentation(ct, masks, self, kept, far, answers)
+
+@patch
+def _whole_scan(self: Segmenter, ct, finish, bar, bytes):
+    return _whole_scan(self.model, self.spec, ct, self.overlap, bar, finish,
+                       bytes*len(self.classes))
+
+@patch
+def _full(self: Segmenter, prob, ct) -> dict:
+    return {k:_fill(p, ct.shape, np.float32) for k,p in zip(self.classes, prob)}
 
 @patch
 def probabilities(self: Segmenter,
@@ -351,12 +394,9 @@ def probabilities(self: Segmenter,
     bar: bool = False # Show a progress bar
 ) -> dict: # Class → float32, canonical axes, shape of the scan
     "The probability of each voxel of a scan"
-    return self._each(as_volume(scan), lambda p: p.cpu().numpy(), bar)
-
-@patch
-def _each(self: Segmenter, ct, finish, bar):
-    return _whole_scan(self.model, self.spec, ct, self.overlap, bar, finish, len(self.classes),
-                       self._clean)
+    ct = as_volume(scan)
+    def finish(prob): self._clean(prob[0], ct); return self._full(prob[0], ct)
+    return self._whole_scan(ct, finish, bar, 4)
 
 # %% ../nbs/15_inference.ipynb #fca3e8fb
 @patch(cls_method=True)

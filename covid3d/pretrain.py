@@ -34,7 +34,7 @@ def _published(out): return Outputs(out, 'pretrain', 'covid3d.safetensors')
 
 def _look(model, x, spec): # feature vectors of the windows; probabilities
     with torch.inference_mode(), collect_features(model) as found:
-        return found,sliding_window(model, x, spec.patch, .25, len(spec.classes))
+        return found,sliding_window(model, x, spec.patch, .25)
 
 # %% ../nbs/19_pretrain.ipynb #5c5a3a79
 _levels = torch.arange(1, 20)/20 # thresholds to try

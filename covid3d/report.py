@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from . import __version__
-from .files import Outputs, locked
+from .files import Outputs, locked, to_json
 from .show import lung_window, outline_colors, save_figure, show_slice
 from .statistics import (agreement, case_counts, compare_all, fmt, fractions, interval_of,
-    label_of, least_patients, many, score_labels, score_table, scores_csv, span, summarise, to_json)
+    label_of, least_patients, many, score_labels, score_table, scores_csv, span, summarise)
 from .volume import CTError, plain, write_atomic
 
 # %% ../nbs/21_report.ipynb #1bfdf436

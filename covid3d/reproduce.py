@@ -24,15 +24,15 @@ from .data import prepare_table
 from .datasets import choose_splits, coronacases, mosmed, ricord
 from .distributed import started
 from .evaluate import evaluate_cases
-from .files import Outputs, locked, manifest, no_links, read_bytes, read_json, sweep
+from .files import Outputs, locked, manifest, no_links, read_bytes, read_json, sweep, to_json
 from .inference import Segmenter
 from .learner import train
 from .memory import show_bytes
 from .recipe import Recipe, init_digest, require_same
 from .report import render
 from .show import track
-from .statistics import (case_counts, least_patients, many, read_scores, scores_csv,
-    summarise, to_json)
+from covid3d.statistics import (case_counts, least_patients, many, read_scores, scores_csv,
+    summarise)
 from .transforms import CTSpec
 from .volume import CTError, write_atomic
 

@@ -371,13 +371,3 @@ def read_others(
     if len({*names})<len(names):
         raise CTError('compare', 'two of the folders have the same name', 'Rename one')
     return dict(zip(names, map(read_scores, paths)))
-
-# %% ../nbs/20_statistics.ipynb #afbd95ff
-def to_json(o):
-    "The same in what JSON knows"
-    if isinstance(o, dict): return {str(k):to_json(v) for k,v in o.items()}
-    if isinstance(o, (list,tuple)): return [to_json(v) for v in o]
-    if isinstance(o, np.generic): o = o.item()
-    if isinstance(o, float) and math.isnan(o): return None
-    if isinstance(o, float) and math.isinf(o): return 'inf' if o>0 else '-inf'
-    return o if isinstance(o, (str,int,float,type(None))) else str(o)

@@ -274,7 +274,7 @@ def _clear_demo(out, overwrite):
     "Remove a former demo; refuse a folder that holds anything else"
     from covid3d.callbacks import run_outputs
     from covid3d.files import Outputs, no_links
-    from covid3d.report import report_outputs
+    from covid3d.score_page import report_outputs
     from covid3d.phantom import phantom_outputs
     mine = Outputs(out, 'demo', 'demo.png', 'phantom_*_lesion.nii.gz')
     parts = phantom_outputs(out/'data'),run_outputs(out/'run'),report_outputs(out/'scores')

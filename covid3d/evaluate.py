@@ -18,7 +18,7 @@ from .cases import check_cases, told
 from .files import append, locked, read_bytes, to_json
 from .inference import Segmenter
 from .recipe import require_same
-from .report import Extremes, Snapshot, refuse_inputs, report_outputs, write_report
+from .score_page import Extremes, Snapshot, refuse_inputs, report_outputs, write_report
 from .show import track
 from .statistics import (many, row_names, score_masks, score_table, some, text_names)
 from .transforms import CTSpec

@@ -21,7 +21,7 @@ from .evaluate import score_cases
 from .files import Outputs, locked, no_links, read_json
 from .learner import train
 from .recipe import Recipe, case_digests, require_same
-from .report import report_outputs, write_report
+from .score_page import report_outputs, write_report
 from .statistics import read_scores, scores_csv
 from .volume import CTError, write_atomic
 

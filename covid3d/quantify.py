@@ -98,10 +98,12 @@ def _side_of(masks) -> str: # Of masks cut to a lesion
 def _lesion_row(seg, own, at, centre) -> dict:
     "What is to be said about one lesion; `own`: its voxels in the box `at`"
     right,front,up = (seg.ct.affine@[*centre,1])[:3]
+    z = int(own.sum((1,2)).argmax()); inside = np.argwhere(own[z])
+    y,x = inside[np.square(inside-inside.mean(0)).sum(1).argmin()]
     return dict(ml=own.sum()*seg.ct.ml_per_voxel, mean_hu=float(seg.ct.data[at][own].mean()),
                 lung=_side_of({k:seg.masks[k][at][own] for k in _sides}),
                 extent_mm=float(max(np.array(own.shape)*seg.ct.spacing)),
-                slice=int(at[0].start+own.sum((1,2)).argmax()),
+                **{k:int(a.start+i) for k,a,i in zip(('slice','row','column'), at, (z,y,x))},
                 right_mm=right, anterior_mm=front, superior_mm=up)
 
 def _lesion_rows(seg, least_ml) -> pd.DataFrame:
@@ -111,8 +113,8 @@ def _lesion_rows(seg, least_ml) -> pd.DataFrame:
     large = [i for i in 1+np.argsort(-n[1:].astype(int), kind='stable') if n[i]>=least]
     at = stats['bounding_boxes']
     rows = [_lesion_row(seg, part[at[i]]==i, at[i], stats['centroids'][i]) for i in large]
-    return pd.DataFrame(rows, columns=['ml','mean_hu','lung','extent_mm','slice','right_mm',
-                                       'anterior_mm','superior_mm'])
+    return pd.DataFrame(rows, columns=['ml','mean_hu','lung','extent_mm','slice','row','column',
+                                       'right_mm','anterior_mm','superior_mm'])
 
 # %% ../nbs/20_quantify.ipynb #fea263a7
 lobe_names = ('right upper','right middle','right lower','left upper','left lower')
@@ -170,6 +172,8 @@ def _flags(seg, outside_ml, hu) -> tuple:
     return tuple(out)
 
 # %% ../nbs/20_quantify.ipynb #fbb64b2d
+def _many(n, what) -> str: return f'{n} {what}'+'s'*(n!=1)
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Measurements:
     "What a segmentation says in figures; NaN where one cannot be known, and `unknown` says why"
@@ -191,7 +195,8 @@ class Measurements:
         r = self.regions
         sides = ', '.join(f'{k.replace("_", " ")} {r.lesion_percent[k]:.1f} %' for k in _sides)
         return (f'{r.lesion_ml["lungs"]:.1f} ml of lesion, {r.lesion_percent["lungs"]:.1f} % of '
-                f'the lungs ({sides}); {len(self.lesions)} lesions; {len(self.flags)} flags')
+                f'the lungs ({sides}); {_many(len(self.lesions), "lesion")}; '
+                f'{_many(len(self.flags), "flag")}')
 
 # %% ../nbs/20_quantify.ipynb #82665de4
 def _unknown(regions, intervals, lobes, hu) -> dict:

@@ -29,7 +29,7 @@ from .inference import Segmenter
 from .learner import train
 from .memory import show_bytes
 from .recipe import Recipe, init_digest, require_same
-from .report import render
+from .score_page import render_scores
 from .show import track
 from covid3d.statistics import (case_counts, least_patients, many, read_scores, scores_csv,
     summarise)
@@ -338,8 +338,8 @@ def _write_table(df: pd.DataFrame, out: Path, about: dict, left_out=(), notes=()
     everything = dict(title=_title, covid3d=__version__, statement=_statement, about=about,
         rows=known.to_dict('records'), left_out=list(left_out), notes=list(notes))
     js = json.dumps(to_json(everything), indent=1, ensure_ascii=False)
-    page = render('reproduction.html', title=_title, lead=_statement, head=_table_head, rows=rows,
-        pages={k: name for k, name in _titles.items() if (out/k/'index.html').exists()},
+    page = render_scores('reproduction.html', title=_title, lead=_statement, head=_table_head,
+        rows=rows, pages={k: name for k, name in _titles.items() if (out/k/'index.html').exists()},
         left_out=[[o['case'], _titles[o['data']], o['stage'], o['error']] for o in left_out],
         notes=notes, about=about)
     write_atomic(out/'table.csv', scores_csv(df))

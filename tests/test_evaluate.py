@@ -10,12 +10,12 @@ from scipy import ndimage, stats
 from sklearn import metrics as skm
 from torch import nn
 
-from covid3d import report
+from covid3d import score_page
 from covid3d.cases import Case, read_cases
 from covid3d.datasets import folder
 from covid3d.evaluate import evaluate_cases, read_journal, score_case, score_cases
 from covid3d.inference import Segmenter
-from covid3d.report import Extremes, snapshot, write_report
+from covid3d.score_page import Extremes, snapshot, write_report
 from covid3d.statistics import (case_counts, compare, compare_all, fmt, headline, holm, least_patients, many, mean_interval, paired_tests, per_patient,
     ratio_interval, read_scores, score_masks, score_table, scores_csv, summarise)
 from covid3d.transforms import CTSpec
@@ -432,7 +432,7 @@ def test_X6_a_full_disk_costs_pictures_and_never_scores(tmp_path, capsys, limit,
 @pytest.mark.parametrize('error', [OSError(28,'No space left on device'), ValueError('$x^'), RuntimeError('Font'), MemoryError()], ids=lambda e: type(e).__name__)
 def test_a_picture_that_fails_costs_no_score(tmp_path, monkeypatch, capsys, fails, error):
     "Whatever a drawing raises, the report has every number, its page, and the name of the picture that is missing"
-    monkeypatch.setattr(report, fails, lambda *a, **k: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(score_page, fails, lambda *a, **k: (_ for _ in ()).throw(error))
     keep = Extremes(1); keep(dict(case='a', dice=.5), grid, *masks('near'))
     df = table('near','good'); at = write_report(df, tmp_path/'r', extremes=keep); text = at.read_text()
     assert read_scores(tmp_path/'r').equals(df) and f'could not be drawn ({type(error).__name__}), and is left out' in text and 'left out' in capsys.readouterr().err

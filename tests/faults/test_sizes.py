@@ -182,9 +182,9 @@ def test_a_safe_cell_reads_back(s):
 @pytest.mark.promise('executed')
 def test_no_escape_reaches_a_page(tmp_path):
     "Titles, notes and cells of a report lose their control characters and cannot be HTML"
-    from covid3d.report import render
+    from covid3d.score_page import render_scores
     odd = '\x1b[2J<b>\x9b1m"\x07<i>'
-    page = render('reproduction.html', title=odd, lead=odd, head=[odd], rows=[[odd,odd]], pages={odd:odd}, left_out=[[odd]],
+    page = render_scores('reproduction.html', title=odd, lead=odd, head=[odd], rows=[[odd,odd]], pages={odd:odd}, left_out=[[odd]],
                   notes=[odd], about={odd:odd}).decode()
     assert page.count('&lt;b&gt;')==12 and not any(ord(c)<32 and c!='\n' or 127<=ord(c)<160 for c in page) and '<b>' not in page and '<i>' not in page
 

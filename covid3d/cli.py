@@ -610,9 +610,13 @@ def _tell_scan(row):
     "A line for a scan and for each of its notes, or its error"
     say = lambda line: print(_plain(line), file=sys.stderr, flush=True)
     if row['state']=='failed': say(row['error']); return
-    ml = ', '.join(f'{k[:-3]} {float(v):.1f} ml' for k,v in row.items() if k.endswith('_ml') and v)
+    ml = {k[:-3]:float(v) for k,v in row.items() if k.endswith('_ml') and v}
+    lungs = sum(ml.pop(k, 0) for k in ('right_lung','left_lung')) if len(ml)>2 else 0
+    said = ', '.join(f'{k.replace("_", " ")} {v:.1f} ml' for k,v in ml.items())
+    if lungs: said += f', {100*ml["lesion"]/lungs:.1f} % of the lungs'
     kept = ' · already done'*(row['state']=='kept')
-    print(_plain(f'{row["scan"]} → {row["masks"]} · {ml}{kept}'), flush=True)
+    page = [k for k in row['masks'].split(' / ') if k.endswith('.html')]
+    print(_plain(f'{row["scan"]} → {page[0] if page else row["masks"]} · {said}{kept}'), flush=True)
     for n in filter(None, row['notes'].split(' · ')):
         if n.startswith('warning: '): say(f'{row["scan"]}: {n[9:]}')
         else: print(_plain(f'  note: {n}'), flush=True)
@@ -624,14 +628,18 @@ def _predict(
     ct: Annotated[list[str]|None, _Scans] = None,
     inputs: _opt(list[str], 'The same as the arguments; repeat it for several', '-i', '--input',
         metavar='PATH', callback=_scans_there) = None,
-    format: _opt(Literal['nifti','seg'], 'seg: DICOM Segmentation, which carries the patient’s '
-        'data as archives need it') = 'nifti',
+    format: _opt(Literal['nifti','multilabel','seg'], 'nifti: a mask a class; multilabel: all in '
+        'one; seg: DICOM Segmentation, which carries the patient’s data as archives need it'
+        ) = 'nifti',
+    page: _opt(bool, 'Write the page of each scan, some MB of HTML', '--page/--no-page') = True,
+    probabilities: _opt(bool, 'Write probabilities, too, in steps of 1/255', '--probabilities'
+        ) = False,
     already_windowed: _Window = '', overlap: _Overlap = .5, mirror: _Mirror = False,
     min_ml: _MinMl = 0., device: _Device = None,
     overwrite: _opt(bool, 'Replace masks that other weights or settings made; never those of '
         'another scan', '--overwrite') = False
 ):
-    "Write a mask for each scan, on the scan's own grid."
+    "Segment scans: masks on their own grids, figures, and a page for each and for all."
     paths = [*(ct or []), *(inputs or [])]
     if not paths: raise _Refused('SCAN', 'no scan was given', 'Name files or folders, or add -i')
     from covid3d.cases import parse_window
@@ -641,7 +649,8 @@ def _predict(
     for n in notes: print('note:', n, file=sys.stderr)
     segmenter = _segmenter(weights or ['covid3d'], device, overlap=overlap, mirror=mirror,
                            min_ml=min_ml)
-    df = predict_scans(found, segmenter, out, format, window, overwrite, _tell_scan, bar=not _loud)
+    df = predict_scans(found, segmenter, out, format, window, overwrite, _tell_scan, not _loud,
+                       page, probabilities)
     return _print_masks(df, Path(out))
 
 # %% ../nbs/30_cli.ipynb #4b0fc7c1
@@ -651,6 +660,8 @@ def _print_masks(df, out) -> int:
     masks = [k for r in df.itertuples() if r.state!='failed' for k in r.masks.split(' / ')]
     for k in masks if _loud else []: _wrote(out/k)
     counts = ', '.join(f'{n[k]} {k}' for k in ('written','kept','failed') if k in n)
+    if any(k.endswith('.json') for k in masks):
+        print(f'look at {out/"index.html"}; all figures: {out/"measurements.csv"}')
     print(f'{counts} · {out/"scans.csv"} says which scan is which; keep it with the scans')
     if k := n.get('failed'): print(f'{k} of {len(df)} scans failed', file=sys.stderr)
     return int('failed' in n)

@@ -110,19 +110,23 @@ def coronal_map(
     for i in range(3): out[ill,i] = np.interp(at[ill], range(3), _map_colors[:,i])
     out[ill,3] = 255
     im = Image.fromarray(out)
-    height = round(im.height*seg.ct.spacing[0]/seg.ct.spacing[2])
-    return im.resize((im.width,max(1, height)), Image.Resampling.BILINEAR),most
+    im = im.crop(im.getbbox() or (0,0,*im.size))
+    height = max(1, round(im.height*seg.ct.spacing[0]/seg.ct.spacing[2]))
+    return im.resize((im.width,height), Image.Resampling.BILINEAR),most
 
 # %% ../nbs/21_report.ipynb #c1f7f0c4
 def _png(im) -> str:
     f = io.BytesIO(); im.save(f, 'PNG', optimize=True)
     return _text(f.getvalue())
 
+def _small(im, width=96): return im.resize((width,max(1, round(im.height*width/im.width))))
+
 def report(
     seg: Segmentation,   # With masks of the lesion and of both lungs
     out,                 # `.html`
     name: str = 'scan',  # What the page calls the scan
-    found: Measurements = None # From `quantify`; measured here if None
+    found: Measurements = None, # From `quantify`; measured here if None
+    thumbnail = None     # `.png` for `coronal_map`, if that is wanted on its own
 ):
     "One page of a scan: three linked planes, the figures, and what speaks against them"
     found = quantify(seg) if found is None else found
@@ -131,3 +135,4 @@ def report(
         found=found.to_dict(name=name), data=viewer_data(seg, found.lesions), notice=notice,
         sources=sources, map=_png(picture), most=most, today=date.today().isoformat())
     write_atomic(out, page)
+    if thumbnail: write_atomic(thumbnail, base64.b64decode(_png(_small(picture))))

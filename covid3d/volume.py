@@ -720,11 +720,15 @@ def write_atomic(
         temps_here.discard(tmp.name)
 
 # %% ../nbs/00_volume.ipynb #ea8c3a3a
-def _write_nifti(img, path):
-    "Write a nibabel image, packed if the name ends in .gz"
+def _write_nifti(img, path, slope=1):
+    "Write a nibabel image, packed if the name ends in .gz; `slope`: what a step of it stands for"
     if not is_nifti(path):
         raise CTError(path, 'the name does not end in .nii or .nii.gz', 'Choose such a name')
-    data = img.to_bytes()
+    data = bytearray(img.to_bytes())
+    if slope!=1:
+        n = img.header.sizeof_hdr
+        hdr = type(img.header)(bytes(data[:n])); hdr['scl_slope'],hdr['scl_inter'] = slope,0
+        data[:n] = hdr.binaryblock
     write_atomic(path, igzip.compress(data, mtime=0) if str(path).lower()[-3:]=='.gz' else data)
 
 # %% ../nbs/00_volume.ipynb #19ed750f
@@ -757,7 +761,8 @@ def _bytes(mask, p) -> np.ndarray:
 def save_mask(
     mask: np.ndarray, # Labels 0…255 on the canonical axes of `ct`, (slice, row, column)
     ct: Volume,       # The scan that the mask belongs to, read from a file
-    path              # `.nii` or `.nii.gz`
+    path,             # `.nii` or `.nii.gz`
+    slope: float = 1  # What a step of the mask stands for: 1/255 for probabilities
 ):
     "Write `mask` on the grid of the file that `ct` was read from: same shape, same affine"
     if ct.source is None:
@@ -774,4 +779,4 @@ def save_mask(
     hdr['cal_min'] = hdr['cal_max'] = hdr['vox_offset'] = 0
     data = from_canonical(_bytes(mask, path), ct.source.back).reshape(_shape(hdr), order='F')
     cls = nib.Nifti2Image if int(hdr['sizeof_hdr'])==540 else nib.Nifti1Image
-    _write_nifti(cls(data, None, hdr), path)
+    _write_nifti(cls(data, None, hdr), path, slope)

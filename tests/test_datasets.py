@@ -9,6 +9,7 @@ from covid3d.cases import check_table, read_cases, sources_path
 from covid3d.cli import main
 from covid3d.datasets import case_table, recognise
 from covid3d.dicom import ct_datasets, find_series, open_series, pseudonym, save_dicom, write_series
+from covid3d.inference import Segmentation, Segmenter
 from covid3d.layouts import windowed, write_layout
 from covid3d.metrics import dice
 from covid3d.outlines import read_outlines
@@ -436,7 +437,7 @@ def test_any_seed(root, tmp_path, seed, capfd):
 def test_predict_dicom_segmentation(archive, weights, tmp_path, capfd, monkeypatch):
     "`--format seg` writes one object a scan that refers to its slices; a NIfTI cannot have one"
     import highdicom as hd
-    monkeypatch.setattr('covid3d.inference.segment', lambda model, spec, ct, *a, **k: dict(lesion=((ct.data>-800)&(ct.data<-300)).astype(np.uint8)))
+    monkeypatch.setattr(Segmenter, '__call__', lambda self, ct, bar=False: Segmentation(ct, dict(lesion=((ct.data>-800)&(ct.data<-300)).astype(np.uint8)), self))
     argv = ['predict', archive/'S0', '--weights', weights, '--device','cpu']
     assert run(*argv, '--out', tmp_path/'nii')==0 and run(*argv, '--out', tmp_path/'seg', '--format','seg')==0
     ct = open_series(archive/'S0')

@@ -9,7 +9,7 @@ import covid3d.cases, covid3d.inference, covid3d.predict
 from covid3d.cli import main
 from covid3d.dicom import open_scan, pseudonym, write_series
 from covid3d.files import locked
-from covid3d.inference import Segmenter
+from covid3d.inference import Segmentation, Segmenter
 from covid3d.weights import NetSpec, Seen, save_model
 from covid3d.predict import find_scans, predict_scans
 from covid3d.transforms import CTSpec
@@ -134,7 +134,7 @@ def test_masks_of_other_scans_stay(world, weights, tmp_path, capfd):
     capfd.readouterr()
     for more in ([], ['--overwrite']):
         assert run(world/'B', *w, *more)==1
-        assert re.search(r'CT: .*is the mask of another scan of this name\. Choose another --out', capfd.readouterr().err)
+        assert re.search(r'CT: .*belongs to another scan of this name\. Choose another --out', capfd.readouterr().err)
         assert masks(tmp_path/'m')==before
     assert rows(tmp_path/'m')[-1]['source'].endswith('A/CT.nii.gz') and 'another scan' in rows(tmp_path/'m')[-1]['error']
     assert run(world/'A', *w)==0 and 'already done' in capfd.readouterr().out and rows(tmp_path/'m')[-1]['error']==''
@@ -167,14 +167,14 @@ def test_files_of_others_stay(world, weights, tmp_path, capfd):
             assert 'was not written by covid3d' in capfd.readouterr().err and [(p.name, p.read_bytes()) for p in out.iterdir()]==[(k, b'mine')]
     assert run(world/'A', '--weights', weights, '--out', tmp_path/'m')==0
     (tmp_path/'m'/'scans.csv').unlink(); before = masks(tmp_path/'m')
-    assert run(world/'B', '--weights', weights, '--out', tmp_path/'m', '--overwrite')==2 and 'does not say whose mask it is' in capfd.readouterr().err
+    assert run(world/'B', '--weights', weights, '--out', tmp_path/'m', '--overwrite')==2 and 'does not say whose it is' in capfd.readouterr().err
     assert masks(tmp_path/'m')==before
 
 def test_two_masks_never_share_a_file(tmp_path, cts, capfd):
     w = untrained(tmp_path/'w.safetensors', ('b','lesion_b'))
     for k in ('a','a_lesion'): save_volume(cts[0], tmp_path/'d'/f'{k}.nii.gz')
     assert run(tmp_path/'d', '--weights', w, '--out', tmp_path/'m')==2
-    assert 'would be one file' in capfd.readouterr().err and not (tmp_path/'m').exists()
+    assert 'would be the same' in capfd.readouterr().err and not (tmp_path/'m').exists()
     save_volume(cts[1], tmp_path/'e'/'A.nii.gz')
     assert run(tmp_path/'d'/'a.nii.gz', tmp_path/'e', '--weights', w, '--out', tmp_path/'m')==2
 
@@ -207,8 +207,8 @@ def dying(at, scan):
             return res
         return g
     if at=='open': c.open_scan = step('open_scan', c.open_scan, scan)
-    if at=='segment': i.segment = step('segment', i.segment, scan)
-    if at in ('first','second'): p.save_mask = step('save_mask', p.save_mask, 2*scan+(at=='second'))
+    if at=='segment': i._on_grid = step('segment', i._on_grid, scan)
+    if at in ('first','second'): i.save_mask = step('save_mask', i.save_mask, 2*scan+(at=='second'))
     if at in ('about','row'): p._Record.add = step('add', p._Record.add, 2*scan+(at=='row'), True)
     if at=='table': p._Record.rewrite = step('rewrite', p._Record.rewrite, 1)
 
@@ -262,7 +262,7 @@ def test_the_table_is_written_twice_not_once_a_scan(tmp_path, weights, cts, monk
     written = []
     write = covid3d.predict.write_atomic
     monkeypatch.setattr('covid3d.predict.write_atomic', lambda p, b: (written.append(p.name), write(p, b)))
-    monkeypatch.setattr('covid3d.inference.segment', lambda m, s, ct, *a, **k: dict(lesion=(ct.data>0).astype(np.uint8)))
+    monkeypatch.setattr(Segmenter, '__call__', lambda self, ct, bar=False: Segmentation(ct, dict(lesion=(ct.data>0).astype(np.uint8)), self))
     for i in range(12): save_volume(cts[i%3], tmp_path/'d'/f'{i}.nii.gz')
     df = predict_scans(find_scans([tmp_path/'d']), Segmenter.load(weights, 'cpu'), tmp_path/'m')
     assert written==['scans.csv']*2 and [*df.state]==['written']*12 and len(rows(tmp_path/'m'))==12
@@ -291,11 +291,11 @@ def test_one_prediction_at_a_time_in_a_folder(tmp_path, weights, world, capfd):
     (OSError(5, 'Input/output error', 'x.nii'), 'Input/output error'), (RuntimeError('odd\nlines'), 'RuntimeError: odd lines')], ids=lambda o: type(o).__name__)
 def test_a_bad_scan_costs_only_itself(world, weights, tmp_path, capfd, monkeypatch, error, words):
     "A scan that cannot be read, is too large for the memory, or fails in any foreseen way is named and counted; the others are segmented and the exit status is 1."
-    real = covid3d.inference.segment
+    real = covid3d.inference._whole_scan
     def segment(model, spec, ct, *args):
         if 'JANE' in str(ct.source.path): raise error
         return real(model, spec, ct, *args)
-    monkeypatch.setattr('covid3d.inference.segment', segment)
+    monkeypatch.setattr('covid3d.inference._whole_scan', segment)
     jane = find_scans([world/'tree'/'DOE^JANE'])[0].name
     assert run(world/'tree', world/'A', '--weights', weights, '--out', tmp_path/'m')==1
     err = [o for o in capfd.readouterr().err.splitlines() if 'segmenting' not in o]
@@ -321,7 +321,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_mask(world, weights, tmp_path, c
 # formats and odd paths
 
 def test_seg_of_nifti_is_refused_before_anything_is_segmented(world, weights, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr('covid3d.inference.segment', lambda *a, **k: pytest.fail('it was segmented'))
+    monkeypatch.setattr(Segmenter, '__call__', lambda *a, **k: pytest.fail('it was segmented'))
     assert run(world/'tree', world/'A', '--weights', weights, '--out', tmp_path/'m', '--format','seg')==2
     assert 'CT: was not read from DICOM' in capfd.readouterr().err and not (tmp_path/'m').exists()
     monkeypatch.setitem(sys.modules, 'highdicom', None)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from fastai.learner import Metric
 from scipy.spatial import cKDTree
-from .volume import CTError
+from .volume import CTError, joint_box
 
 # %% ../nbs/13_metrics.ipynb #59ea0352
 def as_pair(
@@ -158,18 +158,6 @@ def surfel_areas(
     "Area of the surface at a corner point, for each pattern of its eight voxels"
     s = np.asarray(spacing, float)
     return np.linalg.norm(surfel_normals()*(s.prod()/s), axis=2).sum(1)
-
-# %% ../nbs/13_metrics.ipynb #30ab25ca
-def joint_box(
-    a, b # Boolean masks (slice, row, column)
-) -> tuple: # Three slices; of length 0 where both are empty
-    "The smallest box that holds both masks"
-    if a.ndim!=3:
-        raise CTError('pred', f'{a.ndim} axes instead of 3', 'Give masks of (slice, row, column)')
-    def ends(m): i = np.flatnonzero(m); return (i[0],i[-1]+1) if len(i) else (0,0)
-    z = ends(a.any((1,2))|b.any((1,2)))
-    flat = a[slice(*z)].any(0)|b[slice(*z)].any(0)
-    return tuple(slice(int(lo),int(hi)) for lo,hi in (z,ends(flat.any(1)),ends(flat.any(0))))
 
 # %% ../nbs/13_metrics.ipynb #0e7ab263
 def packed(

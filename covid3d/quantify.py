@@ -19,8 +19,7 @@ from fastcore.basics import patch
 
 from . import __version__
 from .files import to_json
-from .metrics import joint_box
-from .volume import CTError, write_atomic
+from .volume import CTError, joint_box, write_atomic
 
 # %% ../nbs/20_quantify.ipynb #80c8573d
 _sides,_thirds,_halves = ('right_lung','left_lung'),('lower','middle','upper'),('ventral','dorsal')

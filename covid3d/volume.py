@@ -93,6 +93,18 @@ class Volume:
         mm = '×'.join(f'{o:.3g}' for o in self.spacing)
         return f'Volume {"×".join(map(str,self.shape))} {self.data.dtype}, {mm} mm'
 
+# %% ../nbs/00_volume.ipynb #6079cb2d
+def joint_box(
+    a, b # Boolean masks (slice, row, column)
+) -> tuple: # Three slices; of length 0 where both are empty
+    "The smallest box that holds both masks"
+    if a.ndim!=3:
+        raise CTError('pred', f'{a.ndim} axes instead of 3', 'Give masks of (slice, row, column)')
+    def ends(m): i = np.flatnonzero(m); return (i[0],i[-1]+1) if len(i) else (0,0)
+    z = ends(a.any((1,2))|b.any((1,2)))
+    flat = a[slice(*z)].any(0)|b[slice(*z)].any(0)
+    return tuple(slice(int(lo),int(hi)) for lo,hi in (z,ends(flat.any(1)),ends(flat.any(0))))
+
 # %% ../nbs/00_volume.ipynb #b2447885
 def scan_digest(
     ct: Volume # HU, canonical axes

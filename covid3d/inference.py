@@ -20,7 +20,7 @@ from .cases import spine_in_front
 from .dicom import open_scan
 from .domain import Domain, collect_features
 from .show import track
-from .transforms import CTSpec, crop, resize
+from .transforms import CTSpec, axis_weights, crop, resize
 from .volume import CTError, Volume, check_memory, memory_left, save_mask
 from .weights import (Mirrored, load_all, mean_logit, network_digest, read_domain,
                              read_seen, weights_in)
@@ -125,9 +125,25 @@ def _fill(p, shape, dtype, finish=lambda o: o) -> np.ndarray:
         out[i:i+len(o)] = finish(o).cpu().numpy(); i += len(o)
     return out
 
+# %% ../nbs/15_inference.ipynb #ee2d029e
+def _reach(hit, n) -> tuple:
+    "Of `n` voxels, those that voxels `hit` of a coarser axis reach; those that they need; weights"
+    w = axis_weights(len(hit), n).to(hit.device)
+    fine = (w[:,hit]>0).any(1).nonzero()
+    fine = slice(int(fine[0]), int(fine[-1])+1)
+    need = (w[fine]>0).any(0).nonzero()
+    need = slice(int(need[0]), int(need[-1])+1)
+    return fine,need,w[fine,need]
+
 def _cut(p, shape, threshold) -> np.ndarray:
     "The mask of a class on a grid of `shape`"
-    return _fill(p, shape, np.uint8, lambda o: o>=threshold)
+    out,hit = np.zeros(shape, np.uint8),p>=threshold
+    if not hit.any(): return out
+    each = [_reach(hit.any(a).any(b), n) for (a,b),n in zip(((2,1),(2,0),(1,0)), shape)]
+    (z,_,wz),(y,_,wy),(x,_,wx) = each
+    p = torch.tensordot(wz, p[tuple(need for _,need,_ in each)].float(), 1)
+    for i,o in enumerate(p, z.start): out[i,y,x] = (wy@o@wx.T>=threshold).cpu().numpy()
+    return out
 
 # %% ../nbs/15_inference.ipynb #e0b80ee9
 @torch.inference_mode()
@@ -219,7 +235,7 @@ class Segmentation:
     @property
     def ml(self) -> dict:
         "Class → volume of its mask in ml"
-        return {k:float(m.sum()*self.ct.ml_per_voxel) for k,m in self.masks.items()}
+        return {k:np.count_nonzero(m)*self.ct.ml_per_voxel for k,m in self.masks.items()}
     @property
     def notes(self) -> tuple:
         "What is to be known about the scan, and what speaks against its masks, in words"

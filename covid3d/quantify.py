@@ -34,11 +34,14 @@ bands = dict(emphysema=(-1050,-950), inflated=(-950,-750), infiltrated=(-750,-40
 
 def _slice_counts(code, lesion, hu, consolidation, edges) -> np.ndarray: # (18, 4+bands)
     "Voxels of a slice by piece: lung, lesion, consolidation, sum of the lesion's HU, bands"
-    def count(of, weights=None): return np.bincount(code[of], weights, 18)
-    lung,band = code<12,np.digitize(hu, edges)
-    parts = [count(lung), count(lesion), count(lesion&(hu>=consolidation)),
-             count(lesion, hu[lesion])]
-    return np.stack([*parts,*(count(lung&(band==i)) for i in range(1, len(edges)))], 1)
+    at = np.flatnonzero((code<12)|lesion)  # a slice is mostly neither
+    code,lesion,hu = code.ravel()[at],lesion.ravel()[at],hu.ravel()[at]
+    n = len(edges)+1
+    band = np.bincount(code*n+np.digitize(hu, edges), minlength=18*n).reshape(18, n)
+    ill,dense = code[lesion],hu[lesion]
+    parts = [band.sum(1)*(np.arange(18)<12), np.bincount(ill, minlength=18),
+             np.bincount(ill[dense>=consolidation], minlength=18), np.bincount(ill, dense, 18)]
+    return np.stack([*parts, *band.T[1:-1]*(np.arange(18)<12)], 1)
 
 def _counts(masks, hu, consolidation, edges) -> np.ndarray:
     "`_slice_counts` in the box of the lungs; pieces: side × third × half, side 2 is no lung"
@@ -107,11 +110,15 @@ def _lesion_row(seg, own, at, centre) -> dict:
 
 def _lesion_rows(seg, least_ml) -> pd.DataFrame:
     "A row for each lesion, largest first"
-    part = cc3d.connected_components(seg.masks['lesion']); stats = cc3d.statistics(part)
-    n,least = stats['voxel_counts'],least_ml/seg.ct.ml_per_voxel
-    large = [i for i in 1+np.argsort(-n[1:].astype(int), kind='stable') if n[i]>=least]
-    at = stats['bounding_boxes']
-    rows = [_lesion_row(seg, part[at[i]]==i, at[i], stats['centroids'][i]) for i in large]
+    box,rows = joint_box(*[seg.masks['lesion']>0]*2),[]
+    if seg.masks['lesion'][box].size:
+        part = cc3d.connected_components(seg.masks['lesion'][box]); stats = cc3d.statistics(part)
+        n,first = stats['voxel_counts'],np.array([s.start for s in box])
+        for i in 1+np.argsort(-n[1:].astype(int), kind='stable'):
+            if n[i]*seg.ct.ml_per_voxel<least_ml: break
+            own = stats['bounding_boxes'][i]
+            at = tuple(slice(s.start+f, s.stop+f) for s,f in zip(own, first.tolist()))
+            rows.append(_lesion_row(seg, part[own]==i, at, stats['centroids'][i]+first))
     return pd.DataFrame(rows, columns=['ml','mean_hu','lung','extent_mm','slice','row','column',
                                        'right_mm','anterior_mm','superior_mm'])
 

@@ -60,10 +60,11 @@ _sides = 'right_lung','left_lung'
 
 def _labels(masks, at) -> np.ndarray:
     "uint8: 1 right lung, 2 left lung, plus 4 in a lesion, at the indices `at` of the three axes"
-    out = np.zeros([len(o) for o in at], np.uint8)
+    out = np.empty([len(o) for o in at], np.uint8)
+    whole = [slice(o[0], o[-1]+1) if len(o)==o[-1]+1-o[0] else o for o in at[1:]]
     for i,z in enumerate(at[0]):
-        lesion,right,left = ((masks[k][z]>0)[np.ix_(*at[1:])] for k in ('lesion',*_sides))
-        out[i] = np.where(right, 1, np.where(left, 2, 0))+4*lesion
+        lesion,right,left = (masks[k][z][whole[0]][:,whole[1]] for k in ('lesion',*_sides))
+        out[i] = right|2*left*(right==0)|4*lesion
     return out
 
 # %% ../nbs/21_report.ipynb #7037bf19

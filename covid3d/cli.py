@@ -606,7 +606,7 @@ def _print_scores(df, others=None) -> int:
     return int((df.error!='').any())
 
 # %% ../nbs/30_cli.ipynb #95d77b94
-def _tell_scan(row):
+def _tell_scan(row, count='', left=''):
     "A line for a scan and for each of its notes, or its error"
     say = lambda line: print(_plain(line), file=sys.stderr, flush=True)
     if row['state']=='failed': say(row['error']); return
@@ -616,12 +616,30 @@ def _tell_scan(row):
     if lungs: said += f', {100*ml["lesion"]/lungs:.1f} % of the lungs'
     kept = ' · already done'*(row['state']=='kept')
     page = [k for k in row['masks'].split(' / ') if k.endswith('.html')]
-    print(_plain(f'{row["scan"]} → {page[0] if page else row["masks"]} · {said}{kept}'), flush=True)
+    shown = page[0] if page else row['masks']
+    print(_plain(f'{count}{row["scan"]} → {shown} · {said}{kept}{left}'), flush=True)
     for n in filter(None, row['notes'].split(' · ')):
         if n.startswith('warning: '): say(f'{row["scan"]}: {n[9:]}')
         else: print(_plain(f'  note: {n}'), flush=True)
 
 # %% ../nbs/30_cli.ipynb #3d6186a7
+def _left(scans, seconds, done) -> str:
+    "How long the rest will take"
+    if not (scans and done): return ''
+    s = scans*seconds/done
+    n,unit = (s/3600,'h') if s>5400 else (s/60,'min') if s>90 else (s,'s')
+    return f' · {n:.0f} {unit} left'
+
+class _Teller:
+    "Tells of each of `n` scans as it is finished"
+    def __init__(self, n): self.n,self.seen,self.worked,self.start = n,0,0,time.monotonic()
+    def __call__(self, row):
+        self.seen += 1; self.worked += row['state']!='kept'
+        several = self.n>1
+        left = _left(self.n-self.seen, time.monotonic()-self.start, self.worked)
+        _tell_scan(row, f'{self.seen}/{self.n} '*several, left*several)
+
+# %% ../nbs/30_cli.ipynb #5ed84572
 @_command('Use')
 def _predict(
     out: _Out, weights: _Weights = None,
@@ -636,7 +654,9 @@ def _predict(
         ) = False,
     already_windowed: _Window = '', overlap: _Overlap = .5, mirror: _Mirror = False,
     min_ml: _MinMl = 0., device: _Device = None,
-    overwrite: _opt(bool, 'Replace masks that other weights or settings made; never those of '
+    workers: _opt(int, 'Processes that segment; 0: this one', min=0, max=1024) = 0,
+    scheduler: _opt(str, 'Dask scheduler whose workers segment, or slurm', metavar='ADDRESS') = '',
+    overwrite: _opt(bool, 'Replace files that other weights or settings made; never those of '
         'another scan', '--overwrite') = False
 ):
     "Segment scans: masks on their own grids, figures, and a page for each and for all."
@@ -649,8 +669,8 @@ def _predict(
     for n in notes: print('note:', n, file=sys.stderr)
     segmenter = _segmenter(weights or ['covid3d'], device, overlap=overlap, mirror=mirror,
                            min_ml=min_ml)
-    df = predict_scans(found, segmenter, out, format, window, overwrite, _tell_scan, not _loud,
-                       page, probabilities)
+    df = predict_scans(found, segmenter, out, format, window, overwrite, _Teller(len(found)),
+                       not _loud, page, probabilities, workers, scheduler)
     return _print_masks(df, Path(out))
 
 # %% ../nbs/30_cli.ipynb #4b0fc7c1

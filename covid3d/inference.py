@@ -316,7 +316,7 @@ class Segmenter:
         self.model = Mirrored(model, spec.mirrored).eval() if mirror else model
         self.spec,self.overlap,self.threshold,self.keep = spec,overlap,threshold,keep
         self.mirror,self.min_ml,self.within_lungs = mirror,min_ml,within_lungs
-        self.seen,self.domain = tuple(seen),domain
+        self.seen,self.domain,self.origin = tuple(seen),domain,None
 
     @property
     def classes(self) -> tuple: return self.spec.classes
@@ -428,8 +428,11 @@ def load(cls: Segmenter,
     paths = weights_in(paths)
     model,spec = load_all(paths, device)
     for p,m in zip(paths, getattr(model, 'models', [model])): _check_window(p, m, spec, device)
-    return cls(model, spec, seen=[read_seen(p) for p in paths],
-               domain=read_domain(paths[0]), **kwargs)
+    segmenter = cls(model, spec, seen=[read_seen(p) for p in paths],
+                    domain=read_domain(paths[0]), **kwargs)
+    # how another process opens the same
+    segmenter.origin = [os.path.abspath(p) for p in paths],dict(device=device)|kwargs
+    return segmenter
 
 # %% ../nbs/15_inference.ipynb #216935b0
 def lungs(

@@ -8,7 +8,7 @@ All get the weights of the package, the same grid (4×2.8×2.8 mm), windows (16�
 The scan is P001 of COVID-CT-MD as hospital DICOM (512×512×148, JPEG Lossless); other numbers of slices are the same chest resampled along its axis, as plain DICOM. `seconds` is the clock's, start of Python and imports included, `cpu_seconds` user + system, `peak_mb` the most resident memory; `dice` compares the lesion masks with those of `covid3d`.
 A row a way and scan in benchmarks/inference.csv: median, least and greatest of the rounds, in which all take turns.
 """
-import argparse, os, resource, statistics, subprocess, sys, tempfile, time
+import argparse, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -18,7 +18,6 @@ here = Path(__file__).parent
 def monai(scan, out):
     "MONAI's own loading, resampling, sliding window and way back"
     import torch
-    from monai.data import decollate_batch
     from monai.inferers import sliding_window_inference
     from monai.transforms import Compose, EnsureChannelFirstd, Invertd, LoadImaged, Orientationd, SaveImage, ScaleIntensityRanged, Spacingd
     from covid3d.weights import load_all, weights_in

@@ -430,9 +430,11 @@ def _elsewhere(tasks, job, workers, scheduler):
     origin = job['segmenter'].origin
     if origin is None: raise CTError('workers', 'the weights were not opened from a file',
                                      'Use Segmenter.load, or no workers')
-    sent = {k:job[k] for k in ('out','aside','window','overwrite','made','seen','how')}
-    shared = sent|dict(bar=False),origin
-    for task,row in run_tasks(segment_task, tasks, shared, workers, scheduler):
+    sent = {k:job[k] for k in ('window','overwrite','made','seen','how')}|dict(bar=False)
+    at = lambda p: Path(os.path.abspath(p))  # a worker may be in another folder
+    sent |= {k:at(job[k]) for k in ('out','aside')}
+    tasks = ((replace(c, ct=at(c.ct)),names,old) for c,names,old in tasks)
+    for task,row in run_tasks(segment_task, tasks, (sent,origin), workers, scheduler):
         if isinstance(row, CTError):
             row = _row(task[0], job)|dict(state='failed', error=_line(row, task[0]))
         yield task,row

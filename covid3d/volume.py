@@ -37,6 +37,8 @@ class CTError(ValueError):
     ):
         self.what,self.fault,self.remedy = what,plain(fault),plain(remedy)
         super().__init__(f'{plain(what)}: {self.fault}. {self.remedy}.')
+    # from one process to another
+    def __reduce__(self): return type(self),(plain(self.what),self.fault,self.remedy)
 
 # %% ../nbs/00_volume.ipynb #868847d1
 class Scarce(CTError): "The system is short of something; the file is not to blame"

@@ -79,6 +79,7 @@ def test_other_formats(night, tmp_path):
     import nibabel as nib
     assert main(['predict', str(night/'in0.nii.gz'), '-o', str(tmp_path), '--device', 'cpu', '--format', 'multilabel', '--no-page', '--probabilities'])==0
     labels,lungs,lesion = (np.asarray(nib.load(p).dataobj) for p in (tmp_path/'in0_labels.nii.gz', night/'m'/'in0_lungs.nii.gz', night/'m'/'in0_lesion.nii.gz'))
+    assert (tmp_path/'labels.ctbl').read_text().splitlines()[3]=='3 lesion 240 160 16 255' and '3 240 160 16 1 1 1 "lesion"' in (tmp_path/'labels.txt').read_text()
     assert ((labels==3)==(lesion>0)).all() and (labels[lesion==0]==lungs[lesion==0]).all()
     p = nib.load(tmp_path/'in0_lesion_probability.nii.gz'); x = p.get_fdata()
     assert np.allclose(p.affine, nib.load(night/'in0.nii.gz').affine) and 0<=x.min() and x.max()<=1+1e-6

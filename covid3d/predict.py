@@ -10,6 +10,7 @@ __all__ = ['find_scans', 'label_names', 'label_files', 'predict_scans', 'segment
 # %% ../nbs/23_predict.ipynb #86635256
 import csv, hashlib, io, math, os, shutil, unicodedata
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -315,9 +316,12 @@ def _measure(seg, case, ct, job):
     found = quantify(seg, hu=windowed is None or windowed=='')
     return replace(found, flags=(*found.flags, *odd)),odd
 
+def _open(case, job):
+    return replace(case, already_windowed=job['window'] or case.already_windowed).open_ct()
+
 def _make(case, row, names, old, job) -> str:
     "Segment a scan and write its files aside, unless they are there already; fills the row"
-    ct = replace(case, already_windowed=job['window'] or case.already_windowed).open_ct()
+    ct = job.get('ahead', lambda: None)() or _open(case, job)
     row |= dict(digest=scan_digest(ct), grid=_grid_digest(ct), notes=' · '.join(ct.notes))
     if _is_done(old, row, names, job['out'], job['overwrite']):
         row |= old|dict(error='')
@@ -414,7 +418,7 @@ def predict_scans(
         order = dict.fromkeys([*records.rows, *(plain(c.name) for c in cases)])
         tasks = ((c, names[c.name], records.rows.get(plain(c.name))) for c in cases)
         done = (_elsewhere(tasks, job, workers, scheduler) if workers or scheduler else
-                ((t,_try_scan(*t, job)) for t in tasks))
+                _here(tasks, job))
         for (case,files,_),row in done:
             rows.append(_settle(case, files, row, job))
             if each: each(rows[-1])
@@ -424,6 +428,20 @@ def predict_scans(
         if format=='multilabel': _write_labels(out, segmenter.classes)
     at = {k:i for i,k in enumerate(order)}
     return pd.DataFrame(sorted(rows, key=lambda r: at[r['scan']]))
+
+def _here(tasks, job):
+    "(task, row) of scans tried by this process, which reads the next one in the meantime"
+    def tried(task, read):
+        def ahead(): # what could not be read beside another scan is read again, alone
+            try: return read.result()
+            except Exception: return None
+        return task,_try_scan(*task, job|dict(ahead=ahead))
+    with ThreadPoolExecutor(1) as pool:
+        last = None
+        for task in tasks:
+            this,last = last,(task,pool.submit(_open, task[0], job))
+            if this: yield tried(*this)
+        if last: yield tried(*last)
 
 @lru_cache(1)
 def _opened(paths, how) -> Segmenter: return Segmenter.load([*paths], **dict(how))

@@ -226,7 +226,8 @@ def test_a_kill_at_any_step_loses_nothing(tmp_path, world, at, two, capfd):
     capfd.readouterr()
     assert run(*argv)==0
     out = capfd.readouterr().out
-    assert out.count('already done')==dict(row=2, table=3).get(at, 1)
+    # a scan is read while the one before it is segmented
+    assert out.count('already done') in dict(row=[2], table=[3], open=[0,1]).get(at, [1])
     assert masks(tmp_path/'m')==whole[0] and hidden(tmp_path/'m')==[]
     assert [{k:v for k,v in r.items() if k!='source'} for r in rows(tmp_path/'m')]==whole[1]
 

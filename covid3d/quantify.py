@@ -96,13 +96,20 @@ def _side_of(masks) -> str: # Of masks cut to a lesion
     n = {k:np.count_nonzero(m) for k,m in masks.items()}
     return max(n, key=n.get) if any(n.values()) else ''
 
-def _lesion_row(seg, own, at, centre) -> dict:
+def _zone(box, z, y) -> str:
+    "Third and half of the lungs' box that a voxel lies in; '' outside"
+    if not all(s.start<=i<s.stop for s,i in zip(box, (z,y))): return ''
+    third,half = (_parts(s.stop-s.start, k)[i-s.start] for s,i,k in zip(box, (z,y), (3,2)))
+    return f'{_thirds[third]} third, {_halves[half]}'
+
+def _lesion_row(seg, own, at, centre, lungs) -> dict:
     "What is to be said about one lesion; `own`: its voxels in the box `at`"
     right,front,up = (seg.ct.affine@[*centre,1])[:3]
     z = int(own.sum((1,2)).argmax()); inside = np.argwhere(own[z])
     y,x = inside[np.square(inside-inside.mean(0)).sum(1).argmin()]
     return dict(ml=own.sum()*seg.ct.ml_per_voxel, mean_hu=float(seg.ct.data[at][own].mean()),
                 lung=_side_of({k:seg.masks[k][at][own] for k in _sides}),
+                zone=_zone(lungs, at[0].start+z, at[1].start+y),
                 extent_mm=float(max(np.array(own.shape)*seg.ct.spacing)),
                 **{k:int(a.start+i) for k,a,i in zip(('slice','row','column'), at, (z,y,x))},
                 right_mm=right, anterior_mm=front, superior_mm=up)
@@ -110,6 +117,7 @@ def _lesion_row(seg, own, at, centre) -> dict:
 def _lesion_rows(seg, least_ml) -> pd.DataFrame:
     "A row for each lesion, largest first"
     box,rows = joint_box(*[seg.masks['lesion']>0]*2),[]
+    lungs = joint_box(*(seg.masks[k]>0 for k in _sides))[:2]
     if seg.masks['lesion'][box].size:
         part = cc3d.connected_components(seg.masks['lesion'][box]); stats = cc3d.statistics(part)
         n,first = stats['voxel_counts'],np.array([s.start for s in box])
@@ -117,9 +125,9 @@ def _lesion_rows(seg, least_ml) -> pd.DataFrame:
             if n[i]*seg.ct.ml_per_voxel<least_ml: break
             own = stats['bounding_boxes'][i]
             at = tuple(slice(s.start+f, s.stop+f) for s,f in zip(own, first.tolist()))
-            rows.append(_lesion_row(seg, part[own]==i, at, stats['centroids'][i]+first))
-    return pd.DataFrame(rows, columns=['ml','mean_hu','lung','extent_mm','slice','row','column',
-                                       'right_mm','anterior_mm','superior_mm'])
+            rows.append(_lesion_row(seg, part[own]==i, at, stats['centroids'][i]+first, lungs))
+    columns = 'ml mean_hu lung zone extent_mm slice row column right_mm anterior_mm superior_mm'
+    return pd.DataFrame(rows, columns=columns.split())
 
 # %% ../nbs/20_quantify.ipynb #fea263a7
 lobe_names = ('right upper','right middle','right lower','left upper','left lower')
@@ -264,7 +272,7 @@ def quantify(
 # %% ../nbs/20_quantify.ipynb #05cda0d2
 sources = dict(
     lesion_ml='voxels of the lesion mask within both lungs × volume of a voxel',
-    lesion_percent='lesion ÷ lung, sick parts of the lung included; 98 of 100 healthy people had '
+    lesion_percent='lesion ÷ lung, diseased parts included; 98 of 100 healthy people had '
         'less than 1 % (Chaganti et al. 2020, doi:10.1148/ryai.2020200048)',
     thirds_and_halves='equal parts of the height and depth of the box around both lungs',
     consolidation_ml='lesion voxels from consolidation_hu on; −300 HU did best of eight cuts in 47 '

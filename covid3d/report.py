@@ -134,8 +134,8 @@ def report(
     "One page of a scan: three linked planes, the figures, and what speaks against them"
     found = quantify(seg) if found is None else found
     picture,most = coronal_map(seg)
-    page = render('scan.html', script='viewer.js', title=f'Chest CT {name}', lead=repr(found),
-        found=found.to_dict(name=name), data=viewer_data(seg, found.lesions), notice=notice,
+    page = render('scan.html', script='viewer.js', title=f'Chest CT {name}', lead=notice,
+        found=found.to_dict(name=name), data=viewer_data(seg, found.lesions),
         sources=sources, map=_png(picture), most=most, today=date.today().isoformat())
     write_atomic(out, page)
     if thumbnail: write_atomic(thumbnail, base64.b64decode(_png(_small(picture))))

@@ -98,7 +98,7 @@ function show() {
   for (const [name, p] of Object.entries(planes)) {
     const slider = $(name+'-at'), i = at[p.axis]
     slider.value = i
-    $(name+'-where').textContent = name === 'axial' ? `slice ${i*scan.step} of 0–${(nz-1)*scan.step}` : `${i+1} of ${size[p.axis]}`
+    $(name+'-where').textContent = name === 'axial' ? `slice ${i*scan.step} of 0–${(nz-1)*scan.step}, from the feet` : `${i+1} of ${size[p.axis]}`
     draw(name)
   }
 }
@@ -188,7 +188,9 @@ async function load() {
   }
   const stream = new Blob([bytes(scan.labels)]).stream().pipeThrough(new DecompressionStream('deflate'))
   labels = new Uint8Array(await new Response(stream).arrayBuffer())
-  await one(at[0]); show()
+  await one(at[0])
+  if (scan.lesions.length) jump(0)
+  else show()
   for (let z = 0; z < nz; z++) await one(z)
   show()
   $('viewer').dataset.ready = 'yes'

@@ -647,7 +647,7 @@ def _predict(
     inputs: _opt(list[str], 'The same as the arguments; repeat it for several', '-i', '--input',
         metavar='PATH', callback=_scans_there) = None,
     format: _opt(Literal['nifti','multilabel','seg'], 'nifti: a mask a class; multilabel: all in '
-        'one; seg: DICOM Segmentation, which carries the patient’s data as archives need it'
+        'one; seg: DICOM Segmentation and report, with the patient’s data as archives need it'
         ) = 'nifti',
     page: _opt(bool, 'Write the page of each scan, some MB of HTML', '--page/--no-page') = True,
     probabilities: _opt(bool, 'Write probabilities, too, in steps of 1/255', '--probabilities'

@@ -14,7 +14,7 @@ import pydicom
 
 from . import __version__
 from .dicom import QuietDicom
-from .dicom_seg import copied_headers, require_seg, seg_codes, sources_of
+from .dicom_seg import copied_headers, require_seg, seg_codes, seg_sides, sources_of
 from .files import read_bytes
 from .quantify import Measurements
 from .volume import Volume, max_bytes, write_atomic
@@ -40,12 +40,12 @@ def _figures(row, keys) -> list:
 
 # %% ../nbs/22_dicom_sr.ipynb #984130e5
 _of_lesion = 'lesion_ml','lesion_percent','ground_glass_ml','consolidation_ml','mean_hu'
-_sites = dict(lungs='lung', right_lung='right_lung', left_lung='left_lung')
 
 def _site(part):
     from highdicom.sr import FindingSite
     from pydicom.sr.coding import Code
-    return [FindingSite(Code(*seg_codes[_sites[part]][1]))]
+    side = seg_sides.get(part)
+    return [FindingSite(Code(*seg_codes['lung'][1]), laterality=side and Code(*side))]
 
 def _of_segment(found, seg, i, name) -> object:
     "What was measured on a segment: the lesions of both lungs, or the volume of one lung"

@@ -245,13 +245,15 @@ def test_segmentation_codes(tmp_path):
     "Category and type of every class are SNOMED CT codes that pydicom's own dictionary (from PS3.16) holds under this meaning"
     vol = quiet(save_all(sets_of(), tmp_path/'in'))
     own = ((codes.SCT.AnatomicalStructure.value,'SCT','Anatomical Structure'),(codes.SCT.Heart.value,'SCT','Heart'))
-    save_seg(dict(lesion=mask_of(vol), lung=mask_of(vol), heart=mask_of(vol), blob=mask_of(vol)), vol, tmp_path/'seg.dcm', codes=dict(heart=own))
+    save_seg(dict.fromkeys([*seg_codes,'heart','blob'], mask_of(vol)), vol, tmp_path/'seg.dcm', codes=dict(heart=own))
     known = {(c.value,c.scheme_designator,c.meaning) for n in codes.SCT.dir() for c in [getattr(codes.SCT, n)]}
     tissue = (('85756007','SCT','Tissue'),)*2  # a name that is not known makes no claim
     for seg,(category,kind) in zip(pydicom.dcmread(tmp_path/'seg.dcm').SegmentSequence, [*seg_codes.values(),own,tissue], strict=True):
         for got,want in ((seg.SegmentedPropertyCategoryCodeSequence[0],category), (seg.SegmentedPropertyTypeCodeSequence[0],kind)):
             assert (got.CodeValue,got.CodingSchemeDesignator,got.CodeMeaning)==want and want in known
         assert seg.SegmentAlgorithmType=='AUTOMATIC' and 'covid3d' in seg.SegmentAlgorithmName
+        side = seg.SegmentedPropertyTypeCodeSequence[0].get('SegmentedPropertyTypeModifierCodeSequence')
+        assert (side and side[0].CodeMeaning)==dict(right_lung='Right', left_lung='Left').get(seg.SegmentLabel) and (not side or (side[0].CodeValue,'SCT',side[0].CodeMeaning) in known)
 
 @each('dtype', [np.uint8,bool,np.int64,np.float32])
 def test_segmentation_of_any_type(tmp_path, dtype):

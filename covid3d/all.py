@@ -26,8 +26,8 @@ from .unet import *
 from .losses import *
 from .metrics import *
 from .inference import *
-from .quantify import Measurements, compare_scans, quantify
-from .report import report
+from .quantify import *
+from .report import *
 from .learner import *
 from .evaluate import *
 from .predict import *

@@ -107,6 +107,7 @@ def main():
     except Exception as e: raise SystemExit(f'The site was not built. {e}')
     shutil.rmtree(tmp, ignore_errors=True); shutil.copytree(site, src, ignore=shutil.ignore_patterns('__pycache__', 'build.py'))
     (src/'raw').mkdir()
+    for o in (root/cfg.lib_path.name/'templates').glob('*.json'): shutil.copy(o, src/'raw')  # schemas, at the addresses that they name
     if (cfg.nbs_path/'images').exists():
         for o in (src/'images', src/'raw/images'): shutil.copytree(cfg.nbs_path/'images', o)
     for p in pages:

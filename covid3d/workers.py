@@ -24,7 +24,8 @@ def _start(workers, scheduler) -> tuple: # Cluster or None, what a client connec
     if scheduler: return None,scheduler,1
     cluster = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None,
                            silence_logs=logging.ERROR)
-    return cluster,cluster,max(1, (os.cpu_count() or 1)//workers)
+    share = max(1, (os.cpu_count() or 1)//workers)
+    return cluster,cluster,min(share, int(os.environ.get('OMP_NUM_THREADS') or share))
 
 @contextmanager
 def dask_client(workers, scheduler):

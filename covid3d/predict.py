@@ -8,7 +8,7 @@ Docs: https://covid3d.github.io/covid3d/predict.html.md"""
 __all__ = ['find_scans', 'label_names', 'label_files', 'predict_scans', 'segment_task']
 
 # %% ../nbs/23_predict.ipynb #86635256
-import csv, hashlib, io, math, os, shutil, unicodedata
+import csv, hashlib, io, math, os, re, shutil, unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 
 from .cases import Case, bare_cell, read_cases, safe_cell, told, without_paths
-from .cohort import write_cohort
+from .cohort import page_names, write_cohort
 from .datasets import dicom_series
 from .dicom import is_nifti, pseudonym, read_slices
 from .dicom_seg import save_seg, seg_colors
 from .dicom_sr import save_sr
-from .files import Outputs, append, locked, read_bytes
+from .files import Outputs, append, locked, manifest, read_bytes
 from .inference import Segmenter, out_of_memory
 from .quantify import quantify
 from .report import report
@@ -158,6 +158,8 @@ def _writers(classes, format='nifti', page=True, probabilities=False) -> dict:
     return out
 
 # %% ../nbs/23_predict.ipynb #9b3cc700
+_scans_csv,_of_cohort = 'scans.csv',re.compile(r'index(-\d+)?\.html|labels\.(txt|ctbl)')
+
 def _names(cases, endings, out) -> dict:
     "Name of a case → its files: no two are one, none has a name too long, none is an input"
     names,owner = {c.name:[c.name+k for k in endings] for c in cases},{}
@@ -170,6 +172,9 @@ def _names(cases, endings, out) -> dict:
         if len(k.encode('utf8', 'surrogatepass'))>255:
             fault = 'the name of this file is longer than 255 bytes'
             raise CTError(f'{k[:60]}…', fault, 'Rename the scan')
+        if key in (manifest,_scans_csv,'measurements.csv') or _of_cohort.fullmatch(key):
+            fault = 'is the name of a file that tells of all scans'
+            raise CTError(k, fault, 'Rename the scan')
         if os.path.realpath(out/k) in inputs:
             fault = 'is one of the inputs, and a file of the scan would replace it'
             raise CTError(out/k, fault, 'Choose another --out')
@@ -198,7 +203,6 @@ def _grid_digest(ct) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/23_predict.ipynb #921d0712
-_scans_csv = 'scans.csv'
 _first = ('scan','source','digest','grid','weights','settings')
 _last = ('masks','written','notes','error')
 _private = 'sources may name patients: keep this table with the scans'
@@ -266,18 +270,22 @@ def _is_done(old, row, names, out, overwrite) -> bool:
     return not changed and all(k in there for k in names)
 
 # %% ../nbs/23_predict.ipynb #36e0e871
-_of_all = 'measurements.csv','index.html','labels.txt','labels.ctbl'
-
 def _outputs(out) -> Outputs:
     kinds = 'labels.*','*.nii.gz','*.dcm','*.json','*.html','*.png'
     return Outputs(out, 'predict', _scans_csv, 'measurements.csv', *kinds)
 
-def _claim(out, names, made, overwrite):
+def _of_all(out, writers) -> list:
+    "Files that are there and may tell of all scans"
+    pages = sorted(p.name for p in out.glob('index*.html') if _of_cohort.fullmatch(p.name))
+    measured = ['measurements.csv',*pages]
+    return measured*('.json' in writers)+[*label_files(())]*('_labels.nii.gz' in writers)
+
+def _claim(out, names, made, overwrite, writers=()):
     "List the files to come, made by `made`, weights and settings; refuse what is in the way"
     own = _outputs(out)
     listed = own.listed
     there = {k:plain(scan) for scan,ks in names.items() for k in ks if os.path.lexists(out/k)}
-    for k in (_scans_csv, *_of_all, *there):
+    for k in (_scans_csv, *_of_all(out, writers), *there):
         if k in listed or not os.path.lexists(out/k): continue
         fault = 'was not written by covid3d predict, which replaces only its own files'
         raise CTError(out/k, f'is there already and {fault}', _away)
@@ -413,7 +421,7 @@ def predict_scans(
                overwrite=overwrite, made=made, seen=segmenter.seen, how=how)
     rows = []
     with locked(out), _aside(out) as job['aside']:
-        _claim(out, names, made, overwrite)
+        _claim(out, names, made, overwrite, writers)
         records = job['record'] = _Record(out, segmenter.classes)
         order = dict.fromkeys([*records.rows, *(plain(c.name) for c in cases)])
         tasks = ((c, names[c.name], records.rows.get(plain(c.name))) for c in cases)
@@ -485,6 +493,5 @@ def _write_labels(out, classes):
 def _write_all(out, rows):
     "The table of figures and the pages of all scans that are in a folder"
     good = sorted(k for k,r in rows.items() if r.get('written'))
-    pages = -(-len(good)//500)
-    _outputs(out).add(*_of_all[:2], *(f'index-{i}.html' for i in range(2, pages+1)))
+    _outputs(out).add('measurements.csv', *page_names(len(good)))
     write_cohort(out, good, {k:r['error'] for k,r in rows.items() if r.get('error')})

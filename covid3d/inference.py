@@ -118,11 +118,11 @@ def _slabs(p, shape, slices=16):
     for part in resize(p, (shape[0],*p.shape[1:])).split(slices):
         yield resize(part, (len(part),*shape[1:]))
 
-def _fill(p, shape, dtype, finish=lambda o: o) -> np.ndarray:
-    "What `finish` makes of the probabilities of a class, on a grid of `shape`"
-    out,i = np.empty(shape, dtype),0
+def _fill(p, shape) -> np.ndarray:
+    "The probabilities of a class on a grid of `shape`, float32"
+    out,i = np.empty(shape, np.float32),0
     for o in _slabs(p, shape):
-        out[i:i+len(o)] = finish(o).cpu().numpy(); i += len(o)
+        out[i:i+len(o)] = o.cpu().numpy(); i += len(o)
     return out
 
 # %% ../nbs/15_inference.ipynb #ee2d029e
@@ -402,7 +402,7 @@ def _whole_scan(self: Segmenter, ct, finish, bar, bytes):
 
 @patch
 def _full(self: Segmenter, prob, ct) -> dict:
-    return {k:_fill(p, ct.shape, np.float32) for k,p in zip(self.classes, prob)}
+    return {k:_fill(p, ct.shape) for k,p in zip(self.classes, prob)}
 
 @patch
 def probabilities(self: Segmenter,

@@ -16,6 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
+from .dicom_seg import seg_colors
 from .inference import Segmentation
 from .pages import render
 from .quantify import Measurements, notice, quantify, sources
@@ -141,28 +142,26 @@ def report(
     if thumbnail: write_atomic(thumbnail, base64.b64decode(_png(_small(picture))))
 
 # %% ../nbs/21_report.ipynb #08248085
-_outlines = ((1,(86,180,233)), (2,(204,121,167)), (4,(240,160,16))) # bit, color
-
 def _plane(seg, axis, i, mm=1.) -> Image.Image:
     "A plane of a scan in the lung window, outlined, with pixels of `mm`"
-    data,*masks = (np.take(o, i, axis) for o in (seg.ct.data,
-                   *(seg.masks[k] for k in (*_sides,'lesion'))))
+    data = np.take(seg.ct.data, i, axis)
     grey = np.clip((data.astype(np.float32)+1350)/1500, 0, 1)*255
     size = [max(1, round(n*s/mm)) for a,(n,s) in enumerate(zip(seg.ct.shape, seg.ct.spacing))
             if a!=axis]
     im = np.array(Image.fromarray(grey.astype(np.uint8)).resize(size[::-1]).convert('RGB'))
-    for (_,color),m in zip(_outlines, masks):
-        m = np.array(Image.fromarray(m).resize(size[::-1], Image.Resampling.NEAREST))
+    for k in (*_sides,'lesion'):
+        m = Image.fromarray(np.take(seg.masks[k], i, axis))
+        m = np.array(m.resize(size[::-1], Image.Resampling.NEAREST))
         edge = m>np.minimum.reduce([np.roll(m, d, a) for d in (1,-1) for a in (0,1)])
-        im[edge] = color
+        im[edge] = tuple(bytes.fromhex(seg_colors[k][1:]))
     return Image.fromarray(im if axis==0 else im[::-1])
 
 def plane_pictures(
-    seg # `Segmentation` with masks of the lesion and of both lungs
+    seg,    # `Segmentation` with masks of the lesion and of both lungs
+    lesions # `Measurements.lesions`
 ) -> Image.Image: # RGB, a pixel for each mm
     "Axial, coronal and sagittal plane through the largest lesion, side by side"
-    found = quantify(seg).lesions
-    at = found.loc[0,['slice','row','column']].astype(int) if len(found) else [
+    at = lesions.loc[0,['slice','row','column']].astype(int) if len(lesions) else [
         n//2 for n in seg.ct.shape]
     each = [_plane(seg, a, i) for a,i in enumerate(at)]
     out = Image.new('RGB', (sum(o.width for o in each)+10,max(o.height for o in each)), 'black')
@@ -175,5 +174,6 @@ def _repr_html_(self: Segmentation) -> str:
     "Planes and figures, for a notebook; nothing without masks of the lesion and of both lungs"
     if not {'lesion',*_sides}<={*self.masks}: return None
     found = quantify(self); text = escape(repr(found))
-    picture = f'<img alt="{text}" src="data:image/png;base64,{_png(plane_pictures(self))}">'
+    png = _png(plane_pictures(self, found.lesions))
+    picture = f'<img alt="{text}" src="data:image/png;base64,{png}">'
     return f'{picture}<p>{text}</p>{found.regions.iloc[:3].round(1).to_html(border=0)}'

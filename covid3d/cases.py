@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 
-from .dicom import is_nifti, open_scan
+from .dicom import is_image, open_scan
 from .files import locked, read_bytes
 from .show import track
 from .volume import (CTError, Scarce, Volume, open_mask, plain, scan_digest, unreadable,
@@ -75,18 +75,21 @@ class Case:
         return _flipped(open_scan(self.ct, self.already_windowed), self.flip)
     def open_mask(self,
         klass: str, # Such as `lesion`, a key of `masks`
-        ct: Volume  # The scan, as `open_ct` gives it
+        ct: Volume,  # The scan, as `open_ct` gives it
+        labels: tuple = None # That it may hold, if they are to stay as they are
     ) -> Volume: # uint8, on the grid of `ct`
-        "The mask of `klass` as 0 and 1; the 1 and 2 of two lungs both become 1"
+        "The mask of `klass` as 0 and 1, even if it numbers the lungs or the lobes; or its labels"
         if klass not in self.masks:
             raise CTError(self.name, f'the case has no mask of class {klass!r}',
                           'Add it to the case table')
-        m = open_mask(self.masks[klass], like=ct, labels=(0,1,2) if klass=='lung' else (0,1))
-        return replace(_flipped(m.new((m.data>0).astype('uint8')), self.flip), notes=m.notes)
+        known = labels or range(dict(lung=3, lobes=6).get(klass, 2))
+        m = open_mask(self.masks[klass], like=ct, labels=known)
+        x = m.data if labels else (m.data>0).astype('uint8')
+        return replace(_flipped(m.new(x), self.flip), notes=m.notes)
 
 # %% ../nbs/04_cases.ipynb #005834ba
 @patch(as_prop=True)
-def private(self: Case) -> bool: return not is_nifti(self.ct)
+def private(self: Case) -> bool: return not is_image(self.ct)
 
 @patch
 def label(self: Case, k='ct'):
@@ -260,7 +263,7 @@ def sources_path(
     return p.with_name(f'{p.stem}_sources.csv')
 
 # %% ../nbs/04_cases.ipynb #466680e2
-def _is_series(df) -> pd.Series: return (df.ct!='') & ~df.ct.map(is_nifti)
+def _is_series(df) -> pd.Series: return (df.ct!='') & ~df.ct.map(is_image)
 
 def _resolve(df, table) -> pd.DataFrame:
     "The table with paths in place of the names that stand for them"

@@ -91,7 +91,7 @@ _Overlap = _opt(float, 'Overlap of neighbouring windows, as a fraction', min=0, 
 _Tolerance = _opt(float, 'Tolerance of the surface Dice, mm', min=.01, max=99)
 _Window = _opt(str, 'For scans of grey levels: what they show, LOW:HIGH in HU', metavar='LOW:HIGH')
 _scans_there = _exists('no such file or folder', 'Check the path')
-_Scans = typer.Argument(help='Scans: .nii, .nii.gz, DICOM folders, folders of them; a case table',
+_Scans = typer.Argument(help='Scans: .nii.gz, .nrrd, .mha, DICOM, folders of them; a case table',
                         metavar='SCAN', callback=_scans_there)
 _Split = Literal['train','valid','test']
 _Seed = _opt(int, 'Of everything that is random', min=0, max=2**32-1)
@@ -646,12 +646,14 @@ def _predict(
     ct: Annotated[list[str]|None, _Scans] = None,
     inputs: _opt(list[str], 'The same as the arguments; repeat it for several', '-i', '--input',
         metavar='PATH', callback=_scans_there) = None,
-    format: _opt(Literal['nifti','multilabel','seg'], 'nifti: a mask a class; multilabel: all in '
-        'one; seg: DICOM Segmentation and report, with the patient’s data as archives need it'
-        ) = 'nifti',
+    format: _opt(Literal['nifti','multilabel','nrrd','mha','seg'], 'nifti: a mask a class; '
+        'multilabel, mha: all in one; nrrd: a .seg.nrrd for 3D Slicer; seg: DICOM Segmentation '
+        'and report, with the patient’s data as archives need it') = 'nifti',
     page: _opt(bool, 'Write the page of each scan, some MB of HTML', '--page/--no-page') = True,
     probabilities: _opt(bool, 'Write probabilities, too, in steps of 1/255', '--probabilities'
         ) = False,
+    given_lungs: _opt(bool, 'Measure in the lung masks of the case table, where it names them',
+        '--given-lungs') = False,
     already_windowed: _Window = '', overlap: _Overlap = .5, mirror: _Mirror = False,
     min_ml: _MinMl = 0., device: _Device = None,
     workers: _opt(int, 'Processes that segment; 0: this one', min=0, max=1024) = 0,
@@ -670,7 +672,7 @@ def _predict(
     segmenter = _segmenter(weights or ['covid3d'], device, overlap=overlap, mirror=mirror,
                            min_ml=min_ml)
     df = predict_scans(found, segmenter, out, format, window, overwrite, _Teller(len(found)),
-                       not _loud, page, probabilities, workers, scheduler)
+                       not _loud, page, probabilities, given_lungs, workers, scheduler)
     return _print_masks(df, Path(out))
 
 # %% ../nbs/30_cli.ipynb #4b0fc7c1

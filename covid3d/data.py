@@ -8,7 +8,7 @@ Docs: https://covid3d.github.io/covid3d/data.html.md"""
 __all__ = ['CTBlock', 'LesionBlock', 'RepeatSplitter', 'stratified_folds', 'CTDataLoaders', 'prepare_table']
 
 # %% ../nbs/09_data.ipynb #44b055c7
-import json, os, random, re, sys, tempfile
+import json, os, random, sys, tempfile
 from copy import copy
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -26,12 +26,12 @@ from plum import dispatch
 from .augment import Augment3d, ct_aug_transforms
 from .cases import Case, _open_table, _read_csv, read_cases, safe_cell
 from .datasets import choose_splits, folder
-from .dicom import is_nifti, pseudonym
+from .dicom import is_image, pseudonym
 from .files import Outputs, locked, read_json, sweep
 from .prepare import (Prepared, PreparedCase, find_prepared, located, prepare_case,
                              prepare_cases, tidy)
 from .transforms import CTSpec, RandomPatch, TensorCT, TensorMask3d, show_patch, spec_class
-from .volume import CTError, write_atomic
+from .volume import CTError, case_name, write_atomic
 
 # %% ../nbs/09_data.ipynb #83bd19f6
 def prepared_folder(
@@ -93,8 +93,7 @@ def _case(o) -> Case:
     "The case of a path; DICOM is called by a pseudonym, since its paths may name a patient"
     if isinstance(o, Case): return o
     p = Path(o)
-    return Case(re.sub(r'\.nii(\.gz)?$', '', p.name, flags=re.I) if is_nifti(p)
-                else pseudonym(str(p.absolute())), p)
+    return Case(case_name(p) if is_image(p) else pseudonym(str(p.absolute())), p)
 
 def _mask_files(o, classes) -> dict:
     "Class → file of a mask"

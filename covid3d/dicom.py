@@ -19,7 +19,7 @@ import nibabel as nib, numpy as np, pydicom
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
-from .volume import (CTError, Scarce, Source, Volume, is_nifti, max_bytes, open_ct, scaled,
+from .volume import (CTError, Scarce, Source, Volume, is_image, max_bytes, open_ct, scaled,
                             to_canonical, to_hu, unreadable, write_atomic)
 
 # %% ../nbs/01_dicom.ipynb #abd1edfd
@@ -849,7 +849,7 @@ def open_scan(
 ) -> Volume: # HU, int16 or float32, canonical axes
     "Open a CT of any kind"
     p = Path(path)
-    if is_nifti(p) or not os.path.exists(p): return open_ct(p, already_windowed)
+    if is_image(p) or not os.path.exists(p): return open_ct(p, already_windowed)
     if already_windowed is not None:
         raise CTError(p, 'already_windowed was given for a DICOM series, which is in HU',
                       'Leave it out')

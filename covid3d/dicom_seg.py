@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, pydicom
 
 from . import __version__
-from .dicom import QuietDicom, dicom_failed, file_bytes, is_nifti
+from .dicom import QuietDicom, dicom_failed, file_bytes, is_image
 from .volume import CTError, Volume, from_canonical, write_atomic
 
 # %% ../nbs/02_dicom_seg.ipynb #20c96c73
@@ -96,7 +96,7 @@ def require_seg(
     if not find_spec('highdicom'):
         raise CTError(path, 'writing DICOM Segmentation needs highdicom',
                       "Install it with pip install 'covid3d[dicom]'")
-    if is_nifti(path) or is_open and not (source and source.slices):
+    if is_image(path) or is_open and not (source and source.slices):
         raise CTError(path, 'it was not read from DICOM, so there is no series that a Segmentation '
                             'could refer to', _no_seg)
     if source and (fault := _cannot_refer(source.slices)):

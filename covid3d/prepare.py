@@ -17,7 +17,7 @@ import numpy as np, torch
 from isal import isal_zlib
 
 from .cases import Case, told
-from .dicom import is_nifti
+from .dicom import is_image
 from .files import read_json, sweep
 from .show import track
 from .transforms import CTSpec, ResizeSpec, body_ml, resample_mask, spec_class
@@ -32,7 +32,7 @@ def _files(path) -> list:
     p = Path(path)
     try:
         # any file of a series stands for it
-        series = p if p.is_dir() else None if is_nifti(p) else p.parent
+        series = p if p.is_dir() else None if is_image(p) else p.parent
         if series is None and p.is_file(): return [p]
         if series is not None and p.exists():
             return [p]*p.is_file()+sorted(o for o in series.iterdir() if o.is_file())

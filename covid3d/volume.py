@@ -134,30 +134,40 @@ def from_canonical(
     "Undo `to_canonical`"
     return orientations.apply_orientation(data, back)
 
+def stored_affine(
+    ct # `Volume` that was read from a file
+) -> np.ndarray: # 4×4
+    "File index → RAS mm"
+    return ct.affine@orientations.inv_ornt_aff(ct.source.back, ct.shape)
+
 # %% ../nbs/00_volume.ipynb #c7630c5f
 max_bytes = 2**33  # No CT is larger than 8 GiB: a header that says so is damaged or hostile
 
-def is_nifti(
+def is_image(
     path: str|Path # A file or folder
 ) -> bool:
-    "Whether the name is that of a NIfTI file"
-    return str(path).lower().endswith(('.nii','.nii.gz'))
+    "Whether the name is that of a file with a whole scan: NIfTI, NRRD or MetaImage"
+    return str(path).lower().endswith(('.nii','.nii.gz','.nrrd','.mha'))
+
+def _is_itk(path) -> bool: return str(path).lower().endswith(('.nrrd','.mha'))
 
 def case_name(path) -> str:
-    "The file's name without `.nii` or `.nii.gz`; other dots stay"
-    return re.sub(r'\.nii(\.gz)?\Z', '', Path(path).name, flags=re.I)
+    "The file's name without `.nii.gz` and the like; other dots stay"
+    return re.sub(r'\.(nii|nii\.gz|nrrd|mha)\Z', '', Path(path).name, flags=re.I)
 
 # %% ../nbs/00_volume.ipynb #a734bd3a
 def _find(path) -> Path:
-    "`path` as a NIfTI file that exists and has no duplicate"
+    "`path` as an image file that exists and has no duplicate"
     p = Path(path)
     if p.is_dir():
         raise CTError(p, 'this is a folder, not a NIfTI file', 'Give a .nii or .nii.gz file')
-    if not is_nifti(p):
-        raise CTError(p, 'the name does not end in .nii or .nii.gz', 'Convert it to NIfTI first')
+    if not is_image(p):
+        raise CTError(p, 'the name does not end in .nii, .nii.gz, .nrrd or .mha',
+                      'Convert it to NIfTI first')
     if not p.exists(): raise CTError(p, 'no such file', 'Check the path')
     if not p.is_file():
         raise CTError(p, 'this is a pipe or a device, not a file', 'Give a .nii or .nii.gz file')
+    if _is_itk(p): return p
     twin = p.with_name(p.name[:-3] if p.suffix.lower()=='.gz' else p.name+'.gz')
     if twin.is_file():
         raise CTError(p, f'{twin.name} lies beside it: which is meant?', 'Remove or rename one')
@@ -165,7 +175,7 @@ def _find(path) -> Path:
 
 # %% ../nbs/00_volume.ipynb #459c8f7d
 class _File:
-    "A `.nii` or `.nii.gz` whose content is what its name says"
+    "An image file whose content is what its name says"
     def __init__(self, path):
         p = self.path = _find(path)
         self.size,self.packed = p.stat().st_size,p.suffix.lower()=='.gz'
@@ -463,15 +473,24 @@ def _in_order(x) -> np.ndarray:
     return y
 
 # %% ../nbs/00_volume.ipynb #c63cdd2f
+def _open_header(f: _File) -> tuple:
+    "The header of an image file as NIfTI has it, notes, and what reads the voxels"
+    if not _is_itk(f.path):
+        hdr,first = _parse_header(f)
+        return hdr,_check_layout(hdr, first, f.path),_stored
+    from covid3d.itk import itk_header, itk_voxels
+    hdr,notes = itk_header(f)
+    _check_shape(hdr, f.path)
+    return hdr,notes,itk_voxels
+
 def _read(path, packing) -> Volume:
-    "Any NIfTI volume on canonical axes, its values as the file means them"
+    "Any volume on canonical axes, its values as the file means them"
     f = _File(path)
-    hdr,first = _parse_header(f)
-    notes = _check_layout(hdr, first, f.path)
+    hdr,notes,voxels = _open_header(f)
     _check_size(hdr, f, packing)
     notes += _repair_grid(hdr, f.path)
     affine,more = _affine(hdr, f.path)
-    x,rest = _stored(hdr, f)
+    x,rest = voxels(hdr, f)
     notes += more+_check_rest(rest, f)
     data,affine,back = to_canonical(scaled(x, *_scaling(hdr, f.path)), affine)
     if _shear(affine)>1e-3:  # H13
@@ -637,7 +656,7 @@ def to_hu(
 
 # %% ../nbs/00_volume.ipynb #0dd3ca28
 def open_ct(
-    path, # `.nii` or `.nii.gz`
+    path, # `.nii`, `.nii.gz`, `.nrrd` or `.mha`
     already_windowed=None # (low, high) in HU that grey levels 0…255 stand for; None for HU
 ) -> Volume: # HU, int16 or float32, canonical axes
     "Open a CT and say so if it is not one"
@@ -689,7 +708,7 @@ def check_same_grid(
 
 # %% ../nbs/00_volume.ipynb #db8103b3
 def open_mask(
-    path,        # `.nii` or `.nii.gz`
+    path,        # `.nii`, `.nii.gz`, `.nrrd` or `.mha`
     like=None,   # The CT it must lie on, a `Volume` that was read from a file
     labels=(0,1) # The labels it may hold
 ) -> Volume: # uint8 labels, canonical axes
@@ -734,10 +753,13 @@ def write_atomic(
         temps_here.discard(tmp.name)
 
 # %% ../nbs/00_volume.ipynb #ea8c3a3a
-def _write_nifti(img, path, slope=1):
-    "Write a nibabel image, packed if the name ends in .gz; `slope`: what a step of it stands for"
-    if not is_nifti(path):
-        raise CTError(path, 'the name does not end in .nii or .nii.gz', 'Choose such a name')
+def _write(img, affine, path, slope=1):
+    "Write a nibabel image with this affine, in mm; `slope`: what a step of it stands for in NIfTI"
+    if not is_image(path): raise CTError(path, 'the name does not end in .nii, .nii.gz, .nrrd or '
+                                         '.mha', 'Choose such a name')
+    if _is_itk(path):
+        from covid3d.itk import write_itk
+        return write_itk(np.asanyarray(img.dataobj), affine, path)
     data = bytearray(img.to_bytes())
     if slope!=1:
         n = img.header.sizeof_hdr
@@ -748,7 +770,7 @@ def _write_nifti(img, path, slope=1):
 # %% ../nbs/00_volume.ipynb #19ed750f
 def save_volume(
     vol: Volume, # int16 HU or uint8 labels, canonical axes
-    path         # `.nii` or `.nii.gz`
+    path         # `.nii`, `.nii.gz`, `.nrrd` or `.mha`
 ):
     "Write `vol` as a new NIfTI with the axes L-P-S"
     x = vol.data.astype(np.uint8) if vol.data.dtype==bool else vol.data
@@ -760,7 +782,7 @@ def save_volume(
     img = nib.Nifti1Image(x.transpose(2,1,0), affine)
     img.set_sform(affine, 1); img.set_qform(affine, 1); img.header.set_xyzt_units('mm')
     if _shear(affine)>1e-5: img.set_qform(None, 0)  # only the sform can hold shear
-    _write_nifti(img, path)
+    _write(img, affine, path)
 
 # %% ../nbs/00_volume.ipynb #fc712afd
 def _bytes(mask, p) -> np.ndarray:
@@ -775,7 +797,7 @@ def _bytes(mask, p) -> np.ndarray:
 def save_mask(
     mask: np.ndarray, # Labels 0…255 on the canonical axes of `ct`, (slice, row, column)
     ct: Volume,       # The scan that the mask belongs to, read from a file
-    path,             # `.nii` or `.nii.gz`
+    path,             # `.nii`, `.nii.gz`, `.nrrd` or `.mha`
     slope: float = 1  # What a step of the mask stands for: 1/255 for probabilities
 ):
     "Write `mask` on the grid of the file that `ct` was read from: same shape, same affine"
@@ -793,4 +815,4 @@ def save_mask(
     hdr['cal_min'] = hdr['cal_max'] = hdr['vox_offset'] = 0
     data = from_canonical(_bytes(mask, path), ct.source.back).reshape(_shape(hdr), order='F')
     cls = nib.Nifti2Image if int(hdr['sizeof_hdr'])==540 else nib.Nifti1Image
-    _write_nifti(cls(data, None, hdr), path, slope)
+    _write(cls(data, None, hdr), stored_affine(ct), path, slope)

@@ -9,6 +9,9 @@ from pydicom.sr.codedict import codes
 
 from covid3d.dicom import find_series, open_scan, open_series, survey, write_series
 from covid3d.dicom_seg import save_seg, seg_codes
+from covid3d.dicom_sr import save_sr
+from covid3d.inference import Segmentation
+from covid3d.quantify import quantify
 from covid3d.volume import CTError, Volume, open_mask, save_mask
 from dicom_files import (by_simpleitk, encode, enhanced, in_file_order, meta, native, packed, quiet, same_image, save_all, scan, sets_of, slice_by_slice)
 
@@ -190,6 +193,21 @@ def slice_at(mask, vol, position):
     d = [np.linalg.norm(s.position-np.array(position, float)) for s in vol.source.slices]
     assert min(d)<.01
     return in_file_order(vol.new(mask))[int(np.argmin(d))]
+
+@each('name', rotations())
+def test_segmentation_and_report_in_every_orientation(tmp_path, name):
+    "The Segmentation has each voxel at its place, and the Structured Report refers to it and to the slices, with the volumes of the masks"
+    vol = quiet(save_all(acquired(rotations()[name]), tmp_path/'in')); x = np.arange(vol.shape[2])>3
+    masks = dict(lesion=mask_of(vol), right_lung=(vol.data*0+~x).astype(np.uint8), left_lung=(vol.data*0+x).astype(np.uint8))
+    seg_of(vol, masks, tmp_path/'seg.dcm'); plain = same_voxels(vol, masks, tmp_path/'seg.dcm')
+    save_sr(quantify(Segmentation(vol, masks)), vol, tmp_path/'seg.dcm', tmp_path/'sr.dcm')
+    report = hd.sr.srread(tmp_path/'sr.dcm'); groups = report.content.get_volumetric_roi_measurement_groups()
+    volumes = {g.tracking_identifier:m.value for g in groups for m in g.get_measurements() if m.name.meaning=='Volume'}
+    refs = [g.referenced_segment for g in groups]
+    assert {o.referenced_sop_instance_uid for o in refs}=={plain.SOPInstanceUID} and sorted(n for o in refs for n in o.referenced_segment_numbers)==[1,2,3]
+    for k in ('right_lung','left_lung'): assert float(volumes[f'covid3d {k}'])==pytest.approx(masks[k].sum()*vol.ml_per_voxel, rel=1e-3)
+    slices = {o.ReferencedSOPInstanceUID for s in report.CurrentRequestedProcedureEvidenceSequence for r in s.ReferencedSeriesSequence for o in r.ReferencedSOPSequence}
+    assert slices=={plain.SOPInstanceUID, *(pydicom.dcmread(p).SOPInstanceUID for p in (tmp_path/'in').iterdir())}
 
 @each('name', ['LP+++','LP---','SP++-','LS-+-','oblique0','oblique1','oblique6'])
 @each('kind', ['classic','enhanced'])

@@ -27,7 +27,7 @@ def imported(path) -> set:
 @pytest.mark.promise('works')
 def test_every_import_is_declared():
     "Every package that covid3d imports is declared, so that a plain installation is complete"
-    asked = ' '.join(cfg[k] for k in ('requirements','dicom_requirements','onnx_requirements','cluster_requirements')).split()
+    asked = ' '.join(cfg[k] for k in ('requirements','dicom_requirements','onnx_requirements','cluster_requirements','itk_requirements')).split()
     declared = {module_of.get(n, n) for n in (Requirement(r).name for r in asked)}
     used = set().union(*map(imported, (root/'covid3d').glob('*.py')))
     assert used-declared-optional==set()
@@ -73,7 +73,7 @@ def test_the_source_distribution_builds(tmp_path):
 
 def test_licences_are_listed():
     page = (root/'THIRD_PARTY.md').read_text(encoding='utf-8')
-    names = [k for o in ('','dicom_','onnx_','cluster_') for k in third_party.declared(o+'requirements')]
+    names = [k for o in ('','dicom_','onnx_','cluster_','itk_') for k in third_party.declared(o+'requirements')]
     listed = dict(re.findall(r'^\| ([\w.-]+) \| (.+?) \|$', page, flags=re.M))
     assert [k for k in names if k not in listed]==[], 'run `python nbs/_site/third_party.py`'
     lgpl = re.search(r'Under the LGPL: (.+?)\.\*\*', page)[1].split(', ')

@@ -6,10 +6,10 @@ import pytest
 
 from covid3d.cli import main
 from covid3d.inference import Segmentation
-from covid3d.phantom import phantom
+from covid3d.phantom import phantom, write_phantoms
 from covid3d.quantify import quantify, schema
 from covid3d.report import report
-from covid3d.volume import Volume, save_volume
+from covid3d.volume import Volume, open_ct, open_mask, save_mask, save_volume
 
 def segmented(seed=23, shape=(40,110,110), spacing=(8.,3.4,3.4)):
     ph = phantom(seed, shape, spacing)
@@ -84,6 +84,40 @@ def test_other_formats(night, tmp_path):
     p = nib.load(tmp_path/'in0_lesion_probability.nii.gz'); x = p.get_fdata()
     assert np.allclose(p.affine, nib.load(night/'in0.nii.gz').affine) and 0<=x.min() and x.max()<=1+1e-6
     assert ((x>=.51)<=(lesion>0)).all() and not [*tmp_path.glob('in0.html')] and (tmp_path/'in0.json').exists()
+
+def test_formats_of_itk(night, tmp_path):
+    "A scan in NRRD or MetaImage is segmented as the same scan in NIfTI is, and its labels can be written as a .seg.nrrd of 3D Slicer or as MetaImage."
+    sitk,nib = pytest.importorskip('SimpleITK'),pytest.importorskip('nibabel')
+    save_volume(open_ct(night/'in0.nii.gz'), tmp_path/'in0.nrrd'); save_volume(open_ct(night/'in2.nii.gz'), tmp_path/'in2.mha')
+    for kind in ('nrrd','mha','nifti'): assert main(['predict', str(tmp_path), '-o', str(tmp_path/kind), '--device', 'cpu', '--format', kind, '--no-page'])==0
+    for k in ('in0','in2'):
+        lesion,lungs = (np.asarray(nib.load(night/'m'/f'{k}_{o}.nii.gz').dataobj) for o in ('lesion','lungs'))
+        assert (np.asarray(nib.load(tmp_path/'nifti'/f'{k}_lesion.nii.gz').dataobj)==lesion).all()
+        for p in (tmp_path/'nrrd'/f'{k}.seg.nrrd', tmp_path/'mha'/f'{k}_labels.mha'):
+            img = sitk.ReadImage(p); x = sitk.GetArrayFromImage(img).transpose(2,1,0)
+            assert (x==np.where(lesion>0, 3, lungs)).all() and np.allclose(img.GetOrigin(), nib.load(night/f'{k}.nii.gz').affine[:3,3]*[-1,-1,1], atol=1e-3)
+        names = {sitk.ReadImage(tmp_path/'nrrd'/f'{k}.seg.nrrd').GetMetaData(f'Segment{i}_{o}') for i in range(3) for o in ('Name','LabelValue')}
+        assert names=={'right lung','left lung','lesion','1','2','3'}
+    assert sorted(o.name for o in (tmp_path/'mha').glob('labels.*'))==['labels.ctbl','labels.txt'] and not [*(tmp_path/'nrrd').glob('labels.*')]
+
+def test_lobes_and_lungs_of_a_case_table(tmp_path, capfd):
+    "The lobes that a table names are graded; its lungs are measured in where that is asked for, and a changed mask has the scan measured again."
+    table = write_phantoms(tmp_path/'ph', n=1, seed=60, shape=(40,110,110), spacing=(8.,3.4,3.4)); row = next(csv.DictReader(table.open()))
+    name,lung = row['case'],tmp_path/'ph'/row['lung']
+    def figures(*more):
+        assert main(['predict', str(table), '-o', str(tmp_path/'m'), '--device', 'cpu', '--no-page', *more])==0
+        return json.loads((tmp_path/'m'/f'{name}.json').read_text()), 'already done' in capfd.readouterr().out
+    own,_ = figures()
+    assert 0<=own['severity_score']<=25 and set(own['lobes'])=={'right upper','right middle','right lower','left upper','left lower'}
+    assert figures()[1]
+    assert main(['predict', str(table), '-o', str(tmp_path/'m'), '--device', 'cpu', '--no-page', '--given-lungs'])==2  # other settings
+    given,_ = figures('--given-lungs', '--overwrite')
+    ct = open_ct(tmp_path/'ph'/row['ct']); m = open_mask(lung, ct, (0,1,2))
+    assert given['regions']['left_lung']['lung_ml']==pytest.approx((m.data==2).sum()*ct.ml_per_voxel, rel=1e-6)!=own['regions']['left_lung']['lung_ml']
+    assert figures('--given-lungs')[1]
+    x = m.data.copy(); x[:20] = 0; save_mask(x, ct, lung)
+    less,kept = figures('--given-lungs')
+    assert not kept and less['regions']['lungs']['lung_ml']<given['regions']['lungs']['lung_ml']
 
 def test_no_patient_data(tmp_path):
     "No page, table of figures or file name holds a patient's name or an identifier of the header."

@@ -37,8 +37,8 @@ def table(names, found): return '\n'.join(['| package | licence |', '|---|---|',
 
 def page():
     "THIRD_PARTY.md"
-    direct = declared(); dicom, onnx, cluster = (declared(f'{k}_requirements') for k in ('dicom','onnx','cluster'))
-    extra = dicom+onnx+cluster; found = brought(direct); more = brought(extra)
+    direct = declared(); dicom, onnx, cluster, itk = (declared(f'{k}_requirements') for k in ('dicom','onnx','cluster','itk'))
+    extra = dicom+onnx+cluster+itk; found = brought(direct); more = brought(extra)
     lgpl = ', '.join(k for k in sorted(direct) if copyleft(found[k]))
     return f'''# Licences of third parties
 
@@ -62,6 +62,10 @@ PyTorch's builds for NVIDIA GPUs bring NVIDIA's libraries, under NVIDIA's own te
 ## What `covid3d[cluster]` adds
 
 {table(cluster, more)}
+
+## What `covid3d[itk]` adds
+
+{table(itk, more)}
 
 ## What these bring with them
 

@@ -671,6 +671,9 @@ def _predict(
     for n in notes: print('note:', n, file=sys.stderr)
     segmenter = _segmenter(weights or ['covid3d'], device, overlap=overlap, mirror=mirror,
                            min_ml=min_ml)
+    processes = f'{workers} processes, each of them ' if workers>1 else ''
+    print(f'memory: {processes}about 1 GB, and 10 bytes a voxel of the largest scan (1.4 GB for '
+          '512×512×150)')
     df = predict_scans(found, segmenter, out, format, window, overwrite, _Teller(len(found)),
                        not _loud, page, probabilities, given_lungs, workers, scheduler)
     return _print_masks(df, Path(out))

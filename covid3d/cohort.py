@@ -9,6 +9,7 @@ __all__ = ['figures_row', 'read_figures', 'histogram', 'page_names', 'cohort_pag
 
 # %% ../nbs/22_cohort.ipynb #0ecdc8c3
 import base64, csv, io, math
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -104,13 +105,14 @@ def cohort_pages(
 ): # (name of the file, its bytes), one after another
     "The pages of a cohort"
     shapes = {k:histogram([r[k] for r in rows], e) for k,e in _edges.items()}
-    names = page_names(len(rows))
+    names,told = page_names(len(rows)),dict(islice(failed.items(), _per_page))
     for i,k in enumerate(names):
         some = [_shown(Path(out), r) for r in rows[i*_per_page:(i+1)*_per_page]]
         lead = f'{len(rows)} scans measured, {len(failed)} failed'
+        links = {j:names[j] for j in range(len(names)) if abs(j-i)<4 or j in (0,len(names)-1)}
         yield k,render('cohort.html', script='sort.js', title=title, lead=lead, rows=some, page=i,
-            names=names, shapes=shapes, failed=failed if i==0 else {}, notice=notice,
-            version=__version__)
+            links=links, shapes=shapes, failed={} if i else told, more=len(failed)-len(told),
+            notice=notice, version=__version__)
 
 # %% ../nbs/22_cohort.ipynb #4065d270
 def write_cohort(
@@ -124,6 +126,6 @@ def write_cohort(
         try: rows += read_figures(out, [k])
         except CTError as e: failed[k] = f'{k}: {Path(str(e.what)).name} {e.fault}. {e.remedy}.'
     if not rows: return []
-    made = dict(cohort_pages(out, rows, failed))|{'measurements.csv':_csv(rows)}
-    for k,raw in made.items(): write_atomic(out/k, raw)
-    return [*made]
+    write_atomic(out/'measurements.csv', _csv(rows))
+    for k,raw in cohort_pages(out, rows, failed): write_atomic(out/k, raw)
+    return [*page_names(len(rows)), 'measurements.csv']

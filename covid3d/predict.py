@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 
-from .cases import Case, bare_cell, read_cases, safe_cell, told, without_paths
+from .cases import (Case, _most_cases, bare_cell, read_cases, safe_cell, told,
+                           without_paths)
 from .cohort import page_names, write_cohort
 from .datasets import dicom_series
 from .dicom import is_image, pseudonym, read_slices
@@ -108,6 +109,9 @@ def find_scans(
             fault = 'two of the scans have this name, and so would their masks'
             raise CTError(c.name, fault, 'Rename one, or use two runs')
         notes.append(f'{c.name}: the series is given more than once; the first is taken')
+    if len(found)>_most_cases:
+        raise CTError(paths[0], f'{len(found):,} scans, and {_most_cases:,} at most fit into a run',
+                      'Divide them, with a folder of its own for each part')
     return list(found.values())
 
 # %% ../nbs/23_predict.ipynb #c2e4052f

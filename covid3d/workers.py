@@ -9,7 +9,7 @@ __all__ = ['dask_client', 'run_tasks']
 
 # %% ../nbs/22_workers.ipynb #79ac5041
 import logging, os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 
 from .volume import CTError
@@ -31,18 +31,19 @@ def _start(workers, scheduler) -> tuple: # Cluster or None, what a client connec
 def dask_client(workers, scheduler):
     "A Dask client, and how many threads a task may use"
     try: from distributed import Client; cluster,address,threads = _start(workers, scheduler)
-    except ImportError as e:
-        what = 'dask-jobqueue' if 'jobqueue' in str(e) else "'covid3d[cluster]'"
+    except ImportError:
         raise CTError('workers', 'several processes need Dask',
-                      f'Install it with pip install {what}') from None
-    try: client = Client(address, timeout=30)
-    except (OSError,ValueError) as e:
-        raise CTError('scheduler', f'no Dask scheduler answers at {address} ({type(e).__name__})',
-                      'Check the address') from None
-    try: yield client,threads
-    finally:
-        client.close()
-        if cluster: cluster.close()
+                      "Install it with pip install 'covid3d[cluster]'") from None
+    except ValueError as e: # what dask-jobqueue misses in its configuration
+        raise CTError('scheduler', f'{scheduler} is not set up ({e})',
+                      'Write ~/.config/dask/jobqueue.yaml, see jobqueue.dask.org') from None
+    with cluster or nullcontext():
+        try: client = Client(address, timeout=10)
+        except (OSError,ValueError) as e:
+            why = type(e).__name__
+            raise CTError('scheduler', f'no Dask scheduler answers at {address} ({why})',
+                          'Check the address') from None
+        with client: yield client,threads
 
 # %% ../nbs/22_workers.ipynb #2a1c9430
 _ahead = 4 # tasks for each worker that are handed out at a time
@@ -58,16 +59,17 @@ def run_tasks(
     tasks,running = iter(tasks),{}
     with dask_client(workers, scheduler) as (client,threads):
         from distributed import KilledWorker, as_completed
-        def submit(n):
-            for task in islice(tasks, n):
+        def submit():
+            wanted = _ahead*max(1, len(client.nthreads()))
+            for task in islice(tasks, max(0, wanted-len(running))):
                 f = client.submit(call, *task, *shared, threads, pure=False)
                 running[f.key] = task
                 yield f
-        done = as_completed([*submit(_ahead*max(1, len(client.nthreads())))])
+        done = as_completed([*submit()])
         for f in done:
             task = running.pop(f.key)
             try: yield task,f.result()
             except KilledWorker:
                 yield task,CTError('worker', 'its process died, and so did those of other attempts',
                                    'Use fewer workers, or look at the memory that is left')
-            for more in submit(1): done.add(more)
+            for more in submit(): done.add(more)

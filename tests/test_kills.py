@@ -33,6 +33,7 @@ def jobs(d) -> dict:
                      ('model.safetensors','history.csv','patients/cases.csv','patients/ct/*','patients/lobes_mask/*')),
         evaluate=Job(['evaluate',f'{d}/data/cases.csv',*w,'--split','train','--out','OUT','--pictures','1'], [], ('scores.csv','summary.csv')),
         predict=Job(['predict',f'{d}/dicom',f'{d}/data/ct',*w,'--out','OUT'], [], ('*_lesion.nii.gz','scans.csv')),
+        pages=Job(['predict',f'{d}/data/ct','--device','cpu','--out','OUT'], [], ('*.nii.gz','*.json','*.html','*.png','measurements.csv','scans.csv')),
         reproduce=Job(['reproduce','--coronacases',f'{d}/corona',*w,'--out','OUT'], [], ('table.csv','coronacases/scores.csv')),
         demo=Job(['demo','--out','OUT','--n','3'], ['--overwrite'], ()))
 

@@ -13,8 +13,8 @@ cfg = ini['DEFAULT']
 spec = importlib.util.spec_from_file_location('third_party', root/'nbs/_site/third_party.py')
 third_party = importlib.util.module_from_spec(spec); spec.loader.exec_module(third_party)
 
-module_of = {'connected-components-3d':'cc3d', 'plum-dispatch':'plum', 'python-gdcm':'gdcm', 'pillow':'PIL'}  # where the names differ
-optional = {'dask_jobqueue'}  # imported only on request, with an error that says how to install it
+module_of = {'connected-components-3d':'cc3d', 'plum-dispatch':'plum', 'python-gdcm':'gdcm', 'pillow':'PIL', 'dask-jobqueue':'dask_jobqueue'}  # where the names differ
+optional = set()  # imported only on request, with an error that says how to install it
 
 def imported(path) -> set:
     "Top-level names of other packages that a module imports"

@@ -2,7 +2,8 @@
 import os
 from pathlib import Path
 
-import nibabel as nib, numpy as np, pytest
+import nibabel as nib, numpy as np, pandas as pd, pytest
+from scipy.stats import mannwhitneyu
 
 from covid3d.cli import main
 from covid3d.cases import read_cases, write_cases
@@ -11,6 +12,7 @@ from covid3d.datasets import folder
 from covid3d.inference import Segmenter
 from covid3d.learner import train, unet_learner_3d
 from covid3d.metrics import dice
+from covid3d.quantify import quantify
 from covid3d.transforms import CTSpec
 from covid3d.volume import from_canonical, open_ct, save_mask
 
@@ -61,3 +63,15 @@ def test_lung_masks_hold_most_of_the_lesions(table):
         ct = c.open_ct()
         lesion,lung = (c.open_mask(k, ct).data>0 for k in ('lesion','lung'))
         assert (lesion&lung).sum()/lesion.sum()>.9, c.name
+
+def test_figures_of_P001_agree_with_its_readers():
+    "Three radiologists named the lobes with infection on each slice of P001: slices of a lung that they call healthy hold less lesion than diseased ones, and hardly any"
+    seg = Segmenter.load('covid3d', 'cpu')(Path(data)/'covid_ct_md'/'P001'); found = quantify(seg)
+    said = pd.read_csv(Path(data)/'covid_ct_md'/'labels.csv'); z = len(seg.ct.data)-1-said.slice_from_top
+    share = {}
+    for side,cols,least in (('right_lung',['RLL','RML','RUL'],.9), ('left_lung',['LLL','LUL'],.7)):
+        mm3,ill = ((seg.masks['lesion']>0)&(seg.masks[side]>0)).sum((1,2))[z],said[cols].max(axis=1)>0
+        p = mannwhitneyu(mm3[ill], mm3[~ill]); assert p.statistic/ill.sum()/(~ill).sum()>least
+        share[side] = mm3[~ill].sum()/mm3.sum()
+    assert max(share.values())<.1 and found.regions.lesion_ml['right_lung']>found.regions.lesion_ml['left_lung']
+    assert found.regions.lesion_ml['dorsal half']>.9*found.regions.lesion_ml['lungs']  # lower lobes lie behind

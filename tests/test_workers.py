@@ -54,3 +54,17 @@ def test_two_runs_in_one_folder(night, tmp_path, capfd):
     with locked(tmp_path/'m'):
         r = subprocess.run([sys.executable, '-m', 'covid3d', 'predict', str(night/'in'), '-o', str(tmp_path/'m'), '--device', 'cpu', '--workers', '2'], capture_output=True, text=True)
     assert r.returncode==2 and 'another process is writing there' in r.stderr
+
+def test_slurm(night, tmp_path):
+    "`--scheduler slurm` submits jobs, which segment; a stand-in for sbatch runs each job on this machine."
+    pytest.importorskip('dask_jobqueue'); bin = tmp_path/'bin'; bin.mkdir()
+    (bin/'sbatch').write_text(f'#!/bin/sh\nsetsid bash "$1" >>{tmp_path}/jobs.log 2>&1 &\necho $! >>{tmp_path}/pids\necho Submitted batch job $!\n')
+    (bin/'scancel').write_text('#!/bin/sh\nkill -- -$1\n')
+    for o in bin.iterdir(): o.chmod(0o755)
+    env = os.environ|dict(PATH=f'{bin}:{os.environ["PATH"]}', DASK_JOBQUEUE__SLURM__CORES='1', DASK_JOBQUEUE__SLURM__MEMORY='4GB', DASK_JOBQUEUE__SLURM__PYTHON=sys.executable)
+    words = [sys.executable, '-m', 'covid3d', 'predict', str(night/'in'), '-o', str(tmp_path/'m'), '--device', 'cpu', '--no-page', '--scheduler', 'slurm', '--workers', '2']
+    r = subprocess.run(words, capture_output=True, text=True, env=env, timeout=600, cwd=tmp_path)
+    assert r.returncode==1 and f'{len(damaged)} of {n} scans failed' in r.stderr, r.stderr+(tmp_path/'jobs.log').read_text()[-2000:]
+    assert len((tmp_path/'pids').read_text().split())==2 and files(tmp_path/'m')==files(night/'one')
+    alone = subprocess.run(words, capture_output=True, text=True, env=os.environ|dict(DASK_JOBQUEUE__SLURM__CORES=''), cwd=tmp_path)
+    assert alone.returncode==2 and 'slurm is not set up' in alone.stderr and alone.stderr.count('\n')<3

@@ -193,9 +193,8 @@ def with_lungs(
 # %% ../nbs/20_quantify.ipynb #8b2b6149
 _contrast = 130. # HU of the 90th percentile between the lungs, above which it is contrast medium
 
-def _cut_off(seg) -> list:
+def _cut_off(lung) -> list:
     "Edges of the scan that a lung touches"
-    lung = np.maximum(seg.masks['right_lung'], seg.masks['left_lung'])
     edges = dict(lower=lung[0], upper=lung[-1], front=lung[:,0], back=lung[:,-1],
                  right=lung[:,:,0], left=lung[:,:,-1])
     return [k for k,m in edges.items() if m.any()]
@@ -214,9 +213,13 @@ def _flags(seg, outside_ml, hu) -> tuple:
     out,thick = list(seg.notes),seg.ct.spacing[0]
     if hu and _blood(seg)>_contrast: out.append(
         'contrast medium in the heart and vessels: consolidation and mean HU are higher for it')
-    if edges := _cut_off(seg):
-        out.append(f'the lungs touch the {", ".join(edges)} edge of the scan: volumes and '
-                   'percentages are those of the part that it shows')
+    cut = {k:' and '.join(_cut_off(seg.masks[k])) for k in _sides}
+    both = len({*cut.values()})==1
+    for k,edges in cut.items():
+        if not edges or both and k=='left_lung': continue
+        which = 'both lungs are' if both else f'the {k.replace("_", " ")} is'
+        out.append(f'{which} cut off at the {edges} edge of the scan: volumes and percentages are '
+                   'those of the part that is shown')
     if thick>=5: out.append(f'slices of {thick:.3g} mm: small lesions may be missed')
     if outside_ml>1:
         out.append(f'{outside_ml:.1f} ml of lesion lie outside of the lungs, and in no region')

@@ -92,7 +92,8 @@ def viewer_data(
     nearest = lambda i, axis: int(abs(at[axis]-i).argmin())
     def voxel(o): return [nearest(o[k], i) for i,k in enumerate(('slice','row','column'))]
     spots = [voxel(o) for o in lesions.to_dict('records')]
-    return dict(shape=[len(o) for o in at], mm=mm, step=step, hu=_hu, level=_level,
+    return dict(shape=[len(o) for o in at], mm=mm, hu=_hu, level=_level,
+        voxels=[o.tolist() for o in at], last=[n-1 for n in seg.ct.shape],
         first=spots[0] if spots else [len(o)//2 for o in at], lesions=spots,
         slices=[_text(o) for o in pictures], labels=_text(zlib.compress(_labels(seg.masks, at), 6)))
 
@@ -123,6 +124,8 @@ def _png(im) -> str:
     f = io.BytesIO(); im.save(f, 'PNG', optimize=True)
     return _text(f.getvalue())
 
+_lead = f'Lung lesions as in COVID-19, found by a neural network. {notice}'
+
 def _small(im, width=96): return im.resize((width,max(1, round(im.height*width/im.width))))
 
 def report(
@@ -135,7 +138,7 @@ def report(
     "One page of a scan: three linked planes, the figures, and what speaks against them"
     found = quantify(seg) if found is None else found
     picture,most = coronal_map(seg)
-    page = render('scan.html', script='viewer.js', title=f'Chest CT {name}', lead=notice,
+    page = render('scan.html', script='viewer.js', title=f'Chest CT {name}', lead=_lead,
         found=found.to_dict(name=name), data=viewer_data(seg, found.lesions),
         sources=sources, map=_png(picture), most=most, today=date.today().isoformat())
     write_atomic(out, page)

@@ -167,7 +167,7 @@ def test_every_control_of_the_page(tab, chest):
     "Sliders, wheel, keys, clicks, windows, overlay and the list of lesions all change what is shown, and the planes stay linked."
     page = tab(); where = lambda k: page.text_content(f'#{k}-where')
     found = quantify(chest).lesions.iloc[0]
-    assert where('axial').startswith(f'slice {int(found.slice)} ')
+    assert where('axial').startswith(f'lesion 1, slice {int(found.slice)} of 0–')
     for k in ('ArrowUp','ArrowDown','w','o'):
         before = picture(page, 'axial'); page.keyboard.press(k); assert picture(page, 'axial')!=before, k
     page.keyboard.press('o'); page.click('#window-lung')
@@ -178,7 +178,7 @@ def test_every_control_of_the_page(tab, chest):
     page.hover('#axial'); page.mouse.wheel(0, -200); page.wait_for_timeout(50); assert not where('axial').startswith('slice 3 ')
     a,b = where('coronal'),where('sagittal')
     page.locator('#axial').click(position=dict(x=40, y=60)); assert where('coronal')!=a and where('sagittal')!=b
-    page.click('[data-lesion="0"]'); assert where('axial').startswith(f'slice {int(found.slice)} ')
+    page.click('[data-lesion="0"]'); assert where('axial').startswith(f'lesion 1, slice {int(found.slice)} of 0–')
     page.keyboard.press('n'); assert page.get_attribute('[data-lesion="1"]', 'aria-pressed')=='true'
     assert not page.faults
 

@@ -94,11 +94,15 @@ function draw(name) {
   letters(g, p, W, H, ratio)
 }
 
+const words = {axial: 'slice', coronal: 'row', sagittal: 'column'}
+let lesion = 0
+
 function show() {
   for (const [name, p] of Object.entries(planes)) {
     const slider = $(name+'-at'), i = at[p.axis]
     slider.value = i
-    $(name+'-where').textContent = name === 'axial' ? `slice ${i*scan.step} of 0–${(nz-1)*scan.step}, from the feet` : `${i+1} of ${size[p.axis]}`
+    const own = scan.lesions.length && scan.lesions[lesion].every((v, axis) => v === at[axis])
+    $(name+'-where').textContent = `${own && name === 'axial' ? `lesion ${lesion+1}, ` : ''}${words[name]} ${scan.voxels[p.axis][i]} of 0–${scan.last[p.axis]}`
     draw(name)
   }
 }
@@ -152,7 +156,6 @@ for (const k of Object.keys(windows)) $('window-'+k).addEventListener('click', (
 
 $('overlay').addEventListener('input', e => { overlay = e.target.value/100; show() })
 
-let lesion = 0
 function jump(i) {
   lesion = (i+scan.lesions.length)%scan.lesions.length
   scan.lesions[lesion].forEach((v, axis) => { at[axis] = v })

@@ -10,7 +10,7 @@ classifiers = ['Development Status :: 3 - Alpha', 'Intended Audience :: Science/
     *(f'Programming Language :: Python :: {v}' for v in cfg['pythons'].split())]
 
 setup(**{k:cfg[k] for k in 'version description keywords author author_email license'.split()}, classifiers=classifiers,
-    python_requires='>='+cfg['min_python'], packages=find_packages(include=[lib,lib+'.*']), package_data={lib:['templates/*','model/*']},
+    python_requires='>='+cfg['min_python'], packages=find_packages(include=[lib,lib+'.*']), package_data={lib:['templates/*','model/*','sample/*']},
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     install_requires=cfg['requirements'].split(), extras_require={k:cfg[k+'_requirements'].split() for k in ('dev','dicom','onnx','cluster','itk','bench')},
     entry_points=dict(nbdev=[f'{lib}={lib}._modidx:d'], console_scripts=[cfg['console_scripts']]), zip_safe=False)

@@ -42,7 +42,7 @@ def page():
     lgpl = ', '.join(k for k in sorted(direct) if copyleft(found[k]))
     return f'''# Licences of third parties
 
-covid3d itself is under the Apache licence 2.0. It contains no code of others. An installation brings the packages below, each under its own licence, as its metadata state it.
+covid3d itself is under the Apache licence 2.0. It contains no code of others, and one file of data: the sample scan, under the same licence (`covid3d/sample/README.md`). An installation brings the packages below, each under its own licence, as its metadata state it.
 
 **Under the LGPL: {lgpl}.** covid3d imports them unchanged, and you can put another version in their place. If you pass them on, in a container for example, read what their licence asks of you.
 PyTorch's builds for NVIDIA GPUs bring NVIDIA's libraries, under NVIDIA's own terms.

@@ -6,6 +6,7 @@
 `PyTorch` is what one writes without a library for it: this library's reader, one `interpolate` of the scan, one window at a time, one `interpolate` of all classes back to the scan's grid.
 All get the weights of the package, the same grid (4×2.8×2.8 mm), windows (16×96×96), overlap and threshold, and write one mask for each of the three classes but for `covid3d`, which writes both lungs as one.
 The scan is P001 of COVID-CT-MD as hospital DICOM (512×512×148, JPEG Lossless); other numbers of slices are the same chest resampled along its axis, as plain DICOM. `seconds` is the clock's, start of Python and imports included, `cpu_seconds` user + system, `peak_mb` the most resident memory; `dice` compares the lesion masks with those of `covid3d`.
+`--dice` compares both with a reference instead: the seven scans of coronacases_7 (spacing nominal, window −1000:20), same weights and threshold, whole-scan Dice of MONAI's way and of `Segmenter` with and without its rule that lesions lie in lungs; benchmarks/inference_dice.csv.
 A row a way and scan in benchmarks/inference.csv: median, least and greatest of the rounds, in which all take turns.
 """
 import argparse, os, statistics, subprocess, sys, tempfile, time
@@ -88,10 +89,36 @@ def lesion(out): # the mask of the lesion that a way wrote
     img = nib.as_closest_canonical(nib.load(next(o for o in sorted(Path(out).glob('*lesion.nii.gz')))))
     return np.asarray(img.dataobj)>0
 
+def agreement():
+    import torch
+    from monai.data import MetaTensor
+    from monai.inferers import sliding_window_inference
+    from monai.transforms import Compose, EnsureChannelFirstd, Invertd, Orientationd, ScaleIntensityRanged, Spacingd
+    from covid3d.cases import read_cases
+    from covid3d.datasets import folder
+    from covid3d.inference import Segmenter
+    from covid3d.metrics import dice
+    rows = []
+    for case in read_cases(folder(Path(os.environ['COVID3D_TEST_DATA'])/'coronacases_7', already_windowed='-1000:20')):
+        ct = case.open_ct(); ref = case.open_mask('lesion', ct).data; row = dict(case=case.name)
+        for k,within in (('covid3d',True), ('covid3d, no lung rule',False)): row[k] = dice(Segmenter.load('covid3d', 'cpu', within_lungs=within)(ct).masks['lesion'], ref)
+        s = Segmenter.load('covid3d', 'cpu'); spec = s.spec
+        before = Compose([EnsureChannelFirstd('image', channel_dim='no_channel'), Orientationd('image', axcodes='LPS'), Spacingd('image', pixdim=spec.spacing[::-1], mode='bilinear'),
+                          ScaleIntensityRanged('image', *spec.window, 0, 1, clip=True)])
+        x = MetaTensor(np.ascontiguousarray(ct.data.transpose(2,1,0)).astype(np.float32), affine=ct.affine[:,[2,1,0,3]])
+        with torch.inference_mode():
+            data = before(dict(image=x))
+            data['pred'] = sliding_window_inference(data['image'][None], spec.patch[::-1], 4, lambda x: s.model(x.permute(0,1,4,3,2)).permute(0,1,4,3,2), s.overlap, mode='gaussian')[0].sigmoid()
+            back = Invertd('pred', before, orig_keys='image', nearest_interp=False, to_tensor=True)(data)['pred']
+        row['MONAI'] = dice((back[spec.classes.index('lesion')]>=s.threshold).numpy().astype(np.uint8).transpose(2,1,0), ref)
+        rows.append(row); print({k:v if isinstance(v, str) else round(float(v), 4) for k,v in row.items()}, flush=True)
+    df = pd.DataFrame(rows); df.loc[len(df)] = dict(case='mean', **df.drop(columns='case').mean()); df.round(4).to_csv(here/'inference_dice.csv', index=False)
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for k,v in dict(slices='148,300', rounds=3, threads=2, ways='covid3d,covid3d masks,MONAI,PyTorch', out='_bench', way='', scan='', to='').items(): p.add_argument(f'--{k}', default=v, type=type(v))
-    a = p.parse_args()
+    p.add_argument('--dice', action='store_true'); a = p.parse_args()
+    if a.dice: return agreement()
     if a.way: return dict(MONAI=monai, PyTorch=pytorch)[a.way](a.scan, a.to)
     work,rows = Path(a.out)/'inference',[]; work.mkdir(parents=True, exist_ok=True)
     for n in map(int, a.slices.split(',')):

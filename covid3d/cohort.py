@@ -1,4 +1,4 @@
-"""One page of all scans, one table of all figures, whatever their number
+"""One page and one table for all scans, whatever their number
 
 Docs: https://covid3d.github.io/covid3d/cohort.html.md"""
 
@@ -87,6 +87,7 @@ def page_names(
     "`index.html`, `index-2.html`, …"
     return ['index.html', *(f'index-{i}.html' for i in range(2, -(-n//_per_page)+1))]
 
+# %% ../nbs/22_cohort.ipynb #50141527
 def _thumbnail(p) -> str:
     return base64.b64encode(read_bytes(p)).decode() if p.exists() else ''
 

@@ -93,6 +93,7 @@ def _report(found, ct, seg) -> bytes:
     buf = io.BytesIO(); out.save_as(buf)
     return buf.getvalue()
 
+# %% ../nbs/22_dicom_sr.ipynb #4ff8639f
 @QuietDicom()
 def save_sr(
     found: Measurements, # Of the scan

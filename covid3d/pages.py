@@ -1,4 +1,4 @@
-"""A page is one file that says what it may do
+"""Templates, and one function that fills them safely
 
 Docs: https://covid3d.github.io/covid3d/pages.html.md"""
 

@@ -1,4 +1,4 @@
-"""Slices of a CT in a radiologist's window with masks outlined, and a bar for what takes long
+"""Look at a scan: slices in a radiologist's window, with masks outlined
 
 Docs: https://covid3d.github.io/covid3d/show.html.md"""
 
@@ -96,8 +96,10 @@ def show_slices(
 def _label(fig, masks, plane, title):
     "An R on the patient's right, the outlines named below the figure, and a title above it"
     import matplotlib.pyplot as plt
-    right = dict(color='white', fontsize=8, transform=fig.axes[0].transAxes, va='top')
-    if plane!='sagittal': fig.axes[0].text(.03, .97, 'R', **right)
+    from matplotlib.patheffects import withStroke
+    halo = [withStroke(linewidth=2, foreground='black')]  # seen on any background
+    right = dict(color='white', fontsize=9, transform=fig.axes[0].transAxes, path_effects=halo)
+    if plane!='sagittal': fig.axes[0].text(.02, .5, 'R', va='center', **right)
     if title: fig.suptitle(plain(title), fontsize=9, parse_math=False)
     if not masks: return
     lines = [plt.Line2D([],[],color=c) for _,c in zip(masks, outline_colors)]
@@ -136,3 +138,24 @@ def track(
     bar = progress_bar(items, leave=False)
     bar.comment = what
     return bar
+
+# %% ../nbs/02_show.ipynb #16b84999
+_fills = dict(blue='#56B4E9', orange='#E69F00', purple='#CC79A7')
+
+def schematic(
+    boxes: dict, # Name → (x, y, text, `blue`, `orange` or `purple`)
+    arrows=(),   # (from, to, text) by name
+    size=(7,2.5) # Inches; the unit of x and y
+):
+    "Boxes with text, and arrows between them"
+    import matplotlib.pyplot as plt
+    fig,ax = plt.subplots(figsize=size); ax.set(xlim=(0,size[0]), ylim=(0,size[1])); ax.axis('off')
+    drawn = {k:ax.text(x, y, text, ha='center', va='center', fontsize=9,
+                       bbox=dict(boxstyle='round,pad=.5', fc=_fills[color]+'70', ec='none'))
+             for k,(x,y,text,color) in boxes.items()}
+    for a,b,text in arrows:
+        ax.annotate('', boxes[b][:2], boxes[a][:2], arrowprops=dict(arrowstyle='->', color='#777',
+            patchA=drawn[a].get_bbox_patch(), patchB=drawn[b].get_bbox_patch(), shrinkB=4))
+        x,y = np.mean([boxes[a][:2], boxes[b][:2]], 0)
+        ax.text(x, y+.06, text, ha='center', va='bottom', fontsize=8, color='#555')
+    return fig

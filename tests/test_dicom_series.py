@@ -80,7 +80,7 @@ def test_stored_numbers(tmp_path, name, order):
 @each('signed', [0,1])
 def test_every_number(tmp_path, signed, inter, monkeypatch):
     "All of 65536 stored numbers: what int16 cannot hold is cut off, never wrapped around"
-    monkeypatch.setattr('covid3d.volume._not_hu', lambda profile: '')  # they are no chest
+    monkeypatch.setattr('covid3d.hu._not_hu', lambda profile: '')  # they are no chest
     sets = sets_of(scan((4,256,256)))
     for ds in sets: ds.PixelData = np.random.default_rng(0).permutation(65536).astype('<u2').tobytes(); ds.PixelRepresentation,ds.RescaleIntercept = signed,str(inter)
     folder = save_all(sets, tmp_path)

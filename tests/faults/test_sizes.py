@@ -222,7 +222,7 @@ def test_a_lack_of_the_system_stops_the_batch(tmp_path, monkeypatch, capfd, comm
     (tmp_path/'t.csv').write_text('case,ct,lesion,split\n'+''.join(f'c{i},{i}.nii.gz,{i}_m.nii.gz,test\n' for i in range(2)))
     w = forged(tmp_path/'w.safetensors')
     def short(*a, **k): raise OSError(number, os.strerror(number))
-    monkeypatch.setattr('covid3d.volume.igzip.open', short)
+    monkeypatch.setattr('covid3d.nifti.igzip.open', short)
     more = [] if command=='check' else ['--weights',str(w),'--out',str(tmp_path/'m'),'--device','cpu']
     assert main([command,str(tmp_path/'t.csv'),*more])==2
     err = [o for o in capfd.readouterr().err.split('\n') if o.strip() and '%|' not in o and 'it/s' not in o]
@@ -266,5 +266,5 @@ def test_a_disk_that_fails_is_told_as_that(tmp_path, monkeypatch):
     "A read error of the disk is told as that and not as damage of the gzip stream"
     save_volume(cached(0).ct, tmp_path/'a.nii.gz')
     def broken(*a, **k): raise OSError(5, 'Input/output error')
-    monkeypatch.setattr('covid3d.volume.igzip.open', broken)
+    monkeypatch.setattr('covid3d.nifti.igzip.open', broken)
     refused(lambda: open_ct(tmp_path/'a.nii.gz'), 'a.nii.gz: cannot be read (Input/output error). Check the disk')

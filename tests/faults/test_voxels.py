@@ -3,7 +3,7 @@
 D12 (no lung in the field of view, or lungs cut at the border: the report says null and why, never 0) comes with quantification, which is what measures lungs."""
 import gzip, os, struct, subprocess, sys, time, tracemalloc, zlib
 import nibabel as nib, numpy as np, pytest
-from covid3d import volume
+from covid3d import errors, nifti as nifti_module, volume
 from covid3d.volume import air, canonical_affine, max_bytes, open_ct, open_mask, save_mask, save_volume
 from nifti_bytes import Base, chest, hu, nifti, noted, quiet, refused
 
@@ -136,7 +136,7 @@ def test_D14_more_than_is_left(tmp_path, monkeypatch, name):
     path,shape = tmp_path/name,(512,512,300)
     if name.endswith('gz'): zeros_gz(path, header(shape, 16, 32), 300*2**20)
     else: hollow(path, shape, 16, 32)
-    monkeypatch.setattr(volume, 'memory_left', lambda: 2**28)
+    monkeypatch.setattr(errors, 'memory_left', lambda: 2**28)
     cheap(path, r'needs 600 MiB of memory, and 256 MiB are left')
 
 def group(folder, **files):
@@ -149,9 +149,9 @@ def group(folder, **files):
 def test_D14_limit_of_a_container(tmp_path, limit, want):
     "What is left in a container is its limit less its use, and its cached files count as left"
     group(tmp_path/'v2', memory__max=limit, memory__current='500', memory__stat='anon 300\ninactive_file 150\nactive_file 50\n')
-    assert volume._left_in(tmp_path/'v2')==want and volume._left_in(tmp_path/'none')==float('inf')
+    assert errors._left_in(tmp_path/'v2')==want and errors._left_in(tmp_path/'none')==float('inf')
     group(tmp_path/'v1', memory__limit_in_bytes='1000', memory__usage_in_bytes='900', memory__stat='total_inactive_file 30\ntotal_active_file 20\n')
-    assert volume._left_in(tmp_path/'v1')==150 and 0<volume.memory_left()
+    assert errors._left_in(tmp_path/'v1')==150 and 0<volume.memory_left()
 
 def zeros_gz(path, header, n):
     "A gzip of `header` and `n` zeros, packed a thousand to one, made in no time: one MiB of zeros, repeated as a full-flushed block"
@@ -194,9 +194,9 @@ def test_D4_large_scans_and_empty_masks_open(tmp_path):
 def test_D14_out_of_memory(plain, opener, monkeypatch):
     "A scan that does not fit in memory is an error that names it"
     path = plain.write()
-    for name in ('_stored','_in_order'):
+    for module,name in ((nifti_module,'_stored'), (volume,'_in_order')):
         with monkeypatch.context() as m:
-            m.setattr(volume, name, lambda *a: (_ for _ in ()).throw(MemoryError()))
+            m.setattr(module, name, lambda *a: (_ for _ in ()).throw(MemoryError()))
             refused(path, 'not enough memory', opener)
 
 limited = '''

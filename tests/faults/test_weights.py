@@ -123,7 +123,7 @@ def test_K5_the_last_checkpoint_stays(tmp_path, monkeypatch):
     write_checkpoint(path, dict(a=1), dict(w=torch.zeros(3)))
     before = path.read_bytes()
     def full(*_, **__): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr('covid3d.volume.os.fsync', full)
+    monkeypatch.setattr('covid3d.errors.os.fsync', full)
     refused(lambda: write_checkpoint(path, dict(a=2), {}), 'the last one is intact')
     assert path.read_bytes()==before and [o.name for o in tmp_path.iterdir()]==[path.name]
 
@@ -576,7 +576,7 @@ def test_a_leftover_RANK_swallows_no_error(good, tmp_path, monkeypatch, capfd, e
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_a_kill_within_the_writer_leaves_nothing(tmp_path, monkeypatch):
     "The draft of a checkpoint goes too, once a process that was killed before it took its name is gone"
-    monkeypatch.setattr('covid3d.volume.os.replace', lambda *_: os.kill(os.getpid(), 9))
+    monkeypatch.setattr('covid3d.errors.os.replace', lambda *_: os.kill(os.getpid(), 9))
     if not (pid := os.fork()):
         try: write_checkpoint(tmp_path/'checkpoint.safetensors', {}, {})
         finally: os._exit(1)

@@ -272,6 +272,7 @@ def organs(b, z, y, x) -> dict: # name → mm
 # %% ../nbs/03_anatomy.ipynb #b83f1a5f
 box = np.array([[-200,-190,-250],[200,190,250]], np.float32) # mm, in which shifts are sampled
 
+# %% ../nbs/03_anatomy.ipynb #7f93a440
 class Pose:
     "How a patient lies: from mm in the scan to mm in the upright body, and back"
     def __init__(self, rng, tilt: float = .08, shifts=((70,3.5),(32,2.))):

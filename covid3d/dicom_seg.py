@@ -129,6 +129,7 @@ def copied_headers(
         raise dicom_failed(ct.source.path, f'its headers lack {lacks}, or hold it malformed, which '
                                            f'{what} must copy', e) from None
 
+# %% ../nbs/02_dicom_seg.ipynb #a225713f
 def _segmentation(masks, ct, codes) -> bytes:
     "The Segmentation as the bytes of a file"
     import highdicom as hd

@@ -61,6 +61,7 @@ def _of_segment(found, seg, i, name) -> object:
         finding_type=Code(*seg_codes[name][1]), finding_sites=_site(part),
         algorithm_id=_algorithm(), measurements=_figures(found.regions.loc[part], keys))
 
+# %% ../nbs/22_dicom_sr.ipynb #0255db3a
 def _of_side(found, part) -> object:
     "What was measured of the lesions in one lung, which no segment shows alone"
     from highdicom import sr

@@ -61,6 +61,7 @@ def _side_branches(path, rng, n, radii, mm=(8,28)): # (n, 7), from anywhere alon
     way *= rng.uniform(*mm, (n,1))/np.linalg.norm(way, axis=1, keepdims=True)
     return np.c_[start,start+way,rng.uniform(*radii, n)].astype(np.float32)
 
+# %% ../nbs/03_lung_tissue.ipynb #92e85af1
 def vessels(
     points, depth, # From `lung_points`
     rng            # NumPy's random generator
@@ -79,6 +80,7 @@ def vessels(
             out.append(vessel_tree(root, some, rng, leaf, axis, p=murray))
     return np.concatenate(out)
 
+# %% ../nbs/03_lung_tissue.ipynb #25cfd03c
 def airways(
     points, depth, # From `lung_points`
     rng            # NumPy's random generator

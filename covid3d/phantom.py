@@ -74,6 +74,7 @@ def _patient(seed) -> SimpleNamespace:
 
 _kept = 'lung','fluid','y','x','oblique','horizontal','heart','below' # fields needed for the lungs
 
+# %% ../nbs/03_phantom.ipynb #323ad14a
 def _body(p, axes, spacing, noises) -> tuple: # HU without lungs; fields on the grid
     "The body, some slices at a time"
     shape,mm = tuple(map(len, axes)),spacing[2]

@@ -65,6 +65,7 @@ def label_files(
 # %% ../nbs/23_predict.ipynb #ade6980a
 _with_labels = dict(multilabel='_labels.nii.gz', mha='_labels.mha')
 
+# %% ../nbs/23_predict.ipynb #ab8dbf7d
 def _writers(classes, format='nifti', page=True, probabilities=False) -> dict:
     "Ending of each file of a scan → what writes it, given `Segmentation`, figures, path and name"
     sides,out = {*_sides}<={*classes},{}
@@ -221,6 +222,7 @@ def _of_all(out, writers) -> list:
     measured = ['measurements.csv',*pages]
     return measured*('.json' in writers)+[*label_files(())]*_has_labels(writers)
 
+# %% ../nbs/23_predict.ipynb #7b1edf9d
 def _claim(out, names, made, overwrite, writers=()):
     "List the files to come, made by `made`, weights and settings; refuse what is in the way"
     own = _outputs(out)
@@ -274,6 +276,7 @@ def _measure(seg, case, lobes, job):
 def _open(case, job):
     return replace(case, already_windowed=job['window'] or case.already_windowed).open_ct()
 
+# %% ../nbs/23_predict.ipynb #db093cd2
 def _make(case, row, names, old, job) -> str:
     "Segment a scan and write its files aside, unless they are there already; fills the row"
     ct = job.get('ahead', lambda: None)() or _open(case, job)
@@ -325,6 +328,7 @@ def _try_scan(case, names, old, job) -> dict:
         if isinstance(e, Scarce): raise Scarce(case.name, e.fault, e.remedy) from None
         return row|dict(state='failed', error=_line(e, case))
 
+# %% ../nbs/23_predict.ipynb #51134c16
 def _settle(case, names, row, job) -> dict:
     "Move the files of a scan to their place, and note its row; only who holds the lock does this"
     records,state = job['record'],row.pop('state')

@@ -115,6 +115,7 @@ def _lesion_row(seg, own, at, centre, lungs) -> dict:
                 **{k:int(a.start+i) for k,a,i in zip(('slice','row','column'), at, (z,y,x))},
                 right_mm=right, anterior_mm=front, superior_mm=up)
 
+# %% ../nbs/20_quantify.ipynb #22ae78e3
 def _lesion_rows(seg, least_ml) -> pd.DataFrame:
     "A row for each lesion, largest first"
     box,rows = joint_box(*[seg.masks['lesion']>0]*2),[]
@@ -208,6 +209,7 @@ def _blood(seg) -> float:
     x = hu[between&~right&~left]; x = x[x>-50]  # no fat, no airways
     return float(np.percentile(x, 90)) if len(x)>100 else np.nan
 
+# %% ../nbs/20_quantify.ipynb #ca3fcb38
 def _flags(seg, outside_ml, hu) -> tuple:
     "What speaks against the figures of a segmentation, in words"
     out,thick = list(seg.notes),seg.ct.spacing[0]
@@ -327,6 +329,7 @@ sources = dict(
     hu='reconstruction kernels shift figures that rest on HU by up to 14 % (Berta et al. 2021)')
 notice = 'For research; not a medical device.'
 
+# %% ../nbs/20_quantify.ipynb #ac42c356
 @patch
 def to_dict(self: Measurements,
     **scan # What else is to be known about the scan, such as its `name`

@@ -172,6 +172,7 @@ def plane_pictures(
     for o in each: out.paste(o, (x,0)); x += o.width+5
     return out
 
+# %% ../nbs/21_report.ipynb #e0f5ed15
 @patch
 def _repr_html_(self: Segmentation) -> str:
     "Planes and figures, for a notebook; nothing without masks of the lesion and of both lungs"

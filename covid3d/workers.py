@@ -27,6 +27,7 @@ def _start(workers, scheduler) -> tuple: # Cluster or None, what a client connec
     share = max(1, (os.cpu_count() or 1)//workers)
     return cluster,cluster,min(share, int(os.environ.get('OMP_NUM_THREADS') or share))
 
+# %% ../nbs/22_workers.ipynb #e20e2de0
 @contextmanager
 def dask_client(workers, scheduler):
     "A Dask client, and how many threads a task may use"
@@ -48,6 +49,7 @@ def dask_client(workers, scheduler):
 # %% ../nbs/22_workers.ipynb #2a1c9430
 _ahead = 4 # tasks for each worker that are handed out at a time
 
+# %% ../nbs/22_workers.ipynb #667348e7
 def run_tasks(
     call,           # Function of a task, of `shared`, and of the number of threads it may use
     tasks,          # Tuples of arguments, one after another

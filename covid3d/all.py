@@ -18,6 +18,7 @@ from .phantom import *
 from .cases import *
 from .datasets import *
 from .transforms import *
+from .patches import *
 from .augment import *
 from .prepare import *
 from .data import *

@@ -1,4 +1,4 @@
-"""Patches rotated, deformed and rescanned at random: all of space in one resampling, all intensities in one pass
+"""Patches rotated, deformed and changed in intensity at random: all of space in one resampling, all intensities in one pass
 
 Docs: https://covid3d.github.io/covid3d/augment.html.md"""
 
@@ -6,8 +6,9 @@ Docs: https://covid3d.github.io/covid3d/augment.html.md"""
 
 # %% auto #0
 __all__ = ['Flip3d', 'Rotate3d', 'Zoom3d', 'SliceGap3d', 'Shear3d', 'Shift3d', 'Perspective3d', 'Elastic3d', 'Brightness3d',
-           'Contrast3d', 'Window3d', 'Gamma3d', 'Noise3d', 'Streaks3d', 'Blur3d', 'Sharpen3d', 'ThickSlices3d',
-           'CutOut3d', 'GreyLevels3d', 'Augment3d', 'ct_aug_transforms', 'light_aug_transforms', 'grey_aug_transforms']
+           'Contrast3d', 'Window3d', 'Gamma3d', 'Noise3d', 'Streaks3d', 'CutOut3d', 'Blur3d', 'Sharpen3d',
+           'ThickSlices3d', 'GreyLevels3d', 'Augment3d', 'ct_aug_transforms', 'light_aug_transforms',
+           'grey_aug_transforms']
 
 # %% ../nbs/07_augment.ipynb #a66ce2f1
 import inspect, math
@@ -22,12 +23,12 @@ from torch.nn import functional as F
 from .transforms import crop
 from .volume import CTError
 
-# %% ../nbs/07_augment.ipynb #ca943fd9
+# %% ../nbs/07_augment.ipynb #f3074130
 @dataclass
 class Draw:
-    "The random numbers of one augmentation, for `n` samples"
+    "The sampled parameters of one augmentation, for `n` samples"
     n: int                     # Samples
-    # (n, 4, 4): mm in the patch → mm in the scan, from both centres, (slice, row, column, 1)
+    # (n, 4, 4): mm in the patch → mm in the scan, from both centers, (slice, row, column, 1)
     matrix: torch.Tensor
     # (n, 3, slice, row, column): shifts of knots spread over the patch, mm; None for no deformation
     field: torch.Tensor = None
@@ -63,8 +64,14 @@ class Aug3d(ItemTransform):
     def add(self, d: Draw): "Put this change's random numbers into a `Draw`"
     def encodes(self, xy): return Augment3d([self])(xy, split_idx=0)
 
-# %% ../nbs/07_augment.ipynb #96047266
+# %% ../nbs/07_augment.ipynb #e78c325f
 def _eye(n) -> torch.Tensor: return torch.eye(4).repeat(n,1,1)
+
+def _arguments(cls):
+    "`dataclass`, with a signature that shows its fields; transforms are compared by identity"
+    cls = dataclass(eq=False)(cls)
+    cls.__signature__ = inspect.signature(cls.__init__)
+    return cls
 
 class Spatial3d(Aug3d):
     "A change that is a matrix; a subclass gives `matrices`"
@@ -75,14 +82,7 @@ class Spatial3d(Aug3d):
         hit,m = self.hit(d.n),self.matrices(d.n)
         d.matrix = d.matrix@(m if hit.all() else torch.where(hit[:,None,None], m, torch.eye(4)))
 
-# %% ../nbs/07_augment.ipynb #92588f9e
-def _arguments(cls):
-    "`dataclass`, with a signature that shows its fields; transforms are compared by identity"
-    cls = dataclass(eq=False)(cls)
-    cls.__signature__ = inspect.signature(cls.__init__)
-    return cls
-
-# %% ../nbs/07_augment.ipynb #d375f133
+# %% ../nbs/07_augment.ipynb #96047266
 @_arguments
 class Flip3d(Spatial3d):
     "Mirror an axis, as a rule the patient's left for the right"
@@ -92,14 +92,12 @@ class Flip3d(Spatial3d):
         m = _eye(n); m[:,self.axis,self.axis] = -1
         return m
 
-# %% ../nbs/07_augment.ipynb #72fd548b
 def _rotation(angle, a, b) -> torch.Tensor: # (n, 4, 4)
     "Rotation by `angle`, (n,) radians, from axis `a` to axis `b`"
     m = _eye(len(angle))
     m[:,a,a] = m[:,b,b] = angle.cos(); m[:,b,a] = angle.sin(); m[:,a,b] = -angle.sin()
     return m
 
-# %% ../nbs/07_augment.ipynb #9b4e312c
 @_arguments
 class Rotate3d(Spatial3d):
     "Rotate about the body axis; with `tilt` about the two others too, which needs 3D interpolation"
@@ -111,7 +109,7 @@ class Rotate3d(Spatial3d):
         m = drawn(self.degrees, 1, 2)
         return m@drawn(self.tilt, 0, 1)@drawn(self.tilt, 0, 2) if self.tilt else m
 
-# %% ../nbs/07_augment.ipynb #125550fb
+# %% ../nbs/07_augment.ipynb #2acfea1b
 @_arguments
 class Zoom3d(Spatial3d):
     "Make the body larger or smaller"
@@ -134,6 +132,7 @@ class SliceGap3d(Spatial3d):
         m = _eye(n); m[:,0,0] = 1/_uniform(n, math.log(self.low), math.log(self.high)).exp()
         return m
 
+# %% ../nbs/07_augment.ipynb #658d2cae
 @_arguments
 class Shear3d(Spatial3d):
     "Slant rows against columns"
@@ -145,7 +144,6 @@ class Shear3d(Spatial3d):
             m[:,a,b] = torch.deg2rad(_uniform(n, -self.degrees, self.degrees)).tan()
         return m
 
-# %% ../nbs/07_augment.ipynb #7fd3abad
 @_arguments
 class Shift3d(Spatial3d):
     "Move the patch; where patches are cut at random this adds little"
@@ -156,10 +154,11 @@ class Shift3d(Spatial3d):
         m[:,:3,3] = _uniform((n,3), -1, 1)*torch.tensor(self.mm, dtype=torch.float32)
         return m
 
+# %% ../nbs/07_augment.ipynb #9ddb8487
 @_arguments
 class Perspective3d(Spatial3d):
     "Nearer parts larger, as in a photograph"
-    amount: float = .1 # Change of scale 100 mm from the centre, at most, as a part: 0.1 is 10 %
+    amount: float = .1 # Change of scale 100 mm from the center, at most, as a part: 0.1 is 10 %
     p: float = .5      # Probability, 0 to 1
     def matrices(self, n):
         m = _eye(n)
@@ -209,74 +208,74 @@ def flat(self: Draw) -> bool:
     return bool(through.abs().max()<1e-6) and (self.field is None or self.field.shape[2]==1
                                                and not self.field[:,0].any())
 
-# %% ../nbs/07_augment.ipynb #910d6bca
-# mm from the centre of a patch
+# %% ../nbs/07_augment.ipynb #719fb668
+# mm from the center of a patch
 def _along(n, spacing) -> torch.Tensor: return (torch.arange(n)-(n-1)/2)*spacing
 
 def _unit(at, n) -> torch.Tensor: return at*(2/max(n-1,1))-1  # voxels → −1…1
 
-def _plane(d, size, spacing, centre, shape) -> torch.Tensor:
+def _volume(d, size, spacing, center, shape) -> torch.Tensor:
+    "(n, slice, row, column, 3): where each voxel comes from, for grid_sample"
+    z,r,c = (_along(s,mm) for s,mm in zip(size, spacing)); m = d.matrix[...,None,None,None]
+    row = lambda a: (m[:,a,0]*z[:,None,None]+m[:,a,1]*r[:,None])+(m[:,a,2]*c+m[:,a,3])
+    out,w = [row(a) for a in range(3)],row(3) if (d.matrix[:,3,:3]!=0).any() else 1
+    field = torch.zeros(3)
+    if d.field is not None:
+        weights = [spline_weights(s,k) for s,k in zip(size, d.field.shape[2:])]
+        field = torch.einsum('nazkl,sz,rk,cl->ansrc', d.field, *weights)
+    return torch.stack([_unit((out[a]/w+field[a])/spacing[a]+center[:,a,None,None,None], shape[a])
+                        for a in (2,1,0)], -1)
+
+# %% ../nbs/07_augment.ipynb #71dcb20a
+def _plane(d, size, spacing, center, shape) -> torch.Tensor:
     "(n, row, column, 2): where the voxels of a slice come from, for grid_sample"
     (r,c),m = [_along(size[a], spacing[a]) for a in (1,2)],d.matrix
     out = [m[:,a,1,None,None]*r[:,None]+m[:,a,2,None,None]*c+m[:,a,3,None,None] for a in (1,2)]
     if d.field is not None:
         w = [spline_weights(size[a], d.field.shape[a+2]) for a in (1,2)]
-        bend = torch.einsum('nakl,rk,cl->narc', d.field[:,1:,0], *w)
-        out = [o+bend[:,i] for i,o in enumerate(out)]
-    return torch.stack([_unit(out[a-1]/spacing[a]+centre[:,a,None,None], shape[a]) for a in (2,1)],
+        field = torch.einsum('nakl,rk,cl->narc', d.field[:,1:,0], *w)
+        out = [o+field[:,i] for i,o in enumerate(out)]
+    return torch.stack([_unit(out[a-1]/spacing[a]+center[:,a,None,None], shape[a]) for a in (2,1)],
                        -1)
 
-# %% ../nbs/07_augment.ipynb #a564f017
+# %% ../nbs/07_augment.ipynb #f21fac8d
 def _pick(x, which) -> torch.Tensor:
     "Slices of each sample by number, black where there is none"
     n,i = x.shape[2],which.long()
     inside = ((i>=0)&(i<n)).to(x.device)[:,None,:,None,None]
     return torch.stack([o[:,j] for o,j in zip(x, i.clamp(0, n-1).to(x.device))])*inside
 
-def _slices(x, d, size, spacing, centre) -> torch.Tensor:
+def _slices(x, d, size, spacing, center) -> torch.Tensor:
     "A batch with the slices of the new patch: zoomed, mirrored or moved along the body axis"
     at = (d.matrix[:,0,0,None]*_along(size[0], spacing[0])
-          +d.matrix[:,0,3,None])/spacing[0]+centre[:,0,None]
+          +d.matrix[:,0,3,None])/spacing[0]+center[:,0,None]
     first = int(at[0,0]); stay = torch.arange(first, first+size[0]).float().expand_as(at)
     if 0<=first<=x.shape[2]-size[0] and torch.equal(at, stay): return x[:,:,first:first+size[0]]
     if x.dtype==torch.uint8: return _pick(x, at.round())
     low = at.floor(); part = (at-low)[:,None,:,None,None].to(x.device)
     return torch.lerp(_pick(x, low), _pick(x, low+1), part) if part.any() else _pick(x, low)
 
-# %% ../nbs/07_augment.ipynb #c192bd2e
-def _volume(d, size, spacing, centre, shape) -> torch.Tensor:
-    "(n, slice, row, column, 3): where each voxel comes from, for grid_sample"
-    z,r,c = (_along(s,mm) for s,mm in zip(size, spacing)); m = d.matrix[...,None,None,None]
-    row = lambda a: (m[:,a,0]*z[:,None,None]+m[:,a,1]*r[:,None])+(m[:,a,2]*c+m[:,a,3])
-    out,w = [row(a) for a in range(3)],row(3) if (d.matrix[:,3,:3]!=0).any() else 1
-    bend = torch.zeros(3)
-    if d.field is not None:
-        weights = [spline_weights(s,k) for s,k in zip(size, d.field.shape[2:])]
-        bend = torch.einsum('nazkl,sz,rk,cl->ansrc', d.field, *weights)
-    return torch.stack([_unit((out[a]/w+bend[a])/spacing[a]+centre[:,a,None,None,None], shape[a])
-                        for a in (2,1,0)], -1)
-
-# %% ../nbs/07_augment.ipynb #b78ce172
+# %% ../nbs/07_augment.ipynb #64c140e2
 def warp(
     x: torch.Tensor,             # CT (n, 1, slice, row, column), float
     y: torch.Tensor,             # Masks (n, class, slice, row, column), uint8; or None
-    d: Draw,                     # What was drawn
+    d: Draw,                     # Sampled parameters
     size: tuple,                 # Of the new patch, (slice, row, column) in voxels
     spacing: tuple,              # (slice, row, column) in mm
-    centre: torch.Tensor = None, # (n, 3): voxel of `x` in the patch's centre; its middle if None
+    center: torch.Tensor = None, # (n, 3): voxel of `x` in the patch's center; its middle if None
     linear_masks: bool = False   # Masks by interpolation, cut at one half, not the nearest voxel
 ) -> tuple: # (CT (n, 1, *size), masks (n, class, *size))
-    "Apply the spatial part of a draw, by one resampling"
+    "Apply the changes of space, by one resampling"
     shape,flat = x.shape[2:],d.flat
-    if centre is None: centre = (torch.tensor([shape])-1)/2
-    grid = (_plane if flat else _volume)(d, size, spacing, centre, shape)
+    if center is None: center = (torch.tensor([shape])-1)/2
+    grid = (_plane if flat else _volume)(d, size, spacing, center, shape)
     def read(o, mode='bilinear'):
-        src = _slices(o, d, size, spacing, centre).flatten(1,2) if flat else o
+        src = _slices(o, d, size, spacing, center).flatten(1,2) if flat else o
         return F.grid_sample(src.float(), grid.to(o.device), mode=mode,
                              align_corners=True).reshape(*o.shape[:2], *size)
     if y is None: return read(x),None
-    return read(x),(read(y.float())>=.5).to(y.dtype) if linear_masks else read(y,
-        'nearest').to(y.dtype)
+    masks = read(y.float())>=.5 if linear_masks else read(y, 'nearest')
+    return read(x),masks.to(y.dtype)
 
 # %% ../nbs/07_augment.ipynb #0bbb42b9
 @_arguments
@@ -349,7 +348,7 @@ class Then3d(Aug3d):
         for o,by in zip(x, strengths):
             if by is not None: o.copy_(self.change(o, by))
 
-# %% ../nbs/07_augment.ipynb #52ee1607
+# %% ../nbs/07_augment.ipynb #1311cabb
 @lru_cache
 def _pool(device) -> torch.Tensor:
     return torch.randn(2**21, device=device, generator=torch.Generator(device).manual_seed(0))
@@ -362,7 +361,6 @@ def _noise(like) -> torch.Tensor: # not to be written to
     part = pool[at:at+k].view_as(like)
     return -part if negate else part
 
-# %% ../nbs/07_augment.ipynb #05c76164
 @_arguments
 class Noise3d(Then3d):
     "Grain, as less dose gives it"
@@ -371,6 +369,7 @@ class Noise3d(Then3d):
     high = property(lambda self: self.by)
     def change(self, x, by): return torch.add(x, _noise(x), alpha=by)
 
+# %% ../nbs/07_augment.ipynb #63d57593
 @_arguments
 class Streaks3d(Then3d):
     "Noise that runs from side to side"
@@ -382,51 +381,6 @@ class Streaks3d(Then3d):
         coarse = torch.randn(*x.shape[:3], max(2, x.shape[3]//self.length+1), device=x.device)
         return x+by*F.interpolate(coarse.flatten(0,1), x.shape[3], mode='linear',
                                   align_corners=True).view_as(x)
-
-# %% ../nbs/07_augment.ipynb #a4461818
-def _weighted(x, weights, axis) -> torch.Tensor:
-    "Each voxel as a weighted sum of its neighbours along an axis; the edge is repeated"
-    r,n = len(weights)//2,x.shape[axis]
-    s = torch.cat([x.narrow(axis, 0, 1)]*r+[x]+[x.narrow(axis, n-1, 1)]*r, axis)
-    out = s.narrow(axis, 0, n)*weights[0]
-    for i,w in enumerate(weights[1:], 1): out.add_(s.narrow(axis, i, n), alpha=w)
-    return out
-
-def _smooth(x, sigma) -> torch.Tensor:
-    "Blur each slice with a Gaussian of `sigma` voxels"
-    r = math.ceil(2.5*sigma); w = [math.exp(-.5*(i/sigma)**2) for i in range(-r, r+1)]
-    w = [o/sum(w) for o in w]
-    return _weighted(_weighted(x, w, 2), w, 3)
-
-# %% ../nbs/07_augment.ipynb #ac5ec635
-@_arguments
-class Blur3d(Then3d):
-    "A softer kernel"
-    sigma: float = 1. # Voxels, at most; 0.3 or more
-    p: float = .1     # Probability, 0 to 1
-    low,high = .3,property(lambda self: self.sigma)
-    def change(self, x, by): return _smooth(x, by)
-
-@_arguments
-class Sharpen3d(Then3d):
-    "A harder kernel"
-    by: float = .8 # Part of the detail that is added, at most; 0.2 or more
-    p: float = .1  # Probability, 0 to 1
-    low,high = .2,property(lambda self: self.by)
-    def change(self, x, by): return x+by*(x-_smooth(x, 1.))
-
-# %% ../nbs/07_augment.ipynb #a23ba53e
-@_arguments
-class ThickSlices3d(Then3d):
-    "Neighbouring slices averaged, as a thicker reconstruction does"
-    slices: float = 3 # Thickness, at most, in slices, 1 to 5
-    p: float = .1     # Probability, 0 to 1
-    low,high = 1.,property(lambda self: self.slices)
-    def change(self, x, by):
-        k = (by-1)/2  # slices on either side
-        near,far = min(k, 1),min(max(k-1, 0), 1)
-        w = [far,near,1.,near,far]
-        return _weighted(x, [o/sum(w) for o in w], 1)
 
 @_arguments
 class CutOut3d(Then3d):
@@ -440,14 +394,58 @@ class CutOut3d(Then3d):
         x = x.clone(); x[(slice(None),*(slice(a,a+s) for a,s in zip(at, size)))] = 0
         return x
 
-# %% ../nbs/07_augment.ipynb #d4f549c1
+# %% ../nbs/07_augment.ipynb #0eacab23
+def _weighted(x, weights, axis) -> torch.Tensor:
+    "Each voxel as a weighted sum of its neighbors along an axis; the edge is repeated"
+    r,n = len(weights)//2,x.shape[axis]
+    s = torch.cat([x.narrow(axis, 0, 1)]*r+[x]+[x.narrow(axis, n-1, 1)]*r, axis)
+    out = s.narrow(axis, 0, n)*weights[0]
+    for i,w in enumerate(weights[1:], 1): out.add_(s.narrow(axis, i, n), alpha=w)
+    return out
+
+def _smooth(x, sigma) -> torch.Tensor:
+    "Blur each slice with a Gaussian of `sigma` voxels"
+    r = math.ceil(2.5*sigma); w = [math.exp(-.5*(i/sigma)**2) for i in range(-r, r+1)]
+    w = [o/sum(w) for o in w]
+    return _weighted(_weighted(x, w, 2), w, 3)
+
+@_arguments
+class Blur3d(Then3d):
+    "A softer kernel"
+    sigma: float = 1. # Voxels, at most; 0.3 or more
+    p: float = .1     # Probability, 0 to 1
+    low,high = .3,property(lambda self: self.sigma)
+    def change(self, x, by): return _smooth(x, by)
+
+# %% ../nbs/07_augment.ipynb #c349d0e2
+@_arguments
+class Sharpen3d(Then3d):
+    "A harder kernel"
+    by: float = .8 # Part of the detail that is added, at most; 0.2 or more
+    p: float = .1  # Probability, 0 to 1
+    low,high = .2,property(lambda self: self.by)
+    def change(self, x, by): return x+by*(x-_smooth(x, 1.))
+
+@_arguments
+class ThickSlices3d(Then3d):
+    "Neighboring slices averaged, as a thicker reconstruction does"
+    slices: float = 3 # Thickness, at most, in slices, 1 to 5
+    p: float = .1     # Probability, 0 to 1
+    low,high = 1.,property(lambda self: self.slices)
+    def change(self, x, by):
+        k = (by-1)/2  # slices on either side
+        near,far = min(k, 1),min(max(k-1, 0), 1)
+        w = [far,near,1.,near,far]
+        return _weighted(x, [o/sum(w) for o in w], 1)
+
+# %% ../nbs/07_augment.ipynb #52ee1607
 def _tile_curves(x, n, clip, bins) -> torch.Tensor: # (slice, tile row, tile column, bins)
     "The curve of each of n×n tiles, 0 to 1"
     d,rows,cols = x.shape; h,w = -(-rows//n),-(-cols//n)
     padded = F.pad(x[:,None], (0,n*w-cols,0,n*h-rows), mode='replicate')[:,0]
     at = (padded*(bins-1)).round().long().view(d,n,h,n,w).transpose(2,3).reshape(-1,h*w)
-    count = torch.zeros(len(at), bins, device=x.device).scatter_add_(1, at, torch.ones_like(at,
-                                                                     dtype=torch.float))
+    ones = torch.ones_like(at, dtype=torch.float)
+    count = torch.zeros(len(at), bins, device=x.device).scatter_add_(1, at, ones)
     limit = clip*h*w/bins
     over = (count-limit).clamp(min=0).sum(1, keepdim=True)
     return ((count.clamp(max=limit)+over/bins).cumsum(1)/(h*w)).view(d, n, n, bins)
@@ -457,13 +455,14 @@ def _between(length, n) -> tuple: # tile before, tile after, weight of the latte
     low = at.floor().long().clamp(max=max(n-2, 0))
     return low,(low+1).clamp(max=n-1),at-low
 
+# %% ../nbs/07_augment.ipynb #3e0ada6d
 def equalize(
     x: torch.Tensor,  # (slice, row, column), values in [0, 1]
     tiles: int = 8,   # Tiles along rows, and along columns
     clip: float = 3., # Most that a grey level may hold, times the mean of all levels
     bins: int = 64    # Grey levels of the histogram
 ) -> torch.Tensor: # The same shape, values in [0, 1]
-    "Contrast-limited adaptive histogram equalisation, slice by slice"
+    "Contrast-limited adaptive histogram equalization, slice by slice"
     curve,b = _tile_curves(x, tiles, clip, bins),(x*(bins-1)).clamp(0, bins-1)
     level = b.floor().long().clamp(max=bins-2); part = b-level
     (top,bottom,down),(left,right,along) = (_between(n, tiles) for n in x.shape[1:])
@@ -522,10 +521,10 @@ class Augment3d(ItemTransform):
         out = self.apply(x, y[0] if y else None, self.draw(len(x)), self.size or x.shape[2:])
         return tuple(type(o)(v[0] if single else v) for o,v in zip(xy, out))
 
-# %% ../nbs/07_augment.ipynb #6e85e9e4
+# %% ../nbs/07_augment.ipynb #079d6c91
 @patch
 def mm(self: Augment3d,
-    d: Draw # What was drawn
+    d: Draw # Sampled parameters
 ) -> tuple: # (slice, row, column); three ones where it makes no difference
     "The size of a voxel, for the changes that need it; `CTError` if it is not known"
     if self.spacing is not None: return self.spacing
@@ -533,67 +532,67 @@ def mm(self: Augment3d,
     raise CTError('spacing', 'the size of a voxel is not known, and this augmentation is in mm',
                   'Give Augment3d([…], spacing=(4,2.8,2.8))')
 
-# %% ../nbs/07_augment.ipynb #b2627e51
+# %% ../nbs/07_augment.ipynb #af6430f5
 @patch
 def apply(self: Augment3d,
     x: torch.Tensor,            # CT (n, 1, slice, row, column), uint8 0…255 or float in [0, 1]
     y: torch.Tensor,            # Masks (n, class, slice, row, column), uint8; or None
-    d: Draw,                    # What was drawn
+    d: Draw,                    # Sampled parameters
     size: tuple,                # Of the patch that is wanted, (slice, row, column) in voxels
-    centre: torch.Tensor = None # (n, 3): voxel of `x` on which it is centred; its middle if None
+    center: torch.Tensor = None # (n, 3): voxel of `x` on which it is centered; its middle if None
 ) -> tuple: # (CT float32 in [0, 1], masks)
-    "Apply a draw to a batch"
+    "Apply sampled parameters to a batch"
     x = _tone(x, d)
     if not d.still or tuple(size)!=tuple(x.shape[2:]):
-        x,y = warp(x, y, d, size, self.mm(d), centre, self.linear_masks)
+        x,y = warp(x, y, d, size, self.mm(d), center, self.linear_masks)
     if self.mirrored and y is not None:
         turned = (torch.linalg.det(d.matrix[:,:3,:3])<0).to(y.device).view(-1,1,1,1,1)
         y = torch.where(turned, y[:,list(self.mirrored)], y)
     for t,strengths in d.then: t.apply(x, strengths)
     return x.clamp_(0,1) if d.then else x,y
 
-# %% ../nbs/07_augment.ipynb #f693eb78
+# %% ../nbs/07_augment.ipynb #6e85e9e4
 @patch
 def reach(self: Augment3d,
-    d: Draw,           # What was drawn, for one sample
-    half: torch.Tensor # (3,): from the centre of the patch to its outermost voxels, mm
+    d: Draw,           # Sampled parameters of one sample
+    half: torch.Tensor # (3,): from the center of the patch to its outermost voxels, mm
 ) -> tuple: # Two tensors (3,): lowest and highest (slice, row, column)
-    "The box of the scan that a patch is read from, mm from its centre"
+    "The box of the scan that a patch is read from, mm from its center"
     corners = torch.cartesian_prod(*(torch.tensor([-h,h]) for h in half.tolist()))
     v = F.pad(corners, (0,1), value=1.)@d.matrix[0].T
     v = v[:,:3]/v[:,3:]
-    bend = 0 if d.field is None else d.field[0].flatten(1).abs().amax(1)
-    return v.amin(0)-bend,v.amax(0)+bend
+    most = 0 if d.field is None else d.field[0].flatten(1).abs().amax(1)
+    return v.amin(0)-most,v.amax(0)+most
 
-# %% ../nbs/07_augment.ipynb #c703c729
+# %% ../nbs/07_augment.ipynb #f5a82c1c
 @patch
 def cut(self: Augment3d,
     x: torch.Tensor, # CT of the whole scan, (1, slice, row, column), uint8 or float in [0, 1]
     y: torch.Tensor, # Its masks, (class, slice, row, column), uint8
-    start,           # First voxel of the patch on each axis, if nothing were drawn; may be negative
+    start,           # First voxel of the patch on each axis, if nothing were changed; may be < 0
     size: tuple,     # (slice, row, column) in voxels
     voxel=None       # (slice, row, column) of a voxel that stays where `start` would put it
 ) -> tuple: # (CT (1, *size) float32 in [0, 1], masks (class, *size))
     "Cut a patch from a scan, deformed on the way"
     d,start,n = self.draw(),torch.tensor(start),torch.tensor(size); mm = torch.tensor(self.mm(d))
-    half = (n-1)/2; centre = start+half
+    half = (n-1)/2; center = start+half
     if voxel is not None:
         at = torch.tensor(voxel)
-        centre = at-d.matrix[0,:3,:3]@((at-centre)*mm)/mm
+        center = at-d.matrix[0,:3,:3]@((at-center)*mm)/mm
     low,high = start,start+n-1
     if not d.still:
         near,far = self.reach(d, half*mm)
-        low,high = (centre+near/mm-1).floor().int(),(centre+far/mm+1).ceil().int()
+        low,high = (center+near/mm-1).floor().int(),(center+far/mm+1).ceil().int()
     box = [crop(o.as_subclass(torch.Tensor), low.tolist(), (high-low+1).tolist())[None]
            for o in (x,y)]
-    out = self.apply(*box, d, size, (centre-low)[None])
+    out = self.apply(*box, d, size, (center-low)[None])
     return tuple(type(o)(v[0]) for o,v in zip((x,y), out))
 
-# %% ../nbs/07_augment.ipynb #930b8325
+# %% ../nbs/07_augment.ipynb #139ba8d5
 @patch
 def room(self: Augment3d,
     size: tuple,     # (slice, row, column) of the patch that is wanted, voxels
-    tries: int = 300 # Draws, of which the largest counts
+    tries: int = 300 # Sets of parameters, of which the largest counts
 ) -> tuple: # (slice, row, column) in voxels, `size` or more
     "The size that patches need, so that what is rotated into a patch of `size` lies in them"
     def box(d):
@@ -604,7 +603,25 @@ def room(self: Augment3d,
         most = torch.stack([o for _ in range(tries) for o in box(self.draw())]).amax(0)
     return tuple(max(n, 2*math.ceil(float(r)-n/2)+n) for n,r in zip(size, most))
 
-# %% ../nbs/07_augment.ipynb #b59962a4
+# %% ../nbs/07_augment.ipynb #86876900
+def _space(flip, degrees, tilt, zoom, shear, elastic, through) -> list:
+    "The changes of space of the default set"
+    tfms = [Flip3d(flip), Rotate3d(degrees, tilt, p=.5), Zoom3d(*zoom, slices=tilt>0, p=.5),
+            Shear3d(shear, p=.3)]
+    return tfms+[Elastic3d(elastic, through=through, p=.3)]*bool(elastic)
+
+def _intensity(brightness, contrast, gamma, noise, streaks, blur, sharpen, thick, cutout) -> list:
+    "The changes of intensity of the default set"
+    tfms = [Brightness3d(brightness), Contrast3d(contrast), Gamma3d(*gamma), Noise3d(noise),
+            Streaks3d(streaks), Blur3d(blur), Sharpen3d(sharpen), ThickSlices3d(thick)]
+    return tfms+[CutOut3d(cutout, p=.2)]*bool(cutout)
+
+def _scaled(tfms, p) -> list:
+    "The probability of each change times `p`, at most 1"
+    for t in tfms: t.p = min(1., t.p*p)
+    return tfms
+
+# %% ../nbs/07_augment.ipynb #fe8fdcb2
 def ct_aug_transforms(
     spacing=None,         # (slice, row, column) of the patches in mm; `CTDataLoaders` fill it in
     flip: float = .5,          # Probability of a mirror image, 0 to 1
@@ -627,21 +644,15 @@ def ct_aug_transforms(
     linear_masks: bool = False # Interpolate masks and cut at one half
 ) -> Augment3d:
     "The default augmentation of CT patches"
-    tfms = [Flip3d(flip), Rotate3d(degrees, tilt, p=.5), Zoom3d(*zoom, slices=tilt>0, p=.5),
-            Shear3d(shear, p=.3)]
-    if elastic: tfms += [Elastic3d(elastic, through=through, p=.3)]
-    tfms += [Brightness3d(brightness), Contrast3d(contrast), Gamma3d(*gamma), Noise3d(noise),
-             Streaks3d(streaks), Blur3d(blur), Sharpen3d(sharpen)]
-    tfms += [ThickSlices3d(thick)]+[CutOut3d(cutout, p=.2)]*bool(cutout)
-    for t in tfms: t.p = min(1., t.p*p)
-    return Augment3d(tfms, spacing, linear_masks=linear_masks)
+    tfms = _space(flip, degrees, tilt, zoom, shear, elastic, through)
+    tfms += _intensity(brightness, contrast, gamma, noise, streaks, blur, sharpen, thick, cutout)
+    return Augment3d(_scaled(tfms, p), spacing, linear_masks=linear_masks)
 
-# %% ../nbs/07_augment.ipynb #6004344b
+# %% ../nbs/07_augment.ipynb #a269f8eb
 def light_aug_transforms() -> Augment3d:
     "Mirror image, contrast and brightness: for short trainings"
     return Augment3d([Flip3d(), Contrast3d(.1, p=1), Brightness3d(.05, p=1)])
 
-# %% ../nbs/07_augment.ipynb #5258e330
 def grey_aug_transforms() -> Augment3d:
     "All of `ct_aug_transforms`, and grey levels that are no HU: for weights that others will use"
     full = ct_aug_transforms(brightness=.04, contrast=.08)

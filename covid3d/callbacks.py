@@ -26,7 +26,7 @@ from .inference import Segmenter
 from .weights import Seen, load_model, save_model
 from .metrics import dice
 from .show import watched
-from .transforms import TensorCT
+from .patches import TensorCT
 from .volume import CTError, write_atomic
 
 # %% ../nbs/17_callbacks.ipynb #26e3ed93
@@ -299,7 +299,7 @@ def examples(self: Pictures):
     "Reference in blue, prediction in orange"
     from fastai.vision.data import get_grid
     from covid3d.show import save_figure
-    from covid3d.transforms import show_patch
+    from covid3d.patches import show_patch
     x,y,logits = self.patches
     epoch = len(self.history.rows)-1
     title = f'epoch {epoch} · blue: reference, orange: prediction'

@@ -47,6 +47,7 @@ class Domain:
         d = ((f@self.precision.double())*f).sum(1).clamp(min=0).div(len(self.mean)).sqrt()
         return float(d.median())/self.limit if len(d) else float('nan')
 
+# %% ../nbs/13_domain.ipynb #21784508
 @patch(cls_method=True)
 def fit(cls: Domain,
     scans: list,      # For each training scan, a list of (window, channel) tensors

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.hub import get_dir
 from .volume import CTError, unreadable
 
-# %% ../nbs/10_encoder.ipynb #670addb6
+# %% ../nbs/10_encoder.ipynb #794cb2e0
 def _named_arch(name: str) -> Callable:
     "torchvision's builder of that name, imported when it is called"
     def build(**kwargs):
@@ -34,28 +34,33 @@ def _named_arch(name: str) -> Callable:
 
 r3d_18, mc3_18, r2plus1d_18 = map(_named_arch, ('r3d_18', 'mc3_18', 'r2plus1d_18'))
 
-# %% ../nbs/10_encoder.ipynb #2e1a1ded
+def _kinetics(arch: Callable): # torchvision's function, such as `r3d_18`; a `WeightsEnum`
+    "torchvision's Kinetics-400 weights of `arch`: their address, and how videos were normalized."
+    from torchvision.models import get_model_weights
+    return get_model_weights(arch.__name__).KINETICS400_V1
+
+# %% ../nbs/10_encoder.ipynb #a6693ca0
 # see `GreyConv3d`; weight and shift, each (out, 1, depth, height, width)
 def _grey_weights(conv: nn.Conv3d, mean: list, std: list) -> tuple[Tensor, Tensor]:
     "What `conv` does to a one-channel volume: its weight, and the weight of the mean it subtracts."
     plain = conv.bias is None and conv.groups == 1 and conv.padding_mode == 'zeros'
     if not plain or conv.in_channels != len(mean):
-        raise CTError(conv, f'no stem of {len(mean)} colours',
+        raise CTError(conv, f'no stem of {len(mean)} colors',
                       'Give a convolution padded with zeros, ungrouped and without bias')
-    per_colour = lambda o: torch.as_tensor(o, dtype=torch.float64,
-                                           device=conv.weight.device).view(1, -1, 1, 1, 1)
-    weight = conv.weight.detach().double() / per_colour(std)
-    shift = -(weight * per_colour(mean)).sum(1, keepdim=True)
+    per_color = lambda o: torch.as_tensor(o, dtype=torch.float64,
+                                          device=conv.weight.device).view(1, -1, 1, 1, 1)
+    weight = conv.weight.detach().double() / per_color(std)
+    shift = -(weight * per_color(mean)).sum(1, keepdim=True)
     return weight.sum(1, keepdim=True).to(conv.weight), shift.to(conv.weight)
 
 # %% ../nbs/10_encoder.ipynb #915b9a4b
 class GreyConv3d(nn.Module):
-    "A convolution of grey volumes in [0, 1]: the colour `conv` of the same video, normalised."
+    "A convolution of grey volumes in [0, 1]: the color `conv` of the same video, normalized."
     def __init__(
         self,
-        conv: nn.Conv3d, # the colour convolution, padded with zeros and without bias
-        mean: list, # mean of each colour, of values in [0, 1]
-        std: list, # standard deviation of each colour
+        conv: nn.Conv3d, # the color convolution, padded with zeros and without bias
+        mean: list, # mean of each color, of values in [0, 1]
+        std: list, # standard deviation of each color
     ):
         super().__init__()
         weight, shift = _grey_weights(conv, mean, std)
@@ -71,15 +76,16 @@ class GreyConv3d(nn.Module):
         if self.kept[0] != key: self.kept = key, self.bias(x.shape[2:], y.dtype)
         return y + self.kept[1]
 
-    # (slice, row, column); of the result (1, out, slice, row, column)
-    def bias(self, size: tuple, dtype: torch.dtype) -> Tensor:
-        "What the colours' means add to the output for volumes of `size`."
-        with torch.inference_mode(False), torch.no_grad():
-            return F.conv3d(self.shift.new_ones(1, 1, *size), self.shift, **self.geometry).to(dtype)
-
-# %% ../nbs/10_encoder.ipynb #9e7c0a5e
+# %% ../nbs/10_encoder.ipynb #c8d20ffb
 @patch
-def _apply(self: GreyConv3d, *args, **kwargs):
+# (slice, row, column); of the result (1, out, slice, row, column)
+def bias(self: GreyConv3d, size: tuple, dtype: torch.dtype) -> Tensor:
+    "What the colors' means add to the output for volumes of `size`."
+    with torch.inference_mode(False), torch.no_grad():
+        return F.conv3d(self.shift.new_ones(1, 1, *size), self.shift, **self.geometry).to(dtype)
+
+@patch
+def _apply(self: GreyConv3d, *args, **kwargs): # moved, or given another type
     self.kept = None, None
     return nn.Module._apply(self, *args, **kwargs)
 
@@ -97,19 +103,12 @@ def extra_repr(self: GreyConv3d):
     return f'1, {len(self.weight)}, ' + ', '.join(f'{k}={v}' for k, v in geometry.items())
 
 # %% ../nbs/10_encoder.ipynb #631739e9
-def _kinetics(arch: Callable): # torchvision's function, such as `r3d_18`; a `WeightsEnum`
-    "torchvision's Kinetics-400 weights of `arch`: their address, and how videos were normalised."
-    from torchvision.models import get_model_weights
-    return get_model_weights(arch.__name__).KINETICS400_V1
-
-# %% ../nbs/10_encoder.ipynb #0a315f56
 # torchvision's classifier of videos; its stages, by name
 def _trunk(net: nn.Module) -> nn.Sequential:
     "The convolutional stages of `net`, without the pooling and the classifier."
     return nn.Sequential(OrderedDict((k, stage) for k, stage in net.named_children()
                                      if k not in ('avgpool', 'fc')))
 
-# %% ../nbs/10_encoder.ipynb #54c9a6e7
 def _find_arch(arch: Callable | str) -> Callable: # torchvision's function or its name; the function
     "torchvision's builder of a video ResNet."
     from torchvision.models import get_model_builder
@@ -123,39 +122,17 @@ def _find_arch(arch: Callable | str) -> Callable: # torchvision's function or it
     raise CTError(f'arch={getattr(arch, "__name__", arch)}', 'no video ResNet of torchvision',
                   'Give r3d_18, mc3_18 or r2plus1d_18')
 
-# %% ../nbs/10_encoder.ipynb #dc04226e
-# of a stem; fraction of its channels, in (0, 1]; `layer` itself where it has no channels
-def _narrowed(layer: nn.Module, share: float) -> nn.Module:
-    "The stem's `layer` with a fraction of its channels; the three colours stay."
-    fewer = lambda n: n if n == 3 else max(1, int(n * share))
+# %% ../nbs/10_encoder.ipynb #292a1265
+# of a stem; what is kept of its channels, in (0, 1]; `layer` itself where it has no channels
+def _narrowed(layer: nn.Module, fraction: float) -> nn.Module:
+    "The stem's `layer` with a fraction of its channels; the three colors stay."
+    fewer = lambda n: n if n == 3 else max(1, int(n * fraction))
     if isinstance(layer, nn.Conv3d):
         return nn.Conv3d(fewer(layer.in_channels), fewer(layer.out_channels), layer.kernel_size,
                          layer.stride, layer.padding, bias=False)
     return nn.BatchNorm3d(fewer(layer.num_features)) if isinstance(layer, nn.BatchNorm3d) else layer
 
-# %% ../nbs/10_encoder.ipynb #04c96d60
-@lru_cache
-def _narrow_resnet() -> type:
-    "A class of torchvision's, with fewer channels"
-    from torchvision.models.video.resnet import VideoResNet
-    class NarrowResNet(VideoResNet):
-        "The video ResNet `like`, with `width` channels in its first stage in place of 64."
-        def __init__(self, like, width: int):
-            self.share = width / 64
-            layers = [layer for name, layer in _trunk(like).named_children() if name != 'stem']
-            block, = {type(block) for layer in layers for block in layer}
-            makers = [next(type(m) for m in layer.modules() if hasattr(m, 'get_downsample_stride'))
-                      for layer in layers]
-            stem = lambda: nn.Sequential(*[_narrowed(layer, self.share) for layer in like.stem])
-            super().__init__(block, makers, [len(layer) for layer in layers], stem)
-
-        def _make_layer(self, block, conv_builder, planes, blocks, stride=1):
-            self.inplanes, planes = int(planes // stride * self.share), int(planes * self.share)
-            return super()._make_layer(block, conv_builder, planes, blocks, stride)
-    return NarrowResNet
-
-# %% ../nbs/10_encoder.ipynb #e9fac3e2
-# torchvision's function; channels of the first stage; a `VideoResNet` that reads three colours
+# torchvision's function; channels of the first stage; a `VideoResNet` that reads three colors
 def _video_net(arch: Callable, width: int = 64) -> nn.Module:
     "A new video ResNet, torchvision's own at width 64."
     if width == 64: return arch(weights=None)
@@ -164,8 +141,30 @@ def _video_net(arch: Callable, width: int = 64) -> nn.Module:
     with torch.device('meta'): like = arch(weights=None)
     return _narrow_resnet()(like, width)
 
-# %% ../nbs/10_encoder.ipynb #1dd9a1f8
-# torchvision's; a `WeightsEnum` that says how the colours were normalised; reads one channel
+# %% ../nbs/10_encoder.ipynb #eed29f3e
+@lru_cache
+def _narrow_resnet() -> type:
+    "A class of torchvision's, with fewer channels"
+    from torchvision.models.video.resnet import VideoResNet
+    class NarrowResNet(VideoResNet):
+        "The video ResNet `like`, with `width` channels in its first stage in place of 64."
+        def __init__(self, like, width: int):
+            self.fraction = width / 64
+            layers = [layer for name, layer in _trunk(like).named_children() if name != 'stem']
+            block, = {type(block) for layer in layers for block in layer}
+            makers = [next(type(m) for m in layer.modules() if hasattr(m, 'get_downsample_stride'))
+                      for layer in layers]
+            stem = lambda: nn.Sequential(*[_narrowed(o, self.fraction) for o in like.stem])
+            super().__init__(block, makers, [len(layer) for layer in layers], stem)
+
+        def _make_layer(self, block, conv_builder, planes, blocks, stride=1):
+            self.inplanes = int(planes // stride * self.fraction)
+            planes = int(planes * self.fraction)
+            return super()._make_layer(block, conv_builder, planes, blocks, stride)
+    return NarrowResNet
+
+# %% ../nbs/10_encoder.ipynb #4b05acf9
+# torchvision's; a `WeightsEnum` that says how the colors were normalized; reads one channel
 def _grey_trunk(net: nn.Module, weights) -> nn.Sequential:
     "The stages of `net`, shared with it but for the first convolution, a `GreyConv3d`."
     norm, body = weights.transforms(), _trunk(net)
@@ -173,13 +172,12 @@ def _grey_trunk(net: nn.Module, weights) -> nn.Sequential:
     body.stem = nn.Sequential(OrderedDict([(name, GreyConv3d(conv, norm.mean, norm.std)), *rest]))
     return body
 
-# %% ../nbs/10_encoder.ipynb #48d25f9d
+# %% ../nbs/10_encoder.ipynb #0a315f56
 # number of channels; up to 8 groups of at least 4 channels
 def group_norm(channels: int) -> nn.GroupNorm:
-    "A normalisation that treats each sample alone."
+    "A normalization that treats each sample alone."
     return nn.GroupNorm(math.gcd(8, channels, max(1, channels // 4)), channels)
 
-# %% ../nbs/10_encoder.ipynb #2447efa5
 class _FrozenNorm(nn.BatchNorm3d):
     "A BatchNorm that keeps the statistics it was given; its scale and shift train."
     def train(self, mode=True): return super().train(False)
@@ -192,15 +190,15 @@ class _InstanceNorm(nn.GroupNorm):
 
 _norms = dict(batch=nn.BatchNorm3d, frozen=_FrozenNorm, group=group_norm, instance=_InstanceNorm)
 
-# `batch`, `frozen`, `group` or `instance`; of what it normalises
+# `batch`, `frozen`, `group` or `instance`; of what it normalizes
 def norm_layer(kind: str, channels: int) -> nn.Module:
-    "A new normalisation."
+    "A new normalization."
     if kind not in _norms: raise CTError(f'norm={kind}', 'unknown', f'Give {", ".join(_norms)}')
     return _norms[kind](channels)
 
-# %% ../nbs/10_encoder.ipynb #9d01fe02
+# %% ../nbs/10_encoder.ipynb #6ce2401d
 def _change_norm(body: nn.Module, kind: str) -> nn.Module: # `body`, changed in place; see `_norms`
-    "Put another normalisation in the place of each BatchNorm."
+    "Put another normalization in the place of each BatchNorm."
     for parent in [*body.modules()] if kind != 'batch' else []:
         for name, old in parent.named_children():
             if not isinstance(old, nn.BatchNorm3d): continue
@@ -264,6 +262,20 @@ _plain_names = re.compile(r'collections OrderedDict|torch._utils _rebuild_(tenso
                           r'|torch \w+Storage')
 
 # %% ../nbs/10_encoder.ipynb #c928f030
+def _read_pth(path: Path, remedy: str): # of what `torch.save` wrote; for the message; its content
+    "Open a zip file of PyTorch that asks for tensors alone"
+    try:
+        odd = [k for k in _torch_names(path) if not _plain_names.fullmatch(k)]
+        if odd: raise CTError(path, 'holds Python objects, which are never run', remedy)
+        return torch.load(str(path), map_location='cpu', weights_only=True, mmap=True)
+    except BadZipFile:
+        raise CTError(path, 'damaged, or not a file that torch.save writes', remedy) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError,
+            NotImplementedError, pickle.UnpicklingError) as e:
+        if isinstance(e, CTError): raise
+        raise CTError(path, f'damaged ({_one_line(e)})', remedy) from None
+
+# %% ../nbs/10_encoder.ipynb #4178fe06
 # `.safetensors`, or `.pth` as `torch.save` writes a state dict; tensors by name
 def read_weights(path: str | Path) -> dict:
     "The tensors in the file `path`; no code in it is run."
@@ -274,16 +286,7 @@ def read_weights(path: str | Path) -> dict:
                       'Give the path of .safetensors or .pth weights, or pretrained=True')
     if path.suffix == '.safetensors':
         with open_tensors(path, remedy) as f: return {k: f.get_tensor(k) for k in f.keys()}
-    try:
-        odd = [k for k in _torch_names(path) if not _plain_names.fullmatch(k)]
-        if odd: raise CTError(path, 'holds Python objects, which are never run', remedy)
-        state = torch.load(str(path), map_location='cpu', weights_only=True, mmap=True)
-    except BadZipFile:
-        raise CTError(path, 'damaged, or not a file that torch.save writes', remedy) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError,
-            NotImplementedError, pickle.UnpicklingError) as e:
-        if isinstance(e, CTError): raise
-        raise CTError(path, f'damaged ({_one_line(e)})', remedy) from None
+    state = _read_pth(path, remedy)
     if isinstance(state, dict) and all(isinstance(o, Tensor) for o in state.values()): return state
     raise CTError(path, f'holds {type(state).__name__}, not tensors by name',
                   'Save the state dict alone')
@@ -306,7 +309,7 @@ def _load_weights(net: nn.Module, state: dict, source: str, name: str) -> nn.Mod
         net.load_state_dict({**net.state_dict(), **used(state)})
     return net
 
-# %% ../nbs/10_encoder.ipynb #1005c968
+# %% ../nbs/10_encoder.ipynb #93659bb1
 def _encoder_state(state: dict) -> dict: # tensors of an encoder, or of a whole U-Net, by name
     "The encoder's tensors."
     inner = {k.removeprefix('encoder.'): v for k, v in state.items() if k.startswith('encoder.')}
@@ -318,10 +321,8 @@ def _weights_width(state: dict) -> int:
     return next((v.shape[1] for k, v in state.items()
                  if k.startswith('layer1.0.conv1.0') and v.ndim == 5), 64)
 
-# %% ../nbs/10_encoder.ipynb #aa72e16e
-def encoder_info(
-    path: str | Path, # of weights
-) -> dict: # `encoder`, `width`, `norm`, …; empty for weights of another origin
+# of weights; `encoder`, `width`, `norm`, …, empty for weights of another origin
+def encoder_info(path: str | Path) -> dict:
     "What covid3d wrote beside the weights of a U-Net, of its encoder."
     if Path(path).suffix != '.safetensors': return {}
     with open_tensors(path, 'Copy the file again') as f: about = f.metadata() or {}
@@ -332,20 +333,21 @@ def encoder_info(
                       'Copy the file again, or train again')
     return info
 
+# %% ../nbs/10_encoder.ipynb #5102abf5
 def _is_info(key: str, value) -> bool: # of what is written beside an encoder
     "Whether the entries that decide something are of their kind."
     return {'norm': value is None or value in list(_norms),
             'width': value is None or isinstance(value, int) and 0 <= value <= 512,
             'encoder': isinstance(value, str) and len(value) < 40}.get(key, True)
 
-# %% ../nbs/10_encoder.ipynb #e2a67255
+# %% ../nbs/10_encoder.ipynb #1005c968
 def _load(arch, state, source, width, norm):
     "An encoder with the weights `state`, compared before with one that takes no memory"
     with torch.device('meta'): _filled(arch, state, source, width, norm)
     return _filled(arch, state, source, width, norm)
 
 def _filled(arch, state, source, width, norm):
-    "An encoder with weights in colour, in grey, or in grey with the statistics of each sample"
+    "An encoder with weights in color, in grey, or in grey with the statistics of each sample"
     net, weights = _video_net(arch, width), _kinetics(arch)
     name = f'{arch.__name__} of width {width}'
     if not any(k.endswith('.shift') for k in state):

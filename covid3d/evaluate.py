@@ -152,15 +152,16 @@ class Journal:
         if picture and self.extremes.n: picture.case = case.name; self.extremes.add(picture)
         return row|dict(case=case.name, patient=case.patient or case.name)
 
-    def add(self, row, ct, mask):
-        "Write a row, with its picture if that is one of the extremes"
-        s = next((o for o in self.extremes.kept if o.case==row['case']), None)
-        line = dict(key=_pair_digest(ct, mask), row=to_json(row), picture=s and _pack(s))
-        try: append(self.path, json.dumps(line, allow_nan=False).encode()+b'\n')
-        except OSError as e: raise _Unkept(self.path, f'cannot be written ({e.strerror or e})',
-            'Make room, and give the same command again: it resumes') from None
+# %% ../nbs/22_evaluate.ipynb #f82611f7
+@patch
+def add(self: Journal, row, ct, mask):
+    "Write a row, with its picture if that is one of the extremes"
+    s = next((o for o in self.extremes.kept if o.case==row['case']), None)
+    line = dict(key=_pair_digest(ct, mask), row=to_json(row), picture=s and _pack(s))
+    try: append(self.path, json.dumps(line, allow_nan=False).encode()+b'\n')
+    except OSError as e: raise _Unkept(self.path, f'cannot be written ({e.strerror or e})',
+        'Make room, and give the same command again: it resumes') from None
 
-# %% ../nbs/22_evaluate.ipynb #985494e1
 @patch
 def begin(self: Journal, names, overwrite: bool = False) -> bool: # Whether it resumes
     "Read the rows of a run that was interrupted, or begin; `names` are those of the cases"
@@ -198,7 +199,7 @@ def seen_note(
         'cross-validation, its own report scores each case with the network that did not see it.'
         ) if known else ''
 
-# %% ../nbs/22_evaluate.ipynb #acbb0c12
+# %% ../nbs/22_evaluate.ipynb #5b225bb4
 def _checked(segmenter, cases, klass) -> str:
     "Print the warnings of the check; which cases the weights know"
     reports = check_cases(cases, (klass,))
@@ -209,7 +210,13 @@ def _checked(segmenter, cases, klass) -> str:
     for o in [*warnings, *[f'warning: {note}']*bool(note and known)]: print(o, file=sys.stderr)
     return note
 
-# %% ../nbs/22_evaluate.ipynb #213286d0
+def _begin(mine, j, cases, overwrite):
+    "List the journal among the files of the report, and begin or resume it"
+    mine.require(overwrite or j.path.exists())
+    mine.add('scores.jsonl')
+    j.begin([c.name for c in cases], overwrite)
+
+# %% ../nbs/22_evaluate.ipynb #0f84a050
 def evaluate_cases(
     segmenter: Segmenter,     # Network and settings to score
     cases,                    # `Case`s, each with a mask of the class
@@ -227,11 +234,9 @@ def evaluate_cases(
     settings = segmenter.settings|dict(weights=segmenter.digest, tolerance=tolerance)
     settings['class'] = klass
     refuse_inputs(out, [*inputs, *(p for c in cases for p in (c.ct, *c.masks.values()))])
-    mine,j = report_outputs(out),Journal(out/'scores.jsonl', settings, keep)
+    j = Journal(out/'scores.jsonl', settings, keep)
     with locked(out, folder=True):
-        mine.require(overwrite or j.path.exists())
-        mine.add('scores.jsonl')
-        j.begin([c.name for c in cases], overwrite)
+        _begin(report_outputs(out), j, cases, overwrite)
         notes = [class_note(segmenter.spec, klass)]
         if check: notes.append(_checked(segmenter, cases, klass))
         df = score_cases(segmenter, cases, tolerance, keep, klass, j)

@@ -29,7 +29,7 @@ from .weights import (Mirrored, load_all, mean_logit, network_digest, read_domai
 def window_starts(
     n: int,             # Voxels on the axis
     p: int,             # Window
-    overlap: float = .5 # Share of a window that the next one covers again, 0…<1
+    overlap: float = .5 # Fraction of a window that the next one covers again, 0…<1
 ) -> list: # First voxel of each window
     "Where the windows start on an axis"
     if not 0<=overlap<1:
@@ -51,6 +51,24 @@ def _at_once(patch, windows=4) -> int:
     "How many windows are computed at a time: `windows`, fewer where they are large"
     return max(1, min(windows, 2**22//math.prod(patch)))
 
+def _all_starts(size, patch, overlap) -> list:
+    "The first voxel of each window, (slice, row, column); below 0 where the scan is smaller"
+    starts = [window_starts(n, p, overlap) for n,p in zip(size, patch)]
+    if (n := math.prod(map(len, starts)))>2**20:
+        raise CTError('overlap', f'{n} windows would have to be computed',
+                      'Give a smaller overlap, or weights of a coarser spacing')
+    return list(product(*starts))
+
+def _answers(model, x, starts, patch) -> torch.Tensor:
+    "Logits of a group of windows"
+    with torch.autocast(x.device.type, enabled=x.device.type=='cuda'):
+        logits = model(torch.stack([crop(x, start, patch) for start in starts])).float()
+    if not torch.isfinite(logits).all():
+        raise CTError('logits', 'the network answers with NaN or infinite logits',
+                      'Train again, or use other weights')
+    return logits
+
+# %% ../nbs/15_inference.ipynb #e2d148d5
 def sliding_window(
     model,              # (batch, 1, slice, row, column) → logits (batch, class, slice, row, column)
     x: torch.Tensor,     # Prepared scan, (1, slice, row, column)
@@ -60,22 +78,13 @@ def sliding_window(
     windows: int = 4     # At a time, at most
 ) -> torch.Tensor: # Probabilities, (class, slice, row, column)
     "Probabilities for a whole scan"
-    size,total = x.shape[1:],None
-    starts = [window_starts(n, p, overlap) for n,p in zip(size, patch)]
-    if (n := math.prod(map(len, starts)))>2**20:
-        raise CTError('overlap', f'{n} windows would have to be computed',
-                      'Give a smaller overlap, or weights of a coarser spacing')
-    off,w = [-min(0, o[0]) for o in starts],blend_weights(patch).to(x.device)
-    seen = x.new_zeros([max(n, p) for n,p in zip(size, patch)])
-    starts = list(product(*starts))
+    size,starts,w = x.shape[1:],_all_starts(x.shape[1:], patch, overlap),blend_weights(patch)
+    off,w = [-min(0, o) for o in starts[0]],w.to(x.device)
+    seen,total = x.new_zeros([max(n, p) for n,p in zip(size, patch)]),None
     n = -(-len(starts)//_at_once(patch, windows))
     groups = [starts[i::n] for i in range(n)]
     for group in track(groups, 'segmenting') if bar else groups:
-        with torch.autocast(x.device.type, enabled=x.device.type=='cuda'):
-            logits = model(torch.stack([crop(x, start, patch) for start in group])).float()
-        if not torch.isfinite(logits).all():
-            raise CTError('logits', 'the network answers with NaN or infinite logits',
-                          'Train again, or use other weights')
+        logits = _answers(model, x, group, patch)
         if total is None: total = seen.new_zeros(logits.shape[1], *seen.shape)
         for start,prob in zip(group, logits.sigmoid()):
             at = tuple(slice(s+o, s+o+p) for s,o,p in zip(start, off, patch))
@@ -91,7 +100,6 @@ def out_of_memory(
     told = any(o in str(e) for o in ('out of memory','allocate memory'))
     return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and told
 
-# %% ../nbs/15_inference.ipynb #dc15e8e7
 def _check_scan(name, ct, spec, device, full):
     "`CTError` where too little memory is left for a scan and `full` bytes for each of its voxels"
     arrays = 2+2*len(spec.classes) if device.type=='cpu' else 2  # float32, of the resampled scan
@@ -211,14 +219,14 @@ def as_volume(
     remedy = 'Give a Volume, a Case, or the path of a NIfTI file or a DICOM folder'
     raise CTError('scan', f'an object of type {type(scan).__name__} is no scan', remedy)
 
-# %% ../nbs/15_inference.ipynb #86e06c7e
+# %% ../nbs/15_inference.ipynb #c6bd5035
 @dataclass(frozen=True, eq=False, repr=False)
 class Segmentation:
     "The masks of one scan, on the scan's own grid"
-    ct: Volume                      # The scan, in HU
-    masks: dict                     # Class → uint8 mask, canonical axes, shape of `ct`
-    segmenter: object = None        # The `Segmenter` that made them
-    kept: dict = None               # Class → float32 probabilities, if the segmenter keeps them
+    ct: Volume                # The scan, in HU
+    masks: dict               # Class → uint8 mask, canonical axes, shape of `ct`
+    segmenter: object = None  # The `Segmenter` that made them
+    kept: dict = None         # Class → float32 probabilities, if the segmenter keeps them
     # How far the scan is from the training scans (`Domain.distance`), from 1 on out of the domain;
     # NaN where the weights do not tell
     distance: float = math.nan
@@ -227,20 +235,9 @@ class Segmentation:
     answers: tuple = ()
 
     @property
-    def disagreement(self) -> float:
-        "How far the answers for the first class are apart: mean of 1 − Dice over pairs; or NaN"
-        masks = [next(iter(o.values()))>0 for o in self.answers[1:]]
-        pairs = [(2*(a&b).sum(),a.sum()+b.sum()) for a,b in combinations(masks, 2)]
-        return float(np.mean([1-a/b for a,b in pairs if b] or np.nan))
-    @property
     def ml(self) -> dict:
         "Class → volume of its mask in ml"
         return {k:np.count_nonzero(m)*self.ct.ml_per_voxel for k,m in self.masks.items()}
-    @property
-    def notes(self) -> tuple:
-        "What is to be known about the scan, and what speaks against its masks, in words"
-        return (*self.ct.notes, *(f'warning: {o}' for o in _doubts(self)))
-
     def __repr__(self):
         volumes = ', '.join(f'{k} {v:.1f} ml' for k,v in self.ml.items())
         return f'{volumes} of a {"×".join(map(str, self.ct.shape))} scan'
@@ -273,6 +270,19 @@ def _doubts(seg) -> list:
                    'look at the scan')
     return out
 
+# %% ../nbs/15_inference.ipynb #c3149a88
+@patch(as_prop=True)
+def disagreement(self: Segmentation) -> float:
+    "How far the answers for the first class are apart: mean of 1 − Dice over pairs; or NaN"
+    masks = [next(iter(o.values()))>0 for o in self.answers[1:]]
+    pairs = [(2*(a&b).sum(),a.sum()+b.sum()) for a,b in combinations(masks, 2)]
+    return float(np.mean([1-a/b for a,b in pairs if b] or np.nan))
+
+@patch(as_prop=True)
+def notes(self: Segmentation) -> tuple:
+    "What is to be known about the scan, and what speaks against its masks, in words"
+    return (*self.ct.notes, *(f'warning: {o}' for o in _doubts(self)))
+
 # %% ../nbs/15_inference.ipynb #2056564a
 @patch
 def show(self: Segmentation,
@@ -294,7 +304,7 @@ def save(self: Segmentation,
         raise CTError(path, f'there is no mask of class {klass!r}', remedy)
     save_mask(self.masks[klass], self.ct, path)
 
-# %% ../nbs/15_inference.ipynb #15c871a9
+# %% ../nbs/15_inference.ipynb #347c1e40
 class Segmenter:
     "A network and its settings: call it with a scan, and it answers with a `Segmentation`"
     def __init__(self,
@@ -305,8 +315,7 @@ class Segmenter:
         keep: bool = False,     # Keep the probabilities: 4 bytes per class and voxel of the scan
         mirror: bool = False,   # Average with the answer to the mirror image; takes twice as long
         min_ml: float = 0.,     # Components of a lesion smaller than this are dropped, ml
-        # Drop what lies outside of both lungs, if the network finds both
-        within_lungs: bool = True,
+        within_lungs: bool = True, # Drop what lies outside of both lungs, if both are found
         seen: tuple = (),       # `Seen` of each file of the weights, None where a file does not say
         domain: Domain = None   # What features of the training scans look like, if that is known
     ):
@@ -318,19 +327,25 @@ class Segmenter:
         self.mirror,self.min_ml,self.within_lungs = mirror,min_ml,within_lungs
         self.seen,self.domain,self.origin = tuple(seen),domain,None
 
-    @property
-    def classes(self) -> tuple: return self.spec.classes
-    @property
-    def device(self) -> torch.device: return next(self.model.parameters()).device
-    @property
-    def digest(self) -> str: return network_digest(self.model, self.spec)
-    @property
-    def settings(self) -> dict:
-        "What decides a mask, besides weights and scan"
-        return {k:getattr(self, k) for k in ('overlap','threshold','min_ml','within_lungs')}
-    def __repr__(self):
-        how = f'overlap {self.overlap:g}, threshold {self.threshold:g}, {self.device}'
-        return f'Segmenter of {", ".join(self.classes)} ({how})'
+# %% ../nbs/15_inference.ipynb #fb9755c9
+@patch(as_prop=True)
+def classes(self: Segmenter) -> tuple: return self.spec.classes
+
+@patch(as_prop=True)
+def device(self: Segmenter) -> torch.device: return next(self.model.parameters()).device
+
+@patch(as_prop=True)
+def digest(self: Segmenter) -> str: return network_digest(self.model, self.spec)
+
+@patch(as_prop=True)
+def settings(self: Segmenter) -> dict:
+    "What decides a mask, besides weights and scan"
+    return {k:getattr(self, k) for k in ('overlap','threshold','min_ml','within_lungs')}
+
+@patch
+def __repr__(self: Segmenter):
+    how = f'overlap {self.overlap:g}, threshold {self.threshold:g}, {self.device}'
+    return f'Segmenter of {", ".join(self.classes)} ({how})'
 
 # %% ../nbs/15_inference.ipynb #83fb8c0f
 def _pieces(lungs) -> tuple: # Two masks, larger first; None if there are no two
@@ -395,6 +410,7 @@ def __call__(self: Segmenter,
     far = self.domain.distance(found) if self.domain else math.nan
     return Segmentation(ct, masks, self, kept, far, answers)
 
+# %% ../nbs/15_inference.ipynb #ddb87c0b
 @patch
 def _whole_scan(self: Segmenter, ct, finish, bar, bytes):
     return _whole_scan(self.model, self.spec, ct, self.overlap, bar, finish,
@@ -434,12 +450,12 @@ def load(cls: Segmenter,
     segmenter.origin = [os.path.abspath(p) for p in paths],dict(device=device)|kwargs
     return segmenter
 
-# %% ../nbs/15_inference.ipynb #216935b0
+# %% ../nbs/15_inference.ipynb #398ec91f
 def lungs(
     scan,    # A `Volume`, a `Case`, or the path of a NIfTI file or a DICOM folder
     **kwargs # For `Segmenter.load`: `device`, `mirror`, …
 ) -> Segmentation: # Of `right_lung` and `left_lung`
-    "Both lungs of a chest CT, sick parts included, by the weights that come with covid3d"
+    "Both lungs of a chest CT, diseased parts included, by the weights that come with covid3d"
     seg = Segmenter.load(**kwargs)(scan)
     keep = lambda d: d and {k:d[k] for k in ('right_lung','left_lung')}
     return replace(seg, masks=keep(seg.masks), kept=keep(seg.kept))

@@ -54,8 +54,8 @@ from .metrics import PatchDice, dice
 from .phantom import phantom, write_phantoms
 from .recipe import Recipe, case_digests
 from .show import save_figure, show_slices
-from .transforms import (CTSpec, RandomPatch, TensorCT, TensorMask3d, apply_window,
-                                resample_image, resample_mask, show_patch)
+from .patches import RandomPatch, TensorCT, TensorMask3d, show_patch
+from .transforms import CTSpec, apply_window, resample_image, resample_mask
 from .unet import DynamicUnet3d, param_groups
 from .volume import CTError, Volume, open_ct, open_mask, save_mask, save_volume
 

@@ -25,12 +25,12 @@ def soft_dice(
     mask = mask.to(prob.dtype)
     return (2*(prob*mask).sum(dims)+smooth)/(prob.sum(dims)+mask.sum(dims)+smooth)
 
-# %% ../nbs/12_losses.ipynb #7e924086
+# %% ../nbs/12_losses.ipynb #602c431a
 class SampleLoss(nn.Module):
     "A loss of logits and masks, in float32, a value for each sample"
     y_int = True # fastai's MixUp then blends the losses of two samples, not their masks
     def __init__(self,
-        reduction: str = 'mean' # `mean` of the batch, or `none`: one loss a sample
+        reduction: str = 'mean' # `mean` of the batch, or `none`: one loss for each sample
     ):
         super().__init__()
         self.reduction = reduction
@@ -49,16 +49,17 @@ class SampleLoss(nn.Module):
     def activation(self, logits): return logits.sigmoid()
     def decodes(self, prob): return (prob>=.5).to(torch.uint8)
 
-def cross_entropy(logits, mask) -> torch.Tensor: # (batch,), nats a voxel
+# %% ../nbs/12_losses.ipynb #a76f4e67
+def cross_entropy(logits, mask) -> torch.Tensor: # (batch,), nats per voxel
     "Binary cross-entropy, the mean over a sample"
     return F.binary_cross_entropy_with_logits(logits, mask, reduction='none').flatten(1).mean(1)
 
-# %% ../nbs/12_losses.ipynb #a94d5fb2
+# %% ../nbs/12_losses.ipynb #9f6c0323
 class DiceCELoss(SampleLoss):
     "1 − soft Dice, plus binary cross-entropy, both the mean over samples and classes"
     def __init__(self,
         dice: float = 1.,       # Weight of 1 − Dice
-        ce: float = 1.,         # Weight of the cross-entropy, in nats a voxel
+        ce: float = 1.,         # Weight of the cross-entropy, in nats per voxel
         smooth: float = 1.,     # See `soft_dice`
         reduction: str = 'mean' # See `SampleLoss`
     ):
@@ -68,7 +69,7 @@ class DiceCELoss(SampleLoss):
         dice = 1-soft_dice(logits.sigmoid(), mask, self.smooth).mean(1)
         return self.dice*dice + self.ce*cross_entropy(logits, mask)
 
-# %% ../nbs/12_losses.ipynb #a76f4e67
+# %% ../nbs/12_losses.ipynb #2e535e14
 def _focal(logits, mask, gamma=2., alpha=None) -> torch.Tensor: # (batch,), nats per voxel
     "Focal loss, the mean over a sample"
     z = logits*(2*mask-1)
@@ -76,6 +77,7 @@ def _focal(logits, mask, gamma=2., alpha=None) -> torch.Tensor: # (batch,), nats
     if alpha is not None: loss = loss*(alpha*mask+(1-alpha)*(1-mask))
     return loss.flatten(1).mean(1)
 
+# %% ../nbs/12_losses.ipynb #a2dfcd4b
 class DiceFocalLoss(SampleLoss):
     "1 − soft Dice, plus focal loss"
     def __init__(self,
@@ -120,7 +122,7 @@ class TverskyLoss(SampleLoss):
         loss = 1-(tp+self.smooth)/(tp+self.alpha*fp+self.beta*fn+self.smooth)
         return (loss if self.gamma==1 else loss.clamp_min(1e-6)**(1/self.gamma)).mean(1)
 
-# %% ../nbs/12_losses.ipynb #e7cfd760
+# %% ../nbs/12_losses.ipynb #2e096576
 def _jaccard_steps(
     mask # (rows, voxel), 0 or 1, greatest error first
 ) -> torch.Tensor: # The same shape, sums to 1 or less
@@ -129,11 +131,12 @@ def _jaccard_steps(
     loss = 1-(size-mask.cumsum(1))/(size+(1-mask).cumsum(1))
     return torch.cat([loss[:,:1], loss[:,1:]-loss[:,:-1]], 1)
 
+# %% ../nbs/12_losses.ipynb #91aab3cc
 class LovaszHingeLoss(SampleLoss):
     "Convex surrogate of 1 − Jaccard"
     def __init__(self,
         lovasz: float = 1.,     # Weight of the Lovász hinge
-        ce: float = 0.,         # Weight of the cross-entropy, in nats a voxel
+        ce: float = 0.,         # Weight of the cross-entropy, in nats per voxel
         reduction: str = 'mean' # See `SampleLoss`
     ):
         super().__init__(reduction)

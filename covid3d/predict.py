@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 
-from .cases import Case, bare_cell, safe_cell, told, without_paths
+from .cases import bare_cell, safe_cell, told, without_paths
 from .cohort import page_names, write_cohort
 from .dicom import is_image
 from .dicom_seg import save_seg, seg_colors

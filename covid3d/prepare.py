@@ -1,4 +1,4 @@
-"""Each scan read, resampled and windowed once, and kept so that a random patch costs a fraction of a millisecond
+"""Each scan is read, resampled and windowed once, and kept so that a random patch costs a fraction of a millisecond
 
 Docs: https://covid3d.github.io/covid3d/prepare.html.md"""
 
@@ -24,8 +24,8 @@ from .transforms import CTSpec, ResizeSpec, body_ml, resample_mask, spec_class
 from .volume import (CTError, Scarce, Volume, canonical_affine, scan_digest, stored_bytes,
                             temp_beside, temps_here, unreadable, write_atomic)
 
-# %% ../nbs/08_prepare.ipynb #8d3a5011
-version = 2  # of the layout; a new one makes all prepared cases stale
+# %% ../nbs/08_prepare.ipynb #f05c2165
+version = 2  # of the layout; a new one makes all prepared cases out of date
 
 def _files(path) -> list:
     "A file, or the files of a series"
@@ -141,7 +141,7 @@ def _map(path, dtype, shape) -> np.ndarray:
     except Exception as e:  # NumPy's reader of headers ends in many ways
         raise CTError(path, f'is damaged ({type(e).__name__}: {str(e)[:60]})', _anew) from None
 
-# %% ../nbs/08_prepare.ipynb #c85c6086
+# %% ../nbs/08_prepare.ipynb #889525d6
 def _verify(folder, arrays, info):
     "Refuse arrays that are not what was written, or cannot be right"
     for k,a in arrays.items():
@@ -155,6 +155,7 @@ def _verify(folder, arrays, info):
         if len(a) and not 0<=a.min()<=a.max()<math.prod(info['shape']):
             raise CTError(folder/f'{k}.npy', 'holds positions outside the scan', _anew)
 
+# %% ../nbs/08_prepare.ipynb #5eefe5ad
 def _load(folder, check) -> Prepared:
     "A prepared case; `CTError` if it is not there or damaged"
     f,info = Path(folder),_read_info(folder)
@@ -167,7 +168,6 @@ def _load(folder, check) -> Prepared:
     return Prepared(*(torch.from_numpy(arrays[k]) for k in ('ct','masks')),
                     {k:np.array(arrays[k]) for k in ('lesion','body')}, info)
 
-# %% ../nbs/08_prepare.ipynb #a20485bc
 def open_prepared(
     folder: str|Path,  # Of one case
     check: bool = True # Read it once and compare checksums
@@ -242,7 +242,7 @@ def _put(tmp, target):
     except OSError:
         if not target.exists(): raise  # else somebody was first
 
-# %% ../nbs/08_prepare.ipynb #e99c7da8
+# %% ../nbs/08_prepare.ipynb #dd1c0916
 def located(
     case: Case,   # From `read_cases`
     spec: CTSpec, # Spacing, window and classes
@@ -258,7 +258,6 @@ def located(
         except CTError: pass  # another form, or damaged
     return stamp,Path(out)/f'{case.name}-{fingerprint(case, spec)}' if there else None
 
-# %% ../nbs/08_prepare.ipynb #3c27b59c
 def _restamp(folder, p, stamp):
     "Note the present paths and times of the files a case was made from"
     if p.info['stamp']==stamp or folder.is_symlink(): return p
@@ -300,10 +299,9 @@ class PreparedCase(Case):
         "The prepared form"
         p = _load(self.ct, check)
         odd = [k for k,v in spec.form.items() if p.info.get(k)!=v] if spec else []
-        if odd:
-            raise CTError(self.name,
-                          f'was prepared with another {odd[0]}, and the scan is not at hand',
-                          'Leave it out, or prepare the scans anew')
+        if odd: raise CTError(self.name,
+            f'was prepared with another {odd[0]}, and the scan is not at hand',
+            'Leave it out, or prepare the scans anew')
         return p
     def open_ct(self) -> Volume:
         p = self.load(); low,high = p.info['window']

@@ -109,29 +109,16 @@ def mean_interval(
     "95 % interval of a mean over cases, resampled over patients"
     return ratio_interval(*per_patient(who, x, np.ones(len(x))), bounds, **kwargs)
 
-# %% ../nbs/20_statistics.ipynb #71778405
+# %% ../nbs/20_statistics.ipynb #8ed79b56
 fractions = ('dice','pooled_dice','jaccard','precision','recall','specificity','nsd',
              'lesion_precision','lesion_recall','lesion_f1')
 
 def _quantiles(x, q=(.5,.25,.75)) -> np.ndarray:
-    "Quantiles, linear between neighbours, with infinities where they belong"
+    "Quantiles, linear between neighbors, with infinities where they belong"
     if not len(x): return np.full(len(q), np.nan)
     lo,hi = (np.quantile(x, q, method=m) for m in ('lower','higher'))
     with np.errstate(invalid='ignore'):
         return np.where(lo==hi, lo, np.where(np.isinf(hi), hi, np.quantile(x, q)))
-
-# %% ../nbs/20_statistics.ipynb #920ddb6d
-def summarise(
-    df: pd.DataFrame # From `score_table` or `read_scores`
-) -> pd.DataFrame: # A line a score: n, patients, infinite, mean, sd, median, q1, q3, low, high
-    "Mean ± sd, median, quartiles and the 95 % interval of the mean over patients"
-    df = df[(df.error=='') & (df['empty']!='both')]
-    lines = dict(dice=None, pooled_dice=_pooled(df))
-    for k in (*score_names,'reference_ml','predicted_ml'):
-        v = df[df[k].notna()]
-        lines[k] = _line(v[k].to_numpy(float), v.patient, k)
-    t = pd.DataFrame(lines).T.astype(float)
-    return t.astype(dict(n=int, patients=int, infinite=int)).rename_axis('score')
 
 # %% ../nbs/20_statistics.ipynb #3851665b
 def _bounds(score):
@@ -155,6 +142,19 @@ def _pooled(df) -> dict:
     low,high = ratio_interval(top, bottom, (0,1))
     return dict(n=len(df), patients=len(top), infinite=0, low=low, high=high,
                 mean=_ratio(top, bottom) if len(top) else math.nan)
+
+# %% ../nbs/20_statistics.ipynb #920ddb6d
+def summarise(
+    df: pd.DataFrame # From `score_table` or `read_scores`
+) -> pd.DataFrame: # A line a score: n, patients, infinite, mean, sd, median, q1, q3, low, high
+    "Mean ± sd, median, quartiles and the 95 % interval of the mean over patients"
+    df = df[(df.error=='') & (df['empty']!='both')]
+    lines = dict(dice=None, pooled_dice=_pooled(df))
+    for k in (*score_names,'reference_ml','predicted_ml'):
+        v = df[df[k].notna()]
+        lines[k] = _line(v[k].to_numpy(float), v.patient, k)
+    t = pd.DataFrame(lines).T.astype(float)
+    return t.astype(dict(n=int, patients=int, infinite=int)).rename_axis('score')
 
 # %% ../nbs/20_statistics.ipynb #0d74626a
 def fmt(x, score: str = 'dice', sign: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""A 3D U-Net that grows its decoder from the sizes it finds in the encoder
+"""A 3D U-Net that builds its decoder from the sizes it finds in the encoder
 
 Docs: https://covid3d.github.io/covid3d/unet.html.md"""
 
@@ -37,7 +37,7 @@ def stage_sizes(
             found.append(_Stage(name, x.shape[1], tuple(x.shape[2:])))
     return found
 
-# %% ../nbs/11_unet.ipynb #03c4a42c
+# %% ../nbs/11_unet.ipynb #7b0945ad
 def _size_levels(stages: list, stem_skip: bool = True) -> list: # of lists of `_Stage`
     "Group `stages` by the size of what comes out, fine → coarse; `stem_skip` keeps the first one."
     levels = [list(group) for _, group in groupby(stages, key=lambda s: s.size)]
@@ -46,16 +46,34 @@ def _size_levels(stages: list, stem_skip: bool = True) -> list: # of lists of `_
     stem, *others = levels[0]
     return levels if stem_skip or not others else [others, *levels[1:]]
 
-# %% ../nbs/11_unet.ipynb #61faa808
+# lists of `_Stage`, fine → coarse, the deepest included; see `DynamicUnet3d`
+def _level_widths(levels: list, decoder: int | tuple | None = None) -> list:
+    "The number of channels of each decoder level, coarse → fine."
+    skips = levels[-2::-1]
+    if decoder is None: return [max(4, level[-1].channels // 2) for level in skips]
+    widths = decoder
+    if isinstance(decoder, int): widths = [decoder * 2**i for i in range(len(skips))][::-1]
+    if len(widths) == len(skips) and all(isinstance(n, int) and n > 0 for n in widths):
+        return list(widths)
+    raise CTError(f'decoder={decoder}', f'does not fit {len(skips)} decoder levels',
+                  f'Give {len(skips)} numbers of channels, coarse to fine, or one')
+
+# %% ../nbs/11_unet.ipynb #d57bf706
 # channels in; channels out; see `norm_layer`
 def _conv_norm_relu(ni: int, nf: int, norm: str = 'group') -> nn.Sequential:
-    "3×3×3 convolution, normalisation, ReLU."
+    "3×3×3 convolution, normalization, ReLU."
     return nn.Sequential(nn.Conv3d(ni, nf, 3, padding=1, bias=False), norm_layer(norm, nf),
                          nn.ReLU(inplace=True))
 
-def _init_he(m: nn.Module): # any layer; a convolution is initialised
-    "He initialisation, which keeps the variance through convolution and ReLU."
+def _init_he(m: nn.Module): # any layer; a convolution is initialized
+    "He initialization, which keeps the variance through convolution and ReLU."
     if isinstance(m, nn.Conv3d): nn.init.kaiming_normal_(m.weight, nonlinearity='relu')
+
+# (batch, channel, slice, row, column); new (slice, row, column)
+def _resize(x: Tensor, size: tuple) -> Tensor:
+    "Trilinear interpolation of features or logits to `size`, each axis by its own factor."
+    return x if x.shape[2:] == tuple(size) else F.interpolate(x, size=tuple(size), mode='trilinear',
+                                                              align_corners=False)
 
 # %% ../nbs/11_unet.ipynb #76ce116d
 class _Pointwise3d(nn.Conv3d):
@@ -68,14 +86,7 @@ class _Pointwise3d(nn.Conv3d):
             return super().forward(x)
         return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
-# %% ../nbs/11_unet.ipynb #2adec3e1
-# (batch, channel, slice, row, column); new (slice, row, column)
-def _resize(x: Tensor, size: tuple) -> Tensor:
-    "Trilinear interpolation of features or logits to `size`, each axis by its own factor."
-    return x if x.shape[2:] == tuple(size) else F.interpolate(x, size=tuple(size), mode='trilinear',
-                                                              align_corners=False)
-
-# %% ../nbs/11_unet.ipynb #0092b952
+# %% ../nbs/11_unet.ipynb #19fb3293
 # (batch, channel·factor product, slice, row, column); (batch, channel, …), each axis longer
 def _shuffle3d(x: Tensor, factor: tuple) -> Tensor:
     "Deal channels out to a grid that is finer by `factor` (slice, row, column): 3D pixel shuffle."
@@ -83,7 +94,6 @@ def _shuffle3d(x: Tensor, factor: tuple) -> Tensor:
     x = x.view(n, c // math.prod(factor), *factor, *size).permute(0, 1, 5, 2, 6, 3, 7, 4)
     return x.reshape(n, -1, *(s * f for s, f in zip(size, factor)))
 
-# %% ../nbs/11_unet.ipynb #3a5e0d93
 # of a convolution; fine voxels to a coarse one; axis on which they follow each other
 def _icnr(weight: Tensor, n: int, axis: int = 0) -> Tensor:
     "He weights, the same for each fine voxel of a coarse one: ICNR."
@@ -107,6 +117,7 @@ class _Upsample(nn.Module):
         if up == 'transposed':
             one = nn.init.kaiming_normal_(torch.empty(nf, ni, 1, 1, 1))
             w.copy_(one.transpose(0, 1).expand_as(w))
+
     # (batch, ni, …); the fine (slice, row, column); (batch, nf, …)
     def forward(self, x: Tensor, size: tuple) -> Tensor:
         x = self.conv(x)
@@ -130,20 +141,7 @@ class _DecoderLevel(nn.Module):
         x, pairs = self.reduce(x, skips[-1].shape[2:]), zip(self.laterals, skips, strict=True)
         return self.join(torch.cat([x, *(lateral(skip) for lateral, skip in pairs)], 1))
 
-# %% ../nbs/11_unet.ipynb #cf8e7126
-# lists of `_Stage`, fine → coarse, the deepest included; see `DynamicUnet3d`
-def _level_widths(levels: list, decoder: int | tuple | None = None) -> list:
-    "The number of channels of each decoder level, coarse → fine."
-    skips = levels[-2::-1]
-    if decoder is None: return [max(4, level[-1].channels // 2) for level in skips]
-    widths = decoder
-    if isinstance(decoder, int): widths = [decoder * 2**i for i in range(len(skips))][::-1]
-    if len(widths) == len(skips) and all(isinstance(n, int) and n > 0 for n in widths):
-        return list(widths)
-    raise CTError(f'decoder={decoder}', f'does not fit {len(skips)} decoder levels',
-                  f'Give {len(skips)} numbers of channels, coarse to fine, or one')
-
-# %% ../nbs/11_unet.ipynb #6a3de5be
+# %% ../nbs/11_unet.ipynb #ba828090
 # names, such as ['lesion', 'lung']; the same, as a new list
 def _check_classes(classes: list) -> list:
     "The names of the classes, if they are names and differ."
@@ -153,7 +151,6 @@ def _check_classes(classes: list) -> list:
     raise CTError(f'classes={classes!r}', 'not a list of different names',
                   "Give one name for each channel of logits, e.g. ['lesion']")
 
-# %% ../nbs/11_unet.ipynb #35e00a4b
 # channels in; number of classes; expected probability at the start, in (0, 1)
 def _logit_conv(ni: int, n: int, prior: float = .05) -> nn.Conv3d:
     "The last convolution, whose logits scatter around that of `prior` at the start."
@@ -193,13 +190,6 @@ class Attention3d(nn.Module):
         y = F.scaled_dot_product_attention(q, k, self.v(x).flatten(2).transpose(1, 2))
         return x + self.share * y.transpose(1, 2).reshape(x.shape)
 
-# %% ../nbs/11_unet.ipynb #d4a88b2b
-def _check_batch(x: Tensor): # meant to be (batch, 1, slice, row, column)
-    "Refuse what the network cannot read."
-    if x.ndim != 5 or x.shape[1] != 1 or min(x.shape) == 0:
-        raise CTError('input', f'has shape {tuple(x.shape)}',
-                      'Give a batch (batch, 1, slice, row, column) with voxels along each axis')
-
 # %% ../nbs/11_unet.ipynb #41456a65
 @contextmanager
 def keep_bn_stats(module: nn.Module): # whose BatchNorm shall keep its running statistics
@@ -217,13 +207,12 @@ def checkpointed(piece: nn.Module, *args): # a part of a network; what it is cal
     return checkpoint(piece, *args, use_reentrant=False,
                       context_fn=lambda: (nullcontext(), keep_bn_stats(piece)))
 
-# %% ../nbs/11_unet.ipynb #197d1692
+# %% ../nbs/11_unet.ipynb #af84cd1d
 def _pieces(stage: nn.Module) -> list: # an encoder's stage; modules to call one after another
     "The residual blocks of `stage`, or `stage` itself where it has no such parts."
     blocks = list(stage.children()) if isinstance(stage, nn.Sequential) else []
     return blocks if blocks and all(list(b.children()) for b in blocks) else [stage]
 
-# %% ../nbs/11_unet.ipynb #c3447c71
 def _decoder_levels(levels: list, widths: list, coarse: _Stage, up: str, norm: str) -> dict:
     "A level for each size of the encoder, coarse → fine, by the name of its skip"
     found = {}
@@ -234,7 +223,13 @@ def _decoder_levels(levels: list, widths: list, coarse: _Stage, up: str, norm: s
         coarse = _Stage(level[-1].name, width, level[-1].size)
     return found
 
-# %% ../nbs/11_unet.ipynb #e5ea9074
+def _check_batch(x: Tensor): # meant to be (batch, 1, slice, row, column)
+    "Refuse what the network cannot read."
+    if x.ndim != 5 or x.shape[1] != 1 or min(x.shape) == 0:
+        raise CTError('input', f'has shape {tuple(x.shape)}',
+                      'Give a batch (batch, 1, slice, row, column) with voxels along each axis')
+
+# %% ../nbs/11_unet.ipynb #f1e803ce
 class DynamicUnet3d(nn.Module):
     "A U-Net around `encoder`: volumes (batch, 1, slice, row, column) to logits (batch, class, …)."
     def __init__(self,
@@ -244,7 +239,7 @@ class DynamicUnet3d(nn.Module):
         stem_skip: bool = True, # the stem is a skip, besides stage 1
         input_skip: bool = False, # so is the input, at full resolution
         up: str = 'transposed', # upsampling: `trilinear`, `transposed` or `shuffle`
-        decoder_norm: str = 'group', # normalisation: `group`, `instance` or `batch`
+        decoder_norm: str = 'group', # normalization: `group`, `instance` or `batch`
         attention: bool = False, # self-attention at the coarsest grid
         prior: float = .05, # expected probability at the start, in (0, 1)
         size: tuple = (64, 64, 64), # (slice, row, column) to probe with; any other will do later

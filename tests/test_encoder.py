@@ -10,7 +10,9 @@ from torch import nn
 from torchvision.models.video import mc3_18, r2plus1d_18, r3d_18
 from torchvision.transforms._presets import VideoClassification
 from urllib.error import URLError
-from covid3d.encoder import GreyConv3d, encoder3d, _grey_trunk, _kinetics, read_weights, _trunk, _video_net
+import covid3d.encoder
+from covid3d.encoder import (GreyConv3d, build_of, _change_norm, encoder3d, encoder_info, _encoder_state, _find_arch, _grey_trunk, group_norm, _kinetics, _load_weights, _narrow_resnet, _narrowed,
+    norm_layer, open_tensors, read_weights, _trunk, _video_net, _weights_width)
 from covid3d.volume import CTError
 
 archs = pytest.mark.parametrize('arch', [r3d_18, mc3_18, r2plus1d_18], ids=lambda arch: arch.__name__)
@@ -122,7 +124,7 @@ def test_a_traced_encoder_reads_other_sizes():
 @pytest.mark.parametrize('conv', [nn.Conv3d(3, 4, 3), nn.Conv3d(1, 4, 3, bias=False), nn.Conv3d(3, 3, 3, bias=False, groups=3),
                                   nn.Conv3d(3, 4, 3, padding=1, bias=False, padding_mode='replicate')])
 def test_not_a_stem(conv):
-    with pytest.raises(CTError, match='no stem of 3 colours'): GreyConv3d(conv, [.4] * 3, [.2] * 3)
+    with pytest.raises(CTError, match='no stem of 3 colors'): GreyConv3d(conv, [.4] * 3, [.2] * 3)
 
 
 @archs
@@ -133,7 +135,7 @@ def test_width_64_is_torchvision(arch):
 
 @archs
 @pytest.mark.parametrize('width', [4, 8, 24])
-def test_slim_encoders_run(arch, width):
+def test_narrow_encoders_run(arch, width):
     with torch.no_grad(): out = stages(encoder3d(arch, False, width).eval(), torch.rand(1, 1, 9, 33, 32))
     assert [o.shape[1] for o in out] == [width, width, 2 * width, 4 * width, 8 * width]
     assert all(o.isfinite().all() for o in out)
@@ -144,7 +146,7 @@ def test_unknown_architecture(arch):
 
 @archs
 def test_random_weights_are_he_scaled(arch):
-    "Random initialisation goes through the colour stem, so its statistics are torchvision's"
+    "Random initialization goes through the color stem, so its statistics are torchvision's"
     weight = next(_video_net(arch, 64).stem.children()).weight
     fan_out = weight[:, 0].numel()
     assert abs(weight.var().item() * fan_out / 2 - 1) < .1
@@ -260,3 +262,98 @@ def test_old_files_without_counters_and_with_a_classifier(tmp_path):
     got = encoder3d(r3d_18, tmp_path/'w.safetensors', width=8).state_dict()
     for k, v in _trunk(net).state_dict().items():
         if not k.startswith('stem.0'): assert torch.equal(got[k], v)
+
+
+def test_the_address_of_the_weights():
+    assert _kinetics(r3d_18).url == 'https://download.pytorch.org/models/r3d_18-b3b3357e.pth'
+
+def test_architectures_by_name_and_function():
+    assert _find_arch('mc3_18') is mc3_18
+    for o in (covid3d.encoder.r2plus1d_18, r2plus1d_18): assert _find_arch(o) is r2plus1d_18
+    for bad in ('resnet18', 'r3d18'):
+        with pytest.raises(CTError, match=f'arch={bad}: no video ResNet of torchvision. Give r3d_18, mc3_18 or r2plus1d_18'): _find_arch(bad)
+
+@archs
+def test_a_narrow_network_of_width_64_has_the_shapes_of_torchvision(arch):
+    shapes = lambda net: {k: tuple(v.shape) for k, v in _trunk(net).state_dict().items()}
+    with torch.device('meta'):
+        assert shapes(_narrow_resnet()(arch(), 64)) == shapes(arch())
+        assert [name for name, _ in _trunk(arch()).named_children()] == ['stem', 'layer1', 'layer2', 'layer3', 'layer4']
+    assert _narrowed(nn.BatchNorm3d(45), 1/8).num_features == 5
+
+
+# Normalization
+
+def test_group_norm_by_hand():
+    "Up to 8 groups of 4 channels or more; each group of a sample has mean 0 and variance 1"
+    assert [group_norm(n).num_groups for n in (4, 8, 9, 12, 24, 32, 128)] == [1, 2, 1, 1, 2, 8, 8]
+    x, norm = torch.randn(2, 32, 4, 5, 6), group_norm(32).requires_grad_(False)
+    per_group = norm(x).view(2, 8, -1)
+    assert torch.allclose(norm(x)[:1], norm(x[:1]), atol=1e-5)
+    assert per_group.mean(2).abs().max() < 1e-5 and (per_group.var(2, unbiased=False) - 1).abs().max() < 1e-3
+
+def test_instance_norm_is_that_of_pytorch_and_takes_a_single_voxel():
+    x = torch.randn(2, 32, 4, 5, 6)
+    assert torch.allclose(norm_layer('instance', 32)(x), nn.InstanceNorm3d(32)(x), atol=1e-5)
+    assert norm_layer('instance', 4)(torch.rand(1, 4, 1, 1, 1)).abs().max() < 1e-4
+    with pytest.raises(CTError, match='Give batch, frozen, group, instance'): norm_layer('layer', 4)
+
+@pytest.mark.parametrize('kind', ['frozen', 'group', 'instance'])
+def test_a_changed_norm_keeps_samples_apart(kind):
+    "No neighbor changes a sample; frozen statistics train as they evaluate; the scale is taken along"
+    x, want = torch.rand(2, 3, 8, 16, 16), unsettled(_trunk(_video_net(r3d_18, 8)))
+    body = _change_norm(deepcopy(want), kind).train()
+    with torch.no_grad():
+        assert torch.allclose(body(x), torch.cat([body(x[:1]), body(x[1:])]), atol=1e-4)
+        if kind == 'frozen': assert torch.allclose(body(x), want.eval()(x), atol=1e-4)
+    assert torch.equal(body.layer1[0].conv1[1].weight, want.layer1[0].conv1[1].weight)
+
+@archs
+@pytest.mark.parametrize('norm', ['batch', 'frozen', 'group', 'instance'])
+def test_build_of_tells_how_it_was_built(arch, norm): assert build_of(encoder3d(arch, False, 8, norm)) == dict(width=8, norm=norm)
+
+
+# What a file holds
+
+def test_older_formats_of_torch_are_refused(tmp_path):
+    torch.save({'a': torch.zeros(3)}, tmp_path/'w.pth', _use_new_zipfile_serialization=False)
+    with pytest.raises(CTError, match='not a file that torch.save writes'): read_weights(tmp_path/'w.pth')
+    torch.save({'a': print}, tmp_path/'w.pth')
+    with pytest.raises(CTError, match='w.pth: holds Python objects, which are never run'): read_weights(tmp_path/'w.pth')
+
+def test_tensors_too_many_and_too_few_are_named():
+    small = _trunk(_video_net(r3d_18, 8))
+    state = {k: torch.rand_like(v) for k, v in small.state_dict().items() if v.is_floating_point()}
+    _load_weights(small, {**state, 'fc.bias': torch.zeros(5)}, 'own.pth', 'r3d_18')
+    assert all(torch.equal(small.state_dict()[k], v) for k, v in state.items())
+    for bad, words in (({**state, 'more': torch.zeros(2)}, r'more is \(2,\), r3d_18 needs none'), ({}, 'stem.0.weight is missing')):
+        with pytest.raises(CTError, match=words): _load_weights(small, bad, 'own.pth', 'r3d_18')
+
+@archs
+def test_the_width_is_read_from_the_weights(arch):
+    assert _weights_width(_video_net(arch, 24).state_dict()) == 24
+    assert _encoder_state({'encoder.stem': 1, 'head': 2}) == {'stem': 1}
+
+def test_what_is_written_beside_an_encoder(tmp_path):
+    def save(about): save_file(dict(x=torch.ones(1)), tmp_path/'u.safetensors', about)
+    save(dict(covid3d='{"net": {"norm": "instance"}}'))
+    assert encoder_info(tmp_path/'u.safetensors') == dict(norm='instance')
+    save(None)
+    assert encoder_info(tmp_path/'u.safetensors') == {}
+    for odd in ('{"net": {"norm": ["x"]}}', '{"net": {"width": 1e9}}', '[]', '[' * 10**5):
+        save(dict(covid3d=odd))
+        with pytest.raises(CTError, match='cannot be read'): encoder_info(tmp_path/'u.safetensors')
+
+def test_weights_with_another_norm(tmp_path):
+    "Frozen statistics come from the file; an encoder without BatchNorm needs group or instance"
+    net, x = unsettled(_video_net(r3d_18, 8)), torch.rand(1, 1, 16, 20, 20)
+    torch.save(net.state_dict(), tmp_path/'color.pth')
+    with torch.no_grad(): assert torch.equal(encoder3d('r3d_18', tmp_path/'color.pth', norm='frozen').train()(x), _grey_trunk(net, _kinetics(r3d_18)).eval()(x))
+    narrow = encoder3d(r3d_18, False, 8, 'instance')
+    save_file({f'encoder.{k}': v for k, v in narrow.state_dict().items()}, tmp_path/'unet.safetensors')
+    with torch.no_grad(): assert torch.equal(encoder3d(r3d_18, tmp_path/'unet.safetensors', norm='instance')(x), narrow(x))
+    with pytest.raises(CTError, match='Use norm=group or norm=instance'): encoder3d(r3d_18, tmp_path/'unet.safetensors')
+
+def test_open_tensors_reads_the_header_alone(tmp_path):
+    save_file({'a': torch.arange(3.)}, tmp_path/'w.safetensors')
+    with open_tensors(tmp_path/'w.safetensors', 'Copy it again') as f: assert (f.keys(), f.get_slice('a').get_shape(), f.get_slice('a').get_dtype()) == (['a'], [3], 'F32')

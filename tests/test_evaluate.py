@@ -1,5 +1,5 @@
 "Scores equal independent oracles, intervals hold what they promise, tests err as often as they say, and a report is whole, safe and readable"
-import errno, gc, json, math, os, resource, subprocess, sys, warnings, weakref
+import base64, errno, gc, json, math, os, resource, subprocess, sys, warnings, weakref, zlib
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -13,11 +13,13 @@ from torch import nn
 from covid3d import score_page
 from covid3d.cases import Case, read_cases
 from covid3d.datasets import folder
-from covid3d.evaluate import evaluate_cases, read_journal, score_case, score_cases
+from covid3d.evaluate import Journal, _pack, _pair_digest, _row_from, _Unkept, _unpack, class_note, evaluate_cases, read_journal, score_case, score_cases, seen_note
+from covid3d.files import to_json
 from covid3d.inference import Segmenter
 from covid3d.score_page import Extremes, snapshot, write_report
-from covid3d.statistics import (case_counts, compare, compare_all, fmt, headline, holm, least_patients, many, mean_interval, paired_tests, per_patient,
-    ratio_interval, read_scores, score_masks, score_table, scores_csv, summarise)
+from covid3d.metrics import score_names
+from covid3d.statistics import (_pairs, _quantiles, _ratio, _ratio_se, agreement, case_counts, check_same_cases, compare, compare_all, difference_line, fmt, headline, holm, label_of, least_patients,
+    many, mean_interval, paired_tests, per_patient, ratio_interval, read_others, read_scores, row_names, score_labels, score_masks, score_table, scores_csv, span, summarise)
 from covid3d.transforms import CTSpec
 from covid3d.volume import CTError, Volume, canonical_affine, write_atomic
 from coarse import write_coarse
@@ -629,3 +631,192 @@ def test_a_compared_folder_with_an_odd_name(study, tmp_path, capfd):
     for name in ('$\\foo$','a\x1b[31m\nb'): assert covid3d_evaluate(study, tmp_path/name, '--pictures', 0)==0
     assert covid3d_evaluate(study, tmp_path/'r', '--compare', f'{tmp_path}/$\\foo$', '--compare', f'{tmp_path}/a\x1b[31m\nb')==0; out,err = capfd.readouterr()
     line = [o for o in out.splitlines() if o.startswith('against a')]; assert '\x1b' not in ''.join(line) and 'left out' not in err and 'by Holm for 6 comparisons' in out and (tmp_path/'r'/'scores.png').exists()
+
+# By hand
+
+def refused(message, f, *args, error=CTError, **kwargs):
+    with pytest.raises(error) as e: f(*args, **kwargs)
+    assert message in str(e.value)
+
+ref = np.zeros((10,12,12), bool); ref[3:7,4:8,4:8] = True
+small = Volume(np.zeros(ref.shape, np.int16), canonical_affine((5,1,1)))
+def five_pairs():
+    "Right, shifted by a column, both empty, a false alarm, a miss"
+    none = ref&False; pairs = dict(right=(ref,ref), shifted=(np.roll(ref,1,2),ref), silent=(none,none), alarm=(ref,none), miss=(none,ref))
+    return score_table([score_masks(Case(k,None), small, *o) for k,o in pairs.items()])
+
+def test_a_row_by_hand():
+    "Three of four columns agree; 64 voxels of 5 mm³ are 0.32 ml"
+    row = score_masks(Case('by_hand',None), small, np.roll(ref,1,2), ref)
+    want = dict(dice=.75, precision=.75, recall=.75, reference_ml=.32, predicted_ml=.32, volume_error_ml=0, hd95=1, lesion_f1=1)
+    assert {k:row[k] for k in want}==pytest.approx(want, abs=1e-12) and {*row}=={*row_names} and (row['case'],row['patient'],row['tolerance_mm'])==('by_hand','by_hand',3)
+    t = score_table([row, dict(case='x', error='lost')])
+    assert [*t]==[*row_names] and [*t.patient]==['by_hand','x'] and t.tp[0]==row['tp'] and t.tp.isna()[1] and np.isnan(t.dice[1]) and t.error[0]==''
+    assert case_counts(t)==dict(cases=2, failed=1, patients=1, scored=1, both_empty=0, false_alarms=0, misses=0)
+    assert case_counts(five_pairs())==dict(cases=5, failed=0, patients=4, scored=4, both_empty=1, false_alarms=1, misses=1)
+
+def test_the_error_of_a_ratio_by_hand():
+    x = np.array([.2,.5,.6,.9])
+    assert _ratio_se(x, np.ones(4))==pytest.approx(x.std(ddof=1)/2, abs=1e-12) and _ratio(*per_patient(['a','a','b','c'], x, np.ones(4)))==pytest.approx(x.mean(), abs=1e-12)
+    assert [o.tolist() for o in per_patient(['a','b','a'], [1,2,3], [1,1,1])]==[[4,2],[2,1]]
+
+def test_intervals_of_few_patients():
+    x,one = made_up(np.random.default_rng(3), 7),np.ones(7)
+    assert np.isnan(ratio_interval([.5], [1], least=0)).all() and ratio_interval([.5]*3, np.ones(3), least=2)==(.5,.5) and ratio_interval([.1,.9], np.ones(2), (0,1), least=2)==(0,1)
+    assert np.isnan(ratio_interval(x[:5], one[:5])).all() and np.isfinite(ratio_interval(x[:6], one[:6])).all()
+    width = lambda n: [np.diff(ratio_interval(made_up(np.random.default_rng(100*n+i), n), np.ones(n), (0,1), 499, 2))[0] for i in range(40)]
+    w = {n:np.array(width(n)) for n in (2,4,6,8)}
+    assert (w[2]>.999).all() and np.median(w[2])>np.median(w[4])>np.median(w[6])>np.median(w[8])
+    assert mean_interval(x, range(7), (0,1))==ratio_interval(x, one, (0,1)) and np.isnan(mean_interval(x, [0,0,1,1,2,2,3], (0,1))).all()
+    assert mean_interval(np.repeat(x,3), np.repeat(range(7),3), (0,1))==pytest.approx(mean_interval(x, range(7), (0,1)), abs=1e-9)  # three copies of a scan are no new evidence
+
+def test_quantiles_beside_infinities():
+    x = made_up(np.random.default_rng(0), 20)
+    assert _quantiles([1,2,math.inf], (0,.5,.75,1)).tolist()==[1,2,math.inf,math.inf] and _quantiles([1,3,5,math.inf], (.5,)).tolist()==[4]
+    assert _quantiles(x, (.1,.5,.83))==pytest.approx(np.quantile(x, (.1,.5,.83)), abs=1e-12) and np.isnan(_quantiles([])).all()
+
+def test_a_summary_by_hand():
+    "64 and 48 voxels agree, 16+16 differ in the shifted case, 64 are false, 64 missed"
+    odd = five_pairs(); t = summarise(odd); v = odd.loc[odd['empty'].isin(['','mask','pred']), [*score_names]].astype(float)
+    np.testing.assert_allclose(t.loc[[*score_names],['n','mean','median']].values.astype(float), np.stack([v.count(), v.mean(), v.median()], 1))
+    assert t.loc['pooled_dice','mean']==pytest.approx(2*(64+48)/(2*(64+48)+16+16+64+64), abs=1e-12) and np.isnan(t.loc['pooled_dice',['sd','median','q1','q3']]).all()
+    assert t.loc['hd95','mean']==math.inf and np.isnan(t.loc['hd95',['sd','low','high']]).all() and t.loc['hd95','infinite']==2
+    assert [*t]==['n','patients','infinite','mean','sd','median','q1','q3','low','high'] and summarise(odd.iloc[2:3]).n.sum()==0 and {*score_labels}=={*t.index}
+    assert headline(odd).endswith('4 cases of 4 patients · 1 with both masks empty, not scored · 1 false alarms · 1 missed') and 'no interval: fewer than 6 patients' in headline(odd)
+
+def test_numbers_as_text():
+    assert [fmt(*o) for o in ((.12345,'dice'),(1234.56,'hd95'),(math.inf,'hd95'),(math.nan,'dice'),(-.5,'volume_error_ml'),(-math.inf,'volume_error_ml'))]==['0.123','1,234.6','∞','—','−0.5','−∞']
+    assert [fmt(-math.inf, sign=True),fmt(math.inf, sign=True),span(math.nan, math.nan)]==['−∞','+∞','—'] and [many(1,'case'),many(2,'case'),many(0,'miss','misses')]==['1 case','2 cases','0 misses']
+    assert label_of('nsd', 3.)=='Surface Dice at 3 mm' and label_of('hd95')=='HD95 (mm)'
+
+def test_paired_tests_by_hand():
+    "Differences 1, 2, 3 and −1: of the 16 patterns of signs two give 5 and one gives 7, as many −5 and −7"
+    d = np.array([1.,2,3,-1]); t = paired_tests(d, np.ones(4))
+    assert t['p']==pytest.approx(6/16, abs=1e-12) and t['p_least']==1/8 and paired_tests(np.zeros(3), np.ones(3))['p']==1 and t['p_wilcoxon']==pytest.approx(stats.wilcoxon(d).pvalue, abs=1e-12)
+    assert [paired_tests(o, np.ones(len(o)))['p_least'] for o in (np.r_[d,0,0], np.zeros(3), np.ones(1), np.ones(20))]==[1/8,1,1,2/5000]
+    assert paired_tests(np.r_[d,0,0], np.ones(6))['p']==pytest.approx(6/16, abs=1e-12) and paired_tests(np.ones(20), np.ones(20))['p']==pytest.approx(2/5000, abs=1e-12)
+    for ps,want in (([.01,.04,.03,.005],[.03,.06,.06,.02]), ([],[]), ([.2],[.2]), ([.6,.7],[1,1]), ([.5**6]*5,[5/64]*5)): assert holm(ps)==pytest.approx(want, abs=1e-12)
+
+def test_what_cannot_be_compared():
+    odd,(a,b) = five_pairs(),pair([.1,.2,-.05,.1,.3,.02,0])
+    refused('only in the first: phantom_000; only in the second: x. Score both models on the same cases', check_same_cases, ['a','phantom_000'], ['a','x']); refused("case 'a' appears twice", check_same_cases, ['a','a'], ['a'])
+    refused("case 'miss' was scored against another reference", _pairs, odd, odd.assign(fn=odd.fn.where(odd.case!='miss', 3)), 'dice'); refused('two tolerances', _pairs, odd, odd.assign(tolerance_mm=1.), 'nsd')
+    flat,c = compare(odd, odd),compare(a, b)
+    assert (flat['difference'],flat['p'],flat['patients'])==(0,1,4) and np.isnan(flat['low']) and compare(b, a)['difference']==-c['difference'] and compare(b, a)['p']==pytest.approx(c['p'], abs=1e-12)
+    assert c['difference']==pytest.approx((a.dice-b.dice).mean(), abs=1e-12)
+    a,b = (o.assign(nsd=o.dice, lesion_f1=o.dice**2, tolerance_mm=3.) for o in (a,b))
+    found = compare_all(a, {'B':b, 'somebody':b[1:]})
+    assert found['somebody']==difference_line(found['somebody'])=='compare: the tables hold different cases, only in the first: c0. Score both models on the same cases.'
+    assert {k:found['B'][0][k] for k in c}==c and found['B'][0]['family']==3 and [o['p_holm'] for o in found['B']]==pytest.approx(holm([o['p'] for o in found['B']]), abs=1e-12)
+    one_mm = compare_all(a, dict(other=b.assign(tolerance_mm=1.)))['other']  # the surface Dice alone has no comparison
+    assert [o.get('reason','') for o in one_mm]==['','compare: the surface Dice has two tolerances. Score both models with one --tolerance.',''] and [one_mm[i]['p'] for i in (0,2)]==[found['B'][i]['p'] for i in (0,2)]
+
+def test_agreement_by_hand():
+    "2, −1, 5: mean 2, sd 3"
+    assert [agreement(pd.DataFrame(dict(volume_error_ml=[2.,-1,5,np.nan])))[k] for k in ('n','bias','low','high')]==pytest.approx([3,2,2-1.96*3,2+1.96*3], abs=1e-12)
+    t = five_pairs(); assert agreement(t)['bias']==pytest.approx(summarise(t).loc['volume_error_ml','mean'])
+
+def test_tables_come_back_from_their_files(tmp_path):
+    a = five_pairs(); odd_names = a.assign(case=['=1+1','a,b;','"q"','x\ny','z'], error=['']*4+['@cmd'])
+    write_atomic(tmp_path/'scores.csv', scores_csv(odd_names)); back = read_scores(tmp_path/'scores.csv')
+    assert [*back.case]==[c.replace('\n',' ') for c in odd_names.case] and [*back.error]==[*odd_names.error] and [*back.dtypes]==[*a.dtypes] and back.tn.equals(a.tn)
+    pd.testing.assert_frame_equal(back[[*row_names[2:-1]]], odd_names[[*row_names[2:-1]]], check_exact=True)
+    assert summarise(back.assign(error='')).loc['hd95','infinite']==2
+    (tmp_path/'no.csv').write_text('case,x\na,1\n'); refused('the column dice, tp, fp, fn, empty, error is missing. Give the scores.csv', read_scores, tmp_path/'no.csv'); refused('no such file', read_scores, tmp_path/'nowhere.csv')
+    for k in 'ab': (tmp_path/k/'run').mkdir(parents=True); write_atomic(tmp_path/k/'run'/'scores.csv', scores_csv(a))
+    assert [*read_others([tmp_path/'a'/'run', tmp_path/'b'/'run'/'scores.csv'])]==['a/run','b/run']; refused('the same name', read_others, [tmp_path/'a'/'run']*2)
+
+# The journal and what goes into it, by hand
+
+@pytest.fixture(scope='module')
+def eight(tmp_path_factory):
+    "Eight phantoms: one is damaged, one has no mask, the first two are of one patient"
+    from covid3d.phantom import write_phantoms
+    cases = read_cases(write_phantoms(tmp_path_factory.mktemp('eight'), n=8, seed=23, shape=(32,96,96), spacing=(9,3.7,3.7)))
+    cases[5].ct.write_bytes(b'\x1f\x8b broken'); cases[6] = Case('no_mask', cases[4].ct)
+    return [Case(c.name, c.ct, c.masks, patient='twice') for c in cases[:2]]+cases[2:]
+
+def band(cls=Band, spec=spec, low=-720, *args): return Segmenter(cls((low+1000)/1400, (-380+1000)/1400), spec, *args)
+
+def test_a_cohort_by_hand(eight, tmp_path):
+    df,row = score_cases(band(), eight),score_case(band(), eight[0])
+    seg = band()(eight[0]); pred,ref = seg.masks['lesion'].ravel(),eight[0].open_mask('lesion', seg.ct).data.ravel()
+    for k,f in dict(dice=skm.f1_score, precision=skm.precision_score, recall=skm.recall_score).items(): assert row[k]==pytest.approx(f(ref,pred), abs=1e-12)
+    assert row['reference_ml']==pytest.approx(ref.sum()*9*3.7*3.7/1000, abs=1e-3) and df.dice[0]==row['dice'] and df.patient.nunique()==7
+    assert 'gzip stream is damaged' in df.error[5] and 'no mask of class' in df.error[6] and not df.error.str.contains(str(eight[0].ct.parent)).any() and [*df.dice.isna()]==[False]*5+[True]*2+[False]
+    assert case_counts(df)==dict(cases=8, failed=2, patients=5, scored=6, both_empty=0, false_alarms=0, misses=0)
+
+def test_errors_that_nobody_thought_of(eight, tmp_path):
+    class Exhausted(Band):
+        def forward(self, x): raise MemoryError
+    class Names(Band):
+        def forward(self, x): raise RuntimeError(f'{tmp_path}/DOE^JOHN/x.so\nfailed')
+    assert 'more memory than there is' in score_cases(band(Exhausted), eight[:1]).error[0]
+    text = score_cases(band(Names), eight[:1]).error[0]; assert not any(o in text for o in ('DOE', str(tmp_path), '\n')) and text.startswith('phantom_000: RuntimeError')
+
+def test_what_a_row_is_known_by():
+    ct,m = small,ref; key = _pair_digest(ct, m)
+    assert key==_pair_digest(ct.new(ct.data.copy()), m.astype('uint8')) and len({key, _pair_digest(ct, np.roll(m,1,0)), _pair_digest(Volume(ct.data, canonical_affine((5,1,2))), m), _pair_digest(ct.new(ct.data+1), m)})==4
+    assert band().digest==band().digest!=band(low=-719).digest and band().digest!=band(spec=CTSpec(spacing=(9,3.7,3.8), patch=(16,96,96))).digest
+
+def test_rows_and_pictures_come_back(eight):
+    "To the last digit, NaN and infinity included; what is none is refused"
+    there = lambda o: json.loads(json.dumps(o))
+    miss,both,row = score_masks(Case('miss',None), small, ref&False, ref),score_masks(Case('both',None), small, ref&False, ref&False),score_case(band(), eight[0])
+    pd.testing.assert_frame_equal(score_table([_row_from(there(to_json(o))) for o in (row,miss,both)]), score_table([row,miss,both]), check_exact=True)
+    for bad in ([], {}, dict(miss, dice='1'), dict(miss, dice=True), dict(miss, tp=10**400), dict(miss, case=5), dict(miss, extra=1)): refused('', _row_from, bad, error=ValueError)
+    keep = Extremes(3); df = score_cases(band(), eight, each=keep); w = keep.worst[1]; back = _unpack(there(_pack(w)))
+    assert (back.case,back.dice,back.index,back.aspect)==(w.case,w.dice,w.index,w.aspect)
+    for k in ('img','reference','prediction'): assert (getattr(back,k)==getattr(w,k)).all() and getattr(back,k).shape==w.img.shape
+    bomb = base64.b64encode(zlib.compress(bytes(10**7))).decode()
+    for bad in (dict(pixels=bomb), dict(shape=[2**20,2**20]), dict(shape=[0,5]), dict(shape=[3,5]), dict(shape=5), dict(aspect=1e9), dict(aspect='x'), dict(pixels='?'), dict(dice=None), dict(pixels=5)):
+        refused('', _unpack, _pack(w)|bad, error=ValueError)
+    refused('', _unpack, {}, error=ValueError)
+    first = keep.worst[0]; seg = band()(next(c for c in eight if c.name==first.case))
+    assert (first.case,keep.best[0].case)==(df.case[df.dice.idxmin()],df.case[df.dice.idxmax()])
+    assert (first.prediction==(seg.masks['lesion'][first.index]>0)).all() and (first.img==seg.ct.data[first.index]).all() and (first.reference!=first.prediction).any()
+
+def test_a_journal_resumes_or_refuses(eight, tmp_path):
+    "A torn line, other weights, a case that is gone, a file that is none, a full disk"
+    class Counted(Band):
+        seen = 0
+        def forward(self, x): Counted.seen += 1; return super().forward(x)
+    f = tmp_path/'scores.jsonl'
+    def scored(part, overwrite=False, **settings):
+        keep,Counted.seen = Extremes(1),0
+        j = Journal(f, dict(weights='w')|settings, keep); j.begin([c.name for c in part], overwrite)
+        return score_cases(band(Counted), part, each=keep, journal=j),Counted.seen,keep
+    three,first,_ = scored(eight[:3])
+    with open(f, 'ab') as o: o.write(b'{"key": "torn li')
+    (five,second,_),(again,third,few) = scored(eight[:5]),scored(eight[:5])
+    assert (first,second,third)==(3,2,0)
+    for a,b in ((five,again), (five[:3],three), (five,score_cases(band(), eight[:5]))): pd.testing.assert_frame_equal(a, b)
+    assert [o.case for o in few.kept]==[five.case[five.dice.idxmin()],five.case[five.dice.idxmax()]]
+    refused('of another evaluation: weights w then, v now; overlap absent then, 0.25 now. Choose', scored, eight[:5], weights='v', overlap=.25)
+    refused('holds scores of 1 case that this table lacks, phantom_004 first', scored, eight[:4])
+    assert scored(eight[:4], True)[1]>0; f.write_text('{"a": 5}\n'); refused('is no journal of scores', scored, eight[:4])
+    scored(eight[:1], True); limit,before = resource.getrlimit(resource.RLIMIT_FSIZE),f.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (f.stat().st_size+99, limit[1]))
+    try: refused('Make room, and give the same command again', scored, eight[:3], error=_Unkept)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert f.read_bytes()==before
+
+def test_an_evaluation_that_was_interrupted(eight, tmp_path):
+    class Killed(Band):
+        seen,last = 0,3
+        def forward(self, x):
+            Killed.seen += 1
+            if Killed.seen>self.last: raise KeyboardInterrupt
+            return super().forward(x)
+    with pytest.raises(KeyboardInterrupt): evaluate_cases(band(Killed), eight, tmp_path/'run', pictures=1)
+    Killed.seen,Killed.last = 0,10**6; df,_,kept = evaluate_cases(band(Killed), eight, tmp_path/'run', pictures=1)
+    assert 0<kept<8; pd.testing.assert_frame_equal(df, score_cases(band(), eight))
+    refused('another evaluation: overlap 0.5 then, 0.25 now. Choose another --out, or add --overwrite', evaluate_cases, band(Killed, spec, -720, .25), eight, tmp_path/'run')
+    before,Killed.seen = (tmp_path/'run'/'scores.csv').read_bytes(),0
+    _,_,kept = evaluate_cases(band(Killed), eight, tmp_path/'run', title='Another title', pictures=1)
+    assert (kept,(tmp_path/'run'/'scores.csv').read_bytes(),Killed.seen)==(6,before,0)  # the two that failed are tried again
+
+def test_notes_on_the_weights():
+    assert class_note(spec, 'lesion')=='' and 'lung, which was not scored' in class_note(CTSpec(classes=('lesion','lung')), 'lesion')
+    assert seen_note(dict(a='1'), {'2'})=='' and 'do not tell' in seen_note(dict(a='1'), None) and 'and 2 more' in seen_note({f'c{i}':'1' for i in range(7)}, {'1'})
+    assert seen_note(dict(case_1='a', case_2='b', case_3='c'), {'b','x'}).startswith('1 of 3 cases trained these weights or chose them (case_2)')

@@ -3,7 +3,7 @@ import copy
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from monai import losses as monai
-from covid3d.losses import CalibratedLoss, DiceCELoss, DiceFocalLoss, LovaszHingeLoss, SampleLoss, TverskyLoss
+from covid3d.losses import CalibratedLoss, DiceCELoss, DiceFocalLoss, LovaszHingeLoss, SampleLoss, TverskyLoss, soft_dice
 from covid3d.volume import CTError
 
 makers = dict(dice_ce=DiceCELoss, calibrated=CalibratedLoss, dice_focal=DiceFocalLoss, focal_below_1=lambda **k: DiceFocalLoss(gamma=.5, alpha=.8, **k), tversky=TverskyLoss, focal_tversky=lambda **k: TverskyLoss(gamma=4/3, **k),
@@ -88,3 +88,34 @@ def test_descent_finds_the_lesion(make):
     _,y = sample(4, (1,1,4,8,8), .05); x = torch.zeros_like(y, requires_grad=True); opt,f = torch.optim.Adam([x], .1),make()
     for _ in range(300): opt.zero_grad(); f(x,y).backward(); opt.step()
     assert ((x>0)==(y>0)).all()
+
+# By hand: two voxels with the logits 0 and ln 3, so probabilities of 1/2 and 3/4, of which the second is lesion
+logits,mask = torch.tensor([0.,np.log(3)], dtype=torch.float32).reshape(1,1,1,1,2),torch.tensor([0,1]).reshape(1,1,1,1,2)
+dice_by_hand,ce_by_hand = 1-2.5/3.25,(np.log(2)+np.log(4/3))/2
+
+def test_soft_dice_by_hand():
+    p,m = torch.tensor([.5,.5,0,1]).reshape(1,1,1,2,2),torch.tensor([1,0,0,1]).reshape(1,1,1,2,2)
+    assert [soft_dice(*o).item() for o in ((p,m,0), (p,m), (p,m*0), (p*0,m*0))]==pytest.approx([3/4,4/5,1/3,1])
+
+def test_losses_by_hand():
+    for loss,want in ((DiceCELoss(), dice_by_hand+ce_by_hand), (DiceCELoss(dice=0), ce_by_hand), (DiceCELoss(ce=0, dice=2), 2*dice_by_hand),
+        (DiceFocalLoss(), dice_by_hand+(np.log(2)/4+np.log(4/3)/16)/2), (DiceFocalLoss(dice=0, alpha=.25), (.75*np.log(2)/4+.25*np.log(4/3)/16)/2),
+        (TverskyLoss(), 1-1.75/(.75+.3*.5+.7*.25+1)), (TverskyLoss(gamma=4/3), (1-1.75/(.75+.3*.5+.7*.25+1))**.75)):
+        assert loss(logits, mask).item()==pytest.approx(want, abs=1e-5)
+    assert DiceCELoss().decodes(DiceCELoss().activation(logits)).flatten().tolist()==[1,1]
+
+def test_losses_that_are_others():
+    "Focal loss of γ 0 is cross-entropy, Tversky of two halves is Dice, the calibrated loss is Dice and cross-entropy"
+    x,y = sample()
+    for a,b in ((DiceFocalLoss(dice=0, gamma=0), DiceCELoss(dice=0)), (TverskyLoss(.5, .5, smooth=.5), DiceCELoss(ce=0)), (CalibratedLoss(), DiceCELoss(1, 50, 1000))):
+        torch.testing.assert_close(a(x,y), b(x,y), rtol=1e-5, atol=1e-5)
+
+def test_a_gradient_where_nothing_is_found():
+    "Also a finite loss of a patch whose sum would overflow in half precision"
+    y = (torch.rand(1,1,4,8,8)>.9).float(); z = torch.full((1,1,4,8,8), -20., requires_grad=True); DiceCELoss()(z,y).backward()
+    assert z.grad.abs().max()>1e-4 and torch.isfinite(DiceCELoss()(torch.full((1,1,32,64,64), 5.).half(), torch.ones(1,1,32,64,64)))
+
+def test_lovasz_is_convex_between_random_logits():
+    torch.manual_seed(0)
+    lov,(u,v),w = LovaszHingeLoss(reduction='none'),torch.randn(2,50,1,2,3,4),(torch.rand(50,1,2,3,4)>.7).float()
+    assert (lov((u+v)/2,w)<=(lov(u,w)+lov(v,w))/2+1e-6).all()

@@ -2,10 +2,14 @@
 import itertools, math, warnings
 import numpy as np, pytest, SimpleITK as sitk, surface_distance, torch
 from hypothesis import given, settings, strategies as st
+from monai import metrics as monai_metrics
 from scipy import ndimage
+from scipy.spatial.distance import dice as scipy_dice
 from sklearn import metrics as skm
-from covid3d.metrics import (assd, dice, hd95, lesion_detection, nearest_mm, nsd, overlap as voxels, score_names, scores, surface_distances,
-    volume_error)
+from surface_distance import lookup_tables
+from types import SimpleNamespace
+from covid3d.metrics import (assd, cube_polygons, dice, hd95, inside, lesion_detection, nearest_mm, nsd, overlap as voxels, PatchDice, score_names, scores, surface_distances, surface_points,
+    surfel_areas, volume_error)
 from covid3d.volume import CTError
 
 spacings = (1.,1.,1.),(5.,.7,.7),(8.,.6,.6),(.31,2.7,1.13),(1.25,.78,.81),(3.,1.,1.)
@@ -174,3 +178,97 @@ def test_masks_of_other_kinds():
     (lambda a: volume_error(a, a, (1,0,1)), 'in mm'), (lambda a: surface_distances(a[0], a[0], (1,1,1)), '2 axes instead of 3'), (lambda a: scores(a[0], a[0], (1,1,1)), 'axes')])
 def test_faults_are_named(call, words):
     with pytest.raises(CTError, match=words): call(pair(1)[0])
+
+# ---- parts, by hand and against tables
+
+def test_voxels_by_hand():
+    o = voxels([1,1,1,0,0,0,0,0], [1,1,0,1,1,0,0,0])
+    assert (o.tp,o.fp,o.fn,o.tn)==(2,1,2,3)
+    close([o.dice,o.jaccard,o.precision,o.recall,o.specificity], [4/7,2/5,2/3,2/4,3/4])
+
+def test_overlap_equals_scikit_learn_and_scipy():
+    "From nearly empty to nearly full masks"
+    rng = np.random.default_rng(0)
+    for p in np.linspace(.02,.98,20):
+        a,b = rng.random((2,300))<p; a[0],b[1],a[2:4],b[2:4] = True,True,(True,False),(True,False); o = voxels(a,b)
+        close([o.dice,o.jaccard,o.precision,o.recall,o.specificity], oracle_overlap(a,b)); close(dice(a,b), 1-scipy_dice(a,b))
+
+def test_empty_and_full_masks():
+    full,none = np.ones((2,3,4),bool),np.zeros((2,3,4),bool)
+    share = lambda a,b: [getattr(voxels(a,b), k) for k in score_names[:5]]
+    assert np.isnan(share(none,none)).all() and share(full,none)==[0]*5 and share(none,full)[:4]==[0]*4
+    assert share(full,full)[:4]==[1]*4 and np.isnan(share(full,full)[4])
+
+def test_volume_error_by_hand():
+    a,b = np.zeros((2,10,10,10),bool); a[:4],b[:5] = True,True
+    close(volume_error(a, b, (5,.8,.8)), (-.32,-20)); assert volume_error(a, b&False, (1,1,1))==(.4,math.inf) and volume_error(a&False, b, (1,1,1))==(-.5,-100)
+    assert np.isnan(volume_error(a&False, b&False, (1,1,1))).all()
+
+def test_polygons_cut_the_edges_between_inside_and_outside():
+    assert [len(cube_polygons(c)) for c in (0,255)]==[0,0]
+    assert [[len(o) for o in cube_polygons(c)] for c in (1,0b11110000,0b10000001)]==[[3],[4],[3,3]]
+    corners = list(itertools.product((0,1), repeat=3))
+    edges = [(p,q) for p,q in itertools.combinations(corners, 2) if sum(map(abs, np.subtract(p,q)))==1]
+    for c in range(256): assert sum(map(len, cube_polygons(c)))==sum(inside(c,p)!=inside(c,q) for p,q in edges)
+
+def test_areas_are_those_of_surface_distance():
+    close(surfel_areas((1,1,1))[128], math.sqrt(3)/8); close(surfel_areas((5,.7,.8))[[0b11110000,0b11001100,0b10101010]], [.7*.8,5*.8,5*.7])
+    for s in ((1,1,1),(5,.7,.8),(.31,2.7,1.1),(8,.6,.6)): np.testing.assert_allclose(surfel_areas(s), lookup_tables.create_table_neighbour_code_to_surface_area(s), atol=1e-9)
+
+def test_codes_of_corner_points_one_by_one():
+    rng = np.random.default_rng(0)
+    for m in (rng.random((4,5,16))>.5, rng.random((3,2,7))>.8, np.ones((3,3,3),bool), np.zeros((2,2,2),bool)):
+        pad,(i,c) = np.pad(m,1),surface_points(m)
+        want = [int(''.join(map(str, pad[tuple(slice(k,k+2) for k in at)].ravel().astype(int))),2) for at in np.ndindex(*(n+1 for n in m.shape))]
+        assert i.tolist()==[k for k,o in enumerate(want) if 0<o<255] and c.tolist()==[want[k] for k in i]
+
+def test_nearest_points_within_a_distance():
+    rng,s = np.random.default_rng(0),np.array((5,.7,.8)); p,q = rng.random((2,9,20,20))>.97; i,j = map(np.flatnonzero,(p,q))
+    want = ndimage.distance_transform_edt(~q, sampling=s)[p]; near,cut = want<2,nearest_mm(i,j,p.shape,s,False,within=2)
+    close(cut[near], want[near]); assert (np.isinf(cut)==~near).all() and (nearest_mm(j,j,p.shape,s)==0).all() and np.isinf(nearest_mm(i,j[:0],p.shape,s)).all()
+
+def test_surface_scores_of_two_voxels_by_hand():
+    p,q = np.zeros((2,9,9,9),bool); p[0,0,0],q[4,0,0] = True,True; s,none = (3,1,1),p&False
+    close([hd95(p,q,s), hd95(p,q,s,50), assd(p,q,s)], [12,9,10.5]); assert [nsd(p,q,s,t) for t in (8.99,9,11.99,12)]==[0,.5,.5,1]
+    assert hd95(p,p,s)==assd(p,p,s)==0 and nsd(p,p,s,0)==1
+    assert hd95(p,none,s)==hd95(none,p,s)==assd(p,none,s)==math.inf and nsd(p,none,s)==0 and np.isnan([hd95(none,none,s),assd(none,none,s),nsd(none,none,s)]).all()
+    for call,words in ((lambda: hd95(p,q,s,150), 'percent: 150 is not in 0…100. Give 95'), (lambda: nsd(p,q,s,math.nan), 'tolerance: nan is not in 0')):
+        with pytest.raises(CTError, match=words): call()
+
+def test_a_shifted_ball():
+    z,r,c = np.ogrid[:16,:40,:44]; ball = lambda x: (2*z-15)**2+(r-20)**2+(c-x)**2<=100; a,b,s = ball(23),ball(20),(2,1,1); d = surface_distances(a,b,s)
+    assert d.mask_mm2.sum()/(4*math.pi*100)==pytest.approx(1.13, abs=.01) and d.pred_mm2.sum()==d.mask_mm2.sum() and hd95(a,b,s)==3
+    close(assd(a,b,s), assd(b,a,s)); assert (np.diff([nsd(a,b,s,t) for t in np.linspace(0,4,41)])>=0).all()
+
+def medpy_hd95(p, m, spacing):
+    "One percentile over both directions, of the centers of border voxels"
+    a,b = (o&~ndimage.binary_erosion(o) for o in (p,m)); d = [ndimage.distance_transform_edt(~y, sampling=spacing)[x] for x,y in ((a,b),(b,a))]
+    return float(np.percentile(np.concatenate(d), 95))
+
+def test_three_definitions_of_hd95_on_tiny_masks():
+    "A voxel beside a plate decides one and not the others; pairs of three dots mostly agree, and some are millimeters apart"
+    def three(x, y, s):
+        t = [torch.tensor(m)[None,None].float() for m in (x,y)]
+        return hd95(x,y,s),monai_metrics.compute_hausdorff_distance(*t, spacing=s, include_background=True, percentile=95).item(),medpy_hd95(x,y,s)
+    plate = np.zeros((3,9,24),bool); plate[1,2:7,2:7] = True; extra = plate.copy(); extra[1,4,16] = True
+    here,*others = three(extra, plate, (8.,.8,.8)); assert here>6 and max(others)<1
+    rng = np.random.default_rng(0)
+    def dots():
+        m = np.zeros((6,16,16), bool)
+        for z,r,c in rng.integers(0, [6,15,15], (3,3)): m[z,r:r+2,c:c+2] = True
+        return m
+    rows = np.array([three(dots(), dots(), (8.,.8,.8)) for _ in range(40)]); apart = abs(rows[:,1:]-rows[:,:1])
+    assert 1<apart.max()<10 and np.median(apart, axis=0).max()<1
+
+def test_lesions_by_hand():
+    m = np.zeros((4,8,8),bool); m[0,:2,:2] = m[1,2:4,2:4] = m[3,6:,:2] = True
+    p = np.zeros_like(m); p[0,0,0] = p[2,0,7] = True; count = lambda *o: tuple(vars(lesion_detection(*o)).values())
+    assert count(p,m)==(2,1,2,1) and count(p,m,18)==(3,1,2,1) and [count(p,m,18,o)[1] for o in (.25,.26)]==[1,0]
+    assert [lesion_detection(*o).f1 for o in ((m,m),(m,m&False),(m&False,m))]==[1,0,0] and np.isnan(lesion_detection(m&False,m&False).f1)
+    for kw,fault in ((dict(connectivity=5),'Give 6, 18 or 26'),(dict(overlap=1.5),'1.5 is not in 0…1')):
+        with pytest.raises(CTError, match=fault): lesion_detection(p, m, **kw)
+
+def test_patch_dice_pools_batches():
+    metric,logits,y = PatchDice(),torch.randn(4,2,3,8,8),torch.randint(0,2,(4,2,3,8,8)); metric.reset()
+    for s in (slice(0,1),slice(1,4)): metric.accumulate(SimpleNamespace(pred=logits[s], y=y[s]))
+    assert metric.value==pytest.approx(dice(logits[:,0]>0, y[:,0])); metric.reset(); assert np.isnan(metric.value)

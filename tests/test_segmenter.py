@@ -1,5 +1,6 @@
 "A Segmenter gives the same masks whatever stands for the scan, and a Segmentation holds what follows from them"
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import matplotlib; matplotlib.use('Agg')
@@ -9,10 +10,11 @@ from torch import nn
 from covid3d.cases import Case
 from covid3d.cli import main
 from covid3d.dicom import write_series
-from covid3d.inference import Segmentation, Segmenter, as_volume
+from covid3d.inference import (Segmentation, Segmenter, as_volume, _at_once, blend_weights, _cut, _fill, lungs, name_lungs, out_of_memory, segment, _slabs, sliding_window,
+    window_bytes, window_starts)
 from covid3d.weights import Ensemble, NetSpec, Seen, save_model
-from covid3d.transforms import CTSpec
-from covid3d.volume import CTError, open_ct, open_mask, save_volume
+from covid3d.transforms import CTSpec, resize
+from covid3d.volume import CTError, Volume, open_ct, open_mask, save_mask, save_volume
 from coarse import cached
 
 spec = CTSpec(spacing=(9,5,5), patch=(16,48,48), classes=('lesion','lung'))
@@ -153,3 +155,135 @@ def test_a_segmenter_leaves_the_network_as_it_was(scans):
     assert net.training and not any(p.grad is not None for p in net.parameters())
     with torch.no_grad(): net.low += .1
     assert not same(segmenter(scans/'ct.nii.gz').masks, before) and segmenter.digest!=digest
+
+# ---- the sliding window
+
+def test_windows_cover_an_axis():
+    "The first starts at 0, the last ends at the end, and none leaves a gap; a scan smaller than the window is centered."
+    assert window_starts(100, 40)==[0,20,40,60] and window_starts(50, 40, .25)==[0,10] and window_starts(30, 40)==[-5]
+    for n in range(1,80):
+        seen = np.zeros(n, int)
+        for s in window_starts(n, 16): seen[max(0,s):s+16] += 1
+        assert seen.min()>0
+    with pytest.raises(CTError, match='overlap: 1 is not in 0…1'): window_starts(50, 40, 1)
+
+def test_weights_of_a_window():
+    w = blend_weights((1,1,9)).ravel()
+    assert torch.allclose(w, torch.tensor([.002,.029,.206,.674,1,.674,.206,.029,.002]), atol=6e-4) and blend_weights((8,64,64)).min()>0
+
+@pytest.mark.parametrize('n', [1,4,7])
+def test_windows_of_a_pointwise_network_are_the_whole_scan(n):
+    torch.manual_seed(0)
+    net = nn.Conv3d(1, 2, 1)
+    for size in ((20,30,41),(5,30,9),(8,16,16)):
+        x = torch.rand(1, *size)
+        with torch.no_grad(): assert torch.allclose(sliding_window(net, x, (8,16,16), windows=n), net(x[None])[0].sigmoid(), atol=1e-5)
+
+def test_answers_that_are_no_numbers_and_too_many_windows():
+    x = torch.rand(1, 8, 16, 16)
+    with pytest.raises(CTError, match='NaN or infinite logits'): sliding_window(lambda x: x*float('nan'), x, (8,16,16))
+    with pytest.raises(CTError, match='windows would have to be computed'): sliding_window(nn.Identity(), torch.empty(1, 2000, 2000, 2000, device='meta'), (8,8,8), .5)
+
+def test_which_errors_mean_that_memory_ran_out():
+    assert out_of_memory(RuntimeError('CUDA out of memory. Tried to allocate')) and out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError('size mismatch')) and not out_of_memory(ValueError('out of memory'))
+
+# ---- back to the grid of the scan
+
+def test_the_way_back_in_parts_is_the_way_back():
+    "Slabs and boxes give what resampling all at once gives, up to rounding at the threshold."
+    torch.manual_seed(0)
+    coarse,spot = torch.rand(5, 20, 30),torch.zeros(5, 20, 30); spot[2,5:9,4] = .8
+    whole = resize(coarse, (23,61,47))
+    assert torch.allclose(torch.cat([*_slabs(coarse, (23,61,47))]), whole, atol=1e-5) and np.allclose(_fill(coarse, (23,61,47)), whole.numpy(), atol=1e-5)
+    for p in (coarse,spot):
+        for size in ((23,61,47),(5,20,30),(3,11,40)):
+            for t in (.1,.5,.9):
+                full = _fill(p, size); differ = _cut(p, size, t)!=(full>=t)
+                assert (abs(full[differ]-t)<1e-5).all()
+    assert not _cut(spot, (23,61,47), .9).any()
+
+def test_segment_leaves_the_network_in_its_mode_and_its_mask_can_be_written(scans, tmp_path):
+    net,ct = Two().train(),open_ct(scans/'ct.nii.gz')
+    mask = segment(net, spec, ct)['lesion']
+    assert mask.shape==ct.shape and net.training
+    save_mask(mask, ct, tmp_path/'mask.nii.gz')
+    assert (open_mask(tmp_path/'mask.nii.gz', like=ct).data==mask).all()
+    with pytest.raises(CTError, match='threshold: 1 is not between 0 and 1'): segment(net, spec, ct, threshold=1)
+
+def test_the_memory_of_windows():
+    "More windows need more, but a part does not grow with their number; large windows go through one at a time."
+    net = NetSpec(width=8).build(('lesion',)).eval()
+    assert 3<window_bytes(net, (16,96,96), 4)/window_bytes(net, (16,96,96))<=4
+    assert [_at_once(o) for o in ((16,96,96),(128,128,128),(256,256,256))]==[4,2,1]
+
+# ---- what speaks against a mask
+
+def test_what_speaks_against_a_mask():
+    "Each doubt has one warning, and an ordinary chest has none."
+    ct = cached(1).ct
+    def told(right, left, ct=ct, **kw):
+        masks = {k:np.zeros(ct.shape, np.uint8) for k in ('lesion','right_lung','left_lung')}
+        for k,v in dict(lesion=1, right_lung=right, left_lung=left).items(): masks[k].flat[:int(v/ct.ml_per_voxel)] = 1
+        return Segmentation(ct, masks, **kw).notes[len(ct.notes):]
+    a,b = np.zeros((2,1,1,9), np.uint8); a[...,:4] = b[...,3:7] = 1  # they share one of four voxels
+    apart = ({},dict(lesion=a),dict(lesion=b))
+    assert Segmentation(ct, {}, answers=apart).disagreement==pytest.approx(1-2/8)
+    for o in ((), ({},*[dict(lesion=0*a)]*2)): assert np.isnan(Segmentation(ct, {}, answers=o).disagreement)
+    turned = Volume(np.ascontiguousarray(ct.data[:,::-1]), ct.affine)
+    assert told(2000, 1500)==()
+    for got,words in ((told(9000, 8000), 'lungs of 17,000 ml'), (told(2000, 20), 'left lung of 20 ml'), (told(2000, 2000, distance=2.), 'distance of 2.0'),
+                      (told(2000, 2000, answers=apart), 'differ by 75%'), (told(2000, 2000, ct=turned), 'spine lies in front of the lungs')):
+        assert len(got)==1 and words in got[0] and got[0].startswith('warning: ')
+
+def test_lungs_get_their_names_back():
+    "A corner with the other lung's name is renamed; a bridge is divided; a lung alone and two halves are left."
+    right = torch.zeros(8, 40, 60); left = right.clone()
+    right[:,5:35,5:29] = left[:,5:35,31:55] = .9; right[2:4,6:8,29:31] = .6  # a bridge
+    right[:,5:10,24:29],left[:,5:10,24:29] = .2,.7
+    assert (left>right)[:,:,:29].sum()==200
+    name_lungs(right, left)
+    assert (left>right)[:,:,:29].sum()==0==(right>left)[:,:,31:].sum() and (right>left).sum()==8*30*24+4  # half of the bridge
+    one = right.clone(); none = torch.zeros_like(one); name_lungs(one, none)
+    assert torch.equal(one, right) and not none.any(); name_lungs(none, none.clone())
+    a = torch.zeros(4, 20, 20); b = a.clone(); a[:,2:8] = .9; b[:,12:18,:10] = a[:,12:18,10:] = .9
+    c,d = a.clone(),b.clone(); name_lungs(c, d)  # half of a piece bears each name: which is it?
+    assert torch.equal(c, a) and torch.equal(d, b)
+
+class Chest(nn.Module):
+    "Two lungs in fixed places, and lesions where it is bright"
+    def __init__(self, least=.1):
+        super().__init__()
+        self.w,self.least = nn.Parameter(torch.zeros(1)),least
+    def forward(self, x):
+        y = torch.full((len(x),3,*x.shape[2:]), -9.)
+        y[:,0][x[:,0]>.9] = 9; y[:,1,:,:,:30] = 9 if self.least<1 else -9; y[:,2,:,:,60:] = 9
+        return y
+
+def test_lesions_lie_in_lungs_and_have_a_size():
+    sides = CTSpec(spacing=(4,4,4), patch=(16,90,90), classes=('lesion','right_lung','left_lung'))
+    bright = np.full((30,90,90), -900, np.int16); bright[5:8,5:8,5:8] = bright[20:22,20:22,40:42] = bright[25,25,70] = 500
+    vol = Volume(bright, np.diag([-4.,-4.,4.,1.]))
+    def count(least=.1, **kw): return [int(round(v/.064)) for v in Segmenter(Chest(least), sides, 0., **kw)(vol).ml.values()]
+    assert count(within_lungs=False)[0]==36 and count()[0]==28  # one is in no lung
+    assert count(min_ml=.1)[0]==27 and count(least=2)[0]==36  # the right lung is not found
+    assert count(mirror=True)[1:]==[81000,81000]
+    with pytest.raises(CTError, match='min_ml: nan is no volume'): Segmenter(Chest(), sides, min_ml=float('nan'))
+
+def test_a_segmenter_says_how_another_process_opens_it(weights):
+    one = Segmenter.load(weights/'fold_0'/'model.safetensors', 'cpu', overlap=.25)
+    paths,how = one.origin
+    assert Segmenter.load(paths, **how).overlap==.25 and Segmenter(Two(), spec).origin is None
+
+def test_what_is_no_single_model(weights, tmp_path):
+    "Models trained differently, the folder of one fold, no file, and folds that are not scored yet."
+    net = NetSpec(width=4); save_model(net.build(spec.classes), tmp_path/'wider.safetensors', replace(spec, window=(-1000,1000)), net)
+    for o,words in (([weights/'fold_0'/'model.safetensors', tmp_path/'wider.safetensors'], 'Average models that were trained alike'),
+                    (weights/'fold_0', 'not a file of weights nor a cross-validation'), ([], 'no file was given')):
+        with pytest.raises(CTError, match=words): Segmenter.load(o, 'cpu')
+    (tmp_path/'fold_0').mkdir(); (tmp_path/'fold_0'/'scores.csv').touch(); (tmp_path/'folds.json').write_text('{"k":2}')
+    with pytest.raises(CTError, match='fold 1 of 2 is not trained and scored yet'): Segmenter.load(tmp_path, 'cpu')
+
+def test_lungs_alone(scans):
+    seg = lungs(scans/'ct.nii.gz', device='cpu')
+    assert list(seg.masks)==['right_lung','left_lung'] and all(v>300 for v in seg.ml.values()) and seg.kept is None

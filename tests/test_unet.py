@@ -5,7 +5,8 @@ from functools import cache
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from covid3d.encoder import encoder3d, group_norm
-from covid3d.unet import DynamicUnet3d, _Stage, param_groups, _pieces, _resize, _size_levels, stage_sizes, keep_bn_stats
+from covid3d.unet import (Attention3d, DynamicUnet3d, _check_classes, _DecoderLevel, _Head, _init_he, _level_widths, _logit_conv, _pieces, _Pointwise3d, _resize, _shuffle3d, _size_levels, _Stage, _Upsample,
+    checkpointed, keep_bn_stats, param_groups, stage_sizes)
 from covid3d.volume import CTError
 
 names = ('r3d_18', 'mc3_18', 'r2plus1d_18')
@@ -278,3 +279,126 @@ def test_a_frozen_stage_keeps_its_statistics(recompute):
     assert same == {'stem', 'layer1'}
     net.encoder.requires_grad_(True)
     assert all(stage.training for stage in net.train().encoder) and not any(stage.training for stage in net.eval().encoder)
+
+
+# Parts of the decoder
+
+def test_channels_and_sizes_of_each_encoder():
+    bodies = {name: encoder3d(name, pretrained=False) for name in names}
+    for body in bodies.values(): assert [s.channels for s in stage_sizes(body)] == [64, 64, 128, 256, 512]
+    assert [s.size for s in stage_sizes(bodies['mc3_18'])] == [(64, n, n) for n in (32, 32, 16, 8, 4)]
+    with pytest.raises(CTError, match='at least 16 voxels'): stage_sizes(bodies['r3d_18'], (8, 64, 64))
+
+def test_levels_of_stages():
+    grouped = lambda stages, **kwargs: [[s.name for s in level] for level in _size_levels(stages, **kwargs)]
+    for name in names: assert grouped(stage_sizes(unet(name).encoder)) == [['stem', 'layer1'], ['layer2'], ['layer3'], ['layer4']]
+    assert grouped(stage_sizes(unet().encoder), stem_skip=False) == [['layer1'], ['layer2'], ['layer3'], ['layer4']]
+    only_depth = [_Stage('a', 4, (16, 8, 8)), _Stage('b', 4, (8, 8, 8)), _Stage('c', 4, (8, 8, 8))]
+    assert grouped(only_depth) == [['a'], ['b', 'c']] and _level_widths(_size_levels(only_depth)) == [4]
+    with pytest.raises(CTError, match='encoder: never changes size'): _size_levels([_Stage('a', 4, (16, 8, 8))])
+
+def test_widths_of_levels():
+    levels = _size_levels(stage_sizes(encoder3d('r3d_18', pretrained=False)))
+    assert _level_widths(levels) == [128, 64, 32] and _level_widths(levels, 24) == [96, 48, 24] and _level_widths(levels, (96, 64, 16)) == [96, 64, 16]
+    with pytest.raises(CTError, match='Give 3 numbers of channels'): _level_widths(levels, (64, 32))
+    with pytest.raises(CTError, match='decoder=0'): _level_widths(levels, 0)
+
+def test_he_weights_keep_the_mean_square():
+    torch.manual_seed(0)
+    conv = nn.Conv3d(32, 64, 3, padding=1, bias=False).apply(_init_he)
+    assert conv.weight.var().item() * 32 * 27 == pytest.approx(2, abs=.05)
+    assert conv(torch.randn(1, 32, 9, 9, 9))[..., 1:-1, 1:-1, 1:-1].relu().square().mean().item() == pytest.approx(1, abs=.1)
+
+def test_a_pointwise_convolution_in_both_layouts():
+    "The product of matrices gives PyTorch's numbers and gradients, in the layout of its input"
+    torch.manual_seed(0)
+    mix, x = _Pointwise3d(6, 3, bias=True), torch.randn(2, 6, 4, 5, 7)
+    last = x.to(memory_format=torch.channels_last_3d)
+    want = nn.functional.conv3d(x, mix.weight, mix.bias)
+    for o in (x, last): assert torch.allclose(mix(o), want, atol=1e-6)
+    assert mix(last).is_contiguous(memory_format=torch.channels_last_3d) and mix(x).is_contiguous()
+    for a, b in zip(*(torch.autograd.grad(mix(o).square().sum(), mix.parameters()) for o in (x, last))): assert torch.allclose(a, b, atol=1e-3)
+
+def test_resize_to_a_size():
+    ramp = torch.arange(4.).view(1, 1, 1, 1, 4).expand(1, 1, 2, 3, 4)
+    assert torch.allclose(_resize(ramp, (2, 3, 8))[0, 0, 0, 0], torch.tensor([0, .25, .75, 1.25, 1.75, 2.25, 2.75, 3]), atol=1e-6)
+    assert torch.equal(_resize(ramp, (5, 3, 4)), ramp[:, :, :1].expand(1, 1, 5, 3, 4))
+    assert _resize(ramp, (2, 3, 4)) is ramp
+
+def test_pixel_shuffle():
+    x = torch.rand(2, 12, 5, 4, 3)
+    assert torch.equal(_shuffle3d(x, (1, 2, 2))[:, :, 3], nn.functional.pixel_shuffle(x[:, :, 3], 2))
+    assert _shuffle3d(x, (3, 1, 2)).shape == (2, 2, 15, 4, 6)
+
+@pytest.mark.parametrize('up', ['transposed', 'shuffle'])
+def test_upsampling_starts_as_nearest_neighbor(up):
+    torch.manual_seed(0)
+    with torch.no_grad(): y = _Upsample(8, 4, (2, 2, 2), up)(torch.rand(1, 8, 2, 3, 3), (4, 6, 6))
+    assert torch.allclose(y, nn.functional.interpolate(y[..., ::2, ::2, ::2], scale_factor=2), atol=1e-6) and y.std() > .1
+
+def test_upsampling_to_odd_sizes_and_by_name():
+    for up in ('trilinear', 'transposed', 'shuffle'): assert _Upsample(8, 4, (2, 2, 2), up)(torch.rand(1, 8, 2, 3, 3), (3, 6, 5)).shape == (1, 4, 3, 6, 5)
+    with pytest.raises(CTError, match='Give trilinear, transposed or shuffle'): _Upsample(8, 4, up='bilinear')
+
+def test_features_and_skips_meet_in_place():
+    "What the joining convolution reads: features reduced and then enlarged, each skip reduced"
+    torch.manual_seed(0)
+    level, seen, deep, skip = _DecoderLevel(16, [8, 6], 4, up='trilinear'), [], torch.rand(1, 16, 2, 3, 3), torch.rand(1, 8, 4, 6, 6)
+    level.join.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        level(deep, [skip, torch.rand(1, 6, 4, 6, 6)])
+        reduced = nn.functional.interpolate(nn.functional.conv3d(deep, level.reduce.conv.weight), size=(4, 6, 6), mode='trilinear')
+        lateral = torch.einsum('oi,bizyx->bozyx', next(iter(level.laterals)).weight.flatten(1), skip)
+    assert torch.allclose(seen[0][:, :4], reduced, atol=1e-5) and torch.allclose(seen[0][:, 4:8], lateral, atol=1e-5)
+    with pytest.raises(ValueError, match='shorter'): level(deep, [skip])
+
+def test_the_last_convolution_says_the_prior():
+    assert torch.allclose(_logit_conv(4, 3)(torch.zeros(1, 4, 1, 1, 1)).sigmoid().flatten(), torch.full((3,), .05), atol=1e-6)
+    with pytest.raises(CTError, match='prior=1'): _logit_conv(4, 1, prior=1)
+
+@pytest.mark.parametrize('bad', ['lesion', [], ['lesion', 'lesion'], [2], [None, None]], ids=str)
+def test_classes_that_are_no_names(bad):
+    with pytest.raises(CTError) as e: _check_classes(bad)
+    assert "e.g. ['lesion']" in str(e.value) and _check_classes(('lesion', 'lung')) == ['lesion', 'lung']
+
+def test_interpolating_logits_is_interpolating_features():
+    "Both are linear, and the logits have fewer channels"
+    torch.manual_seed(0)
+    head, x, volume = _Head(8, 2, False, .05), torch.rand(1, 8, 5, 5, 6), torch.rand(1, 1, 5, 9, 11)
+    assert torch.allclose(head(x, volume), head.logits(_resize(x, (5, 9, 11))), atol=1e-5)
+
+def test_attention_by_hand():
+    torch.manual_seed(0)
+    attend, x = Attention3d(16), torch.randn(2, 16, 2, 3, 4)
+    with torch.no_grad():
+        assert torch.equal(attend(x), x) # its factor starts at 0
+        attend.share.fill_(1)
+        q, k, v = attend.qk(x)[0, :2].flatten(1), attend.qk(x)[0, 2:].flatten(1), attend.v(x)[0].flatten(1)
+        want = x[0].flatten(1)[:, 5] + v @ (q[:, 5] @ k / math.sqrt(2)).softmax(0)
+        assert torch.allclose(attend(x)[0].flatten(1)[:, 5], want, atol=1e-5)
+
+@archs
+@pytest.mark.parametrize('kwargs', [dict(stem_skip=False), dict(input_skip=True), dict(up='shuffle', attention=True), dict(up='transposed', decoder_norm='instance')], ids=str)
+def test_every_option_keeps_the_size(arch, kwargs):
+    net = unet(arch, **kwargs).eval()
+    for size in ((16, 32, 32), (19, 37, 23), (1, 50, 3)):
+        with torch.no_grad(): logits = net(torch.rand(1, 1, *size))
+        assert logits.shape == (1, 1, *size) and logits.isfinite().all()
+
+def test_a_checkpointed_block_is_the_block():
+    "Gradients, dropout included, statistics, their count and the random state"
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.ReLU(inplace=True), nn.Dropout(.5))
+    other, x, state, after = deepcopy(block), torch.rand(2, 1, 5, 5, 5), torch.get_rng_state(), []
+    for run in (lambda: block(x), lambda: checkpointed(other, x)):
+        torch.set_rng_state(state)
+        run().square().sum().backward()
+        after.append(torch.rand(1).item())
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(block.parameters(), other.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(block.buffers(), other.buffers()))
+    assert other[1].num_batches_tracked == 1 and len(set(after)) == 1
+
+def test_pieces_of_something_else():
+    conv = nn.Conv3d(1, 1, 1)
+    assert _pieces(conv) == [conv]
+    for name in names: assert [len(_pieces(stage)) for stage in unet(name).encoder] == [1, 2, 2, 2, 2]

@@ -48,6 +48,8 @@ def dask_client(workers, scheduler):
 
 # %% ../nbs/22_workers.ipynb #2a1c9430
 _ahead = 4 # tasks for each worker that are handed out at a time
+_died = CTError('worker', 'its process died, and so did those of other attempts',
+                'Use fewer workers, or look at the memory that is left')
 
 # %% ../nbs/22_workers.ipynb #667348e7
 def run_tasks(
@@ -58,20 +60,21 @@ def run_tasks(
     scheduler: str = '' # Address of a Dask scheduler, or `slurm`
 ): # (task, what the call returned, or a `CTError` if its process died each time)
     "Call a function on many inputs in other processes; in the order in which they are finished"
-    tasks,running = iter(tasks),{}
+    tasks,running,killed = iter(tasks),{},[]
     with dask_client(workers, scheduler) as (client,threads):
         from distributed import KilledWorker, as_completed
-        def submit():
+        def submit(task): return client.submit(call, *task, *shared, threads, pure=False)
+        def more():
             wanted = _ahead*max(1, len(client.nthreads()))
             for task in islice(tasks, max(0, wanted-len(running))):
-                f = client.submit(call, *task, *shared, threads, pure=False)
-                running[f.key] = task
+                f = submit(task); running[f.key] = task
                 yield f
-        done = as_completed([*submit()])
+        done = as_completed([*more()])
         for f in done:
             task = running.pop(f.key)
             try: yield task,f.result()
-            except KilledWorker:
-                yield task,CTError('worker', 'its process died, and so did those of other attempts',
-                                   'Use fewer workers, or look at the memory that is left')
-            for more in submit(): done.add(more)
+            except KilledWorker: killed.append(task)
+            for f in more(): done.add(f)
+        for task in killed:  # each alone: another one may have killed its workers
+            try: yield task,submit(task).result()
+            except KilledWorker: yield task,_died

@@ -546,8 +546,8 @@ def apply(self: Augment3d,
     if not d.still or tuple(size)!=tuple(x.shape[2:]):
         x,y = warp(x, y, d, size, self.mm(d), center, self.linear_masks)
     if self.mirrored and y is not None:
-        turned = (torch.linalg.det(d.matrix[:,:3,:3])<0).to(y.device).view(-1,1,1,1,1)
-        y = torch.where(turned, y[:,list(self.mirrored)], y)
+        mirrored = (torch.linalg.det(d.matrix[:,:3,:3])<0).to(y.device).view(-1,1,1,1,1)
+        y = torch.where(mirrored, y[:,list(self.mirrored)], y)
     for t,strengths in d.then: t.apply(x, strengths)
     return x.clamp_(0,1) if d.then else x,y
 

@@ -42,7 +42,6 @@ def _study_cases(table, spec, k) -> dict:
     digests = case_digests(dls.reader, cases)
     return {c.name:f'fold {i}, {digests[c.name]}' for c,i in zip(cases, folds)}
 
-# %% ../nbs/23_folds.ipynb #1dbbdf91
 def _same_study(out, about):
     "Note what all folds share in `folds.json`; refuse a fold of another study"
     f,mine = out/'folds.json',Outputs(out, 'folds', 'folds.json')
@@ -113,13 +112,32 @@ def _join_folds(out, k, keep) -> pd.DataFrame:
     return df
 
 # %% ../nbs/23_folds.ipynb #48d1d0c2
+def _folds_to_train(folds, k) -> list:
+    "Numbers of folds; `CTError` if there is no such fold"
+    todo = [*(range(k) if folds is None else folds)]
+    if odd := [i for i in todo if not 0<=i<k]:
+        raise CTError(f'fold {odd[0]}', f'there is no such fold of {k}', f'Give 0 to {k-1}')
+    return todo
+
+def _begin_study(table, out, recipe, k, overlap, todo, anew, overwrite, held):
+    "Lock, clear and note what all folds share, in the first process"
+    no_links(out, 'fold_*/', 'report/')
+    if started()[0]: return
+    _lock_folds(out, k, todo, anew, held)
+    about = dict(k=k, overlap=overlap, recipe=recipe.identity,
+                 cases=_study_cases(table, recipe.spec, k))
+    with _locked_soon(out):
+        if anew: _clear_study(out, sorted({*todo, *_old_folds(out)}), overwrite)
+        _same_study(out, about)
+
+# %% ../nbs/23_folds.ipynb #747f8a39
 def train_folds(
     table,           # Case table, or a prepared folder; cases of the split `test` stay apart
     out,             # Folder for the folds and the report
     recipe=None,     # As `train` takes it
     k: int = 5,      # Folds, by patient
     folds=None,      # Numbers of the folds to train now, from 0; all if None
-    overlap: float = .5,    # Of neighbouring windows, 0 to below 1
+    overlap: float = .5,    # Of neighboring windows, 0 to below 1
     keep: str = 'last',     # Weights that are scored; `best` are chosen on the same scans
     resume: bool = False,   # Resume what was interrupted
     overwrite: bool = True, # Replace a former cross-validation
@@ -127,22 +145,12 @@ def train_folds(
     **changes        # Of the recipe
 ) -> pd.DataFrame: # Scores of the folds that are done, a row per case; None but in process 0
     "Train `k` networks, each scored on the cases that it did not see"
-    out,todo = Path(out),[*(range(k) if folds is None else folds)]
-    recipe = Recipe.load(recipe).but(keep=keep, **changes)
-    if odd := [i for i in todo if not 0<=i<k]:
-        raise CTError(f'fold {odd[0]}', f'there is no such fold of {k}', f'Give 0 to {k-1}')
+    out,recipe = Path(out),Recipe.load(recipe).but(keep=keep, **changes)
+    todo,anew = _folds_to_train(folds, k),folds is None and not resume
     how = dict(device=device, workers=workers, examples=examples, plot=plot, cbs=cbs,
                overwrite=overwrite)
-    first,anew = not started()[0],folds is None and not resume
-    no_links(out, 'fold_*/', 'report/')
     with ExitStack() as held:
-        if first:
-            _lock_folds(out, k, todo, anew, held)
-            about = dict(k=k, overlap=overlap, recipe=recipe.identity,
-                         cases=_study_cases(table, recipe.spec, k))
-            with _locked_soon(out):
-                if anew: _clear_study(out, sorted({*todo, *_old_folds(out)}), overwrite)
-                _same_study(out, about)
+        _begin_study(table, out, recipe, k, overlap, todo, anew, overwrite, held)
         for i in todo: _train_fold(table, out, recipe, i, k, overlap, resume, **how)
-        if not first: return
+        if started()[0]: return
         with _locked_soon(out): return _join_folds(out, k, keep)

@@ -1,4 +1,4 @@
-"""Train a 3D U-Net on scans, keep the weights that segment whole scans best
+"""The training loop, from ten lines of PyTorch to a run that finds lesions and keeps its best weights
 
 Docs: https://covid3d.github.io/covid3d/learner.html.md"""
 
@@ -14,7 +14,7 @@ __all__ = ['CTLearner', 'unet_learner_3d', 'unfreeze_for', 'train', 'r3d_18', 'm
            'PatchDice', 'NetSpec', 'save_model', 'load_model', 'Segmenter', 'Segmentation', 'segment', 'sliding_window',
            'Recipe', 'ScanDice', 'KeepBest', 'History', 'EMA', 'Pictures', 'set_seed']
 
-# %% ../nbs/18_learner.ipynb #fe9f8fe1
+# %% ../nbs/18_learner.ipynb #36962a29
 import re
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -35,6 +35,7 @@ from fastcore.meta import delegates
 from plum import dispatch
 from torch.backends import cudnn
 
+# %% ../nbs/18_learner.ipynb #7ddff6d1
 from .augment import Augment3d, ct_aug_transforms, light_aug_transforms
 from .callbacks import (EMA, History, KeepBest, Pictures, ScanDice, StopOnNaN, batch_names,
                                plain_log, run_outputs)
@@ -47,17 +48,17 @@ from .distributed import joined, once, own_random, place, split_training
 from .encoder import build_of, encoder3d, mc3_18, r2plus1d_18, r3d_18
 from .files import locked, resumable, sweep
 from .inference import Segmentation, Segmenter, out_of_memory, segment, sliding_window
-from .weights import NetSpec, Seen, is_network, load_model, network_in, save_model
 from .losses import DiceCELoss, DiceFocalLoss, soft_dice
 from .memory import apply_plan, plan_memory
 from .metrics import PatchDice, dice
+from .patches import RandomPatch, TensorCT, TensorMask3d, show_patch
 from .phantom import phantom, write_phantoms
 from .recipe import Recipe, case_digests
 from .show import save_figure, show_slices
-from .patches import RandomPatch, TensorCT, TensorMask3d, show_patch
 from .transforms import CTSpec, apply_window, resample_image, resample_mask
 from .unet import DynamicUnet3d, param_groups
 from .volume import CTError, Volume, open_ct, open_mask, save_mask, save_volume
+from .weights import NetSpec, Seen, is_network, load_model, network_in, save_model
 
 # %% ../nbs/18_learner.ipynb #012de542
 _all_ = ['r3d_18', 'mc3_18', 'r2plus1d_18', 'Volume', 'CTError', 'open_ct', 'open_scan',
@@ -105,7 +106,7 @@ class CTLearner(Learner):
         "Segment a whole scan"
         return self.segmenter(**kwargs)(scan)
 
-# %% ../nbs/18_learner.ipynb #c71ea202
+# %% ../nbs/18_learner.ipynb #91ddf651
 def _net_of(arch, pretrained, kwargs) -> tuple:
     "The network that is meant, and the arguments that are left"
     own = {f.name:kwargs.pop(f.name) for f in fields(NetSpec) if f.name in kwargs}
@@ -116,42 +117,20 @@ def _net_of(arch, pretrained, kwargs) -> tuple:
                       'Use norm=batch, or pretrained weights')
     return (network_in(pretrained, net) if is_network(pretrained) else net),kwargs
 
-# %% ../nbs/18_learner.ipynb #9cbc1bb4
-@delegates(NetSpec, but='encoder')
-def unet_learner_3d(
-    dls,                   # `CTDataLoaders`, or DataLoaders of such batches
-    arch=r3d_18,           # `r3d_18`, `mc3_18` or `r2plus1d_18`; or a whole `NetSpec`
-    # Kinetics-400 weights (True), random ones (False), a file of weights, or `covid3d` for those
-    # that come with the library
-    pretrained=True,
-    spec: CTSpec = None,   # How the data were prepared; that of `dls` if None
-    loss_func=None,        # Of logits and masks (batch, class, …); `DiceFocalLoss()` if None
-    metrics=None,          # `PatchDice` of the first class if None
-    memory: str = None,    # What a step may take, such as '6GB'; batch and precision will fit
-    opt_func=Adam,         # Optimiser
-    lr: float = 1e-3,      # Default learning rate
-    **kwargs               # For `NetSpec`, and for `Learner`
-) -> Learner:
-    "A `Learner` that trains a `DynamicUnet3d`"
+def _spec_of(dls, spec) -> CTSpec:
+    "How the scans of these DataLoaders were prepared"
     spec = spec or getattr(dls, 'spec', None)
-    if spec is None:
-        raise CTError('spec', 'these DataLoaders do not say how their scans were prepared',
-                      'Give spec=CTSpec(…)')
-    net,kwargs = _net_of(arch, pretrained, kwargs)
-    model = net.build(spec.classes, pretrained)
-    if memory is not None:  # the batch may change, and yours stays as it is
-        dls,own = copy(dls),dls
-        dls.loaders = [o.new() for o in own.loaders]
-    learn = CTLearner(dls, model, loss_func=loss_func or DiceFocalLoss(), opt_func=opt_func, lr=lr,
-                      splitter=param_groups, train_bn=False,
-                      metrics=PatchDice() if metrics is None else metrics, **kwargs)
-    learn.spec,learn.net = spec,replace(net, **build_of(model.encoder))
-    plain_log(learn)
-    if memory is not None: _fit_memory(learn, memory)
-    if pretrained: learn.freeze()
-    return learn
+    if spec is not None: return spec
+    raise CTError('spec', 'these DataLoaders do not say how their scans were prepared',
+                  'Give spec=CTSpec(…)')
 
-# %% ../nbs/18_learner.ipynb #18284b2a
+# %% ../nbs/18_learner.ipynb #4bf2a191
+def _own_loaders(dls):
+    "The same DataLoaders, whose batch may change while yours keep theirs"
+    mine = copy(dls)
+    mine.loaders = [o.new() for o in dls.loaders]
+    return mine
+
 def _fit_memory(learn, memory, frozen_stages=0, average=False):
     "Choose a setting that fits, say which, and use it"
     plan = plan_memory(learn.model, learn.spec.patch, memory, learn.dls.train.bs,
@@ -159,15 +138,32 @@ def _fit_memory(learn, memory, frozen_stages=0, average=False):
     once(lambda: print(plan, flush=True))
     apply_plan(learn, plan)
 
-# %% ../nbs/18_learner.ipynb #1c431f6c
-@dispatch
-def show_results(x: TensorCT, y: TensorMask3d, samples, outs, ctxs=None, max_n=4, nrows=None,
-                 ncols=None, figsize=None, **kwargs):
-    n = min(len(samples), max_n)
-    if ctxs is None:
-        ctxs = get_grid(n, nrows=nrows or 1, ncols=ncols, figsize=figsize or (3*n,3.2),
-                        title='blue: reference, orange: prediction')
-    return [show_patch(s[0], [s[1], o[0]], c) for s,o,c in zip(samples, outs, ctxs)]
+# %% ../nbs/18_learner.ipynb #a214bae4
+@delegates(NetSpec, but='encoder')
+def unet_learner_3d(
+    dls,                   # `CTDataLoaders`, or DataLoaders of such batches
+    arch=r3d_18,           # `r3d_18`, `mc3_18` or `r2plus1d_18`; or a whole `NetSpec`
+    # Kinetics-400 weights (True), random ones (False), a file of weights, or `covid3d`
+    pretrained=True,
+    spec: CTSpec = None,   # How the data were prepared; that of `dls` if None
+    loss_func=None,        # Of logits and masks (batch, class, …); `DiceFocalLoss()` if None
+    metrics=None,          # `PatchDice` of the first class if None
+    memory: str = None,    # What a step may take, such as '6GB'; batch and precision will fit
+    opt_func=Adam,         # Optimizer
+    lr: float = 1e-3,      # Default learning rate
+    **kwargs               # For `NetSpec`, and for `Learner`
+) -> Learner:
+    "A `Learner` that trains a `DynamicUnet3d`"
+    spec,(net,kwargs) = _spec_of(dls, spec),_net_of(arch, pretrained, kwargs)
+    if memory is not None: dls = _own_loaders(dls)
+    learn = CTLearner(dls, net.build(spec.classes, pretrained), loss_func or DiceFocalLoss(),
+                      opt_func, lr, param_groups, train_bn=False,
+                      metrics=PatchDice() if metrics is None else metrics, **kwargs)
+    learn.spec,learn.net = spec,replace(net, **build_of(learn.model.encoder))
+    plain_log(learn)
+    if memory is not None: _fit_memory(learn, memory)
+    if pretrained: learn.freeze()
+    return learn
 
 # %% ../nbs/18_learner.ipynb #2883d2d8
 def unfreeze_for(
@@ -181,7 +177,17 @@ def unfreeze_for(
     learn.freeze_to(frozen_stages if pretrained else 0)
     return slice(lr/lr_ratio, lr) if pretrained else lr
 
-# %% ../nbs/18_learner.ipynb #e00379b2
+# %% ../nbs/18_learner.ipynb #1c431f6c
+@dispatch
+def show_results(x: TensorCT, y: TensorMask3d, samples, outs, ctxs=None, max_n=4, nrows=None,
+                 ncols=None, figsize=None, **kwargs):
+    n = min(len(samples), max_n)
+    if ctxs is None:
+        ctxs = get_grid(n, nrows=nrows or 1, ncols=ncols, figsize=figsize or (3*n,3.2),
+                        title='blue: reference, orange: prediction')
+    return [show_patch(s[0], [s[1], o[0]], c) for s,o,c in zip(samples, outs, ctxs)]
+
+# %% ../nbs/18_learner.ipynb #479f4469
 def _cases(dls) -> tuple:
     "The cases to train with, each once, and those to validate"
     return [*dict.fromkeys(dls.train_ds.items)],dls.valid_cases
@@ -193,7 +199,15 @@ def _identity(learn, recipe) -> dict:
     return dict(recipe=recipe.identity, device=torch.device(dls.device).type, processes=place()[1],
                 workers=dls.train.fake_l.num_workers, train=train, valid=valid)
 
-# %% ../nbs/18_learner.ipynb #68edece4
+def _seen_by(reader, cases) -> Seen:
+    "What a training on these `Case`s holds"
+    infos = [reader(c).info for c in cases]
+    of_body = [i['lesion_ml']/i['body_ml'] for i in infos if i.get('body_ml')]
+    digests = {i['digest'] for i in infos if i.get('digest')}
+    largest = max(i['lesion_ml'] for i in infos)
+    return Seen(len(infos), largest, min(1., max(of_body, default=0.)), tuple(sorted(digests)))
+
+# %% ../nbs/18_learner.ipynb #00976c01
 def _check(dls, table, choose):
     "Stop at a bad scan before anything is written; scans that are prepared are not read again"
     train,valid = _cases(dls)
@@ -206,16 +220,6 @@ def _check(dls, table, choose):
         fault = f'no valid case has a {dls.spec.lesion}, so no weights could be chosen'
         raise CTError(table, fault, 'Put a case with one into the split valid')
 
-# %% ../nbs/18_learner.ipynb #3fef58d5
-def _seen_by(reader, cases) -> Seen:
-    "What a training on these `Case`s holds"
-    infos = [reader(c).info for c in cases]
-    of_body = [i['lesion_ml']/i['body_ml'] for i in infos if i.get('body_ml')]
-    digests = {i['digest'] for i in infos if i.get('digest')}
-    largest = max(i['lesion_ml'] for i in infos)
-    return Seen(len(infos), largest, min(1., max(of_body, default=0.)), tuple(sorted(digests)))
-
-# %% ../nbs/18_learner.ipynb #e47aa657
 def _take(out, held, resume, overwrite):
     "Lock the folder of a training, and refuse to replace what is not to be replaced"
     held.enter_context(locked(out, folder=True))
@@ -232,7 +236,7 @@ def _begin(out, recipe, resume, plot):
              *['history.png']*plot)
     if anew: recipe.save(out/'recipe.json')
 
-# %% ../nbs/18_learner.ipynb #e7d3ec1d
+# %% ../nbs/18_learner.ipynb #e0202eea
 class _Awaited(Callback):
     "Counts the batches of a pass that have come"
     def before_train(self): self.learn.came = 0
@@ -245,7 +249,6 @@ def _awaited(learn) -> str:
     try: return ', '.join(batch_names(learn))
     except (AttributeError, IndexError, TypeError): return ''
 
-# %% ../nbs/18_learner.ipynb #aeebf049
 _failures = {  # pattern → fault, remedy
     r'shared memory|Bus error|/torch_\d':
         ('the shared memory (/dev/shm) is too small for processes that draw patches', 'Enlarge it'),
@@ -253,6 +256,7 @@ _failures = {  # pattern → fault, remedy
     r'DataLoader worker.*(killed|exited)':
         ('a process that draws patches was killed', 'Free memory')}
 
+# %% ../nbs/18_learner.ipynb #95887d29
 def _why_stopped(e, names='') -> CTError: # None if it is nothing that we know
     "What to do where memory, or a process that draws patches of the cases `names`, has failed"
     text = str(e).strip()
@@ -269,14 +273,15 @@ def _why_stopped(e, names='') -> CTError: # None if it is nothing that we know
         remedy = 'Start anew with less: --memory, such as 6GB, or a smaller --bs or --patch'
         return CTError('memory', 'a training step needs more than there is', remedy)
 
-# %% ../nbs/18_learner.ipynb #acebd432
 @contextmanager
 def _explained(learn):
+    "A known failure as one line"
     try: yield
     except (RuntimeError,MemoryError,OSError) as e:
         if err := _why_stopped(e, _awaited(learn)): raise err from None
         raise
 
+# %% ../nbs/18_learner.ipynb #5ad67a5b
 @contextmanager
 def _seeded(seed, reproducible):
     "Seeds set, and algorithms that are reproducible if that is asked for, until the end"
@@ -285,26 +290,29 @@ def _seeded(seed, reproducible):
     try: yield
     finally: cudnn.deterministic,cudnn.benchmark = was
 
-# %% ../nbs/18_learner.ipynb #8c03ba7d
-def _learner(table, out, recipe, fold, device, workers, cbs) -> Learner:
-    "The learner of a recipe"
-    more = {} if workers is None else dict(num_workers=workers)
-    dls = CTDataLoaders.from_table(table, recipe.spec, bs=recipe.bs, patches=recipe.patches,
-                                   oversample_foreground=recipe.oversample_foreground, fold=fold,
-                                   aug=recipe.augmentation, path=out, device=device, **more)
-    return unet_learner_3d(dls, recipe.network, recipe.pretrained, loss_func=recipe.loss_func,
-                           cbs=cbs, wd=recipe.wd,
-                           metrics=[PatchDice(), ScanDice(recipe.score_every)])
-
 def _to_device(learn, recipe):
     "The memory layout and the precision that suit the device; those of a budget where there is one"
     device = torch.device(learn.dls.device).type
-    # quicker at width 16 (`benchmarks/step.csv`)
+    # faster at width 16 (`benchmarks/step.csv`)
     if device=='cpu': learn.model.to(memory_format=torch.channels_last_3d)
     if recipe.memory is not None:
         frozen = recipe.frozen_stages if recipe.pretrained else 0
         _fit_memory(learn, recipe.memory, frozen, bool(recipe.ema or recipe.keep_start))
     elif device=='cuda': learn.to_fp16()
+
+# %% ../nbs/18_learner.ipynb #58c45d85
+def _learner(table, out, recipe, fold, device, workers, cbs) -> Learner:
+    "The learner of a recipe, its scans checked"
+    more = {} if workers is None else dict(num_workers=workers)
+    dls = CTDataLoaders.from_table(table, recipe.spec, bs=recipe.bs, patches=recipe.patches,
+                                   oversample_foreground=recipe.oversample_foreground, fold=fold,
+                                   aug=recipe.augmentation, path=out, device=device, **more)
+    learn = unet_learner_3d(dls, recipe.network, recipe.pretrained, loss_func=recipe.loss_func,
+                            cbs=cbs, wd=recipe.wd,
+                            metrics=[PatchDice(), ScanDice(recipe.score_every)])
+    once(lambda: _check(learn.dls, table, recipe.keep=='best'))
+    _to_device(learn, recipe)
+    return learn
 
 # %% ../nbs/18_learner.ipynb #c71ea203
 def _fit(learn, out, recipe, resume, examples, plot) -> Learner:
@@ -354,6 +362,4 @@ def train(
         once(lambda: _take(out, held, resume, overwrite))
         held.enter_context(_seeded(recipe.seed, recipe.reproducible))
         learn = _learner(table, out, recipe, fold, device, workers, cbs)
-        once(lambda: _check(learn.dls, table, recipe.keep=='best'))
-        _to_device(learn, recipe)
         return _fit(learn, out, recipe, resume, examples, plot)

@@ -7,10 +7,11 @@ Docs: https://covid3d.github.io/covid3d/memory.html.md"""
 # %% auto #0
 __all__ = ['plan_memory', 'apply_plan']
 
-# %% ../nbs/13_memory.ipynb #33477af2
+# %% ../nbs/13_memory.ipynb #f70860cd
 import re, torch, weakref
 from copy import deepcopy
 from dataclasses import dataclass
+from fastcore.basics import patch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from itertools import product
@@ -28,34 +29,38 @@ def on_meta(model: nn.Module) -> nn.Module:
     like = {id(p): nn.Parameter(p.detach().to('meta'), p.requires_grad) for p in model.parameters()}
     return deepcopy(model, like | {id(b): b.to('meta') for b in model.buffers()}).train()
 
-# %% ../nbs/13_memory.ipynb #e53c8555
+# %% ../nbs/13_memory.ipynb #ccfae71a
 class LiveBytes(TorchDispatchMode):
     "While it is on: the bytes of all live tensors, their peak, and of the largest convolution."
     def __init__(self, *tensors): # that lived before
         super().__init__()
         self.now, self.peak, self.conv, self.ids = 0, 0, 0, set()
-        for t in tensors: self.add(t.untyped_storage())
+        for t in tensors: self._add(t.untyped_storage())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        for t in made: self.add(t.untyped_storage())
+        for t in made: self._add(t.untyped_storage())
         if func is torch.ops.aten.convolution.default:
-            self.conv = max(self.conv,
-                            sum(t.nbytes for t in [*args, *made] if isinstance(t, Tensor)))
+            read = [t for t in args if isinstance(t, Tensor)]
+            self.conv = max(self.conv, sum(t.nbytes for t in [*read, *made]))
         return out
 
-    def add(self, storage):
-        key, n = id(storage), storage.nbytes()
-        if key in self.ids: return
-        self.ids.add(key)
-        self.now += n
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.drop, key, n)
+# %% ../nbs/13_memory.ipynb #0c2339ca
+@patch
+def _add(self: LiveBytes, storage):
+    "Count a storage, once, until it is freed"
+    key, n = id(storage), storage.nbytes()
+    if key in self.ids: return
+    self.ids.add(key)
+    self.now += n
+    self.peak = max(self.peak, self.now)
+    weakref.finalize(storage, self._drop, key, n)
 
-    def drop(self, key, n):
-        self.ids.discard(key)
-        self.now -= n
+@patch
+def _drop(self: LiveBytes, key, n):
+    self.ids.discard(key)
+    self.now -= n
 
 # %% ../nbs/13_memory.ipynb #2cd8bfc1
 def saved_bytes(
@@ -121,10 +126,9 @@ def live_step(
         torch.autograd.backward(loss)
     return forward, live.peak, live.conv
 
-# %% ../nbs/13_memory.ipynb #e9ea5b68
+# %% ../nbs/13_memory.ipynb #6c920f4c
 program_bytes = dict(cpu=.9e9, cuda=.7e9) # what the program itself takes
 
-# %% ../nbs/13_memory.ipynb #296131c4
 def step_bytes(
     model: nn.Module, # any network
     size: tuple, # (slice, row, column) of the patch, in voxels
@@ -154,7 +158,7 @@ def show_bytes(n: int) -> str: # bytes; as '4.1 GB'
     "Bytes for people, in powers of ten."
     return f'{n / 1e9:.3g} GB' if n >= 1e9 else f'{n / 1e6:.3g} MB'
 
-# %% ../nbs/13_memory.ipynb #53f9b059
+# %% ../nbs/13_memory.ipynb #5f2af3e2
 @dataclass(frozen=True)
 class MemoryPlan:
     "How to train within a budget."
@@ -172,6 +176,7 @@ class MemoryPlan:
         return (f'{show_bytes(self.budget)}: {patches}, {types}, activations {kept}; '
                 f'about {show_bytes(self.bytes)}')
 
+# %% ../nbs/13_memory.ipynb #136d72b5
 def _options(model: nn.Module, bs: int, device: str) -> list:
     "Ways to take a step of `bs` patches: (patches at a time, recompute, fp16), the quickest first."
     split = [n for n in range(bs, 0, -1) if bs % n == 0]
@@ -181,7 +186,7 @@ def _options(model: nn.Module, bs: int, device: str) -> list:
     loss = lambda way: (statistics and way[0] < bs, device == 'cpu' and way[0] == 1, way[1])
     return [(n, r, device == 'cuda') for n, r in sorted(product(split, again), key=loss)]
 
-# %% ../nbs/13_memory.ipynb #8e36fe87
+# %% ../nbs/13_memory.ipynb #53f9b059
 def _as_trained(model: nn.Module, frozen_stages: int = 0) -> nn.Module: # on the meta device
     "A copy of `model` as it will be trained, whatever is frozen now."
     meta = on_meta(model).requires_grad_(True)
@@ -189,7 +194,6 @@ def _as_trained(model: nn.Module, frozen_stages: int = 0) -> nn.Module: # on the
         nn.ModuleList([*meta.encoder.children()][:frozen_stages]).requires_grad_(False)
     return meta.train()
 
-# %% ../nbs/13_memory.ipynb #3ca04337
 # see `plan_memory`; bytes
 def _try_bytes(model: nn.Module, patch: tuple, bs: int, recompute: bool, fp16: bool, device: str,
                average: bool = False) -> int:
@@ -198,6 +202,7 @@ def _try_bytes(model: nn.Module, patch: tuple, bs: int, recompute: bool, fp16: b
     meta.recompute = recompute
     return sum(step_bytes(meta, patch, bs, fp16, device, average).values())
 
+# %% ../nbs/13_memory.ipynb #ee9fce08
 # see `plan_memory`; bytes; None: none fits
 def _largest_patch(model: nn.Module, patch: tuple, budget: int, recompute: bool, fp16: bool,
                    device: str, average: bool = False) -> tuple | None:

@@ -1,8 +1,11 @@
 "Bytes counted by hand, without numbers and with them; plans that keep their word; a step measured in a process of its own"
-import json, os, subprocess, sys, weakref
+import json, math, os, subprocess, sys, weakref
+from copy import deepcopy
 from pathlib import Path
 import pytest, torch
+from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD
@@ -11,8 +14,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from covid3d.encoder import encoder3d
-from covid3d.losses import DiceCELoss
-from covid3d.memory import Accumulate, LiveBytes, MemoryPlan, apply_plan, _as_trained, _largest_patch, live_step, on_meta, _options, _parse_bytes, plan_memory, saved_bytes, show_bytes, step_bytes, _try_bytes
+from covid3d.losses import DiceCELoss, soft_dice
+from covid3d.memory import Accumulate, LiveBytes, MemoryPlan, apply_plan, _as_trained, _largest_patch, _like_autocast, live_step, on_meta, _options, _parse_bytes, plan_memory, saved_bytes, show_bytes, step_bytes, step_loss, _try_bytes
 from covid3d.unet import DynamicUnet3d
 from covid3d.volume import CTError
 
@@ -236,3 +239,160 @@ def test_a_later_plan_replaces_the_earlier():
     assert sum(isinstance(cb, Accumulate) for cb in learn.cbs) == 1
     apply_plan(learn, MemoryPlan(4, 1, False, False, 0, 0))
     assert not any(isinstance(cb, Accumulate) for cb in learn.cbs)
+
+
+# Parts, by hand
+
+def test_a_copy_on_meta_leaves_the_network_alone():
+    net = unet()
+    meta = on_meta(net)
+    assert {p.device.type for p in [*meta.parameters(), *meta.buffers()]} == {'meta'} and {p.device.type for p in [*net.parameters(), *net.buffers()]} == {'cpu'}
+    net.encoder.requires_grad_(False)
+    assert [p.requires_grad for p in on_meta(net).parameters()] == [p.requires_grad for p in net.parameters()]
+
+def test_live_bytes_by_hand():
+    "Twice 400 bytes and a third that is freed at once; a view counts for nothing"
+    with LiveBytes() as live:
+        a = torch.zeros(100)
+        b = 2 * a
+        b += a.exp()
+        c = b.view(10, 10) # noqa: F841
+    assert (live.now, live.peak) == (800, 1200)
+    del a, b
+    assert live.now == 400
+
+def test_saved_bytes_by_hand():
+    "Of a normalization its input, mean and deviation, of a ReLU in place its output"
+    tiny = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.GroupNorm(1, 4), nn.ReLU(inplace=True))
+    assert saved_bytes(tiny, (4, 6, 8), 2) == 4 * (2 * 4 * 4 * 6 * 8 * 2 + 2 + 2)
+    assert saved_bytes(tiny.requires_grad_(False), (4, 6, 8)) == 0
+
+def test_a_frozen_encoder_with_a_recomputed_decoder_by_hand():
+    "The features of the five stages, and what enters the next decoder level or the head"
+    voxels = [math.prod(-(-n // 2**i) for n in (16, 48, 48)) for i in range(4)]
+    encoder = 2 * 16 * voxels[0] + 32 * voxels[1] + 64 * voxels[2] + 128 * voxels[3]
+    decoder = 8 * voxels[0] + 16 * voxels[1] + 32 * voxels[2]
+    assert saved_bytes(freeze(unet(width=16, recompute=True), stages), (16, 96, 96)) == 4 * (encoder + decoder)
+
+@pytest.mark.parametrize('n', [0, 2, 5])
+@pytest.mark.parametrize('recompute', [False, True])
+def test_frozen_stages_on_meta_and_in_a_real_pass(n, recompute):
+    net = freeze(unet(recompute=recompute), stages[:n])
+    assert saved_bytes(net, (16, 33, 29)) == saved_bytes(net, (16, 33, 29), device='cpu')
+
+def test_a_frozen_encoder_gets_no_gradient_and_keeps_its_statistics():
+    net = freeze(unet(), stages)
+    net.train()(torch.rand(1, 1, 16, 32, 32)).sum().backward()
+    assert [k for k, p in net.named_parameters() if p.grad is not None] == [k for k, _ in net.named_parameters() if not k.startswith('encoder')]
+    assert {int(b) for k, b in net.named_buffers() if k.endswith('num_batches_tracked')} == {0}
+    assert net.training and net.decoder.training and not any(stage.training for stage in net.encoder)
+    net.encoder.layer4.requires_grad_(True)
+    assert [stage.training for stage in net.train().encoder] == [False] * 4 + [True]
+
+@pytest.mark.parametrize('norm, want', [(nn.GroupNorm(1, 1), 2 + 4 + 4 + 2), (nn.BatchNorm3d(1), 2 + 2 + 2)])
+def test_bytes_kept_in_mixed_precision(norm, want, n=8):
+    "Per voxel, between two convolutions: group normalization keeps its input and its output in float32, BatchNorm takes float16 as it comes"
+    layers = nn.Sequential(nn.Conv3d(1, 1, 1, bias=False), norm, nn.ReLU(inplace=True), nn.Conv3d(1, 1, 1, bias=False))
+    kept, x, meta = {}, torch.zeros(1, 1, n, n, n, device='meta'), _like_autocast(on_meta(layers))
+    with saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage()._cdata, t), lambda t: t): held = meta(x) # noqa: F841
+    assert sum(t.nbytes for t in kept.values() if t.numel() == n**3) / n**3 == want
+
+def test_the_loss_of_a_step_is_dice_and_cross_entropy_at_each_size():
+    torch.manual_seed(0)
+    y, mask = torch.randn(2, 1, 8, 8, 8), (torch.rand(2, 1, 8, 8, 8) > .7).float()
+    half = y[..., ::2, ::2, ::2]
+    whole, small = step_loss(y, mask), step_loss(half, mask)
+    assert step_loss([y, half], mask).item() == pytest.approx((whole + small).item(), abs=1e-5)
+    assert small.item() == pytest.approx(step_loss(half, mask[..., ::2, ::2, ::2]).item(), abs=1e-5) # the nearest voxel of the mask
+    by_hand = 1 - soft_dice(y.sigmoid(), mask).mean() + nn.functional.binary_cross_entropy_with_logits(y, mask)
+    assert whole.item() == pytest.approx(by_hand.item(), abs=1e-5)
+
+def test_peaks_of_a_step():
+    "Mixed precision helps BatchNorm and hurts group normalization; recomputing helps both"
+    peak = lambda norm, recompute, fp16: live_step(unet(norm, width=16, recompute=recompute), (16, 96, 96), 2, fp16)[1]
+    assert peak('batch', False, True) < .75 * peak('batch', False, False)
+    assert peak('group', False, True) > peak('group', False, False)
+    assert peak('batch', True, False) < .75 * peak('batch', False, False)
+
+@pytest.mark.parametrize('recompute', [False, True])
+def test_the_peak_on_meta_is_that_of_a_real_step(recompute):
+    "Within the small tensors that the CPU's kernels make"
+    net, size = unet(recompute=recompute), (16, 48, 40)
+    model = deepcopy(net).train()
+    params = list(model.parameters())
+    for p in params: p.grad = torch.zeros_like(p)
+    with LiveBytes(*params, *model.buffers(), *(p.grad for p in params)) as live:
+        out = model(torch.rand(2, 1, *size))
+        torch.autograd.backward(step_loss(out, torch.zeros_like(out)))
+    assert live_step(net, size, 2)[1] / live.peak == pytest.approx(1, abs=.02)
+
+def test_parts_of_a_step():
+    net, size = unet(width=16), (16, 96, 96)
+    parts, averaged = step_bytes(net, size, 2), step_bytes(net, size, 2, average=True)
+    assert parts['gradients'] == 4 * sum(p.numel() for p in net.parameters()) and parts['adam'] == 2 * parts['gradients']
+    assert parts['forward'] / saved_bytes(net, size, 2) == pytest.approx(1, abs=.1)
+    assert {k: v - parts[k] for k, v in averaged.items() if v != parts[k]} == {'average': 2 * parts['weights']}
+    still = step_bytes(freeze(unet(width=16), stages), size, 2)
+    assert still['adam'] == 8 * sum(p.numel() for k, p in net.named_parameters() if not k.startswith('encoder'))
+    assert still['forward'] < parts['forward'] / 2
+
+def test_the_order_of_options():
+    assert _options(unet('group'), 4, 'cuda') == [(n, r, True) for r in (False, True) for n in (4, 2, 1)]
+    assert _options(unet('group'), 4, 'cpu') == [(n, r, False) for n, r in ((4, False), (2, False), (4, True), (2, True), (1, False), (1, True))]
+    for norm in ('batch', 'frozen'): assert _options(unet(norm), 2, 'cpu') == [(2, False, False), (2, True, False), (1, False, False), (1, True, False)]
+    assert _options(nn.Conv3d(1, 1, 1), 1, 'cpu') == [(1, False, False)]
+    assert str(MemoryPlan(1, 2, False, True, int(4.1e9), 6 * 10**9)) == '6 GB: 1 patch at a time, 2 accumulated, fp16, activations kept; about 4.1 GB'
+
+def test_what_will_train():
+    size, net = (16, 96, 96), unet()
+    meta = _as_trained(freeze(unet(), stages), 2)
+    assert [k for k, p in meta.named_parameters() if not p.requires_grad] == [k for k, _ in net.named_parameters() if k.startswith(('encoder.stem', 'encoder.layer1'))]
+    assert [stage.training for stage in meta.encoder] == [False, False, True, True, True]
+    assert saved_bytes(_as_trained(freeze(unet(), stages)), size) == saved_bytes(unet(), size)
+    assert saved_bytes(_as_trained(unet(), 2), size) == saved_bytes(freeze(unet(), stages[:2]), size)
+    assert all(p.requires_grad for p in _as_trained(nn.Conv3d(1, 1, 1).requires_grad_(False)).parameters())
+
+def test_the_largest_patch_that_fits():
+    net = unet('frozen')
+    assert _largest_patch(net, (32, 96, 96), 900 * 10**6, True, False, 'cpu') is None # the program alone takes that
+    for budget in (940 * 10**6, 920 * 10**6):
+        patch = _largest_patch(net, (32, 96, 96), budget, True, False, 'cpu')
+        assert _try_bytes(net, patch, 1, True, False, 'cpu') <= budget and all(n % 16 == 0 for n in patch)
+    needed = _try_bytes(net, (48, 48, 48), 1, True, False, 'cpu')
+    with pytest.raises(CTError, match='at the least. Give a patch of 48×48×48'): plan_memory(net, (64, 64, 64), needed, 1, 'cpu')
+    plan_memory(net, (48, 48, 48), needed, 1, 'cpu')
+
+def test_an_epoch_leaves_no_part_of_a_batch_behind():
+    "Five samples, two to a step, two epochs: two steps in each"
+    class Steps(Callback):
+        n = 0
+        def after_step(self): self.n += 1
+    def steps(kind):
+        learn = learner(n=5, bs=1)
+        learn.model = nn.Conv3d(1, 1, 1)
+        learn.add_cbs([Steps(), kind(2)])
+        with learn.no_bar(), learn.no_logging(): learn.fit(2)
+        return learn.steps.n
+    assert [steps(kind) for kind in (Accumulate, GradientAccumulation)] == [4, 5]
+
+def test_validation_needs_less_than_a_step_of_as_many_patches():
+    "But four patches in validation need more than one that is recomputed in training"
+    net, again, size = unet(width=16), unet(width=16, recompute=True), (16, 96, 96)
+    def validation(bs):
+        model = on_meta(net).eval()
+        with torch.no_grad(), LiveBytes(*model.parameters(), *model.buffers()) as live: model(torch.empty(bs, 1, *size, device='meta'))
+        return live.peak
+    assert all(validation(n) < live_step(again, size, n)[1] for n in (1, 4)) and validation(4) > live_step(again, size, 1)[1]
+
+def test_plans_differ_by_rounding_alone():
+    "After two epochs of five samples the weights agree, as a fraction of the largest change; half as many steps do not"
+    def trained(plan, norm='group', n=5):
+        learn = apply_plan(learner(norm, n), MemoryPlan(*plan, False, 0, 0))
+        start = weights(learn)
+        with learn.no_bar(), learn.no_logging(): learn.fit(2)
+        return weights(learn), start
+    def difference(a, b): return float((a[0] - b[0]).abs().max() / (b[0] - b[1]).abs().max())
+    together = trained((2, 1, False))
+    assert max(difference(trained(o), together) for o in ((1, 2, False), (1, 2, True), (2, 1, True))) < 1e-3
+    assert difference(trained((1, 2, False), n=5), trained((1, 2, False), n=4)) < 1e-3
+    assert difference(trained((1, 4, False), n=4), trained((1, 2, False), n=4)) > .01

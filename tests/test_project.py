@@ -160,7 +160,8 @@ def test_addresses_agree():
     git,doc = cfg['git_url'],cfg['doc_host']+cfg['doc_baseurl']
     assert toml['project']['urls']==dict(Repository=git, Documentation=doc)
     assert git.endswith('/'+cfg['lib_name']) and f'/{cfg["user"]}/' in git
-    odd = {p.name:o for p in texts() if (o := strangers(p.read_text(encoding='utf-8'), (git, doc, cfg['doc_host'])))}
+    raw = git.replace('github.com', 'raw.githubusercontent.com')+'/'+cfg['branch']  # pictures of README.md, which PyPI shows, too
+    odd = {p.name:o for p in texts() if (o := strangers(p.read_text(encoding='utf-8'), (git, doc, cfg['doc_host'], raw)))}
     assert not odd, f'other addresses than those of settings.ini: {odd}'
 
 def test_another_address_is_noticed():

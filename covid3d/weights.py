@@ -1,4 +1,4 @@
-"""One file that holds a network, how scans are prepared for it, and what its training held; several networks as one
+"""One file that holds a network, how scans are prepared for it, and what its training held
 
 Docs: https://covid3d.github.io/covid3d/weights.html.md"""
 
@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
@@ -49,9 +50,8 @@ class NetSpec:
     input_skip: bool = False    # A last level at full resolution that sees the input itself
     # Of the encoder: `batch`, `frozen`, `group`, `instance`; of the weights, or `batch`, if None
     norm: str = None
-    # The decoder's way to the finer grid: `trilinear`, `transposed` or `shuffle`
-    up: str = 'transposed'
-    decoder_norm: str = 'group' # Normalisation of the decoder
+    up: str = 'transposed'      # Upsampling in the decoder: `trilinear`, `transposed` or `shuffle`
+    decoder_norm: str = 'group' # Normalization of the decoder
     attention: bool = False     # Self-attention at the coarsest grid
 
     def __post_init__(self):
@@ -60,17 +60,20 @@ class NetSpec:
             if not ok(v := getattr(self, k)):
                 raise CTError(k, f'{v!r} builds no network', 'See NetSpec for what it may be')
 
-    def build(self,
-        classes, # Names, one channel of logits each
-        # Kinetics-400 weights for the encoder (True), none (False), a file of weights, or
-        # `covid3d` for the library's own
-        pretrained=False
-    ) -> DynamicUnet3d:
-        "A new network"
-        if is_network(pretrained): return _continued(pretrained, self, list(classes))
-        decoder = {k:v for k,v in asdict(self).items() if k not in ('encoder','width','norm')}
-        return DynamicUnet3d(encoder3d(self.encoder, pretrained, self.width, self.norm),
-                             list(classes), **decoder)
+# %% ../nbs/14_weights.ipynb #2180012f
+@patch
+def build(self: NetSpec,
+    classes, # Names, one channel of logits each
+    # Kinetics-400 weights for the encoder (True), none (False), a file of weights, or
+    # `covid3d` for the library's own
+    pretrained=False
+) -> DynamicUnet3d:
+    "A new network"
+    if pretrained and is_network(pretrained):
+        return _continued(pretrained, self, list(classes))
+    decoder = {k:v for k,v in asdict(self).items() if k not in ('encoder','width','norm')}
+    return DynamicUnet3d(encoder3d(self.encoder, pretrained, self.width, self.norm),
+                         list(classes), **decoder)
 
 # %% ../nbs/14_weights.ipynb #5fe29bf3
 @dataclass(frozen=True)
@@ -91,11 +94,11 @@ class Seen:
             raise CTError('seen', 'is not what a training writes',
                           'Give counts, volumes and digests')
 
-# %% ../nbs/14_weights.ipynb #107fd499
+# %% ../nbs/14_weights.ipynb #d075c743
 _weights_format,_domain_tensors = 1,('domain.mean','domain.precision')
 
 def _digest(about, state) -> str:
-    "Digest of the specification, and of the tensors with names, types and shapes"
+    "Digest of the description, and of the tensors with names, types and shapes"
     h = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
     for k in sorted(state):
         v = state[k].contiguous()
@@ -103,6 +106,7 @@ def _digest(about, state) -> str:
         h.update(v.flatten().view(torch.uint8).numpy() if v.numel() else b'')
     return h.hexdigest()
 
+# %% ../nbs/14_weights.ipynb #a1494bfa
 def save_model(
     model,             # Network
     path,              # `.safetensors`
@@ -173,8 +177,9 @@ def _require_plain(d):
         if not isinstance(d[k], list) or not all(type(v) in (int,float) for v in d[k]):
             raise ValueError(f'{k} is no list of numbers')
 
-# %% ../nbs/14_weights.ipynb #5bec5bec
+# %% ../nbs/14_weights.ipynb #90dd97ed
 def _parse_specs(text, path) -> tuple:
+    "`CTSpec`, `NetSpec` and `Seen` from their JSON text"
     d = json.loads(text)
     if not isinstance(d, dict): raise TypeError('no object')
     if (n := d.get('format'))!=_weights_format:
@@ -189,7 +194,7 @@ def _parse_specs(text, path) -> tuple:
     return ct,net,_named(Seen, d['seen'], path) if d.get('seen') else None
 
 def _specs(text, path) -> tuple:
-    "Specifications and what the training held, from their JSON text"
+    "The same, with one line for whatever cannot be read"
     if text is None: raise CTError(path, 'the weights carry no specification of covid3d', _give)
     try: return _parse_specs(text, path)
     except (ValueError,KeyError,TypeError,AttributeError,RecursionError) as e:
@@ -197,7 +202,7 @@ def _specs(text, path) -> tuple:
         why = f'{e.what}: {e.fault}' if isinstance(e, CTError) else " ".join(str(e).split())[:120]
         raise CTError(path, f'the specification cannot be read ({why})', _old) from None
 
-# %% ../nbs/14_weights.ipynb #e37cbbea
+# %% ../nbs/14_weights.ipynb #5bec5bec
 def _fitting(path, ct, net, have) -> nn.Module:
     "The network, without memory, if the tensors are its own in name, type and shape"
     try:
@@ -215,7 +220,6 @@ def _fitting(path, ct, net, have) -> nn.Module:
     raise CTError(path, f'weights of another network: {misfit[:80]} is {got}, a {net.encoder} of '
                   f'width {net.width} needs {wants}', 'Give the file as `covid3d train` wrote it')
 
-# %% ../nbs/14_weights.ipynb #10ad10ae
 def _check_file(path):
     "`CTError` where a file of weights is mostly holes, or larger than the memory that is left"
     size = (p := _weights_file(path)).stat().st_size
@@ -223,6 +227,7 @@ def _check_file(path):
         raise CTError(path, 'is a sparse file, mostly holes', _again)
     check_memory(path, 2*size, 'Use a machine with more memory')
 
+# %% ../nbs/14_weights.ipynb #e37cbbea
 def load_model(
     path,        # `.safetensors` from `save_model`
     device='cpu' # Where to put it
@@ -243,13 +248,14 @@ def load_model(
     model.to_empty(device='cpu').load_state_dict(state)
     return model.to(device).eval(),ct,net
 
-# %% ../nbs/14_weights.ipynb #c71ea204
+# %% ../nbs/14_weights.ipynb #9fbaef24
 def read_seen(
     path # `.safetensors` from `save_model`
 ) -> Seen: # None where the weights do not say
     "What the training of these weights held"
     return _specs(_read(path, _header)[0].get('covid3d'), path)[2]
 
+# %% ../nbs/14_weights.ipynb #0d126710
 def read_domain(
     path # `.safetensors` from `save_model`, which `load_model` has opened
 ) -> Domain: # None where the weights do not say
@@ -277,15 +283,16 @@ def weights_file(o): # A file's path as it is; the path of covid3d's own for its
 def is_network(
     pretrained # As `NetSpec.build` takes it
 ) -> bool:
-    "Whether it names a whole network that `save_model` wrote, not an encoder alone"
+    "Whether it names a complete network that `save_model` wrote, not an encoder alone"
     if isinstance(pretrained, bool): return False
     p = Path(pretrained := weights_file(pretrained))
     if p.suffix!='.safetensors' or not p.is_file(): return False
     meta,have = _read(pretrained, _header)
     return 'covid3d' in meta and any(k.startswith('head.') for k in have)
 
+# %% ../nbs/14_weights.ipynb #3ffc45cd
 def network_in(
-    path,        # Of a whole network
+    path,        # Of a complete network
     net: NetSpec # What is wanted
 ) -> NetSpec:
     "How the network in a file is built; `CTError` if something else is wanted"
@@ -298,6 +305,7 @@ def network_in(
                           f'Leave {f.name} as it is, or start from random weights')
     return old
 
+# %% ../nbs/14_weights.ipynb #068d0b90
 def _continued(path, net, classes) -> DynamicUnet3d:
     "A network with the weights of another"
     old,ct,_ = load_model(weights_file(path))
@@ -310,12 +318,13 @@ def _continued(path, net, classes) -> DynamicUnet3d:
     new.load_state_dict(state)
     return new
 
-# %% ../nbs/14_weights.ipynb #3177801f
+# %% ../nbs/14_weights.ipynb #6137a173
 def mean_logit(*logits) -> torch.Tensor:
     "The logit of the mean probability"
     l = torch.stack(logits)
     return F.logsigmoid(l).logsumexp(0)-F.logsigmoid(-l).logsumexp(0)
 
+# %% ../nbs/14_weights.ipynb #3177801f
 class Ensemble(nn.Module):
     "Several networks as one: the mean of their probabilities"
     def __init__(self,

@@ -56,9 +56,9 @@ def test_two_runs_in_one_folder(night, tmp_path, capfd):
     assert r.returncode==2 and 'another process is writing there' in r.stderr
 
 def test_slurm(night, tmp_path):
-    "`--scheduler slurm` submits jobs, which segment; a stand-in for sbatch runs each job on this machine."
+    "`--scheduler slurm` submits jobs, which segment; a stand-in for sbatch copies the script, as Slurm does, and runs it on this machine."
     pytest.importorskip('dask_jobqueue'); bin = tmp_path/'bin'; bin.mkdir()
-    (bin/'sbatch').write_text(f'#!/bin/sh\nsetsid bash "$1" >>{tmp_path}/jobs.log 2>&1 &\necho $! >>{tmp_path}/pids\necho Submitted batch job $!\n')
+    (bin/'sbatch').write_text(f'#!/bin/sh\ncp "$1" {tmp_path}/job.$$\nsetsid bash {tmp_path}/job.$$ >>{tmp_path}/jobs.log 2>&1 &\necho $! >>{tmp_path}/pids\necho Submitted batch job $!\n')
     (bin/'scancel').write_text('#!/bin/sh\nkill -- -$1\n')
     for o in bin.iterdir(): o.chmod(0o755)
     env = os.environ|dict(PATH=f'{bin}:{os.environ["PATH"]}', DASK_JOBQUEUE__SLURM__CORES='1', DASK_JOBQUEUE__SLURM__MEMORY='4GB', DASK_JOBQUEUE__SLURM__PYTHON=sys.executable)

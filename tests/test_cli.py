@@ -122,7 +122,7 @@ def test_wrong_path(capfd, tmp_path, weights, argv, words):
 
 def test_directory_of_nothing(capfd, tmp_path, weights):
     (tmp_path/'empty').mkdir()
-    refused(capfd, ['predict',tmp_path/'empty','--weights',weights,'--out',tmp_path/'out'], tmp_path/'empty', 'no .nii or .nii.gz')
+    refused(capfd, ['predict',tmp_path/'empty','--weights',weights,'--out',tmp_path/'out'], tmp_path/'empty', 'no .nii.gz, .nrrd or .mha')
     refused(capfd, ['table',tmp_path/'empty','-o',tmp_path/'c.csv'], tmp_path/'empty', 'its layout is none that is known')
     assert sorted(o.name for o in tmp_path.iterdir())==['empty']
 

@@ -9,7 +9,7 @@ READY := .venv/.installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz kill test-processors test-oldest site notebooks export bench weights clean
+.PHONY: help demo test fuzz kill test-processors test-oldest site test-site notebooks export bench weights clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -44,6 +44,9 @@ test-oldest: ## notebooks and tests with the oldest packages that still install 
 
 site: $(READY) ## build the documentation site into _docs/, and README.md
 	$(BIN)/python nbs/_site/build.py
+
+test-site: site ## drive the built site in Chromium, and build it once more: equal?; some minutes
+	COVID3D_SITE=_docs $(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_site.py
 
 notebooks: $(READY) ## run every notebook, save its outputs, then clean and export
 	$(ONE_THREAD) PYTHONWARNINGS=ignore $(BIN)/nbdev-test --n-workers 2 --do-print --timing --save

@@ -147,6 +147,7 @@ def address(site, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def chrome():
+    if not os.environ.get('COVID3D_SITE'): pytest.skip('drives a built site: `make test-site`')
     exe = next((shutil.which(p) for p in ('chromium','chromium-browser','google-chrome') if shutil.which(p)), None)
     if not exe or not importlib.util.find_spec('playwright'): pytest.skip('needs Chromium and Playwright')
     from playwright.sync_api import sync_playwright

@@ -7,6 +7,8 @@ WORKS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:
 BIN := .venv/bin
 READY := .venv/.installed
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# tutorials call `covid3d` in a shell
+IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test fuzz kill test-processors test-oldest site test-site notebooks export bench weights clean
@@ -20,7 +22,7 @@ demo: $(READY) ## synthetic chest CTs, training, scores on unseen ones, a pictur
 
 test: $(READY) ## lint, run every notebook, then pytest
 	$(BIN)/ruff check nbs covid3d tests benchmarks
-	$(ONE_THREAD) $(BIN)/nbdev-test --n-workers 2 --do-print --timing
+	$(ONE_THREAD) $(IN_VENV) $(BIN)/nbdev-test --n-workers 2 --do-print --timing
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 fuzz: $(READY) ## the long form of the fuzz tests: 10,000 damaged NIfTI and 2,000 DICOM; some ten minutes
@@ -34,7 +36,7 @@ kill: $(READY) ## the long form of the kill tests: every command killed KILLS ti
 test-processors: $(READY) ## notebooks and tests under other instruction sets and numbers of threads; hours
 	@for isa in 'SSE41 default' 'AVX2 avx2' 'AVX512_CORE avx2'; do for n in 1 2; do set -- $$isa; \
 	  echo "== oneDNN $$1, ATen $$2, $$n threads"; export ONEDNN_MAX_CPU_ISA=$$1 ATEN_CPU_CAPABILITY=$$2 OMP_NUM_THREADS=$$n MKL_NUM_THREADS=$$n; \
-	  $(BIN)/nbdev-test --n-workers 2 --do-print || exit 1; $(BIN)/python -m pytest -q tests || exit 1; done; done
+	  $(IN_VENV) $(BIN)/nbdev-test --n-workers 2 --do-print || exit 1; $(BIN)/python -m pytest -q tests || exit 1; done; done
 
 test-oldest: ## notebooks and tests with the oldest packages that still install together, in .venv-oldest
 	$(or $(PYTHON),python3.11) -m venv .venv-oldest
@@ -49,7 +51,7 @@ test-site: site ## drive the built site in Chromium, and build it once more: equ
 	COVID3D_SITE=_docs $(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_site.py
 
 notebooks: $(READY) ## run every notebook, save its outputs, then clean and export
-	$(ONE_THREAD) PYTHONWARNINGS=ignore $(BIN)/nbdev-test --n-workers 2 --do-print --timing --save
+	$(ONE_THREAD) $(IN_VENV) PYTHONWARNINGS=ignore $(BIN)/nbdev-test --n-workers 2 --do-print --timing --save
 	$(MAKE) export
 
 export: $(READY) ## clean the notebooks, write covid3d/ and README.md from them

@@ -9,7 +9,7 @@ __all__ = ['dask_client', 'run_tasks']
 
 # %% ../nbs/22_workers.ipynb #79ac5041
 import logging, os
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 
 from .volume import CTError
@@ -19,7 +19,7 @@ def _start(workers, scheduler) -> tuple: # Cluster or None, what a client connec
     from distributed import LocalCluster
     if scheduler=='slurm':
         from dask_jobqueue import SLURMCluster
-        cluster = SLURMCluster(); cluster.scale(jobs=workers or 1)
+        cluster = SLURMCluster()
         return cluster,cluster,1
     if scheduler: return None,scheduler,1
     cluster = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None,
@@ -27,7 +27,25 @@ def _start(workers, scheduler) -> tuple: # Cluster or None, what a client connec
     share = max(1, (os.cpu_count() or 1)//workers)
     return cluster,cluster,min(share, int(os.environ.get('OMP_NUM_THREADS') or share))
 
+# %% ../nbs/22_workers.ipynb #e73910b9
+@contextmanager
+def _closed_at_end(cluster):
+    try: yield
+    finally:
+        with suppress(Exception): cluster.close()
+
 # %% ../nbs/22_workers.ipynb #e20e2de0
+@contextmanager
+def _kept_at(cluster, **size):
+    "Bring back workers that are lost"
+    from tornado.ioloop import PeriodicCallback
+    cluster.scale(**size)
+    again = PeriodicCallback(lambda: cluster.scale(**size), 5000)
+    cluster.loop.add_callback(again.start)
+    try: yield
+    finally: cluster.loop.add_callback(again.stop)
+
+# %% ../nbs/22_workers.ipynb #e6ab8f7d
 @contextmanager
 def dask_client(workers, scheduler):
     "A Dask client, and how many threads a task may use"
@@ -38,13 +56,17 @@ def dask_client(workers, scheduler):
     except ValueError as e: # what dask-jobqueue misses in its configuration
         raise CTError('scheduler', f'{scheduler} is not set up ({e})',
                       'Write ~/.config/dask/jobqueue.yaml, see jobqueue.dask.org') from None
-    with cluster or nullcontext():
+    with _closed_at_end(cluster) if cluster else nullcontext():
         try: client = Client(address, timeout=10)
         except (OSError,ValueError) as e:
             why = type(e).__name__
             raise CTError('scheduler', f'no Dask scheduler answers at {address} ({why})',
                           'Check the address') from None
-        with client: yield client,threads
+        size = dict(jobs=workers or 1) if scheduler else dict(n=workers)
+        with client,(_kept_at(cluster, **size) if cluster else nullcontext()):
+            yield client,threads
+            if not scheduler: # let a worker that is being restarted arrive before we close
+                with suppress(TimeoutError): client.wait_for_workers(workers, timeout=5)
 
 # %% ../nbs/22_workers.ipynb #2a1c9430
 _ahead = 4 # tasks for each worker that are handed out at a time

@@ -91,7 +91,7 @@ def once(f):
     return told[0]
 
 # %% ../nbs/16_distributed.ipynb #022110a3
-def gather(o) -> list: # one a process, in order of rank
+def gather(o) -> list: # one for each process, in order of rank
     "What each process has; every process must call"
     res = [o] * place()[1]
     if dist.is_initialized(): dist.all_gather_object(res, o)
@@ -103,6 +103,7 @@ def split_map(f, items: list, what: str = '') -> list: # results, in the order o
     parts = gather([f(o) for o in track(items[rank::n], what)])
     return [parts[i % n][i // n] for i in range(len(items))]
 
+# %% ../nbs/16_distributed.ipynb #0de1cfd6
 def spread(tensors):
     "Overwrite tensors, of the same shapes in every process, with those of process 0"
     for t in tensors if dist.is_initialized() else ():
@@ -150,6 +151,8 @@ def _pool(metrics):
 class _SplitTrainer(DistributedTrainer):
     "fastai's training on several processes, where what is validated need not divide evenly"
     def before_fit(self):
+        for b in self.model.buffers(): # DDP refuses the strides of some memory layouts
+            b.data = b.reshape(-1).view(b.shape)
         super().before_fit()
         self.parallel = self.learn.model
     def _wrap_dl(self, dl):

@@ -60,6 +60,11 @@ def test_the_command_killed_and_resumed(table, tmp_path, capfd):
     assert res.stdout.count('wrote ')==1 and res.stdout.count('epoch 2 ')==1 and 'are done' in res.stdout
     assert {'checkpoint.safetensors','history.csv','model.safetensors'}<={o.name for o in run.iterdir()} and not list(run.glob('.*'))
 
+def test_from_the_weights_that_come_with_the_library(table, tmp_path):
+    "Their memory layout has strides that PyTorch does not broadcast"
+    res = subprocess.run([*torchrun,'-m','covid3d.cli','train',str(table),'--epochs','1','--patches','2','--bs','1','--device','cpu','--out',str(tmp_path/'run')], env=env, capture_output=True, text=True)
+    assert res.returncode==0 and 'wrote ' in res.stdout, res.stderr
+
 def ranks(pid):
     "Process numbers of the children of torchrun, in order of rank"
     kids = [int(o) for o in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]

@@ -23,17 +23,17 @@ from .data import cases_in
 from .distributed import gather, once, split_map, spread
 from .files import Outputs
 from .inference import Segmenter
-from .weights import Seen, load_model, save_model
 from .metrics import dice
-from .show import watched
 from .patches import TensorCT
+from .show import watched
 from .volume import CTError, write_atomic
+from .weights import Seen, load_model, save_model
 
 # %% ../nbs/17_callbacks.ipynb #26e3ed93
 def plain_log(
     learn: Learner # A learner about to be trained
 ):
-    "Print one line an epoch where nobody watches a bar"
+    "Print one line for each epoch where nobody watches a bar"
     if watched(): return
     learn.remove_cb(ProgressCallback)
     def line(log):
@@ -44,13 +44,13 @@ def plain_log(
         print(*cells, *[f'{format_time(left*took)} to go']*bool(left), sep='  ', flush=True)
     learn.logger = line
 
-# %% ../nbs/17_callbacks.ipynb #443ae2fe
+# %% ../nbs/17_callbacks.ipynb #ac3fda8c
 class ScanDice(Metric):
     "Mean Dice of whole validation scans, each on its own grid"
     name = 'scan_dice'
     def __init__(self,
         every: int = 1,       # Score in each `every`-th epoch and the last
-        overlap: float = .25, # Of neighbouring windows, 0 to below 1
+        overlap: float = .25, # Of neighboring windows, 0 to below 1
         cases=None            # `Case`s to score; the validation cases of the DataLoaders if None
     ): self.every,self.overlap,self.cases,self.learn = every,overlap,cases,None
     def reset(self): self.learn = None
@@ -138,7 +138,7 @@ def fits(self: KeepBest, learn, done, tensors, best, best_epoch) -> bool:
 
 # %% ../nbs/17_callbacks.ipynb #5ba73b10
 class History(WhileTraining):
-    "Write the table of epochs, whole after each epoch, one table over several fits"
+    "Write the table of epochs, complete after each epoch, one table over several fits"
     order,keeps = 62,('rows',)
     def __init__(self, path): self.file,self.rows = Path(path),[]
     def fits(self, learn, done, tensors, rows) -> bool:
@@ -155,7 +155,7 @@ class History(WhileTraining):
         csv.writer(buf, lineterminator='\n').writerows(rows)
         once(lambda: write_atomic(self.file, buf.getvalue().encode()))
 
-# %% ../nbs/17_callbacks.ipynb #04c9a541
+# %% ../nbs/17_callbacks.ipynb #ea5eba11
 class EMA(WhileTraining):
     "Validate and keep averages of the weights; train the weights themselves"
     order,keeps,keeps_tensors = 64,('n',),'mean'  # after those that keep weights
@@ -172,7 +172,7 @@ class EMA(WhileTraining):
         if tensors is None: return True
         return n<=(done+1)*10**7 and (n>0)==any(k.startswith(f'{self.name}.') for k in tensors)
     def _state(self): return get_model(self.learn.model).state_dict()
-    def after_step(self):  # of the optimiser; with accumulated gradients not after every batch
+    def after_step(self):  # of the optimizer; with accumulated gradients not after every batch
         if not (self.trains and self.decay): return
         if not self.mean: self.mean = {k:v.clone() for k,v in self._state().items()}
         self.n += 1; d = min(self.decay, (1+self.n)/(10+self.n))
@@ -180,7 +180,7 @@ class EMA(WhileTraining):
             m = self.mean[k] = self.mean[k].to(v.device)  # from a checkpoint it comes on the CPU
             m.lerp_(v, 1-d) if v.is_floating_point() else m.copy_(v)
 
-# %% ../nbs/17_callbacks.ipynb #ea5eba11
+# %% ../nbs/17_callbacks.ipynb #6fbdb55e
 @patch
 def before_validate(self: EMA):
     if not (self.trains and (self.mean or self.start)): return
@@ -199,6 +199,7 @@ def after_epoch(self: EMA): self.swap_back()
 
 @patch
 def swap_back(self: EMA):
+    "Give the network its own weights again"
     if self.own is None: return
     get_model(self.learn.model).load_state_dict(self.own); self.own = None
 
@@ -233,13 +234,17 @@ class StopOnNaN(Callback):
         fine = all(bool(torch.isfinite(v).all()) for v in self.model.state_dict().values())
         if not fine: self._stop('a weight', 'the end')
         self.epochs += 1
-    def _stop(self, what, where, names=''):
-        where = f'{where} of epoch {self.epochs} (from 0, as in history.csv){names}'
-        fault = f'{what} became NaN or infinite at step {self.steps}, {where}'
-        def stop():
-            raise CTError('loss', fault, 'Start anew with a lower lr (--lr, with --overwrite), or '
-                          'look at these scans; until then the weights that were kept stay')
-        once(stop)
+
+# %% ../nbs/17_callbacks.ipynb #34bd5f52
+@patch
+def _stop(self: StopOnNaN, what, where, names=''):
+    "End the training with one line"
+    where = f'{where} of epoch {self.epochs} (from 0, as in history.csv){names}'
+    fault = f'{what} became NaN or infinite at step {self.steps}, {where}'
+    def stop():
+        raise CTError('loss', fault, 'Start anew with a lower lr (--lr, with --overwrite), or '
+                      'look at these scans; until then the weights that were kept stay')
+    once(stop)
 
 # %% ../nbs/17_callbacks.ipynb #fbef4dd5
 _run_files = ('recipe.json', 'checkpoint.safetensors', 'model.safetensors', 'history.csv',
@@ -293,13 +298,13 @@ def curves(self: Pictures):
     axs[1].set_ylim(0, 1)
     save_figure(fig, self.history.file.with_suffix('.png'))
 
-# %% ../nbs/17_callbacks.ipynb #981222f3
+# %% ../nbs/17_callbacks.ipynb #b0cc4a61
 @patch
 def examples(self: Pictures):
     "Reference in blue, prediction in orange"
     from fastai.vision.data import get_grid
-    from covid3d.show import save_figure
     from covid3d.patches import show_patch
+    from covid3d.show import save_figure
     x,y,logits = self.patches
     epoch = len(self.history.rows)-1
     title = f'epoch {epoch} · blue: reference, orange: prediction'

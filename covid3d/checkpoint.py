@@ -1,4 +1,4 @@
-"""A training that is killed resumes from its last finished epoch, and ends with the weights it would have had
+"""A training that is killed resumes where it was, and ends with the weights it would have had
 
 Docs: https://covid3d.github.io/covid3d/checkpoint.html.md"""
 
@@ -76,20 +76,7 @@ def read_checkpoint(path, most=2**22, parts=2**16, size=math.inf) -> tuple:
     except (ValueError,RecursionError):
         raise CTError(path, 'is no checkpoint of `covid3d train`', remedy) from None
 
-# %% ../nbs/17_checkpoint.ipynb #9631aa7b
-class _Misfit(ValueError):
-    "A part of a checkpoint is not what this training writes"
-
-def _need(ok, what):
-    if not ok: raise _Misfit(what)
-
-def _is_int(v, low=0, high=2**63) -> bool: return type(v) is int and low<=v<high
-def _is_number(v) -> bool: return type(v) is float or _is_int(v, -2**63)
-def _is_finite(v) -> bool: return _is_number(v) and math.isfinite(v)
-# no generator draws a normal number beyond 14
-def _is_normal(v) -> bool: return _is_number(v) and abs(v)<64
-
-# %% ../nbs/17_checkpoint.ipynb #d68b3874
+# %% ../nbs/17_checkpoint.ipynb #acc83f42
 def _loaders(dls) -> list: return [d.dl if isinstance(d, DistributedDL) else d for d in dls.loaders]
 
 def _to_hex(t) -> str: return t.numpy().tobytes().hex()
@@ -103,7 +90,28 @@ def _get_random(dls) -> dict:
     return _as_json(dict(torch=_to_hex(torch.get_rng_state()), gpu=gpu, numpy=[kind,words,*rest],
                          python=random.getstate(), loaders=loaders))
 
-# %% ../nbs/17_checkpoint.ipynb #aedb975e
+def _set_random(s, dls):
+    "Resume with the random numbers from there"
+    torch.set_rng_state(_from_hex(s['torch']))
+    if s['gpu'] and torch.cuda.is_available(): torch.cuda.set_rng_state(_from_hex(s['gpu']))
+    np.random.set_state(tuple(s['numpy']))
+    for rng,(version,words,normal) in zip((random, *(d.rng for d in _loaders(dls))),
+                                          (s['python'], *s['loaders'])):
+        rng.setstate((version,tuple(words),normal))
+
+# %% ../nbs/17_checkpoint.ipynb #9028ff2f
+class _Misfit(ValueError):
+    "A part of a checkpoint is not what this training writes"
+
+def _need(ok, what):
+    if not ok: raise _Misfit(what)
+
+def _is_int(v, low=0, high=2**63) -> bool: return type(v) is int and low<=v<high
+def _is_number(v) -> bool: return type(v) is float or _is_int(v, -2**63)
+def _is_finite(v) -> bool: return _is_number(v) and math.isfinite(v)
+# no generator makes a normal number beyond 14
+def _is_normal(v) -> bool: return _is_number(v) and abs(v)<64
+
 def _is_twister(v) -> bool:
     "Whether `v` are 624 words of 32 bits, not all 0, and the place of the next one"
     return isinstance(v, list) and len(v)==625 and all(_is_int(o, 0, 2**32) for o in v) \
@@ -116,6 +124,7 @@ def _is_numpy(s) -> bool:
     return s[0]=='MT19937' and len(s)==5 and _is_twister([*s[1], s[2]]) and _is_int(s[3], 0, 2) \
         and _is_normal(s[4])
 
+# %% ../nbs/17_checkpoint.ipynb #320c825c
 def _is_torch(raw) -> bool:
     "Whether torch's generator stays within its 624 numbers, and its normal ones are possible"
     if len(raw)!=5056: return True  # of a PyTorch with another layout
@@ -123,7 +132,6 @@ def _is_torch(raw) -> bool:
     return ((left,at)==(1,0) or 1<=left<=624 and at==625-left) and any(raw[24:5016]) \
         and all(map(_is_normal, unpack_from('<ddd', raw, 5016)+unpack_from('<f', raw, 5048)))
 
-# %% ../nbs/17_checkpoint.ipynb #c171403e
 def _set_torch(s, cpu, gpu):
     cpu.set_state(_from_hex(s['torch']))
     if s['gpu'] and gpu: gpu.set_state(_from_hex(s['gpu']))
@@ -140,16 +148,7 @@ def _check_random(s, dls):
     except (RuntimeError,TypeError,ValueError,LookupError,OverflowError): good = False
     _need(good, 'random')
 
-def _set_random(s, dls):
-    "Resume with the random numbers from there"
-    torch.set_rng_state(_from_hex(s['torch']))
-    if s['gpu'] and torch.cuda.is_available(): torch.cuda.set_rng_state(_from_hex(s['gpu']))
-    np.random.set_state(tuple(s['numpy']))
-    for rng,(version,words,normal) in zip((random, *(d.rng for d in _loaders(dls))),
-                                          (s['python'], *s['loaders'])):
-        rng.setstate((version,tuple(words),normal))
-
-# %% ../nbs/17_checkpoint.ipynb #280fad78
+# %% ../nbs/17_checkpoint.ipynb #9631aa7b
 def _holders(cbs) -> list: return [c for c in cbs if hasattr(type(c), 'keeps_tensors')]
 def _keepers(cbs) -> list: return [c for c in cbs if hasattr(type(c), 'keeps')]
 
@@ -157,7 +156,6 @@ def _callback_state(cbs) -> dict:
     "What callbacks keep: name → attributes, as JSON gives them"
     return _as_json({c.name:{k:getattr(c, k) for k in c.keeps} for c in _keepers(cbs)})
 
-# %% ../nbs/17_checkpoint.ipynb #72946abd
 def _is_row(v) -> bool:
     "Numbers, times and gaps, in a list or by name"
     if isinstance(v, dict):
@@ -197,11 +195,11 @@ def _set_callbacks(cbs, state, tensors):
     for c in _holders(cbs):  # copies, as the originals are the file's
         setattr(c, c.keeps_tensors, {k:v.clone() for k,v in _below(f'{c.name}.', tensors).items()})
 
-# %% ../nbs/17_checkpoint.ipynb #1b57f73f
+# %% ../nbs/17_checkpoint.ipynb #967fa8b5
 def _learner_state(learn) -> tuple:
     "All that a learner has gathered: what JSON can hold, and tensors by name"
     if not isinstance(learn.opt, Optimizer):
-        fault = f'checkpoints know fastai\'s optimisers, not {type(learn.opt).__name__}'
+        fault = f'checkpoints know fastai\'s optimizers, not {type(learn.opt).__name__}'
         raise CTError('opt_func', fault, 'Use Adam, SGD, RAdam, …')
     kept = [s for _,_,s,_ in learn.opt.all_params()]
     parts = dict(model=get_model(learn.model).state_dict())
@@ -216,9 +214,27 @@ def _learner_state(learn) -> tuple:
     return dict(opt=opt, hypers=list(learn.opt.hypers), scaler=scaler and scaler.state_dict(),
                 recorder=recorder, callbacks=_callback_state(learn.cbs)),tensors
 
-# %% ../nbs/17_checkpoint.ipynb #5d688bb6
+# %% ../nbs/17_checkpoint.ipynb #130020a0
+def _like(p, t) -> torch.Tensor:
+    "`t` on the device and, if it has its shape, in the memory layout of `p`"
+    return torch.empty_like(p, dtype=t.dtype).copy_(t) if t.shape==p.shape else t.to(p.device)
+
+def _set_learner(learn, state, tensors):
+    "Put back what a learner of the same network and optimizer had gathered"
+    get_model(learn.model).load_state_dict(_below('model.', tensors))
+    for i,((p,_,s,_),new) in enumerate(zip(learn.opt.all_params(), state['opt'])):
+        s.clear()
+        s.update(new | {k:_like(p, t) for k,t in _below(f'opt.{i}.', tensors).items()})
+    for h,new in zip(learn.opt.hypers, state['hypers']): h.update(new)
+    if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
+    r,s = learn.recorder,state['recorder']
+    r.lrs,r.iters,r.values = s['lrs'],s['iters'],s['values']
+    r.losses = [torch.tensor(o) for o in s['losses']]
+    r.smooth_loss.count,r.smooth_loss.val = s['count'],torch.tensor(s['smooth'])
+
+# %% ../nbs/17_checkpoint.ipynb #8cecc016
 def _update_form(opt, p, own, hyper) -> dict:
-    "What a step of the optimiser keeps of a parameter, tried on zeros in its place"
+    "What a step of the optimizer keeps of a parameter, tried on zeros in its place"
     q,state = torch.zeros_like(p, requires_grad=False),dict(own)
     q.grad = torch.zeros_like(q)
     for f in opt.cbs:
@@ -226,7 +242,7 @@ def _update_form(opt, p, own, hyper) -> dict:
     return {k:v for k,v in state.items() if k not in own}
 
 def _is_like(new, old) -> bool:
-    "Whether `new` may be the optimiser's state where a step gives `old`"
+    "Whether `new` may be the optimizer's state where a step gives `old`"
     if isinstance(new, torch.Tensor):
         same = isinstance(old, torch.Tensor) and (new.shape,new.dtype)==(old.shape,old.dtype)
         return same or new.dim()==0 and new.is_floating_point() and type(old) is float
@@ -238,7 +254,7 @@ def _is_sound(k, t) -> bool:
     if t.is_floating_point() and not bool(torch.isfinite(t).all()): return False
     return not k.endswith(('sqr_avg','running_var','num_batches_tracked')) or bool((t>=0).all())
 
-# %% ../nbs/17_checkpoint.ipynb #7a2adcdc
+# %% ../nbs/17_checkpoint.ipynb #36c0c376
 def _is_hyper(k, v) -> bool: return _is_finite(v) and v>=0 and (v<=1 or not k.endswith('mom'))
 
 def _check_hypers(learn, hypers):
@@ -251,8 +267,17 @@ def _check_hypers(learn, hypers):
         _need(isinstance(h, dict) and {*h}=={*o} and all(_is_hyper(k, v) for k,v in h.items())
               and all(h[k]==o[k] for k in o if k not in scheduled), 'hypers')
 
+def _fits_scaler(own, kept) -> bool:
+    "Whether mixed precision is as it was, and its scale is one"
+    if own is None or kept is None: return own is kept
+    fixed = [k for k in own if k not in ('scale','_growth_tracker')]
+    return {*kept}=={*own} and all(kept[k]==own[k] for k in fixed) \
+        and _is_finite(kept.get('scale', 1)) and 0<kept.get('scale', 1)<=2**100 \
+        and _is_int(kept.get('_growth_tracker', 0), 0, own.get('growth_interval', 1)+1)
+
+# %% ../nbs/17_checkpoint.ipynb #fa98cfe5
 def _check_opt(opt, new, tensors, trained):
-    "`_Misfit` unless the state is what this optimiser keeps of its parameters"
+    "`_Misfit` unless the state is what this optimizer keeps of its parameters"
     params,seen = list(opt.all_params()),0
     _need(isinstance(new, list) and len(new)==len(params) and all(isinstance(o, dict) for o in new),
           'opt')
@@ -267,7 +292,7 @@ def _check_opt(opt, new, tensors, trained):
         _need({*kept}=={*form} and all(_is_like(v, form[k]) for k,v in kept.items()), f'opt {i}')
     _need(seen or not trained, 'opt')
 
-# %% ../nbs/17_checkpoint.ipynb #20497f7f
+# %% ../nbs/17_checkpoint.ipynb #6f1d81cd
 def _is_loss(v) -> bool: return type(v) is float and abs(v)<=torch.finfo(torch.float32).max
 
 def _fits_recorder(s, epoch) -> bool:
@@ -279,22 +304,14 @@ def _fits_recorder(s, epoch) -> bool:
         and all(_is_int(o, 0, s['count']+1) for o in iters) and len({*map(len, values)})<=1 \
         and all(isinstance(v, list) and all(o is None or _is_number(o) for o in v) for v in values)
 
-def _fits_scaler(own, kept) -> bool:
-    "Whether mixed precision is as it was, and its scale is one"
-    if own is None or kept is None: return own is kept
-    fixed = [k for k in own if k not in ('scale','_growth_tracker')]
-    return {*kept}=={*own} and all(kept[k]==own[k] for k in fixed) \
-        and _is_finite(kept.get('scale', 1)) and 0<kept.get('scale', 1)<=2**100 \
-        and _is_int(kept.get('_growth_tracker', 0), 0, own.get('growth_interval', 1)+1)
-
 def _check(part, fits, *args):
     "`_Misfit` where a part does not fit, or has not even its form"
     try: _need(fits(*args), part)
     except (AttributeError,LookupError,TypeError): raise _Misfit(part) from None
 
-# %% ../nbs/17_checkpoint.ipynb #593695aa
+# %% ../nbs/17_checkpoint.ipynb #33a6cb46
 def _check_learner(learn, state, tensors, cbs):
-    "`_Misfit` unless a checkpoint is of this network, optimiser and scaler"
+    "`_Misfit` unless a checkpoint is of this network, optimizer and scaler"
     _need(_form(_below('model.', tensors))==_form(get_model(learn.model).state_dict()), 'weights')
     known = ('model.', *(f'opt.{i}.' for i,_ in enumerate(learn.opt.all_params())),
              *(f'{c.name}.' for c in _holders([*learn.cbs, *cbs])))
@@ -305,25 +322,7 @@ def _check_learner(learn, state, tensors, cbs):
     _check_opt(learn.opt, state['opt'], tensors, trained=state['epoch'] and not scaler)
     _check('recorder', _fits_recorder, state['recorder'], state['epoch'])
 
-# %% ../nbs/17_checkpoint.ipynb #b0d78492
-def _like(p, t) -> torch.Tensor:
-    "`t` on the device and, if it has its shape, in the memory layout of `p`"
-    return torch.empty_like(p, dtype=t.dtype).copy_(t) if t.shape==p.shape else t.to(p.device)
-
-def _set_learner(learn, state, tensors):
-    "Put back what a learner of the same network and optimiser had gathered"
-    get_model(learn.model).load_state_dict(_below('model.', tensors))
-    for i,((p,_,s,_),new) in enumerate(zip(learn.opt.all_params(), state['opt'])):
-        s.clear()
-        s.update(new | {k:_like(p, t) for k,t in _below(f'opt.{i}.', tensors).items()})
-    for h,new in zip(learn.opt.hypers, state['hypers']): h.update(new)
-    if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
-    r,s = learn.recorder,state['recorder']
-    r.lrs,r.iters,r.values = s['lrs'],s['iters'],s['values']
-    r.losses = [torch.tensor(o) for o in s['losses']]
-    r.smooth_loss.count,r.smooth_loss.val = s['count'],torch.tensor(s['smooth'])
-
-# %% ../nbs/17_checkpoint.ipynb #456ef28d
+# %% ../nbs/17_checkpoint.ipynb #5d688bb6
 class Checkpoint(Callback):
     "Keep the whole state of a training after each epoch"
     order = 100
@@ -332,16 +331,23 @@ class Checkpoint(Callback):
         about: dict, # Arguments of the training, which must be the same when it is resumed
         epochs: int, # Of all phases together
         steps: int,  # Of each phase, at most; a file that tells of more is not read
-        model        # Network; a file much larger than it and an optimiser's averages is not read
+        model        # Network; a file much larger than it and an optimizer's averages is not read
     ):
         self.file,self.about,self.epochs,self.steps = Path(path),about,epochs,steps
         self.size = 2**24+16*sum(t.nbytes for t in model.state_dict().values())
         self.phase,self.start,self.before,self.at,self.tensors = -1,0,0,{},{}
         self.ran = self.last = self.stop = self.ctrl_c = self.validating = self.waits = False
 
-# %% ../nbs/17_checkpoint.ipynb #b0dc6f69
+@patch
+def _write(self: Checkpoint, tensors, **kwargs) -> dict:
+    state = dict(about=self.about, made_by=_made_by(), threads=torch.get_num_threads(), phase=0,
+                 epoch=0, finished=False) | kwargs
+    write_checkpoint(self.file, state, tensors)
+    return state
+
 def _made_by() -> str: return f'covid3d {__version__}, torch {torch.__version__}'
 
+# %% ../nbs/17_checkpoint.ipynb #7a2adcdc
 @contextmanager
 def _to_be_resumed():
     "Say how to resume when a file cannot be written"
@@ -351,22 +357,14 @@ def _to_be_resumed():
         raise CTError(e.what, e.fault, f'{e.remedy}, then resume with --resume') from None
 
 @patch
-def _write(self: Checkpoint, tensors, **kwargs) -> dict:
-    state = dict(about=self.about, made_by=_made_by(), threads=torch.get_num_threads(), phase=0,
-                 epoch=0, finished=False) | kwargs
-    write_checkpoint(self.file, state, tensors)
-    return state
-
-@patch
-def finish(self: Checkpoint,
-    cbs,       # Callbacks whose state is kept
-    check=noop # Called before, to look whether all is there
-):
-    "Mark the training as finished"
-    with self._fitting(): _need(self.at['phase']<=max(0, self.phase), 'phase')
-    check()
-    with _to_be_resumed():
-        once(lambda: self._write({}, callbacks=_callback_state(cbs), finished=True) and None)
+@contextmanager
+def _fitting(self: Checkpoint):
+    "A part that does not fit, in one line"
+    try: yield
+    except (_Misfit,RecursionError) as e:
+        part = e if isinstance(e, _Misfit) else 'about'  # nested too deep
+        raise CTError(self.file, f'is no checkpoint of this training: its part {part} does not fit',
+                      'Start anew with --overwrite, or give the folder of this training') from None
 
 # %% ../nbs/17_checkpoint.ipynb #465b4c2e
 _always = {'about','made_by','threads','phase','epoch','finished'}
@@ -394,16 +392,6 @@ def _check_state(s, tensors):
 
 # %% ../nbs/17_checkpoint.ipynb #748124fe
 @patch
-@contextmanager
-def _fitting(self: Checkpoint):
-    "A part that does not fit, in one line"
-    try: yield
-    except (_Misfit,RecursionError) as e:
-        part = e if isinstance(e, _Misfit) else 'about'  # nested too deep
-        raise CTError(self.file, f'is no checkpoint of this training: its part {part} does not fit',
-                      'Start anew with --overwrite, or give the folder of this training') from None
-
-@patch
 def _tell(self: Checkpoint, state):
     done = f'phase {state["phase"]+1}, {state["epoch"]} of its epochs are done'
     if state['finished']: done = 'it had finished'
@@ -413,7 +401,6 @@ def _tell(self: Checkpoint, state):
     note = '' if then==now else f' (by {then}; with {now} the weights may differ)'
     print(f'{self.file}: {done}{note}', flush=True)
 
-# %% ../nbs/17_checkpoint.ipynb #c0ffee17
 @patch
 def _open(self: Checkpoint, resume) -> tuple:
     sweep(self.file.parent)  # what a killed run was writing
@@ -421,15 +408,20 @@ def _open(self: Checkpoint, resume) -> tuple:
         if resume:
             print(f'no checkpoint in {self.file.parent}: the training begins anew', flush=True)
         return self._write({}),{}
-    about = json.dumps(self.about, default=_plain)
-    most = 2**22 + 2**17*place()[1] + 2*len(about) + 4000*self.epochs + 64*self.steps
-    parts = 2**16 + 8*self.epochs + about.count('{')+about.count('[')
-    state,tensors = read_checkpoint(self.file, most, parts, self.size)
+    state,tensors = self._read()
     with self._fitting():
         _check_state(state, tensors)
         require_same(self.file, state['about'], self.about)
     self._tell(state)
     return state,tensors
+
+# %% ../nbs/17_checkpoint.ipynb #1c94b426
+@patch
+def _read(self: Checkpoint) -> tuple:
+    about = json.dumps(self.about, default=_plain)
+    most = 2**22 + 2**17*place()[1] + 2*len(about) + 4000*self.epochs + 64*self.steps
+    parts = 2**16 + 8*self.epochs + about.count('{')+about.count('[')
+    return read_checkpoint(self.file, most, parts, self.size)
 
 @patch
 def begin(self: Checkpoint,
@@ -439,7 +431,18 @@ def begin(self: Checkpoint,
     self.at,self.tensors = once(lambda: self._open(resume))
     return self.at['finished']
 
-# %% ../nbs/17_checkpoint.ipynb #a60fec5f
+@patch
+def finish(self: Checkpoint,
+    cbs,       # Callbacks whose state is kept
+    check=noop # Called before, to look whether all is there
+):
+    "Mark the training as finished"
+    with self._fitting(): _need(self.at['phase']<=max(0, self.phase), 'phase')
+    check()
+    with _to_be_resumed():
+        once(lambda: self._write({}, callbacks=_callback_state(cbs), finished=True) and None)
+
+# %% ../nbs/17_checkpoint.ipynb #c0ffee17
 def _pass_over(dl, n, then):
     "Leave out the first `n` samples of the next epoch; call `then` before the others are made"
     order,sample = dl.get_idxs,dl.sample
@@ -451,15 +454,15 @@ def _pass_over(dl, n, then):
         then()
         return sample()
     dl.get_idxs = rest
-    # PyTorch's iterator draws a seed between the two
+    # PyTorch's iterator takes a seed between the two
     if dl.fake_l.num_workers==0: dl.sample = begin
 
-# %% ../nbs/17_checkpoint.ipynb #9b3d3ad3
 def _deaf(init, i):
     "Begin worker process `i`, which leaves SIGTERM to the training"
     init(i)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+# %% ../nbs/17_checkpoint.ipynb #68083be0
 @patch
 @contextmanager
 def _on_signals(self: Checkpoint, dls):
@@ -621,7 +624,7 @@ def save(self: Checkpoint,
         self._write(tensors, **state|dict(phase=self.phase, epoch=epoch, random=rand)|kwargs)
     once(write)
 
-# %% ../nbs/17_checkpoint.ipynb #b32afeed
+# %% ../nbs/17_checkpoint.ipynb #f3589203
 @patch
 def before_fit(self: Checkpoint):
     self.ran = self.last = False
@@ -629,7 +632,7 @@ def before_fit(self: Checkpoint):
     if self.start: self.logger_,self.learn.logger = self.learn.logger,noop
 
 @patch
-def before_epoch(self: Checkpoint):  # not called for an epoch that is passed over
+def before_epoch(self: Checkpoint):  # not called for an epoch that is skipped
     if self.start: self.learn.logger,self.start = self.logger_,0
     if self.waits: self.restore(self.learn, self.learn.cbs); self.waits = False
 

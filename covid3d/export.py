@@ -18,17 +18,18 @@ from torch import nn
 from .volume import CTError, write_atomic
 from .weights import load_all, weights_in
 
-# %% ../nbs/16_export.ipynb #2ede6b34
+# %% ../nbs/16_export.ipynb #e3f1ec0b
 class _Probabilities(nn.Module):
+    "A network with a sigmoid behind it"
     def __init__(self, model): super().__init__(); self.model = model
     def forward(self, ct): return self.model(ct).sigmoid()
 
-# %% ../nbs/16_export.ipynb #34f0c924
+# %% ../nbs/16_export.ipynb #bf4ed573
 def export_onnx(
     out, # `.onnx`
     weights='covid3d' # What `Segmenter.load` takes; several become their mean
 ) -> Path: # `out`
-    "Write a network as ONNX: windows of grey levels in, probabilities out"
+    "Write a network as ONNX: windows of intensities in, probabilities out"
     try: import onnx, onnxscript  # noqa: F401
     except ImportError:
         raise CTError('onnx', 'is not installed',

@@ -60,45 +60,24 @@ def _is_whole(init): return init not in ('random','kinetics')
 def _usual_lr(init): return 5e-4 if _is_whole(init) else 2e-3
 def _usual_keep(init): return .5 if _is_whole(init) else 0.
 
-@dataclass(frozen=True)
-class Recipe:
-    "All that decides the result of a training"
-    # Spacing, window, patch, classes; those of a prepared folder if None
-    spec: CTSpec = None
-    net: NetSpec = field(default_factory=NetSpec) # Which network
-    # Where it starts: `covid3d` (the weights that come with the library), `random`, `kinetics`
-    # (the encoder alone), or a file of weights
-    init: str = 'covid3d'
-    epochs: int = 25            # Of the whole network
-    frozen_epochs: int = 0      # Of the decoder alone, before; only from pretrained weights
-    # Highest learning rate; if None, 5e-4 from weights of a whole network, and 2e-3 else
-    lr: float = None
-    frozen_lr: float = None     # That of the frozen epochs; `lr` if None
-    # Of a pretrained encoder's five (stem, layers 1–4), so many stay as they are
-    frozen_stages: int = 0
-    lr_ratio: float = 1.        # From pretrained weights: the decoder's rate over the stem's
-    bs: int = 2                 # Patches in a batch
-    patches: int = 24           # Patches of each training scan in an epoch
-    oversample_foreground: float = .7 # Fraction of these that are centred on a lesion
-    # `dice-focal`, `dice-ce`, `calibrated`, `tversky` or `lovasz`
-    loss: str = 'dice-focal'
-    # `none`, `light`, `full` for long trainings, `grey` where HU are not to be relied upon
-    augment: str = 'light'
-    clip: float = 12.           # Largest L2 norm of all gradients together; 0 for any
-    wd: float = .01             # Weight decay
-    # Decay of a moving average of the weights, which is scored and kept; 0 for none
-    ema: float = 0.
-    # Weight of the initial weights in those that are scored and kept (`EMA`); if None, 0.5 from
-    # weights of a whole network, and 0 else
-    keep_start: float = None
-    score_every: int = 5        # Whole validation scans are scored every so many epochs
-    # Weights of the epoch with the `best` whole-scan Dice, or of the `last`
-    keep: str = 'best'
-    # What a step may take, such as '6GB'; batch and precision are chosen to fit
-    memory: str = None
-    reproducible: bool = True   # Use only algorithms that give the same result each time
-    seed: int = 0               # Of weights, patches and augmentation
+def _check_parts(r):
+    "Refuse parts of another type"
+    def need(name, ok, remedy):
+        if not ok: raise CTError(name, f'{getattr(r, name)!r} is not understood', remedy)
+    need('spec', r.spec is None or isinstance(r.spec, CTSpec), 'Give a CTSpec')
+    need('net', isinstance(r.net, NetSpec), 'Give a NetSpec')
+    need('init', isinstance(r.init, str) and r.init, 'Give covid3d, kinetics, random, or a file')
+    if r.keep_start and not _is_whole(r.init):
+        fault = f'{r.init} weights are not those of a complete network'
+        raise CTError('keep_start', fault, 'Give 0')
+    need('memory', r.memory is None or isinstance(r.memory, str), 'Give, for example, 6GB')
+    need('reproducible', isinstance(r.reproducible, bool), 'Give true or false')
 
+# %% ../nbs/15_recipe.ipynb #eaccd8ab
+class _Checked:
+    "What is checked as soon as it is made; settings that depend on others get their values"
+    # where the documentation looks for the comments of inherited fields
+    def __init_subclass__(cls): cls.__delwrap__ = cls.__base__
     def __post_init__(self):
         put = lambda k,v: object.__setattr__(self, k, v)
         if self.lr is None: put('lr', _usual_lr(self.init))
@@ -109,27 +88,71 @@ class Recipe:
         for k in _choices: put(k, _one_of(k, getattr(self, k)))
         _check_parts(self)
 
+# %% ../nbs/15_recipe.ipynb #6916c49b
+@dataclass(frozen=True)
+class _Start(_Checked):
+    "What is trained"
+    # Spacing, window, patch, classes; those of a prepared folder if None
+    spec: CTSpec = None
+    net: NetSpec = field(default_factory=NetSpec) # Which network
+    # Where it starts: `covid3d` (the weights that come with the library), `random`, `kinetics`
+    # (the encoder alone), or a file of weights
+    init: str = 'covid3d'
+
+# %% ../nbs/15_recipe.ipynb #39999f0d
+@dataclass(frozen=True)
+class _Schedule(_Start):
+    "How long it is trained, and how fast"
+    epochs: int = 25            # Of the complete network
+    frozen_epochs: int = 0      # Of the decoder alone, before; only from pretrained weights
+    # Highest learning rate; if None, 5e-4 from weights of a complete network, and 2e-3 else
+    lr: float = None
+    frozen_lr: float = None     # That of the frozen epochs; `lr` if None
+    # Of a pretrained encoder's five (stem, layers 1–4), so many stay as they are
+    frozen_stages: int = 0
+    lr_ratio: float = 1.        # From pretrained weights: the decoder's rate over the stem's
+
+# %% ../nbs/15_recipe.ipynb #5aebce89
+@dataclass(frozen=True)
+class _Patches(_Schedule):
+    "What the network sees, and what it is told"
+    bs: int = 2                 # Patches in a batch
+    patches: int = 24           # Patches of each training scan in an epoch
+    oversample_foreground: float = .7 # Fraction of these that are centered on a lesion
+    # `dice-focal`, `dice-ce`, `calibrated`, `tversky` or `lovasz`
+    loss: str = 'dice-focal'
+    # `none`, `light`, `full` for long trainings, `grey` where HU are not to be relied upon
+    augment: str = 'light'
+
+# %% ../nbs/15_recipe.ipynb #1afde7ac
+@dataclass(frozen=True)
+class Recipe(_Patches):
+    "All that decides the result of a training"
+    clip: float = 12.           # Largest L2 norm of all gradients together; 0 for any
+    wd: float = .01             # Weight decay
+    # Decay of a moving average of the weights, which is scored and kept; 0 for none
+    ema: float = 0.
+    # Weight of the initial weights in those that are scored and kept (`EMA`); if None, 0.5 from
+    # weights of a complete network, and 0 else
+    keep_start: float = None
+    score_every: int = 5        # Whole validation scans are scored every so many epochs
+    # Weights of the epoch with the `best` whole-scan Dice, or of the `last`
+    keep: str = 'best'
+    # What a step may take, such as '6GB'; batch and precision are chosen to fit
+    memory: str = None
+    reproducible: bool = True   # Use only algorithms that give the same result each time
+    seed: int = 0               # Of weights, patches and augmentation
+
     @property
     def pretrained(self):
         "What fastai calls it: True for Kinetics-400, False for random weights, a name or a file"
         return dict(kinetics=True, random=False).get(self.init, self.init)
 
-def _check_parts(r):
-    "Refuse parts of another type"
-    def need(name, ok, remedy):
-        if not ok: raise CTError(name, f'{getattr(r, name)!r} is not understood', remedy)
-    need('spec', r.spec is None or isinstance(r.spec, CTSpec), 'Give a CTSpec')
-    need('net', isinstance(r.net, NetSpec), 'Give a NetSpec')
-    need('init', isinstance(r.init, str) and r.init, 'Give covid3d, kinetics, random, or a file')
-    if r.keep_start and not _is_whole(r.init):
-        raise CTError('keep_start', f'{r.init} weights are not those of a whole network', 'Give 0')
-    need('memory', r.memory is None or isinstance(r.memory, str), 'Give, for example, 6GB')
-    need('reproducible', isinstance(r.reproducible, bool), 'Give true or false')
-
 # %% ../nbs/15_recipe.ipynb #86bf1689
 def _names(o) -> list: return [f.name for f in fields(o)]
 
 def _unknown(name, known, what):
+    "Say that there is no such setting, and which one is near"
     near = difflib.get_close_matches(str(name), known, 1)
     raise CTError(what, f'has no setting {str(name)[:60]!r}',
                   f'Did you mean {near[0]}?' if near else f'Settings are {", ".join(known)}')
@@ -178,7 +201,6 @@ def _parts(d, what) -> dict:
             raise CTError(what, f'{k} is not understood', f'See {kind.__name__}') from None
     return d
 
-# %% ../nbs/15_recipe.ipynb #c71ea205
 @patch
 def save(self: Recipe,
     path # `.json`
@@ -188,6 +210,7 @@ def save(self: Recipe,
     known = asdict(self)|dict(init=word)
     write_atomic(path, (json.dumps(known, indent=1)+'\n').encode())
 
+# %% ../nbs/15_recipe.ipynb #c71ea205
 @patch(cls_method=True)
 def load(cls: Recipe,
     o # A `Recipe`, the name of one that ships with covid3d, a JSON file, or None for the default
@@ -253,6 +276,7 @@ def _flat(d, at='') -> dict:
 
 def _short(o): return f'{str(o)[:57]}…' if len(str(o))>60 else o
 
+# %% ../nbs/15_recipe.ipynb #c1cc3f33
 def require_same(
     path,       # Of what is resumed, for the message
     then: dict, # What it began with, as JSON gives it
@@ -284,5 +308,5 @@ def augmentation(self: Recipe):
 @patch(as_prop=True)
 def network(self: Recipe) -> NetSpec:
     "`net`, at a quarter of r3d_18's width where weights are random and no width is given"
-    slim = self.init=='random' and self.net.width is None
-    return replace(self.net, width=16) if slim else self.net
+    reduced = self.init=='random' and self.net.width is None
+    return replace(self.net, width=16) if reduced else self.net

@@ -15,6 +15,7 @@ import numpy as np
 from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
 
+from .dicom_seg import seg_colors
 from .volume import Volume, plain, write_atomic
 
 # %% ../nbs/02_show.ipynb #4fb2760b
@@ -53,20 +54,27 @@ def show_slice(
     ax=None, # Axes to draw on
     window=lung_window, # (low, high): black and white
     aspect: float = 1., # Height of a voxel ÷ its width
-    title: str = None # Above the picture
+    title: str = None, # Above the picture
+    colors=outline_colors # Of the outlines, one for each mask
 ):
     "Draw one slice with its masks outlined"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(3,3))[1]
     ax.imshow(img, cmap='gray', vmin=window[0], vmax=window[1], aspect=aspect,
               interpolation='nearest')
-    for m,c in zip(masks, outline_colors):
+    for m,c in zip(masks, colors):
         if np.any(m): ax.contour(np.asarray(m, dtype=float), levels=[.5], colors=[c], linewidths=1)
     if title: ax.set_title(plain(title), fontsize=8, parse_math=False)
     ax.axis('off')
     return ax
 
 # %% ../nbs/02_show.ipynb #6efc0f6c
+def _colors(names) -> list:
+    "A color for each mask: its class's own, or else the next one"
+    own = [seg_colors.get(k) for k in names]
+    return own if all(own) and len({*own})==len(own) else outline_colors
+
+# %% ../nbs/02_show.ipynb #92b2c778
 def show_slices(
     ct: Volume,           # HU
     masks: dict = None,   # Name → mask, a `Volume` or an array of the same shape: outlined
@@ -88,11 +96,11 @@ def show_slices(
                            figsize=(len(slices)*size, size*rows*dy/(cols*dx)+.55))
     for ax,i in zip(axs[0], slices):
         show_slice(plane_of(ct.data,i,plane), [plane_of(m,i,plane) for m in masks.values()], ax,
-                   window, dy/dx, f'{plane} {i}')
+                   window, dy/dx, f'{plane} {i}', _colors(masks))
     _label(fig, masks, plane, title)
     return fig
 
-# %% ../nbs/02_show.ipynb #f75603cf
+# %% ../nbs/02_show.ipynb #ee51394b
 def _label(fig, masks, plane, title):
     "An R on the patient's right, the outlines named below the figure, and a title above it"
     import matplotlib.pyplot as plt
@@ -102,7 +110,7 @@ def _label(fig, masks, plane, title):
     if plane!='sagittal': fig.axes[0].text(.02, .5, 'R', va='center', **right)
     if title: fig.suptitle(plain(title), fontsize=9, parse_math=False)
     if not masks: return
-    lines = [plt.Line2D([],[],color=c) for _,c in zip(masks, outline_colors)]
+    lines = [plt.Line2D([],[],color=c) for _,c in zip(masks, _colors(masks))]
     legend = fig.legend(lines, map(plain, masks), loc='outside lower center', ncols=3, fontsize=8,
                         frameon=False)
     for t in legend.texts: t.set_parse_math(False)

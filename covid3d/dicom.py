@@ -1,4 +1,4 @@
-"""A CT series as the scanner sent it becomes a volume
+"""From a folder of slices to one volume
 
 Docs: https://covid3d.github.io/covid3d/dicom.html.md"""
 
@@ -8,128 +8,31 @@ Docs: https://covid3d.github.io/covid3d/dicom.html.md"""
 __all__ = ['write_series', 'find_series', 'volume_of', 'open_series', 'open_scan']
 
 # %% ../nbs/01_dicom.ipynb #2ab1ffee
-import hashlib, io, logging, os, re, stat, warnings
+import os
 from collections import Counter
-from contextlib import ContextDecorator, ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from threading import Lock
 
-import nibabel as nib, numpy as np, pydicom
-from pydicom.dataset import FileMetaDataset
-from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
+import nibabel as nib, numpy as np
 
-from .volume import (CTError, Scarce, Source, Volume, is_image, max_bytes, open_ct, scaled,
-                            to_canonical, to_hu, unreadable, write_atomic)
+from .dicom_file import QuietDicom, save_dicom
+from .dicom_file import dicom_failed, digest, file_bytes, pseudonym  # noqa: F401
+from .dicom_pixels import read_pixels
+from .dicom_series import Series, Survey, survey
+from .dicom_slice import Slice  # noqa: F401
+from .dicom_slice import _normal, _to_lps, ct_datasets, read_slices
+from .volume import (CTError, Source, Volume, is_image, max_bytes, open_ct, scaled,
+                            to_canonical, to_hu)
 
-# %% ../nbs/01_dicom.ipynb #abd1edfd
-_tags = [pydicom.tag.Tag(o) for o in '''
-    SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID PatientID FrameOfReferenceUID
-    ImageType SeriesNumber NumberOfFrames Rows Columns SamplesPerPixel PhotometricInterpretation
-    BitsAllocated BitsStored HighBit PixelRepresentation LossyImageCompression ImagePositionPatient
-    ImageOrientationPatient PixelSpacing SpacingBetweenSlices RescaleSlope RescaleIntercept
-    RescaleType SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence'''.split()]
-
-# limits that keep a damaged or hostile file from taking the memory, far above what a CT needs
-_first_read,_max_header,_max_file = 2**16,6*2**20,2**31 # bytes
-_max_elements,_max_items = 100_000,50_000 # in one header
-
-class _NotDicom(Exception): "A file of another kind, which is no fault; never leaves this notebook"
-
-# %% ../nbs/01_dicom.ipynb #65da1ef8
-class QuietDicom(ContextDecorator):
-    "No remark of pydicom, which may quote an element, until the last thread is done"
-    gate,inside,undo = Lock(),0,ExitStack()
-    def __enter__(self):
-        with QuietDicom.gate:
-            if not QuietDicom.inside: self.hush(QuietDicom.undo)
-            QuietDicom.inside += 1
-    def __exit__(self, *exc):
-        with QuietDicom.gate:
-            QuietDicom.inside -= 1
-            if not QuietDicom.inside: QuietDicom.undo.close()
-    def hush(self, undo):
-        for log in map(logging.getLogger, ('pydicom','highdicom')):
-            undo.callback(log.setLevel, log.level)
-            log.setLevel(1_000_000)  # a level that nothing reaches
-        conf = pydicom.config.settings
-        undo.callback(setattr, conf, 'reading_validation_mode', conf.reading_validation_mode)
-        conf.reading_validation_mode = pydicom.config.IGNORE
-        undo.enter_context(warnings.catch_warnings()); warnings.simplefilter('ignore')
-
-# %% ../nbs/01_dicom.ipynb #4bb92c27
-def digest(
-    s: str # An identifier
-) -> str: # 16 characters, the same for the same identifier
-    "A stand-in for an identifier, from which it cannot be read back at a glance"
-    return hashlib.blake2b(str(s).encode(), digest_size=8).hexdigest()
-
-# %% ../nbs/01_dicom.ipynb #a031d63e
-def pseudonym(
-    uid: str,          # SeriesInstanceUID, or PatientID for a patient
-    kind: str = 'scan' # What stands before the digest
-) -> str: # Such as scan_8b2f0c61d7
-    "A name that stands for an identifier, the same wherever it is met"
-    return f'{kind}_{digest(uid)[:10]}'
-
-# %% ../nbs/01_dicom.ipynb #b2c3fc3a
-# RAS mm ↔ DICOM's axes, towards the patient's left, posterior, superior (L-P-S)
-_to_lps = np.diag([-1,-1,1,1])
-
-def _uid(seed, *what) -> str: return generate_uid(entropy_srcs=[str(seed), *map(str, what)])
-def _decimals(v) -> list: return [f'{o:.8g}' for o in v]  # 16 characters at most (PS3.5 6.2)
-
-def _series_elements(vol, patient, series, seed) -> dict:
-    "Elements that all slices of a series share"
-    mm,lps = vol.spacing,_to_lps@vol.affine
-    empty = '''PatientName PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber
-        ReferringPhysicianName KVP PositionReferenceIndicator'''.split()
-    return dict.fromkeys(empty, '') | dict(
-        SOPClassUID='1.2.840.10008.5.1.4.1.1.2', StudyInstanceUID=_uid(seed, 'study', patient),
-        SeriesInstanceUID=_uid(seed, 'series', patient, series),
-        FrameOfReferenceUID=_uid(seed, 'frame', patient), Modality='CT', PatientID=patient,
-        PatientPosition='HFS', Manufacturer='covid3d', SeriesNumber=series, AcquisitionNumber=1,
-        ImageType=['DERIVED','SECONDARY','AXIAL'], Rows=vol.shape[1], Columns=vol.shape[2],
-        SamplesPerPixel=1, PhotometricInterpretation='MONOCHROME2', BitsAllocated=16,
-        BitsStored=16, HighBit=15, PixelRepresentation=0, RescaleIntercept='-1024',
-        RescaleSlope='1', RescaleType='HU', PixelSpacing=_decimals(mm[1:]),
-        SliceThickness=f'{mm[0]:.8g}',
-        ImageOrientationPatient=_decimals((*lps[:3,2]/mm[2], *lps[:3,1]/mm[1])))
-
-# %% ../nbs/01_dicom.ipynb #c4bc63eb
-def _slice_dataset(vol, i, same, uid) -> pydicom.Dataset:
-    "Slice `i` as a CT Image object"
-    ds = pydicom.Dataset()
-    for k,v in same.items(): setattr(ds, k, v)
-    ds.SOPInstanceUID,ds.InstanceNumber = uid,i+1
-    ds.ImagePositionPatient = _decimals((_to_lps@vol.affine@[i,0,0,1])[:3])
-    ds.PixelData = (vol.data[i].astype(np.int32)+1024).clip(0, 65535).astype('<u2').tobytes()
-    ds['PixelData'].VR = 'OW'
-    return ds
-
-def ct_datasets(
-    vol: Volume,       # HU, on upright or tilted canonical axes
-    patient: str = '', # PatientID
-    series: int = 1,   # SeriesNumber
-    seed='covid3d'     # Text or number that makes the identifiers: the same seed, the same UIDs
-) -> list: # Of pydicom Datasets, one a slice, inferior to superior
-    "A volume as CT Image objects"
-    same = _series_elements(vol, patient, series, seed)
-    return [_slice_dataset(vol, i, same, _uid(seed, 'slice', patient, series, i))
-            for i in range(len(vol.data))]
-
-# %% ../nbs/01_dicom.ipynb #bd717925
-def save_dicom(
-    ds: pydicom.Dataset, # With SOPClassUID and SOPInstanceUID
-    path: str|Path       # File to write
-):
-    "Write one DICOM object, whole or not at all"
-    if not getattr(ds, 'file_meta', None): ds.file_meta = FileMetaDataset()
-    meta,buf = ds.file_meta,io.BytesIO()
-    meta.MediaStorageSOPClassUID,meta.MediaStorageSOPInstanceUID = ds.SOPClassUID,ds.SOPInstanceUID
-    if 'TransferSyntaxUID' not in meta: meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    pydicom.dcmwrite(buf, ds, enforce_file_format=True)
-    write_atomic(path, buf.getvalue())
+# %% ../nbs/01_dicom.ipynb #8a882619
+def _geometry(slices) -> np.ndarray:
+    "4×4, index (column, row, slice) → RAS mm"
+    first,last,n = slices[0],slices[-1],len(slices)-1
+    row,col = np.reshape(first.grid['ImageOrientationPatient'], (2,3))
+    dr,dc = first.grid['PixelSpacing']
+    lps = np.eye(4)
+    lps[:3] = np.stack([row*dc, col*dr, (last.position-first.position)/n, first.position], 1)
+    return _to_lps@lps
 
 # %% ../nbs/01_dicom.ipynb #e12b792c
 def write_series(
@@ -140,373 +43,6 @@ def write_series(
     "Write a volume as a DICOM series, a file a slice"
     for i,ds in enumerate(ct_datasets(vol, **kwargs), 1):
         save_dicom(ds, Path(folder)/f'IM{i:04d}.dcm')
-
-# %% ../nbs/01_dicom.ipynb #d2c336bb
-def dicom_failed(p, fault, e) -> CTError:
-    "What to say of an exception of another library, whose own text may quote what an element holds"
-    if isinstance(e, MemoryError):
-        return CTError(p, 'there is not enough memory to read it', 'Use a machine with more memory')
-    return CTError(p, f'{fault} ({type(e).__name__})')
-
-def _no_wait(p, flags) -> int: return os.open(p, flags|getattr(os, 'O_NONBLOCK', 0))
-
-def _open(p):
-    "A regular file, open for reading; a pipe is not waited for"
-    f = open(p, 'rb', opener=_no_wait)
-    info = os.fstat(f.fileno())
-    if stat.S_ISREG(info.st_mode) and info.st_size<=_max_file: return f
-    f.close()
-    raise CTError(p, f'it is a pipe or a device, or a file of more than {_max_file/2**30:g} GiB',
-                  'Give a single CT series')
-
-def file_bytes(p, n, at=0) -> bytes:
-    "Up to `n` bytes of the file from byte `at`"
-    try:
-        with _open(p) as f:
-            f.seek(at)  # no larger buffer than the file fills
-            return f.read(min(n, max(os.fstat(f.fileno()).st_size-at, 0)))
-    except OSError as e: raise unreadable(p, e) from None
-
-# %% ../nbs/01_dicom.ipynb #fcb5becd
-_vrs = {o.value for o in pydicom.valuerep.VR if len(o.value)==2} # those that the standard knows
-_implicit = '1.2.840.10008.1.2' # the transfer syntax without VRs
-_undefined = 0xFFFFFFFF # a length that is not given: a delimiter marks the end
-_is_deflated = re.compile(rb'\x02\0\x10\0.{0,8}1\.2\.840\.10008\.1\.2\.1\.99', re.DOTALL).search
-
-def _element(raw, at, order, explicit) -> tuple:
-    "(tag, VR, bytes of its head, length) of the element at byte `at`"
-    num = lambda i,n: int.from_bytes(raw[i:i+n], order)
-    tag,vr = num(at,2)<<16|num(at+2,2),bytes(raw[at+4:at+6]).decode('latin1')
-    if not explicit or tag>>16==0xFFFE: return tag,'',8,num(at+4,4)
-    if vr not in _vrs: raise ValueError
-    if vr in pydicom.valuerep.EXPLICIT_VR_LENGTH_32: return tag,vr,12,num(at+8,4)
-    return tag,vr,8,num(at+6,2)
-
-# %% ../nbs/01_dicom.ipynb #1daf314f
-def _check_filled(raw, at, length, order, explicit, items=True) -> int:
-    "The items of a sequence, or the elements of an item, fill it exactly; where it ends"
-    end,last = len(raw) if length==_undefined else at+length,-1
-    while at<end:
-        tag,vr,head,n = _element(raw, at, order, explicit)
-        at += head
-        if tag==(0xFFFEE0DD if items else 0xFFFEE00D) and n==0 and length==_undefined: return at
-        if (tag!=0xFFFEE000 if items else tag>>16==0xFFFE or tag<=last): raise ValueError
-        last = tag
-        if items: at = _check_filled(raw, at, n, order, explicit, False)
-        elif n==_undefined or vr=='SQ':
-            at = _check_filled(raw, at, n, order, explicit and vr!='UN')
-        else: at += n
-    if at!=end or length==_undefined: raise ValueError
-    return at
-
-# %% ../nbs/01_dicom.ipynb #cca654b0
-def _parse(raw):
-    "Elements of a DICOM file up to the pixels, each once, all of them with a VR or all without"
-    seen,groups,vrs = set(),[],set()
-    def stop(tag, vr, length):
-        tag = int(tag)
-        if tag in seen or len(seen)>_max_elements or vr is not None and vr not in _vrs:
-            raise ValueError
-        seen.add(tag); vrs.add(vr is None)
-        if tag in (0x52009229,0x52009230): groups.append((raw.tell(),length))
-        return tag>=0x7FE00008
-    marks = (b'\xfe\xff\0\xe0',b'\xff\xfe\xe0\0')  # of an item, in either byte order
-    if raw.getbuffer().nbytes>_first_read and max(map(raw.getvalue().count, marks))>_max_items:
-        raise ValueError
-    ds = pydicom.filereader.read_partial(raw, stop, specific_tags=_tags)
-    if (any(o.group==0 for o in ds.keys()) or any(o.VR not in _vrs for o in ds.file_meta.values())
-            or vrs!={ds.file_meta.get('TransferSyntaxUID')==_implicit}): raise ValueError  # C15
-    for o in groups:
-        _check_filled(raw.getbuffer(), *o, 'little' if ds.original_encoding[1] else 'big',
-                     True not in vrs)
-    return ds
-
-# %% ../nbs/01_dicom.ipynb #369a38b8
-def _read_header(
-    path: str|Path # A file
-) -> tuple: # pydicom Dataset of the elements in `_tags`, and the byte at which pixel data begin
-    "The header of a DICOM file, without its pixels and without names"
-    p = Path(path)
-    for n in (_first_read,_max_header):
-        raw,ds = file_bytes(p, n),None
-        if raw[128:132]!=b'DICM': raise _NotDicom
-        if _is_deflated(raw[:_first_read]):
-            raise CTError(p, 'it is deflated, an encoding that is not read',
-                          'Export the series uncompressed')
-        f,fault = io.BytesIO(raw),CTError(p, 'the DICOM header does not end where pixels begin')
-        try:
-            with QuietDicom(): ds = _parse(f)
-            if f.tell()+12<len(raw): return ds,f.tell()
-        except Exception as e: fault = dicom_failed(p, 'the DICOM header is damaged', e)
-        if len(raw)<n: break
-    if ds is None or len(raw)==n: raise fault
-    return ds,f.tell()
-
-# %% ../nbs/01_dicom.ipynb #9dfcd7dd
-@dataclass(eq=False, slots=True)
-class Slice:
-    "One slice of a CT series: where it lies and what its numbers mean"
-    path: Path           # File
-    frame: int           # Frame in the file, 0 for a file of one
-    frames: int          # How many the file holds
-    at: int              # Byte of the file at which the pixel data begins
-    uid: str             # SOPInstanceUID
-    series: str          # SeriesInstanceUID
-    study: str           # StudyInstanceUID
-    number: str          # SeriesNumber, `?` where it is none
-    patient: str         # `digest` of PatientID
-    grid: dict           # What all slices of a series share
-    position: np.ndarray # mm, (3,), DICOM's L-P-S axes: centre of the first voxel
-    height: float        # mm along the normal of the slices
-    slope: float         # HU = slope·stored + intercept
-    intercept: float     # HU
-    syntax: str          # Transfer syntax: how the file is encoded
-    lossy: bool = False  # Compressed with loss at any time
-    step: float = 0      # SpacingBetweenSlices, mm; 0 where the file does not say
-    repeats: tuple = ()  # SOPInstanceUIDs of the same slice stored again, which were left out
-
-    @property
-    def uids(self) -> tuple: return self.uid,*self.repeats
-    def __repr__(self): return f'slice of {pseudonym(self.series)} at {self.height:.4g} mm'
-
-# %% ../nbs/01_dicom.ipynb #c98268db
-def _normal(orientation) -> tuple:
-    "The direction at right angles to rows and columns"
-    a,b,c,d,e,f = orientation
-    return b*f-c*e,c*d-a*f,a*e-b*d
-
-# %% ../nbs/01_dicom.ipynb #9a82498e
-_ct = {'1.2.840.10008.5.1.4.1.1.2':False, '1.2.840.10008.5.1.4.1.1.2.1':True,
-       '1.2.840.10008.5.1.4.1.1.2.2':True} # SOP class → whether it is multi-frame
-
-def _group(ds, i, name):
-    "The part of `ds` on frame `i` in functional group `name`; `ds` itself for a classic file"
-    if i is None: return ds
-    for groups,k in (('PerFrameFunctionalGroupsSequence',i),('SharedFunctionalGroupsSequence',0)):
-        try: return ds[groups].value[k][name].value[0]
-        except (KeyError,IndexError): pass
-    return pydicom.Dataset()
-
-# %% ../nbs/01_dicom.ipynb #bf058432
-# a decimal string
-_is_number = re.compile(r' *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *', re.ASCII).fullmatch
-
-def _floats(ds, name, n, p) -> tuple:
-    "An element as `n` finite numbers, if the file gives it the type that the standard does"
-    try:
-        e = ds[name]
-        v = [e.value] if n==1 else e.value
-        ok = e.VR==pydicom.datadict.dictionary_VR(e.tag) and all(_is_number(str(o)) for o in v)
-        res = tuple(float(o) for o in v) if ok else ()
-    except (KeyError,ValueError,TypeError,AttributeError): res = ()
-    if len(res)!=n or not np.isfinite(res).all():
-        raise CTError(p, f'{name} is missing or not {n} number{"s"*(n>1)}')
-    return res
-
-def _int(ds, name, p) -> int: return int(_floats(ds, name, 1, p)[0])
-
-def _text(ds, name) -> str:
-    "An element as text, empty where it is missing; a sequence or bytes in its place are damage"
-    v = ds.get(name, '')
-    if isinstance(v, (bytes,pydicom.Sequence)): raise TypeError
-    return str(v)
-
-# %% ../nbs/01_dicom.ipynb #dbddc0a0
-_whole = 'Rows Columns SamplesPerPixel BitsAllocated BitsStored HighBit PixelRepresentation'.split()
-
-def _grid(ds, frame, p) -> dict:
-    "What all slices of a series must share"
-    g = {k:_int(ds, k, p) for k in _whole}
-    unit = _floats(_group(ds, frame, 'PlaneOrientationSequence'), 'ImageOrientationPatient', 6, p)
-    dot = lambda i,j: sum(unit[i+k]*unit[j+k] for k in range(3))
-    if max(abs(dot(0,0)-1), abs(dot(3,3)-1), abs(dot(0,3)))>1e-3:
-        raise CTError(p, 'ImageOrientationPatient is not two unit vectors at right angles')
-    spacing = _floats(_group(ds, frame, 'PixelMeasuresSequence'), 'PixelSpacing', 2, p)
-    if not all(1e-3<o<100 for o in spacing):
-        raise CTError(p, 'PixelSpacing is no spacing of a CT in mm')
-    if not (g['SamplesPerPixel']==1 and g['BitsAllocated']==16 and 1<g['BitsStored']<=16
-            and g['HighBit']==g['BitsStored']-1 and g['PixelRepresentation'] in (0,1)):
-        raise CTError(p, 'its pixels are not stored as a CT\'s are (16 bits, one sample)')
-    if not (0<g['Rows']<=8192 and 0<g['Columns']<=8192):
-        raise CTError(p, f'a slice of {g["Rows"]}×{g["Columns"]} pixels is no CT')
-    texts = {k:_text(ds, k) for k in ('PhotometricInterpretation','FrameOfReferenceUID')}
-    return g | dict(ImageOrientationPatient=unit, PixelSpacing=spacing, **texts)
-
-# %% ../nbs/01_dicom.ipynb #b1a4510b
-# a RescaleType in lower case, without blanks
-_is_hu = re.compile(r'(hu|houn(s|d|ds)fields?(units?)?)?').fullmatch
-
-def _rescale(ds, frame, p) -> tuple:
-    "(slope, intercept)"
-    g = _group(ds, frame, 'PixelValueTransformationSequence')
-    both = 'RescaleSlope','RescaleIntercept'
-    no_hu = lambda fault: CTError(p, fault, 'Export the original series')
-    if not all(k in g for k in both):
-        raise no_hu('RescaleSlope or RescaleIntercept is missing, so its values are not HU')
-    if not _is_hu(re.sub(r'[\s.-]', '', _text(g, 'RescaleType')).lower()):
-        raise no_hu('its RescaleType says that the values are not HU')
-    slope,inter = (_floats(g, k, 1, p)[0] for k in both)
-    if slope<0:
-        raise no_hu('RescaleSlope is negative, so dense tissue would be stored as low numbers')
-    if not 0<slope<1e4 or abs(inter)>1e6:
-        raise CTError(p, 'RescaleSlope or RescaleIntercept is out of range')
-    return slope,inter
-
-# %% ../nbs/01_dicom.ipynb #296c18a8
-# JPEG 12 bit and JPEG-LS near-lossless; others say it in LossyImageCompression
-_lossy = ('1.2.840.10008.1.2.4.51','1.2.840.10008.1.2.4.81')
-
-def _syntax(ds) -> str: return str(ds.file_meta.get('TransferSyntaxUID',''))
-
-def _slice(ds, at, p, frame=None, n=1) -> Slice:
-    "The record of one slice"
-    measures,syntax = _group(ds, frame, 'PixelMeasuresSequence'),_syntax(ds)
-    given,number = measures.get('SpacingBetweenSlices'),_text(ds, 'SeriesNumber')
-    position = _floats(_group(ds, frame, 'PlanePositionSequence'), 'ImagePositionPatient', 3, p)
-    if max(map(abs, position))>1e5:
-        raise CTError(p, 'ImagePositionPatient is far outside any scanner')
-    grid,(slope,intercept) = _grid(ds, frame, p),_rescale(ds, frame, p)
-    return Slice(
-        path=p, frame=frame or 0, frames=n, at=at, uid=_text(ds, 'SOPInstanceUID'),
-        series=_text(ds, 'SeriesInstanceUID'), study=_text(ds, 'StudyInstanceUID'),
-        number=number if re.fullmatch(r'-?[0-9]{1,5}', number) else '?',
-        patient=digest(_text(ds, 'PatientID')), grid=grid, position=np.array(position),
-        height=float(np.dot(_normal(grid['ImageOrientationPatient']), position)), slope=slope,
-        intercept=intercept, syntax=syntax,
-        lossy=_text(ds, 'LossyImageCompression')=='01' or syntax in _lossy,
-        step=_floats(measures, 'SpacingBetweenSlices', 1, p)[0] if given else 0)
-
-# %% ../nbs/01_dicom.ipynb #5a2c83a2
-def _frames(ds, at, p) -> list:
-    "The slices of an enhanced CT"
-    if _syntax(ds)==_implicit:  # C10
-        raise CTError(p, 'enhanced CT in implicit VR is not decoded reliably by any reader',
-                      'Export it in explicit VR little endian')
-    n,groups = _int(ds, 'NumberOfFrames', p),ds.get('PerFrameFunctionalGroupsSequence') or []
-    if not 0<n<=4096 or n!=len(groups):
-        raise CTError(p, 'NumberOfFrames does not fit its functional groups')
-    return [_slice(ds, at, p, i, n) for i in range(n)]
-
-# %% ../nbs/01_dicom.ipynb #783c69c3
-def _slices_of(ds, at, p) -> tuple:
-    "The slices of an object; and what it is if it is no CT"
-    kind,in_meta = _text(ds, 'SOPClassUID'),str(ds.file_meta.get('MediaStorageSOPClassUID',''))
-    if kind not in _ct:
-        if in_meta in _ct or not kind+in_meta:
-            raise CTError(p, 'the DICOM header is damaged (it does not say what it is)')
-        name = UID(kind).name
-        return [],name if name!=kind else 'object of another kind'
-    if 'LOCALIZER' in _text(ds, 'ImageType').upper(): return [],'scout view'
-    if _ct[kind]: return _frames(ds, at, p),''
-    if ds.get('NumberOfFrames') and _int(ds, 'NumberOfFrames', p)!=1:
-        raise CTError(p, 'it holds several frames, but is not an enhanced CT')
-    return [_slice(ds, at, p)],''
-
-# %% ../nbs/01_dicom.ipynb #f650b66e
-def _named_dicom(name) -> bool: return Path(name).suffix.lower() in ('.dcm','.dicom','.ima')
-
-@QuietDicom()
-def read_slices(
-    path: str|Path # A file
-) -> tuple: # List of `Slice`; and what the file is if it holds none
-    "The CT slices of a file, or the kind of thing that it is instead"
-    p = Path(path)
-    try: ds,at = _read_header(p)
-    except _NotDicom:
-        if not _named_dicom(p): return [],'file that is not DICOM'
-        raise CTError(p, 'this is not DICOM, although its name says so') from None
-    try: return _slices_of(ds, at, p)
-    except CTError as e: fault = e
-    except Exception as e: fault = dicom_failed(p, 'the DICOM header is damaged', e)
-    try: fault.series = _text(ds, 'SeriesInstanceUID')
-    except Exception: pass  # damaged too, whatever pydicom raises for it
-    raise fault
-
-# %% ../nbs/01_dicom.ipynb #d0a5e500
-_other_kinds = '''
-    .txt .json .xml .csv .md .pdf .jpg .jpeg .png .gif .html .htm .zip .gz .nii .nrrd
-    .exe .inf .ini .log .db .xlsx .py .sha256 .md5 .tmp'''.split()
-
-def _why_not(o, home) -> str:
-    "Why a directory entry is no slice; nothing if it may be one, None if it does not count"
-    if (o.name.startswith('.') or o.name.upper()=='DICOMDIR'
-        or Path(o.name).suffix.lower() in _other_kinds): return None
-    try: is_file,is_folder = o.is_file(),o.is_dir()
-    except OSError: return 'broken link'  # to itself, for example
-    if is_folder: return 'folder named like a DICOM file' if _named_dicom(o.name) else None
-    if o.is_symlink() and not os.path.realpath(o.path).startswith(home):
-        return 'link out of the folder'
-    return '' if is_file else 'broken link' if o.is_symlink() else 'pipe or device'
-
-def _listed(folder) -> tuple:
-    "Files of a folder that may be DICOM; and a Counter of what has such a name but cannot be"
-    try: entries = sorted(os.scandir(folder), key=lambda o: o.name)
-    except OSError as e: raise unreadable(folder, e) from None
-    except ValueError: raise CTError(folder, 'is no valid path', 'Check the path') from None
-    home = os.path.realpath(folder)+os.sep
-    kinds = {Path(o.path):_why_not(o, home) for o in entries}
-    return [p for p,why in kinds.items() if why==''],Counter(filter(None, kinds.values()))
-
-# %% ../nbs/01_dicom.ipynb #edbcef9d
-@dataclass(eq=False)
-class Series:
-    "The slices of one series in one folder, in order along the normal"
-    folder: Path # Where it lies
-    slices: list # Of `Slice`
-    skipped: Counter # What else lay in the folder: kind → how many files
-    damaged: list = field(default_factory=list) # Of `CTError`: unreadable files of it, perhaps
-
-    @property
-    def number(self) -> str: return self.slices[0].number
-    @property
-    def patient(self) -> str: return self.slices[0].patient
-    @property
-    def uid(self) -> str: return self.slices[0].series
-    @property
-    def study(self) -> str: return self.slices[0].study
-    @property
-    def files(self) -> list: return sorted({s.path for s in self.slices})
-    def __repr__(self):
-        return (f'series {self.number}: {len(self.slices)} slices in {len(self.files)} '
-                f'file{"s"[:len(self.files)>1]}')
-
-# %% ../nbs/01_dicom.ipynb #dbf6d709
-@dataclass
-class Survey:
-    "What lies in a folder"
-    series: list     # Of `Series`, that with the most slices first
-    skipped: Counter # What else lies there: kind → how many; short series are one kind
-    damaged: list    # Of `CTError`, one for each file that may be a slice and cannot be read
-
-def _grouped(folder, groups, skipped, damaged) -> list:
-    "`Series` of slices by SeriesInstanceUID"
-    out = []
-    for uid,slices in groups.items():
-        mine = [e for e in damaged if (of := getattr(e, 'series', ''))==uid or of not in groups]
-        slices.sort(key=lambda s: (s.height, str(s.path), s.frame))
-        out.append(Series(folder, slices, skipped, mine))
-    return sorted(out, key=lambda s: (-len(s.slices), s.number, s.uid))
-
-# %% ../nbs/01_dicom.ipynb #9062db3a
-@QuietDicom()
-def survey(
-    folder: str|Path # Holds DICOM files, of one series or several
-) -> Survey:
-    "The CT series of a folder and whatever else lies there; raises nothing but `Scarce`"
-    groups,damaged = {},[]
-    try: paths,skipped = _listed(folder)
-    except Scarce: raise
-    except CTError as e: return Survey([], Counter(), [e])
-    for p in paths:
-        try: slices,kind = read_slices(p)
-        except Scarce: raise
-        except CTError as e: damaged.append(e); continue
-        if kind: skipped[kind] += 1
-        for s in slices: groups.setdefault(s.series, []).append(s)
-    found = _grouped(Path(folder), groups, skipped, damaged)
-    if damaged: skipped['file that cannot be read'] = len(damaged)
-    if n := sum(len(s.slices)<4 for s in found): skipped['series of fewer than four slices'] = n
-    return Survey([s for s in found if len(s.slices)>=4], skipped, damaged)
 
 # %% ../nbs/01_dicom.ipynb #5e5265ae
 def find_series(
@@ -574,174 +110,12 @@ def _check_stack(slices, p) -> list:
     return [f'SpacingBetweenSlices says {said:g} mm, the positions {step:.4g} mm: the positions '
             f'are taken']  # C17
 
-# %% ../nbs/01_dicom.ipynb #b18d7f8c
-_native = {_implicit:('little',False), '1.2.840.10008.1.2.1':('little',True),
-           '1.2.840.10008.1.2.2':('big',True)} # not compressed: byte order, are VRs written
-
-def _find_pixels(f, s, need) -> tuple:
-    "Where the pixels of an open file begin, and their bytes; `need` is what one frame takes"
-    f.seek(s.at); head = f.read(12)
-    try: tag,vr,skip,length = _element(head, 0, *_native[s.syntax])
-    except ValueError: tag,vr,skip,length = 0,'',0,0
-    if tag!=0x7FE00010 or vr not in ('OW','OB',''):
-        raise CTError(s.path, 'there is no pixel data where the header ends')
-    if length==_undefined:  # C15
-        raise CTError(s.path, 'its pixels are compressed, but its transfer syntax denies it')
-    if not 0<=length-need*s.frames<2*s.grid['Columns']:
-        raise CTError(s.path, 'there is less or more pixel data than rows and columns need')
-    return s.at+skip,length
-
-# %% ../nbs/01_dicom.ipynb #5c4a2c42
-def _is_sound_end(rest, order='little', explicit=True) -> bool:
-    "Whether what follows the pixels is nothing, zeros, or whole elements"
-    at,last,end = 0,0x7FE00010,len(rest.rstrip(b'\0'))
-    try:
-        while at<end:
-            tag,vr,head,n = _element(rest, at, order, explicit)
-            if n==_undefined and vr=='SQ': return True
-            if tag<=last or at+head+n>len(rest): return False
-            at,last = at+head+n,tag
-    except ValueError: return False
-    return True
-
-# %% ../nbs/01_dicom.ipynb #28ff4f44
-def _native_pixels(s: Slice) -> np.ndarray:
-    "Stored values of an uncompressed slice"
-    order,explicit = _native[s.syntax]
-    need = 2*s.grid['Rows']*s.grid['Columns']
-    dtype = np.dtype('ui'[s.grid['PixelRepresentation']]+'2').newbyteorder(order)
-    with _open(s.path) as f:
-        at,length = _find_pixels(f, s, need)
-        f.seek(at+s.frame*need); x = np.fromfile(f, dtype, need//2)
-        f.seek(at+length); end = b'' if s.frame else f.read(_first_read)
-        if x.nbytes<need or at+length>os.fstat(f.fileno()).st_size:
-            raise CTError(s.path, f'the file ends too early (a slice needs {need:,} bytes of '
-                                  f'pixels, {x.nbytes:,} are there)')
-    if not _is_sound_end(end, order, explicit):
-        raise CTError(s.path, 'what follows its pixels is damaged')
-    return x
-
-# %% ../nbs/01_dicom.ipynb #732daecc
-_coded_as = {'1.2.840.10008.1.2.5':'RLE', **{f'1.2.840.10008.1.2.4.{k}':v for k,v in
-    # transfer syntax → kind; for JPEG its start of frame
-    {51:0xC1, 57:0xC3, 70:0xC3, 80:0xF7, 81:0xF7, 90:'J2K', 91:'J2K'}.items()}}
-
-def _coded_size(x) -> tuple:
-    "(kind, rows, columns, samples, bits, sign) of compressed pixels; sign may be None"
-    big = lambda i,n=4: int.from_bytes(x[i:i+n], 'big')
-    if x[:4]==b'\xff\x4f\xff\x51':
-        return 'J2K',big(12)-big(20),big(8)-big(16),big(40, 2),(x[42]&127)+1,x[42]>>7
-    if x[:2]!=b'\xff\xd8': return 'unknown',0,0,0,0,None
-    at = 2
-    while x[at]==0xFF and x[at+1] not in (0xC0,0xC1,0xC2,0xC3,0xF7,0xDA): at += 2+big(at+2, 2)
-    return x[at+1],big(at+5, 2),big(at+7, 2),x[at+9],x[at+4],None
-
-def _tiles(x) -> int:
-    "Tiles of JPEG 2000, 0 where it does not say; a decoder takes memory for each"
-    w,h,a,b = (int.from_bytes(x[i:i+4], 'big') for i in (8,12,24,28))
-    return -(-w//a)*-(-h//b) if a and b else 0
-
-# %% ../nbs/01_dicom.ipynb #ad5c0175
-def _rle_sizes(x) -> list:
-    "Bytes that each segment of an RLE frame unpacks to (DICOM PS3.5, annex G)"
-    n,*starts = np.frombuffer(x[:64], '<u4').tolist()
-    out = []
-    for a,b in zip(starts[:n], [*starts[1:n],len(x)]):
-        at,size = a,0
-        while at+1<b:
-            c = x[at]
-            at,size = (at+c+2,size+c+1) if c<128 else (at+2,size+257-c) if c>128 else (at+1,size)
-        out.append(size)
-    return out
-
-# %% ../nbs/01_dicom.ipynb #eabd5650
-def _check_coded(x, s):
-    "Compressed pixels are of the kind and size that the header gives"
-    g,p = s.grid,s.path
-    if _coded_as[s.syntax]=='RLE': same = _rle_sizes(x)==[g['Rows']*g['Columns']]*2
-    else:
-        try: kind,*size,bits,sign = _coded_size(x)
-        except IndexError: raise CTError(p, 'its compressed pixels are damaged') from None
-        if kind!=_coded_as[s.syntax]:  # C15
-            raise CTError(p, 'its pixels are not compressed as its transfer syntax says')
-        same = size==[g['Rows'],g['Columns'],1] and g['BitsStored']<=bits<=16
-        if same and kind=='J2K' and not 0<_tiles(x)<=1024:
-            raise CTError(p, 'its compressed pixels are divided into very many tiles')
-        if same and sign not in (None,g['PixelRepresentation']):  # C13
-            raise CTError(p, 'its header and its pixels disagree on whether the numbers are signed')
-    if not same: raise CTError(p, 'its compressed pixels are of another size than its header says')
-
-# %% ../nbs/01_dicom.ipynb #dabadb54
-def _decoder(s) -> tuple:
-    "pydicom's decoder for the slice, and the first of its plug-ins"
-    if s.syntax not in _coded_as:
-        raise CTError(s.path, 'this encoding of DICOM is not read',
-                      'Export the series uncompressed')
-    res = pydicom.pixels.get_decoder(s.syntax)
-    if not res.is_available:  # C14
-        raise CTError(
-            s.path, f'its pixels are compressed ({UID(s.syntax).name}) and no decoder is installed',
-            "Run pip install 'covid3d[dicom]', or export the series uncompressed")
-    return res,res.available_plugins[0]
-
-# %% ../nbs/01_dicom.ipynb #baea1ca3
-def _coded_frames(s) -> list:
-    "The compressed frames of a file"
-    most = 4*s.frames*s.grid['Rows']*s.grid['Columns']+2**20
-    raw,end = file_bytes(s.path, most, s.at),12
-    if len(raw)==most:
-        raise CTError(s.path, 'its compressed pixels are larger than they would be without '
-                              'compression')
-    if raw[:6] not in (b'\xe0\x7f\x10\0OB',b'\xe0\x7f\x10\0OW') or raw[8:12]!=b'\xff'*4:  # C15
-        raise CTError(s.path, 'its pixels are not compressed, although its transfer syntax says so')
-    while raw[end:end+4]==b'\xfe\xff\0\xe0': end += 8+int.from_bytes(raw[end+4:end+8], 'little')
-    if raw[end:end+8]!=b'\xfe\xff\xdd\xe0'+bytes(4): raise ValueError
-    items = io.BytesIO(raw); items.seek(12)  # which does not copy
-    frames = list(pydicom.encaps.generate_frames(items, number_of_frames=s.frames))
-    if len(frames)!=s.frames or not _is_sound_end(raw[end+8:end+8+_first_read]): raise ValueError
-    return frames
-
-# %% ../nbs/01_dicom.ipynb #6f005844
-def _decoded_pixels(s: Slice, coded: dict) -> np.ndarray:
-    "Stored values of a compressed slice; `coded` keeps the frames of the file that was read last"
-    (decoder,plugin),g = _decoder(s),s.grid
-    try:
-        if s.path not in coded: coded.clear(); coded[s.path] = _coded_frames(s)
-        x = coded[s.path][s.frame]
-        _check_coded(x, s)
-        return decoder.as_array(
-            pydicom.encaps.encapsulate([x]), index=0, raw=True, validate=False,
-            decoding_plugin=plugin, number_of_frames=1, rows=g['Rows'], columns=g['Columns'],
-            samples_per_pixel=1, bits_allocated=16, bits_stored=g['BitsStored'],
-            pixel_representation=g['PixelRepresentation'], pixel_keyword='PixelData',
-            photometric_interpretation='MONOCHROME2')[0].ravel()
-    except CTError: raise
-    except Exception as e:
-        raise dicom_failed(s.path, 'its compressed pixels cannot be decoded', e) from None
-
-# %% ../nbs/01_dicom.ipynb #2bbccf12
-@QuietDicom()
-def read_pixels(
-    s: Slice,   # From `find_series`
-    coded: dict # File → its compressed frames: a dict for all slices of a series
-) -> np.ndarray: # Stored values, (row, column), int16 or uint16
-    "The numbers of a slice before their rescale"
-    g = s.grid
-    try: x = _native_pixels(s) if s.syntax in _native else _decoded_pixels(s, coded)
-    except OSError as e: raise unreadable(s.path, e) from None
-    if x.size!=g['Rows']*g['Columns'] or x.dtype.kind not in 'iu':
-        raise CTError(s.path, 'its pixels do not fit its rows and columns')
-    signed,spare = g['PixelRepresentation'],16-g['BitsStored']
-    x = x.astype(np.int16 if signed else np.uint16, copy=False).reshape(g['Rows'], g['Columns'])
-    return x<<spare>>spare if spare else x  # bits above BitsStored are no part of the number
-
-# %% ../nbs/01_dicom.ipynb #69657ff3
+# %% ../nbs/01_dicom.ipynb #3845120d
 def _fill(out, s, x):
     "HU of a slice into its place"
     if out.dtype.kind=='f': x = x.astype(np.float32)
     np.clip(scaled(x, s.slope, s.intercept), -2**15, 2**15-1, out=out, casting='unsafe')
 
-# %% ../nbs/01_dicom.ipynb #7ecc8b07
 def _stack(slices, p) -> tuple:
     "Slices without repeats, their HU (slice, row, column), and notes"
     g,kept,repeats,coded,out = slices[0].grid,[],0,{},None
@@ -760,45 +134,6 @@ def _stack(slices, p) -> tuple:
         kept[-1],repeats = replace(kept[-1], repeats=(*kept[-1].repeats, s.uid)),repeats+1
     note = f'{repeats} slice{"s"[:repeats>1]} that came twice left out'
     return kept,out[:len(kept)],[note]*bool(repeats)
-
-# %% ../nbs/01_dicom.ipynb #7050ae94
-def _told(skipped) -> str: return ', '.join(f'{n} {k}' for k,n in sorted(skipped.items()))
-
-def _of_folder(p) -> tuple:
-    "The series that a folder means, and notes"
-    found = survey(p)
-    if found.damaged: raise found.damaged[0]
-    n,others = len(found.series),_told(found.skipped)
-    if not n:
-        raise CTError(p, 'it holds no CT series'+f' (but {others})'*bool(others),
-                      'Give the folder with the slices')
-    if len({s.patient for s in found.series})>1:  # C25
-        raise CTError(p, f'its {n} CT series belong to more than one patient',
-                      'Name a file of the series you mean')
-    most = found.series[0]
-    taken = (f'{n} series in the folder: number {most.number}, with the most slices '
-             f'({len(most.slices)}), was taken')  # C7
-    return most,[taken]*(n>1)+[f'left aside: {others}']*bool(others)
-
-# %% ../nbs/01_dicom.ipynb #a773e1c4
-def _of_file(p) -> tuple:
-    "The series that a file belongs to, and notes"
-    slices,kind = read_slices(p)
-    found = survey(p.parent) if slices else Survey([], Counter({kind:1}), [])
-    mine = [s for s in found.series if any(o.path==p for o in s.slices)]
-    if mine: return mine[0],[]
-    raise CTError(p, f'it is no slice of a CT series in its folder ({_told(found.skipped)})',
-                  'Give a slice of the series')
-
-# %% ../nbs/01_dicom.ipynb #8a882619
-def _geometry(slices) -> np.ndarray:
-    "4×4, index (column, row, slice) → RAS mm"
-    first,last,n = slices[0],slices[-1],len(slices)-1
-    row,col = np.reshape(first.grid['ImageOrientationPatient'], (2,3))
-    dr,dc = first.grid['PixelSpacing']
-    lps = np.eye(4)
-    lps[:3] = np.stack([row*dc, col*dr, (last.position-first.position)/n, first.position], 1)
-    return _to_lps@lps
 
 # %% ../nbs/01_dicom.ipynb #78874aa5
 def _assemble(p, slices) -> Volume:
@@ -830,6 +165,34 @@ def volume_of(
         n,g = len(series.slices),series.slices[0].grid
         raise CTError(series.folder, f'there is not enough memory for its {n} slices of '
                       f'{g["Rows"]}×{g["Columns"]} pixels', 'Use a larger machine') from None
+
+# %% ../nbs/01_dicom.ipynb #8ecf9cc4
+def _told(skipped) -> str: return ', '.join(f'{n} {k}' for k,n in sorted(skipped.items()))
+
+def _of_folder(p) -> tuple:
+    "The series that a folder means, and notes"
+    found = survey(p)
+    if found.damaged: raise found.damaged[0]
+    n,others = len(found.series),_told(found.skipped)
+    if not n:
+        raise CTError(p, 'it holds no CT series'+f' (but {others})'*bool(others),
+                      'Give the folder with the slices')
+    if len({s.patient for s in found.series})>1:  # C25
+        raise CTError(p, f'its {n} CT series belong to more than one patient',
+                      'Name a file of the series you mean')
+    most = found.series[0]
+    taken = (f'{n} series in the folder: number {most.number}, with the most slices '
+             f'({len(most.slices)}), was taken')  # C7
+    return most,[taken]*(n>1)+[f'left aside: {others}']*bool(others)
+
+def _of_file(p) -> tuple:
+    "The series that a file belongs to, and notes"
+    slices,kind = read_slices(p)
+    found = survey(p.parent) if slices else Survey([], Counter({kind:1}), [])
+    mine = [s for s in found.series if any(o.path==p for o in s.slices)]
+    if mine: return mine[0],[]
+    raise CTError(p, f'it is no slice of a CT series in its folder ({_told(found.skipped)})',
+                  'Give a slice of the series')
 
 # %% ../nbs/01_dicom.ipynb #49ff54ea
 def open_series(

@@ -35,6 +35,53 @@ def sources_of(ct) -> list:
     return [pydicom.dcmread(io.BytesIO(file_bytes(p, at)), stop_before_pixels=True)
             for p,at in ends.items()]
 
+# %% ../nbs/02_dicom_seg.ipynb #17d20436
+@contextmanager
+def copied_headers(
+    ct,   # The scan whose headers are copied
+    what  # Into what
+):
+    "What a header lacks is an error of the scan, in words that quote nothing of it"
+    try: yield
+    except CTError: raise
+    except Exception as e:  # its text may quote an element
+        name = getattr(e, 'name', None)
+        lacks = name if name in pydicom.datadict.keyword_dict else 'an element'
+        raise dicom_failed(ct.source.path, f'its headers lack {lacks}, or hold it malformed, which '
+                                           f'{what} must copy', e) from None
+
+# %% ../nbs/02_dicom_seg.ipynb #fcd07c10
+def _describe(hd, i, name, codes):
+    "What a segment is, for highdicom"
+    Code = pydicom.sr.coding.Code
+    category,kind = (seg_codes|codes).get(name, [('85756007','SCT','Tissue')]*2)
+    algorithm = hd.AlgorithmIdentificationSequence(
+        'covid3d', Code('123110','DCM','Artificial Intelligence'), __version__)
+    region,color = seg_regions.get(name),seg_colors.get(name, '#009E73')
+    out = hd.seg.SegmentDescription(i, name, Code(*category), Code(*kind),
+        hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, algorithm,
+        anatomic_regions=region and [Code(*region)],
+        display_color=hd.color.CIELabColor.from_rgb(*bytes.fromhex(color[1:])))
+    if side := seg_sides.get(name):
+        of = out.SegmentedPropertyTypeCodeSequence[0]
+        of.SegmentedPropertyTypeModifierCodeSequence = [hd.sr.CodedConcept(*side)]
+    return out
+
+# %% ../nbs/02_dicom_seg.ipynb #d105614f
+def _built(masks, ct, codes) -> pydicom.Dataset:
+    "The Segmentation as highdicom makes it"
+    import highdicom as hd
+    x = [from_canonical(m, ct.source.back).transpose(2,1,0) for m in masks.values()]
+    return hd.seg.Segmentation(
+        sources_of(ct), np.stack(x, -1)[_frame_order(ct)].astype(np.uint8),
+        hd.seg.SegmentationTypeValues.BINARY,
+        [_describe(hd, i, k, codes) for i,k in enumerate(masks, 1)], series_number=300,
+        series_instance_uid=hd.UID(), sop_instance_uid=hd.UID(), instance_number=1,
+        manufacturer='covid3d', manufacturer_model_name='covid3d', software_versions=__version__,
+        device_serial_number='research', series_description='covid3d segmentation',
+        omit_empty_frames=False)
+
+# %% ../nbs/02_dicom_seg.ipynb #ee730376
 def _frame_order(ct) -> list:
     "Indices of the slices in the order in which the series' files and frames give them"
     # all frames are 0 where each slice is a file: the order along the normal stays
@@ -56,22 +103,14 @@ def _in_source_order(seg, ct):
     seg.PerFrameFunctionalGroupsSequence = [groups[i] for i in order]
     for i in order: groups[i].FrameContentSequence[0].DimensionIndexValues[1] = int(rank[i])+1
 
-# %% ../nbs/02_dicom_seg.ipynb #fcd07c10
-def _describe(hd, i, name, codes):
-    "What a segment is, for highdicom"
-    Code = pydicom.sr.coding.Code
-    category,kind = (seg_codes|codes).get(name, [('85756007','SCT','Tissue')]*2)
-    algorithm = hd.AlgorithmIdentificationSequence(
-        'covid3d', Code('123110','DCM','Artificial Intelligence'), __version__)
-    region,color = seg_regions.get(name),seg_colors.get(name, '#009E73')
-    out = hd.seg.SegmentDescription(i, name, Code(*category), Code(*kind),
-        hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC, algorithm,
-        anatomic_regions=region and [Code(*region)],
-        display_color=hd.color.CIELabColor.from_rgb(*bytes.fromhex(color[1:])))
-    if side := seg_sides.get(name):
-        of = out.SegmentedPropertyTypeCodeSequence[0]
-        of.SegmentedPropertyTypeModifierCodeSequence = [hd.sr.CodedConcept(*side)]
-    return out
+# %% ../nbs/02_dicom_seg.ipynb #d5fc9abf
+def _segmentation(masks, ct, codes) -> bytes:
+    "The Segmentation as the bytes of a file"
+    seg = _built(masks, ct, codes)
+    _in_source_order(seg, ct)
+    if 'ContentCreatorName' not in seg: seg.ContentCreatorName = ''  # must be there, may be empty
+    buf = io.BytesIO(); seg.save_as(buf)
+    return buf.getvalue()
 
 # %% ../nbs/02_dicom_seg.ipynb #edc37f70
 _no_seg = 'Leave out --format seg, or use save_mask for NIfTI'
@@ -113,39 +152,6 @@ def _check_masks(masks, ct, path):
                           'Give a mask on the grid of the scan')
         if not ((m==0)|(m==1)).all():
             raise CTError(path, f'the mask {k!r} is not 0 and 1', 'Threshold it first')
-
-# %% ../nbs/02_dicom_seg.ipynb #17d20436
-@contextmanager
-def copied_headers(
-    ct,   # The scan whose headers are copied
-    what  # Into what
-):
-    "What a header lacks is an error of the scan, in words that quote nothing of it"
-    try: yield
-    except CTError: raise
-    except Exception as e:  # its text may quote an element
-        name = getattr(e, 'name', None)
-        lacks = name if name in pydicom.datadict.keyword_dict else 'an element'
-        raise dicom_failed(ct.source.path, f'its headers lack {lacks}, or hold it malformed, which '
-                                           f'{what} must copy', e) from None
-
-# %% ../nbs/02_dicom_seg.ipynb #a225713f
-def _segmentation(masks, ct, codes) -> bytes:
-    "The Segmentation as the bytes of a file"
-    import highdicom as hd
-    x = [from_canonical(m, ct.source.back).transpose(2,1,0) for m in masks.values()]
-    seg = hd.seg.Segmentation(
-        sources_of(ct), np.stack(x, -1)[_frame_order(ct)].astype(np.uint8),
-        hd.seg.SegmentationTypeValues.BINARY,
-        [_describe(hd, i, k, codes) for i,k in enumerate(masks, 1)], series_number=300,
-        series_instance_uid=hd.UID(), sop_instance_uid=hd.UID(), instance_number=1,
-        manufacturer='covid3d', manufacturer_model_name='covid3d', software_versions=__version__,
-        device_serial_number='research', series_description='covid3d segmentation',
-        omit_empty_frames=False)
-    _in_source_order(seg, ct)
-    if 'ContentCreatorName' not in seg: seg.ContentCreatorName = ''  # must be there, may be empty
-    buf = io.BytesIO(); seg.save_as(buf)
-    return buf.getvalue()
 
 # %% ../nbs/02_dicom_seg.ipynb #d35530f6
 @QuietDicom()

@@ -1,4 +1,4 @@
-"""A folder is locked while a command works in it, what the command wrote is listed there, and nothing else is ever removed
+"""Lock a folder, keep a list of what you wrote into it, and never remove anything else
 
 Docs: https://covid3d.github.io/covid3d/files.html.md"""
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .volume import CTError, host_name, temps_here, unreadable, write_atomic
+from .errors import CTError, host_name, temps_here, unreadable, write_atomic
 
 # %% ../nbs/02_files.ipynb #3aedfe74
 _again = 'Copy it again, or write it again with the command that made it'

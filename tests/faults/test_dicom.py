@@ -6,7 +6,7 @@ import numpy as np, pydicom, pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import JPEG2000Lossless, RLELossless
 
-import covid3d.dicom as cd
+import covid3d.dicom as cd, covid3d.dicom_file as cf
 from covid3d.dicom import find_series, open_scan, open_series, pseudonym, read_slices, save_dicom, survey, volume_of, write_series
 from covid3d.dicom_seg import require_seg, save_seg
 from covid3d.volume import CTError, save_volume
@@ -500,11 +500,11 @@ def test_C19_a_survey_ends_for_nothing(tmp_path, sets, monkeypatch):
     save_all(sets, tmp_path); save_all(sets_of(scan((3,9,7)), series=2), tmp_path, 'few{:03d}.dcm')
     save_dicom(other('1.2.840.10008.5.1.4.1.1.4'), tmp_path/'mr'); save_dicom(other('1.2.840.10008.5.1.4.1.1.66.4'), tmp_path/'seg')
     (tmp_path/'cut.dcm').write_bytes((tmp_path/'IM003.dcm').read_bytes()[:300]); (tmp_path/'notes').write_text('x')
-    opened = cd._no_wait
+    opened = cf._no_wait
     def locked(p, flags):
         if Path(p).name=='IM002.dcm': raise PermissionError(13, 'Permission denied')
         return opened(p, flags)
-    monkeypatch.setattr(cd, '_no_wait', locked)
+    monkeypatch.setattr(cf, '_no_wait', locked)
     found = survey(tmp_path)
     assert found.skipped=={'MR Image Storage':1, 'Segmentation Storage':1, 'file that is not DICOM':1, 'file that cannot be read':2, 'series of fewer than four slices':1}
     assert [len(s.slices) for s in found.series]==[5] and [Path(e.what).name for e in found.damaged]==['IM002.dcm','cut.dcm']
@@ -539,7 +539,7 @@ def test_D14_too_little_memory(tmp_path, sets, monkeypatch, where):
 def test_D14_too_little_memory_for_a_header(tmp_path, sets, monkeypatch):
     save_all(sets, tmp_path)
     def none(*args, **kwargs): raise MemoryError
-    monkeypatch.setattr(cd, '_parse', none)
+    monkeypatch.setattr(cf, '_parse', none)
     assert len(survey(tmp_path).damaged)==6 and 'not enough memory' in survey(tmp_path).damaged[0].fault
 
 @each('mm', [.0005, .01, -.3])

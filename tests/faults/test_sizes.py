@@ -250,14 +250,14 @@ def test_a_prepared_case_outlives_a_lack_of_files(tmp_path, monkeypatch):
 @pytest.mark.promise('silent')
 def test_a_slice_that_cannot_be_opened_now_is_not_missing(tmp_path, monkeypatch):
     "A slice of a DICOM series that the system does not let us open is not left out of the series"
-    import covid3d.dicom as dicom
+    import covid3d.dicom as dicom, covid3d.dicom_file as dicom_file
     dicom.write_series(cached(0).ct, tmp_path/'s')
-    real,n = dicom._open,[0]
+    real,n = dicom_file._open,[0]
     def short(p):
         n[0] += 1
         if n[0]>5: raise OSError(24, 'Too many open files', str(p))
         return real(p)
-    monkeypatch.setattr(dicom, '_open', short)
+    monkeypatch.setattr(dicom_file, '_open', short)
     refused(lambda: dicom.open_scan(tmp_path/'s'), 'Too many open files', 'ulimit -n')
 
 @pytest.mark.fault('X11')

@@ -9,7 +9,7 @@ __all__ = ['dask_client', 'run_tasks']
 
 # %% ../nbs/22_workers.ipynb #79ac5041
 import logging, os
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 
 from .volume import CTError
@@ -32,12 +32,13 @@ def _start(workers, scheduler) -> tuple: # Cluster or None, what a client connec
 def _closed_at_end(cluster):
     try: yield
     finally:
-        with suppress(Exception): cluster.close()
+        with suppress(Exception): cluster and cluster.close()
 
 # %% ../nbs/22_workers.ipynb #e20e2de0
 @contextmanager
 def _kept_at(cluster, **size):
     "Bring back workers that are lost"
+    if not cluster: yield; return  # somebody else's
     from tornado.ioloop import PeriodicCallback
     cluster.scale(**size)
     again = PeriodicCallback(lambda: cluster.scale(**size), 5000)
@@ -56,14 +57,13 @@ def dask_client(workers, scheduler):
     except ValueError as e: # what dask-jobqueue misses in its configuration
         raise CTError('scheduler', f'{scheduler} is not set up ({e})',
                       'Write ~/.config/dask/jobqueue.yaml, see jobqueue.dask.org') from None
-    with _closed_at_end(cluster) if cluster else nullcontext():
+    with _closed_at_end(cluster):
         try: client = Client(address, timeout=10)
         except (OSError,ValueError) as e:
-            why = type(e).__name__
-            raise CTError('scheduler', f'no Dask scheduler answers at {address} ({why})',
-                          'Check the address') from None
-        size = dict(jobs=workers or 1) if scheduler else dict(n=workers)
-        with client,(_kept_at(cluster, **size) if cluster else nullcontext()):
+            fault = f'no Dask scheduler answers at {address} ({type(e).__name__})'
+            raise CTError('scheduler', fault, 'Check the address') from None
+        size = {'jobs' if scheduler else 'n':workers or 1}
+        with client,_kept_at(cluster, **size):
             yield client,threads
             if not scheduler: # let a worker that is being restarted arrive before we close
                 with suppress(TimeoutError): client.wait_for_workers(workers, timeout=5)
@@ -87,8 +87,7 @@ def run_tasks(
         from distributed import KilledWorker, as_completed
         def submit(task): return client.submit(call, *task, *shared, threads, pure=False)
         def more():
-            wanted = _ahead*max(1, len(client.nthreads()))
-            for task in islice(tasks, max(0, wanted-len(running))):
+            for task in islice(tasks, max(0, _ahead*max(1, len(client.nthreads()))-len(running))):
                 f = submit(task); running[f.key] = task
                 yield f
         done = as_completed([*more()])

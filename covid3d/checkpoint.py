@@ -11,6 +11,7 @@ __all__ = ['Checkpoint']
 import json, math, os, random, re, signal, threading, zlib
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import RawValue
 from pathlib import Path
 from struct import unpack_from
 
@@ -457,10 +458,10 @@ def _pass_over(dl, n, then):
     # PyTorch's iterator takes a seed between the two
     if dl.fake_l.num_workers==0: dl.sample = begin
 
-def _deaf(init, i):
-    "Begin worker process `i`, which leaves SIGTERM to the training"
+def _deaf(init, trains, i):
+    "Begin worker process `i`, which leaves SIGTERM to the training while that runs"
     init(i)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: trains.value or os._exit(0))
 
 # %% ../nbs/17_checkpoint.ipynb #68083be0
 @patch
@@ -472,12 +473,13 @@ def _on_signals(self: Checkpoint, dls):
     told = {signal.SIGTERM:self._told_to_stop}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         told[signal.SIGINT] = self._interrupted
-    fakes = [d.fake_l for d in _loaders(dls)]
+    fakes,trains = [d.fake_l for d in _loaders(dls)],RawValue('b', 1) # seen by all processes
     old,inits = {k:signal.signal(k, f) for k,f in told.items()},[f.worker_init_fn for f in fakes]
     try:
-        for f in fakes: f.worker_init_fn = partial(_deaf, f.worker_init_fn)
+        for f in fakes: f.worker_init_fn = partial(_deaf, f.worker_init_fn, trains)
         yield
     finally:
+        trains.value = 0
         for k,f in old.items(): signal.signal(k, f or signal.SIG_DFL)
         for f,init in zip(fakes, inits): f.worker_init_fn = init
 

@@ -1,5 +1,5 @@
 "Training: rates group by group, fastai's verbs, and what is kept"
-import json, math, os, signal
+import json, math, os, signal, subprocess, sys
 
 import fastai.metrics, numpy as np, pytest, torch
 from fastai.callback.core import Callback
@@ -238,6 +238,23 @@ def test_a_bad_case_in_a_worker_is_one_line(table, tmp_path, monkeypatch):
     def damaged(): raise CTError('case_1/ct.npy', 'is damaged', 'Prepare it again')
     in_worker(monkeypatch, damaged)
     with pytest.raises(CTError, match='^case_1/ct.npy: is damaged. Prepare it again. Then add --resume.$'): train(table, tmp_path/'run', spec=spec, workers=1, **tiny)
+
+def test_the_program_ends_after_an_error_in_a_worker(table, tmp_path):
+    "Worker processes do not hear SIGTERM while a training runs; afterwards they must, or multiprocessing waits for them without end"
+    code = f"""
+from covid3d.all import *
+from covid3d.data import CaseReader
+import torch
+plain = CaseReader.__call__
+def call(self, case):
+    if torch.utils.data.get_worker_info() is not None: raise RuntimeError('odd')
+    return plain(self, case)
+CaseReader.__call__ = call
+try: train({str(table)!r}, {str(tmp_path/'run')!r}, spec=CTSpec(**{dict(spacing=(9,7,7), patch=(16,32,32))!r}), workers=2, init='random', net=NetSpec(width=4), epochs=1, patches=4, bs=2, device='cpu')
+except Exception as e: kept = e; print('failed:', e)
+"""
+    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=240)
+    assert 'failed:' in res.stdout and 'odd' in res.stdout, res.stdout+res.stderr
 
 @pytest.mark.fault('X10')
 @pytest.mark.parametrize('text', ['CUDA out of memory. Tried to allocate 2.00 GiB', "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate"])

@@ -10,7 +10,7 @@ __all__ = ['start']
 # %% ../nbs/31_main.ipynb #2d4e61c0
 import sys
 
-# %% ../nbs/31_main.ipynb #58efa67e
+# %% ../nbs/31_main.ipynb #f3dac922
 def _import():
     "`covid3d.cli.main`; the process ends if it cannot be imported"
     try: from covid3d.cli import main
@@ -23,6 +23,7 @@ def _import():
         sys.exit(3)
     return main
 
+# %% ../nbs/31_main.ipynb #2621b940
 def start(
     argv=None # Words of the command line; those of the process if None
 ) -> int: # Exit status

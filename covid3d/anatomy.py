@@ -7,60 +7,12 @@ Docs: https://covid3d.github.io/covid3d/anatomy.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/03_anatomy.ipynb #a29fa32e
+# %% ../nbs/03_anatomy.ipynb #bcaf530b
 from types import SimpleNamespace
 
-import numpy as np, torch
-import torch.nn.functional as F
-from scipy.ndimage import map_coordinates
+import numpy as np
 
-# %% ../nbs/03_anatomy.ipynb #bcaf530b
-def squares(*r): return sum(t*t for t in r)
-
-def ball(
-    p,      # z, y, x in mm, arrays of one shape
-    centre, # (z, y, x), mm
-    radii   # Half axes (z, y, x), mm
-): # mm, negative inside
-    "About the distance to an ellipsoid"
-    r = np.sqrt(squares(*((o-c)/a for o,c,a in zip(p, centre, radii))))
-    return (r-1)*min(radii)
-
-# %% ../nbs/03_anatomy.ipynb #8373159a
-def oval(
-    y,             # mm
-    x,             # mm
-    b,             # Half axis along y, mm
-    a,             # Half axis along x, mm
-    p: float = 2.3 # 2 is an ellipse, more is boxier
-): # mm, negative inside
-    "About the distance to a superellipse"
-    return ((np.abs(x/a)**p+np.abs(y/b)**p)**(1/p)-1)*np.minimum(a, b)
-
-# %% ../nbs/03_anatomy.ipynb #64776f7b
-def tube(
-    p,     # z, y, x in mm, arrays of one shape
-    path,  # (n,3) nodes in mm
-    radius # mm, one or one for each node
-): # mm, negative inside
-    "Distance to a tube along a path"
-    path,out = np.asarray(path, np.float32),np.inf
-    radius = np.broadcast_to(radius, len(path))
-    for a,way,r,more in zip(path, np.diff(path, axis=0), radius, np.diff(radius)):
-        t = sum((o-c)*d for o,c,d in zip(p, a, way))/max((way*way).sum(), 1e-6)
-        t = np.clip(t, 0, 1)
-        d = np.sqrt(squares(*(o-c-t*w for o,c,w in zip(p, a, way))))
-        out = np.minimum(out, d-(r+more*t))
-    return out
-
-# %% ../nbs/03_anatomy.ipynb #2dc9e969
-def smooth_min(
-    k: float, # mm over which corners are rounded
-    *distances
-): # mm
-    "The union of organs, without notches"
-    least = np.minimum.reduce(distances)
-    return least-k*np.log(sum(np.exp(np.maximum((least-d)/k, -30)) for d in distances))
+from .shapes import Canvas, ball, inside, oval, smooth_min, squares, tube
 
 # %% ../nbs/03_anatomy.ipynb #148b0a4b
 def sample_body(
@@ -92,6 +44,7 @@ def taper(b, z): # 1 in the lower chest, towards 0 at the apex
     "How wide the chest is at height `z`"
     return np.maximum(1-np.clip((z-b.apex+185)/185, 0, 1)**2.2, .002)**(1/2.2)
 
+# %% ../nbs/03_anatomy.ipynb #0120e1b9
 def cavity(b, z, y, x): # mm, negative inside
     "The inner chest wall"
     t = taper(b, z)
@@ -107,7 +60,7 @@ def diaphragm(b, z, y, x): # mm, positive below
     fall = np.where(side>0, .0105, .0050)*side**2/b.size+np.where(y>-15, .0058, .0052)*(y+15)**2
     return (b.dome-b.dome_drop*(np.clip(x/25, -1, 1)+1)/2-fall-z)*.8
 
-# %% ../nbs/03_anatomy.ipynb #2423ac39
+# %% ../nbs/03_anatomy.ipynb #fc10e693
 def _mirrored(path, turn=1): # nodes of the left side; both sides
     return [[(z,y,s*x) for z,y,x in path] for s in (-1,1)]
 
@@ -120,18 +73,6 @@ def _flesh(b, z, y, x): # mm from the inner chest wall to the fat
     flank = b.lats*np.clip(2*side-.8, 0, 1)*np.exp(-((y/b.deep-.3)/.45)**2)
     spine = b.back*back**2*np.exp(-((np.abs(x)-22)/40)**2)
     return 11+.6*b.muscle+chest+flank+spine
-
-def wall(b, z, y, x) -> dict: # name → mm
-    "Muscle, skin, breasts and the bone of the arms"
-    p,front,flesh = (z,y,x),np.clip(-y/b.deep, 0, 1),_flesh(b, z, y, x)
-    t,neck = np.maximum(taper(b, z-35), .35),np.clip((z-b.apex-5)/35, 0, 1)
-    shoulders = b.shoulder*np.clip((z-50)/60, 0, 1)*(1-.3*neck)
-    muscle = oval(y-6*(1-t), x, b.deep*np.maximum(t, .6)+flesh,
-                  (b.wide+flesh)*np.maximum(t, .45)+shoulders, b.power)
-    fat = b.fat*(1+.5*front*(z<0)+.5*np.clip(-z/100, 0, 1))
-    skin,gland = _breasts(b, p, muscle-fat)
-    muscle,skin,bone = _arms(b, p, muscle, skin)
-    return dict(muscle=muscle, skin=skin, gland=gland, arm_bone=bone, couch=_couch(b, y, x))
 
 # %% ../nbs/03_anatomy.ipynb #e1942d96
 def _breasts(b, p, skin) -> tuple: # skin and glandular tissue, mm
@@ -156,6 +97,19 @@ def _couch(b, y, x): # mm, negative inside
     gap,bend,half,thick = b.table
     below = b.deep+.75*(b.muscle+6+b.back)+b.fat+gap-bend*x*x
     return np.where(np.abs(x)<half, np.abs(y-below)-thick, 99.)
+
+# %% ../nbs/03_anatomy.ipynb #288b73ee
+def wall(b, z, y, x) -> dict: # name → mm
+    "Muscle, skin, breasts and the bone of the arms"
+    p,front,flesh = (z,y,x),np.clip(-y/b.deep, 0, 1),_flesh(b, z, y, x)
+    t,neck = np.maximum(taper(b, z-35), .35),np.clip((z-b.apex-5)/35, 0, 1)
+    shoulders = b.shoulder*np.clip((z-50)/60, 0, 1)*(1-.3*neck)
+    muscle = oval(y-6*(1-t), x, b.deep*np.maximum(t, .6)+flesh,
+                  (b.wide+flesh)*np.maximum(t, .45)+shoulders, b.power)
+    fat = b.fat*(1+.5*front*(z<0)+.5*np.clip(-z/100, 0, 1))
+    skin,gland = _breasts(b, p, muscle-fat)
+    muscle,skin,bone = _arms(b, p, muscle, skin)
+    return dict(muscle=muscle, skin=skin, gland=gland, arm_bone=bone, couch=_couch(b, y, x))
 
 # %% ../nbs/03_anatomy.ipynb #8f7d6a23
 def _ribs(b, z, y, x, inner) -> tuple: # bone and cartilage, mm; `inner` is `cavity`
@@ -193,7 +147,7 @@ def bones(b, z, y, x, inner) -> dict: # name → mm; `inner` is `cavity`
     bone = np.minimum.reduce([ribs, out.pop('spine'), _front_and_shoulders(b, z, y, x, inner)])
     return out|dict(bone=bone, cartilage=cartilage)
 
-# %% ../nbs/03_anatomy.ipynb #5d767304
+# %% ../nbs/03_anatomy.ipynb #86a55d28
 def _heart(b, z, y, x) -> tuple: # whole heart, chambers, mm
     (hz,hy,hx),k,p = b.heart,b.heart_size,(z,y,x)
     u,v = .83*(x-hx)-.56*(y-hy),.56*(x-hx)+.83*(y-hy)
@@ -211,6 +165,7 @@ def _arteries(b, p): # mm
     right = tube(p, [(34,-10,10),(26,0,-20),(18,4,-40)], [12,11,8])
     return np.minimum.reduce([aorta, neck, trunk, right])
 
+# %% ../nbs/03_anatomy.ipynb #07cabf3f
 def _veins(b, p): # mm
     hz,hy,_ = b.heart
     upper = tube(p, [(110,-8,-34),(75,-12,-26),(hz+30,-8,-34)], 9)
@@ -220,10 +175,10 @@ def _veins(b, p): # mm
             for s in (-1,1) for dz in (-8,14)]
     return np.minimum.reduce([upper, cross, lower, *lung])
 
-# %% ../nbs/03_anatomy.ipynb #d561f10e
 windpipe = [(200,2,0),(90,6,0),(38,16,0)] # nodes, mm
 main_bronchi = [[(38,16,0),(15-3*s,16,s*34)] for s in (-1,1)] # right, left
 
+# %% ../nbs/03_anatomy.ipynb #d84a48d2
 def mediastinum(b, z, y, x) -> dict: # name → mm
     "What lies between the lungs; `media` is all of it"
     p,(jx,jw,roof,fan) = (z,y,x),b.junction
@@ -259,6 +214,7 @@ def fissures(b, z, y, x) -> dict: # name → mm, positive above
     at,rise,side,level = b.fissure
     return dict(oblique=(z-at-rise*y-side*np.abs(x))*.7, horizontal=z-level+.12*y+.1*np.abs(x))
 
+# %% ../nbs/03_anatomy.ipynb #b83f1a5f
 def organs(b, z, y, x) -> dict: # name → mm
     "All distances at points of an upright, undeformed patient"
     y = y+.8*b.kyphosis*((z-20)/100)**2
@@ -269,48 +225,7 @@ def organs(b, z, y, x) -> dict: # name → mm
     out['lung'] = np.maximum(np.maximum(inner, -out['media']), below)
     return out|dict(z=z, y=y, x=x)
 
-# %% ../nbs/03_anatomy.ipynb #b83f1a5f
-box = np.array([[-200,-190,-250],[200,190,250]], np.float32) # mm, in which shifts are sampled
-
-# %% ../nbs/03_anatomy.ipynb #7f93a440
-class Pose:
-    "How a patient lies: from mm in the scan to mm in the upright body, and back"
-    def __init__(self, rng, tilt: float = .08, shifts=((70,3.5),(32,2.))):
-        (cz,cy,cx),(sz,sy,sx) = (f(rng.normal(0, tilt, 3)*(1,.5,.5)) for f in (np.cos, np.sin))
-        about_z = np.array([[1,0,0],[0,cz,-sz],[0,sz,cz]])
-        about_y = np.array([[cy,0,sy],[0,1,0],[-sy,0,cy]])
-        about_x = np.array([[cx,-sx,0],[sx,cx,0],[0,0,1]])
-        self.turn = (about_z@about_y@about_x).astype(np.float32)
-        nodes = lambda step: [3,*(int(o)+4 for o in (box[1]-box[0])/step)]
-        self.shifts = [(step, mm*rng.standard_normal(nodes(step), dtype=np.float32))
-                       for step,mm in shifts]
-
-    def upright(self,
-        p # (n,3), mm in the scan
-    ): # (n,3), mm in the body
-        q = p@self.turn.T
-        for step,shift in self.shifts:
-            at = ((p-box[0])/step+1).T
-            q = q+np.stack([map_coordinates(s, at, order=1, mode='nearest') for s in shift], -1)
-        return q
-
-    def placed(self,
-        q # (n,3), mm in the body
-    ): # (n,3), mm in the scan
-        p = q@self.turn
-        for _ in range(4): p = p+(q-self.upright(p))@self.turn
-        return p
-
-# %% ../nbs/03_anatomy.ipynb #0e90f30a
-def mm_axes(
-    shape,         # (slice, row, column)
-    spacing,       # The same order, mm
-    centre=(0,0,0) # Of the grid, mm
-) -> list: # z, y, x of the voxels, mm, float32
-    "Where the voxels lie"
-    return [((np.arange(n)-(n-1)/2)*s+c).astype(np.float32)
-            for n,s,c in zip(shape, spacing, centre)]
-
+# %% ../nbs/03_anatomy.ipynb #4541dabd
 def on_lattice(b, pose, axes, step: float = 4.) -> dict: # name → float32 (z, y, x)
     "All distances on a lattice that spans the grid, no finer than `step` mm nor than the grid"
     nodes = lambda a: max(2, round((a[-1]-a[0])/max(step, 1.2*(a[1]-a[0])))+1)
@@ -319,44 +234,7 @@ def on_lattice(b, pose, axes, step: float = 4.) -> dict: # name → float32 (z, 
     q = pose.upright(p.reshape(-1,3)).astype(np.float32).T.reshape(3, *p.shape[:3])
     return {k:v.astype(np.float32) for k,v in organs(b, *q).items()}
 
-# %% ../nbs/03_anatomy.ipynb #ff0fad21
-def slices(
-    fields, # (field, z, y, x), lattice that spans the grid
-    shape,  # (slice, row, column) of the grid
-    first: int, last: int # Slices, last excluded
-) -> np.ndarray: # (field, slice, row, column)
-    "The lattice's fields on some slices of the grid, trilinear"
-    n,t = fields.shape[1],torch.arange(first, last)*(fields.shape[1]-1)/(shape[0]-1)
-    low = t.long().clamp(max=n-2)
-    near = torch.from_numpy(fields)
-    near = torch.lerp(near[:,low], near[:,low+1], (t-low).float()[:,None,None])
-    return F.interpolate(near, size=shape[1:], mode='bilinear', align_corners=True).numpy()
-
-# %% ../nbs/03_anatomy.ipynb #38464b51
-def smooth_noise(
-    rng,         # NumPy's random generator
-    axes,        # From `mm_axes`
-    scale: float # Size of the features, mm
-) -> np.ndarray: # Mean 0, sd 1, float32
-    "A smooth random field that does not depend on the grid"
-    nodes = np.arange(-228, 229, scale, dtype=np.float32)
-    out = torch.from_numpy(rng.standard_normal((len(nodes),)*3, dtype=np.float32))
-    for k,a in enumerate(axes):
-        w = np.exp(-((a[:,None]-nodes)/scale)**2); w /= np.sqrt((w**2).sum(1, keepdims=True))
-        out = torch.tensordot(torch.from_numpy(w), out, dims=([1],[k])).movedim(0, k)
-    return out.contiguous().numpy()
-
-# %% ../nbs/03_anatomy.ipynb #e43657b1
-def inside(distance, width): # 0…1
-    "The fraction of a voxel of `width` mm within a surface"
-    return np.clip(.5-distance/width, 0, 1)
-
-class Canvas:
-    "HU that are painted over"
-    def __init__(self, hu): self.hu = hu
-    def put(self, fraction, hu): self.hu += (hu-self.hu)*fraction
-
-# %% ../nbs/03_anatomy.ipynb #05720d63
+# %% ../nbs/03_anatomy.ipynb #d68cab2f
 def _paint_belly(b, g, mm, coarse): # HU
     c = Canvas(np.full(g['liver'].shape, -98, np.float32))
     c.put(inside(g['liver'], mm+1), b.liver+.25*b.contrast+4*coarse)
@@ -368,6 +246,7 @@ def _paint_belly(b, g, mm, coarse): # HU
     c.put(inside(g['colon'], mm), np.where(coarse>-.3, -960, 20))
     return c.hu
 
+# %% ../nbs/03_anatomy.ipynb #bb778b6c
 def _paint_wall(b, g, mm, coarse, fine) -> Canvas:
     c = Canvas(np.full(g['skin'].shape, -1000, np.float32))
     c.put(.95*inside(np.abs(g['couch'])-1.5, mm), b.top)

@@ -1,4 +1,4 @@
-"""One line a scan: the case table, and the check of everything before any work begins
+"""The case table: one row per scan, with its masks, its patient and its split
 
 Docs: https://covid3d.github.io/covid3d/cases.html.md"""
 
@@ -10,8 +10,7 @@ __all__ = ['Case', 'read_cases', 'write_cases', 'Finding', 'CaseReport', 'check_
 # %% ../nbs/04_cases.ipynb #412059ba
 import csv, io, math, os, re, warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -19,13 +18,49 @@ from fastcore.basics import patch
 
 from .dicom import is_image, open_scan
 from .files import locked, read_bytes
-from .show import track
-from .volume import (CTError, Scarce, Volume, open_mask, plain, scan_digest, unreadable,
-                            write_atomic)
+from .volume import CTError, Volume, open_mask, plain, write_atomic
 
 # %% ../nbs/04_cases.ipynb #6cadbb8f
 splits = ('train','valid','test')
 columns = ('case','patient','ct','lesion','lung','dataset','split','already_windowed')
+
+# %% ../nbs/04_cases.ipynb #c2138578
+@dataclass(frozen=True)
+class Case:
+    "One row of a case table"
+    name: str # Unique in its table
+    ct: Path # The scan
+    masks: dict = field(default_factory=dict, hash=False) # Class, such as `lesion` → mask file
+    split: str = '' # `train`, `valid`, `test`, or '' where it is not used
+    already_windowed: tuple = None # (low, high) in HU of grey levels 0…255; None for HU
+    patient: str = '' # The same in all scans of a patient
+    flip: tuple = () # Axes to reverse: `front-back`, `head-foot`
+
+    def open_ct(self) -> Volume:
+        return _flipped(open_scan(self.ct, self.already_windowed), self.flip)
+    def open_mask(self,
+        klass: str, # Such as `lesion`, a key of `masks`
+        ct: Volume,  # The scan, as `open_ct` gives it
+        labels: tuple = None # Allowed labels, to keep them as they are
+    ) -> Volume: # uint8, on the grid of `ct`
+        "The mask of `klass` as 0 and 1 (even if it numbers lungs or lobes), or with its `labels`"
+        if klass not in self.masks:
+            raise CTError(self.name, f'the case has no mask of class {klass!r}',
+                          'Add it to the case table')
+        known = labels or range(dict(lung=3, lobes=6).get(klass, 2))
+        m = open_mask(self.masks[klass], like=ct, labels=known)
+        x = m.data if labels else (m.data>0).astype('uint8')
+        return replace(_flipped(m.new(x), self.flip), notes=m.notes)
+
+# %% ../nbs/04_cases.ipynb #db3e2bce
+@patch(as_prop=True)
+def private(self: Case) -> bool: return not is_image(self.ct)
+
+@patch
+def label(self: Case, k='ct'):
+    "The name of the scan or the mask `k` in messages, without a path that may name a patient"
+    if self.private: return f'{self.name} ({"scan" if k=="ct" else k+" mask"})'
+    return self.ct if k=='ct' else self.masks[k]
 
 # %% ../nbs/04_cases.ipynb #4beef259
 def parse_window(
@@ -39,7 +74,7 @@ def parse_window(
     raise CTError('already_windowed', f'{s!r} is not low:high in HU',
                   'Write, for example, -1000:20')
 
-# %% ../nbs/04_cases.ipynb #676f5622
+# %% ../nbs/04_cases.ipynb #d6910d2e
 _axes = {'head-foot':0, 'front-back':1}
 
 def _parse_flip(s) -> tuple:
@@ -49,8 +84,9 @@ def _parse_flip(s) -> tuple:
     raise CTError('flip', f'{s!r} is unknown',
                   'Give front-back, head-foot, both with a space between, or nothing')
 
+# %% ../nbs/04_cases.ipynb #ecce359e
 def _flipped(vol, words) -> Volume:
-    "Reverse axes whose direction the file has wrong; the way back to the file is reversed too"
+    "Reverse the axes `words`, and the way back to the file with them"
     if not words: return vol
     axes,src = [_axes[o] for o in words],vol.source
     if src:
@@ -59,102 +95,8 @@ def _flipped(vol, words) -> Volume:
     note = f'its file has the direction {" and ".join(words)} wrong: reversed'
     return Volume(np.ascontiguousarray(np.flip(vol.data, axes)), vol.affine, src, (*vol.notes,note))
 
-# %% ../nbs/04_cases.ipynb #47684ab1
-@dataclass(frozen=True)
-class Case:
-    "One line of a case table"
-    name: str # Unique in its table
-    ct: Path # The scan
-    masks: dict = field(default_factory=dict, hash=False) # Class, such as `lesion` → mask file
-    split: str = '' # `train`, `valid`, `test`, or '' where it is not used
-    already_windowed: tuple = None # (low, high) in HU of grey levels 0…255; None for HU
-    patient: str = '' # The same for scans of one patient
-    flip: tuple = () # Axes whose direction the files have wrong: front-back, head-foot
-
-    def open_ct(self) -> Volume:
-        return _flipped(open_scan(self.ct, self.already_windowed), self.flip)
-    def open_mask(self,
-        klass: str, # Such as `lesion`, a key of `masks`
-        ct: Volume,  # The scan, as `open_ct` gives it
-        labels: tuple = None # That it may hold, if they are to stay as they are
-    ) -> Volume: # uint8, on the grid of `ct`
-        "The mask of `klass` as 0 and 1, even if it numbers the lungs or the lobes; or its labels"
-        if klass not in self.masks:
-            raise CTError(self.name, f'the case has no mask of class {klass!r}',
-                          'Add it to the case table')
-        known = labels or range(dict(lung=3, lobes=6).get(klass, 2))
-        m = open_mask(self.masks[klass], like=ct, labels=known)
-        x = m.data if labels else (m.data>0).astype('uint8')
-        return replace(_flipped(m.new(x), self.flip), notes=m.notes)
-
-# %% ../nbs/04_cases.ipynb #005834ba
-@patch(as_prop=True)
-def private(self: Case) -> bool: return not is_image(self.ct)
-
-@patch
-def label(self: Case, k='ct'):
-    "What messages call the scan or the mask `k`; no path that may name a patient"
-    if self.private: return f'{self.name} ({"scan" if k=="ct" else k+" mask"})'
-    return self.ct if k=='ct' else self.masks[k]
-
-# %% ../nbs/04_cases.ipynb #651deb2c
-# words that say nothing
-_common = set('ct scan scans series slice slices dicom mask masks lesion lung data file '
-              'folder'.split())
-
-def _roles(case) -> dict: # file → what messages call it
-    return {Path(str(p)):f'{k} mask' for k,p in case.masks.items()}|{Path(str(case.ct)):'scan'}
-
-def _file_names(case) -> dict:
-    "Text that stands for a file of the case → what messages call it"
-    names = {t:k for p,k in _roles(case).items() if p.name for t in (p.name,str(p))
-             if t.lower() not in _common}
-    if not case.private: return names
-    ct = Path(str(case.ct))
-    home = ct if os.path.isdir(ct) else ct.parent
-    try: inside = os.listdir(home)[:4096]
-    except (OSError,ValueError): return names
-    return {o:'scan' for o in inside if len(o)>3 and re.search(r'[^\W\d_]', o)
-            and o.lower() not in _common}|names
-
-# %% ../nbs/04_cases.ipynb #2e87dcee
-# an absolute path, in quotes or not
-_any_path = (r'([\'"])(?:[A-Za-z]:\\|/)[^\'"]*\1|'
-             r'(?<![\w/])(?:[A-Za-z]:\\|/)[^\s:,;\'"]*[/\\][^\s:,;\'"]*')
-
-def without_paths(
-    s: str,    # A message
-    case: Case # The case it is about
-) -> str:
-    "The message with the case's name for its files' paths, and … for any other path"
-    roles = _file_names(case)
-    names = '|'.join(re.escape(t) for t in sorted(roles, key=len, reverse=True))
-    below = r'(?:[/\\](?:[^\'"]*(?=[\'"])|[^\s:\'"]*))?'
-    name = lambda m: f'{case.name} ({roles[m[1]]})'
-    if names: s = re.sub(rf'(?<!\w)({names})(?!\w){below}', name, s)
-    return re.sub(_any_path, '…', s)
-
-# %% ../nbs/04_cases.ipynb #195e7db3
-def told(
-    e: BaseException, # What was raised while a case was worked on
-    case: Case        # The case
-) -> CTError: # The same, with the case's name in place of paths
-    "An error as one line that names the case and no path"
-    clean = lambda s: without_paths(str(s), case)
-    if isinstance(e, OSError) and isinstance(t := unreadable(case.ct, e), Scarce): e = t
-    if isinstance(e, CTError):
-        own = (f'{case.name} ({_roles(case).get(e.what, "scan")})' if isinstance(e.what, Path)
-               else clean(e.what))
-        return (Scarce if isinstance(e, Scarce) else CTError)(own, clean(e.fault), clean(e.remedy))
-    if isinstance(e, MemoryError):
-        return CTError(case.name, 'working on it needs more memory than there is',
-                       'Close other programs, or leave the case out')
-    fault = (isinstance(e, OSError) and e.strerror
-             or clean(f'{type(e).__name__}: {" ".join(str(e).split())}')[:240])
-    return CTError(case.name, fault, 'Look at the scan, or leave the case out')
-
-# %% ../nbs/04_cases.ipynb #88ed24ac
-_most_bytes,_most_line,_most_cases = 2**24,2**16,10**5 # of a table, of a line of it, and how many
+# %% ../nbs/04_cases.ipynb #4dc4842e
+_most_bytes,_most_line,_most_cases = 2**24,2**16,10**5 # limits: of a table, of a line, and of cases
 _rewrite = 'Save the sheet as CSV (UTF-8), or write one with `covid3d table`'
 
 def csv_text(
@@ -162,7 +104,7 @@ def csv_text(
     most: int = _most_bytes, # Bytes it may hold
     remedy: str = _rewrite # For the message
 ) -> str:
-    "The text of a CSV, if it is one"
+    "The text of a CSV; `CTError` for anything else"
     raw = read_bytes(p, most, remedy)
     if b'\0' in raw: raise CTError(p, 'is no CSV in UTF-8', remedy)
     if max(map(len, raw.splitlines() or [b'']))>_most_line:
@@ -174,12 +116,12 @@ def require_single(
     names, # Of columns
     p      # The table, for the message
 ):
-    "`CTError` if a column stands there twice: nobody can know which is meant"
+    "`CTError` if two columns have the same name"
     twice = next((k for k,n in Counter(names).items() if n>1 and k!=''), None)
     if twice is not None:
         raise CTError(p, f'has two columns called {plain(twice)[:60]!r}', 'Rename or remove one')
 
-# %% ../nbs/04_cases.ipynb #2f8acf4a
+# %% ../nbs/04_cases.ipynb #b1ab6199
 def bare_cell(
     s: str # Text of a cell
 ) -> str:
@@ -187,7 +129,7 @@ def bare_cell(
     return s[1:] if re.match("' *[=+@＝＋－＠\t\r-]", s) else s
 
 def _read_csv(path) -> pd.DataFrame:
-    "A CSV as text; commas, semicolons, tabs, a byte-order mark and Windows line ends are all right"
+    "A CSV as text, separated by commas, semicolons or tabs"
     p = Path(path)
     if not os.path.lexists(p):
         raise CTError(p, 'no such case table', 'Write one with `covid3d table`')
@@ -207,9 +149,9 @@ def _read_csv(path) -> pd.DataFrame:
                       'Divide it')
     return df.map(lambda s: bare_cell(s) if isinstance(s, str) else s)
 
-# %% ../nbs/04_cases.ipynb #e8a693bc
+# %% ../nbs/04_cases.ipynb #47684ab1
 def _need_columns(df, p, need):
-    "Refuse a table that lacks a column, or a name or scan in a line"
+    "Refuse a table without a needed column, or with a row that has no name or scan"
     require_single(df, p)
     missing = [o for o in need if o not in df]
     if missing:
@@ -222,9 +164,9 @@ def _need_columns(df, p, need):
     if (df.ct=='').any():
         raise CTError(p, f'case {df.case[df.ct==""].iloc[0]!r} has no ct', 'Add its path')
 
-# %% ../nbs/04_cases.ipynb #6c111af9
+# %% ../nbs/04_cases.ipynb #005834ba
 def _table_faults(df, p):
-    "The `CTError`s of a table as a whole"
+    "A `CTError` for each fault of the table as a whole"
     for c in df.case:
         if (re.search(r'[/\\\0]', str(c)) or c in ('.','..') or plain(c)!=c
             or len(c.encode('utf8', 'surrogatepass'))>200):
@@ -241,9 +183,9 @@ def _table_faults(df, p):
                       f'Use {", ".join(splits)}, or nothing for a scan that is not used')
     yield from _split_patients(df, p)
 
-# %% ../nbs/04_cases.ipynb #c5501d4b
+# %% ../nbs/04_cases.ipynb #e40ccbc2
 def _split_patients(df, p):
-    "Patients in two splits: a network recognises a chest it was trained on"
+    "A `CTError` for each patient in two splits"
     if not {'patient','split'}<={*df}: return
     df = df[(df.patient!='') & (df.split!='')]
     several = df.groupby('patient').split.transform('nunique')>1
@@ -252,21 +194,21 @@ def _split_patients(df, p):
         yield CTError(p, f'cases {cases} are of one patient but in {found}',
                       'Put all scans of a patient into one split')  # F5
 
-# %% ../nbs/04_cases.ipynb #f0370a30
+# %% ../nbs/04_cases.ipynb #244b3f5a
 source_columns = ('scan','source (may name patients: keep this file with the data)','left out')
 
 def sources_path(
     table: str|Path # A case table
 ) -> Path: # The file beside it
-    "Where the sources of a case table stand"
+    "The path of the file with the sources of a case table"
     p = Path(table)
     return p.with_name(f'{p.stem}_sources.csv')
 
-# %% ../nbs/04_cases.ipynb #466680e2
+# %% ../nbs/04_cases.ipynb #909a0752
 def _is_series(df) -> pd.Series: return (df.ct!='') & ~df.ct.map(is_image)
 
 def _resolve(df, table) -> pd.DataFrame:
-    "The table with paths in place of the names that stand for them"
+    "The table with the paths of DICOM cases put back"
     root,p,(scan,source,out) = Path(table).parent,sources_path(table),source_columns
     named = df[_is_series(df) & (df.ct==df.case)]
     named = named[[not (root/o).exists() for o in named.ct]]
@@ -285,9 +227,9 @@ def _resolve(df, table) -> pd.DataFrame:
     at = named.case.map(found.set_index(scan)[source])
     return df.assign(ct=at.reindex(df.index).fillna(df.ct))
 
-# %% ../nbs/04_cases.ipynb #93b568af
+# %% ../nbs/04_cases.ipynb #e881251f
 def _case(row, root, masks) -> Case:
-    "A `Case` from a line of the table"
+    "A `Case` from a row of the table"
     paths = {k:Path(os.path.normpath(root/row[k])) for k in ('ct',*masks) if row.get(k)}
     try: window,flip = parse_window(row.get('already_windowed','')),_parse_flip(row.get('flip',''))
     except CTError as e: raise CTError(f'case {row["case"]}, {e.what}', e.fault, e.remedy) from None
@@ -323,21 +265,21 @@ def read_cases(
     if not cases: raise CTError(name, f'no case has the split {split!r}', 'Change the split column')
     return cases
 
-# %% ../nbs/04_cases.ipynb #1f56d504
+# %% ../nbs/04_cases.ipynb #1821c97b
 def safe_cell(
     o # A value for a CSV: text, a number, or NaN
 ) -> str: # The same, unable to run in a spreadsheet
-    "Text of a cell that no spreadsheet takes for a formula"
+    "Text of a cell that no spreadsheet runs as a formula"
     if isinstance(o, float): return '' if np.isnan(o) else f'{o:.4f}'
     s = plain(o)
     runs,number = re.match(' *[=+@＝＋－＠-]', s),re.fullmatch(r'-?[\d.]+(:-?[\d.]+)?', s)
     return "'"+s if runs and not number else s
 
-# %% ../nbs/04_cases.ipynb #590df6d7
+# %% ../nbs/04_cases.ipynb #1f56d504
 def _relative(p, root) -> str: return Path(os.path.relpath(p, root)).as_posix() if p else ''
 
 def _csv(df) -> bytes:
-    "A table as bytes, none of whose cells is a formula or breaks a line"
+    "A table as bytes, each cell made safe"
     odd = next((o for o in df.to_numpy().ravel() if plain(o)!=str(o)), None)
     if odd:
         raise CTError(ascii(odd),
@@ -345,12 +287,12 @@ def _csv(df) -> bytes:
                       'stand in a CSV', 'Rename it')
     return df.map(safe_cell).to_csv(index=False, lineterminator='\n').encode()
 
-# %% ../nbs/04_cases.ipynb #14dd7fd7
+# %% ../nbs/04_cases.ipynb #34f7a4bc
 def write_cases(
     df: pd.DataFrame, # A case table with absolute paths
     path: str|Path    # CSV to write
 ):
-    "Write a case table, its paths relative to it; sources of DICOM go into a file beside it"
+    "Write a case table with relative paths, and the sources of DICOM cases in a file beside it"
     path = Path(path).absolute()
     beside,short = sources_path(path),lambda p: _relative(p, path.parent)
     files = {k:df[k].map(short) for k in ('ct','lesion','lung') if k in df}
@@ -366,12 +308,12 @@ def write_cases(
             require_table(path, True); beside.unlink()
         write_atomic(path, table)
 
-# %% ../nbs/04_cases.ipynb #289ddacc
+# %% ../nbs/04_cases.ipynb #14dd7fd7
 def require_table(
-    path: str|Path, # A case table that is going to be written
-    overwrite: bool # Whether a table that is there may be replaced
+    path: str|Path, # Of the case table to write
+    overwrite: bool # Whether to replace a table that is there
 ):
-    "`CTError` unless the path, and that of its sources, is free or holds such a table"
+    "`CTError` unless the path and that of its sources are free, or hold a case table"
     p = Path(path)
     if p.suffix.lower()!='.csv':
         raise CTError(p, 'the name of a case table ends in .csv', 'Choose such a name')
@@ -384,13 +326,20 @@ def require_table(
             raise CTError(o, 'is there already and was not written by covid3d',
                           'Choose another --out, or move it away')
 
-# %% ../nbs/04_cases.ipynb #ff474985
+# %% ../nbs/04b_check.ipynb #47ceea74
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+from .show import track
+from .volume import Scarce, scan_digest, unreadable
+
+# %% ../nbs/04b_check.ipynb #ebde0801
 levels = ('error','warning','note')
 
-# %% ../nbs/04_cases.ipynb #cc262aeb
+# %% ../nbs/04b_check.ipynb #5a90f36b
 @dataclass
 class Finding:
-    "Something about a case that a person should know"
+    "Something you should know about a case"
     level: str # `error`, `warning` or `note`
     case: str  # Name in the case table
     what: str  # File or column
@@ -400,7 +349,7 @@ class Finding:
     def __str__(self):
         return plain(f'{self.level:<7} {self.case}: {self.what}: {self.fault}. {self.remedy}.')
 
-# %% ../nbs/04_cases.ipynb #095aacdc
+# %% ../nbs/04b_check.ipynb #da8591a2
 @dataclass
 class CaseReport:
     "What the check found in one case"
@@ -412,7 +361,7 @@ class CaseReport:
     lesion_ml: float = None # Volume of the lesion; None where it is unlabelled
     lung_ml: float = None # Volume of the lung mask
     lesion_share: float = None # Lesion ÷ lung, 0…1; None where findings say why not
-    inside: float = None # Part of the lesion that lies in the lung mask, 0…1
+    inside: float = None # Fraction of the lesion that lies in the lung mask, 0…1
     digest: str = '' # The same for scans with the same voxels
     findings: list = field(default_factory=list) # Of `Finding`
 
@@ -424,19 +373,75 @@ class CaseReport:
     @property
     def ok(self) -> bool: return not any(f.level=='error' for f in self.findings)
 
-# %% ../nbs/04_cases.ipynb #f6051274
+# %% ../nbs/04b_check.ipynb #4d7c3563
+# words that say nothing
+_common = set('ct scan scans series slice slices dicom mask masks lesion lung data file '
+              'folder'.split())
+
+def _roles(case) -> dict: # file → what messages call it
+    return {Path(str(p)):f'{k} mask' for k,p in case.masks.items()}|{Path(str(case.ct)):'scan'}
+
+def _file_names(case) -> dict:
+    "Text that stands for a file of the case → what messages call it"
+    names = {t:k for p,k in _roles(case).items() if p.name for t in (p.name,str(p))
+             if t.lower() not in _common}
+    if not case.private: return names
+    ct = Path(str(case.ct))
+    home = ct if os.path.isdir(ct) else ct.parent
+    try: inside = os.listdir(home)[:4096]
+    except (OSError,ValueError): return names
+    return {o:'scan' for o in inside if len(o)>3 and re.search(r'[^\W\d_]', o)
+            and o.lower() not in _common}|names
+
+# %% ../nbs/04b_check.ipynb #7cad1dac
+# an absolute path, in quotes or not
+_any_path = (r'([\'"])(?:[A-Za-z]:\\|/)[^\'"]*\1|'
+             r'(?<![\w/])(?:[A-Za-z]:\\|/)[^\s:,;\'"]*[/\\][^\s:,;\'"]*')
+
+def without_paths(
+    s: str,    # A message
+    case: Case # The case it is about
+) -> str:
+    "The message with the case's name for its files' paths, and … for any other path"
+    roles = _file_names(case)
+    names = '|'.join(re.escape(t) for t in sorted(roles, key=len, reverse=True))
+    below = r'(?:[/\\](?:[^\'"]*(?=[\'"])|[^\s:\'"]*))?'
+    name = lambda m: f'{case.name} ({roles[m[1]]})'
+    if names: s = re.sub(rf'(?<!\w)({names})(?!\w){below}', name, s)
+    return re.sub(_any_path, '…', s)
+
+# %% ../nbs/04b_check.ipynb #122fe292
+def told(
+    e: BaseException, # What was raised while a case was worked on
+    case: Case        # The case
+) -> CTError: # The same, with the case's name in place of paths
+    "An error as one line that names the case and no path"
+    clean = lambda s: without_paths(str(s), case)
+    if isinstance(e, OSError) and isinstance(t := unreadable(case.ct, e), Scarce): e = t
+    if isinstance(e, CTError):
+        own = (f'{case.name} ({_roles(case).get(e.what, "scan")})' if isinstance(e.what, Path)
+               else clean(e.what))
+        return (Scarce if isinstance(e, Scarce) else CTError)(own, clean(e.fault), clean(e.remedy))
+    if isinstance(e, MemoryError):
+        return CTError(case.name, 'working on it needs more memory than there is',
+                       'Close other programs, or leave the case out')
+    fault = (isinstance(e, OSError) and e.strerror
+             or clean(f'{type(e).__name__}: {" ".join(str(e).split())}')[:240])
+    return CTError(case.name, fault, 'Look at the scan, or leave the case out')
+
+# %% ../nbs/04b_check.ipynb #11d5a7da
 def _cut_at(lung) -> list:
-    "Edges of the scan that cut the lung off"
+    "Edges of the scan at which the lung is cut off"
     faces = (lung.take(i, axis) for axis in range(3) for i in (0,-1))
     sides = 'lower','upper','front','back','right','left'
     return [side for side,face in zip(sides, faces) if face.mean()>.01]
 
-# %% ../nbs/04_cases.ipynb #500d8274
+# %% ../nbs/04b_check.ipynb #5c2a2e0d
 def spine_in_front(
     ct: Volume,      # HU
     lung: np.ndarray # Lung mask on its grid, 0 and 1
 ) -> bool: # Also False where there is too little bone to tell
-    "Whether the bone between the lungs lies in front of their middle, where the spine cannot be"
+    "Whether the bone between the lungs lies in front of their middle, as if front were back"
     rows,cols = (np.flatnonzero(lung.any(axis=o)) for o in ((0,2),(0,1)))
     if not len(cols): return False
     middle,sixth = (cols[0]+cols[-1])//2,(cols[-1]-cols[0])//6+1
@@ -445,12 +450,12 @@ def spine_in_front(
     front,back = (int(o.sum()) for o in np.split(per_row, [(rows[0]+rows[-1]+1)//2]))
     return front+back>=100 and front>2*back
 
-# %% ../nbs/04_cases.ipynb #b208dbe7
-_inside_line = .8 # Least part of a lesion that lies in the lung mask without a warning
+# %% ../nbs/04b_check.ipynb #cf9228fb
+_inside_line = .8 # Fraction of a lesion in the lung mask below which we warn
 
-# %% ../nbs/04_cases.ipynb #c61a833d
+# %% ../nbs/04b_check.ipynb #538b104c
 def _check_lung(rep, case, ct, lesion):
-    "Volume of the lung, and how the lesion lies in it"
+    "Volume of the lung, and how much of the lesion lies in it"
     path,m = case.label('lung'),case.open_mask('lung', ct); lung = m.data
     rep.note(path, m)
     rep.lung_ml = float(lung.sum()*ct.ml_per_voxel)
@@ -473,7 +478,7 @@ def _check_lung(rep, case, ct, lesion):
         rep.add('warning', case.label('lesion'), fault, 'Look at it, and at the lung mask')
     elif not cut: rep.lesion_share = float(lesion.sum()/lung.sum())
 
-# %% ../nbs/04_cases.ipynb #e269f002
+# %% ../nbs/04b_check.ipynb #4d0cee36
 def _check_lesion(rep, case, ct) -> np.ndarray:
     "Volume of the lesion; its mask, or None where there is none"
     if 'lesion' not in case.masks: return None
@@ -485,7 +490,7 @@ def _check_lesion(rep, case, ct) -> np.ndarray:
                 'Nothing to do if that is meant; it is counted apart')
     return m.data
 
-# %% ../nbs/04_cases.ipynb #d4f5b0b1
+# %% ../nbs/04b_check.ipynb #5a1c58a0
 def _check_files(rep, case, need):
     "Open scan and masks, one after the other"
     for k in need:
@@ -502,12 +507,12 @@ def _check_files(rep, case, need):
     if 'lung' in case.masks: _check_lung(rep, case, ct, lesion)
     for k in {*case.masks}-{'lesion','lung'}: rep.note(case.label(k), case.open_mask(k, ct))
 
-# %% ../nbs/04_cases.ipynb #a14e0662
+# %% ../nbs/04b_check.ipynb #9411bd16
 def check_case(
     case: Case,               # From `read_cases`
     need: tuple = ('lesion',) # Masks that a case with a split must have
 ) -> CaseReport:
-    "Open everything a case names and say what was found; raises nothing but `Scarce`"
+    "Open everything a case names and report on it; raises `Scarce` only, if the system is short"
     rep = CaseReport(case.name, case.split)
     try: _check_files(rep, case, need)
     except (CTError,MemoryError,OSError,RuntimeError) as e:
@@ -516,9 +521,9 @@ def check_case(
         rep.add('error', e.what, e.fault, e.remedy)
     return rep
 
-# %% ../nbs/04_cases.ipynb #74948001
+# %% ../nbs/04b_check.ipynb #cc427ae9
 def _same_scans(reports) -> list:
-    "Findings on scans that are there twice under different names"
+    "Add a finding to each scan that is there twice under different names"
     seen = {}
     for r in reports:
         if r.digest: seen.setdefault(r.digest, []).append(r)
@@ -530,7 +535,7 @@ def _same_scans(reports) -> list:
                   'Keep one of the two')
     return reports
 
-# %% ../nbs/04_cases.ipynb #917d7722
+# %% ../nbs/04b_check.ipynb #7b2d5ad0
 def check_cases(
     cases: list,               # Of `Case`, from `read_cases`; a `CaseReport` stays as it is
     need: tuple = ('lesion',), # Masks that a case with a split must have
@@ -542,16 +547,16 @@ def check_cases(
         done = pool.map(check, cases)
         return _same_scans([next(done) for _ in track(cases, 'checking')])
 
-# %% ../nbs/04_cases.ipynb #7bbbc1bd
+# %% ../nbs/04b_check.ipynb #64f66d06
 def _case_or_report(row, root, masks):
-    "A `Case`, or the report that its line is no case"
+    "A `Case`, or a report that its row is not a case"
     try: return _case(row, root, masks)
     except CTError as e:
         rep = CaseReport(row['case'], row.get('split',''))
         rep.add('error', str(e.what).rpartition(' ')[2], e.fault, e.remedy)
         return rep
 
-# %% ../nbs/04_cases.ipynb #9a5fbe4b
+# %% ../nbs/04b_check.ipynb #99142643
 def check_table(
     table: str|Path|pd.DataFrame, # Case table: CSV or DataFrame
     split: str|list = None,       # Only this split, or these; all cases if None
@@ -571,7 +576,7 @@ def check_table(
     for e in _table_faults(df, name): top.add('error', e.what, e.fault, e.remedy)
     return [top]*bool(top.findings)+check_cases(cases, need, workers)
 
-# %% ../nbs/04_cases.ipynb #0a5df960
+# %% ../nbs/04b_check.ipynb #66567695
 def require_ok(
     reports: list,  # Of `CaseReport`, from `check_table`
     table: str|Path # For the message
@@ -582,11 +587,11 @@ def require_ok(
     more = f' ({len(errors)-1} more: `covid3d check {table}` lists them)' if len(errors)>1 else ''
     raise CTError(errors[0].what, errors[0].fault, errors[0].remedy+more)
 
-# %% ../nbs/04_cases.ipynb #1207abd7
+# %% ../nbs/04b_check.ipynb #737c74b3
 def report_table(
     reports: list # Of `CaseReport`, from `check_table`
-) -> pd.DataFrame: # A line a case
-    "What the check found, for a person"
+) -> pd.DataFrame: # A row per case
+    "What the check found, as a table"
     def line(r):
         n = Counter(f.level for f in r.findings)
         return dict(case=plain(r.case), split=plain(r.split),
@@ -598,11 +603,11 @@ def report_table(
             found=', '.join(f'{n[k]} {k}{"s"[:n[k]>1]}' for k in levels if n[k]) or 'ok')
     return pd.DataFrame([line(r) for r in reports])
 
-# %% ../nbs/04_cases.ipynb #8602d847
+# %% ../nbs/04b_check.ipynb #7ea87c57
 def report_json(
     reports: list # Of `CaseReport`, from `check_table`
-) -> dict: # Nothing but dicts, lists, text and numbers
-    "What the check found, for a machine"
+) -> dict: # Only dicts, lists, text and numbers
+    "What the check found, as JSON"
     n = Counter(f.level for r in reports for f in r.findings)
     return dict(ok=not n['error'], cases=sum(r.case!='the table' for r in reports),
                 **{k+'s':n[k] for k in levels},

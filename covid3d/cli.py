@@ -7,711 +7,30 @@ Docs: https://covid3d.github.io/covid3d/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'main']
 
-# %% ../nbs/30_cli.ipynb #1beeb8ed
-import codecs, errno, functools, inspect, math, os, re, sys, time, warnings
-from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
-from typing import Annotated, Literal
+# %% ../nbs/30_cli.ipynb #3de38054
+import codecs, errno, os, re, sys, warnings
 
 import typer
-from typer.core import TyperCommand
 
 from . import __version__
+from .command import _add, _opt, _plain, _Refused
+from .train_commands import _demo, _prepare, _pretrain, _started, _train
+from .use_commands import (_check, _download, _evaluate, _phantom, _predict, _reproduce,
+                                  _table)
 
-# %% ../nbs/30_cli.ipynb #41df06f2
-def _opt(kind, help, *names, **how):
-    "The type of an option: what it takes, what `--help` says of it, and what may stand there"
-    short = {int:'N', float:'X', bool:''}.get(kind)
-    how = how if short is None else dict(metavar=short)|how
-    return Annotated[kind|None, typer.Option(*names, help=help, **how)]
-
-def _arg(kind, help, **how): return Annotated[kind, typer.Argument(help=help, **how)]
-
-# %% ../nbs/30_cli.ipynb #f6027629
-class _Refused(typer.BadParameter):
-    "Something on the command line that cannot work: the word or file, the fault and the remedy"
-    def __init__(self, what, fault, remedy):
-        super().__init__(f'{what}: {fault}. {remedy}.')
-
-# %% ../nbs/30_cli.ipynb #2b1534cc
-def _numbers(kind, n=None, low=-math.inf, rising=False):
-    "A parser of `n` numbers with commas between, each at least `low`"
-    def parse(s):
-        try: got = tuple(kind(o) for o in s.split(','))
-        except ValueError: got = ()
-        ok = got and (n is None or len(got)==n) and all(low<=o<math.inf for o in got)
-        if ok and (not rising or got[0]<got[-1]): return got
-        of = f' of {low:g} or more'*(low>-math.inf)+', the lower first'*rising
-        raise typer.BadParameter(f'{s!r} is not {n or "several"} numbers{of}, with commas between')
-    return parse
-
-# %% ../nbs/30_cli.ipynb #548592d2
-def _exists(fault, remedy, *words):
-    "A callback that refuses paths that lead nowhere; `words` have a meaning of their own"
-    def check(value):
-        for p in value if isinstance(value, list) else [value]:
-            if not p or p in words: continue
-            try: os.lstat(p)
-            except (FileNotFoundError,NotADirectoryError):
-                raise _Refused(p, fault, remedy) from None
-            except (OSError,ValueError): pass  # a name that no file can have: told when opened
-        return value
-    return check
-
-def _writable(out):
-    "A callback that refuses a folder if it, or the nearest one above, cannot be written to"
-    if out is None: return
-    if not out: raise _Refused('out', 'no folder to write to', 'Add --out FOLDER')
-    try: p = next(o for o in (Path(out).absolute(), *Path(out).absolute().parents) if o.exists())
-    except (OSError,ValueError) as e:
-        fault = f'cannot be written to ({getattr(e, "strerror", None) or e})'
-        raise _Refused(out, fault, 'Choose another --out') from None
-    if p.is_dir() and os.access(p, os.W_OK): return out
-    raise _Refused(p, 'is no folder that can be written to', 'Choose another --out')
-
-# %% ../nbs/30_cli.ipynb #a02e149c
-_table_there = _exists('no such case table', 'Write one with `covid3d table`')
-_Table = _arg(str, 'Case table (CSV)', metavar='TABLE', callback=_table_there)
-_Cases = _arg(str, 'Case table (CSV), or a folder from covid3d prepare', metavar='TABLE',
-    callback=_table_there)
-_Out = _opt(str, 'Folder to write', '-o', '--out', metavar='DIR', callback=_writable)
-_model = _exists('no such file', 'Give the model.safetensors that `covid3d train` wrote', 'covid3d')
-_Weights = _opt(list[str], 'Trained model: a model.safetensors, or a folder of folds; repeat it '
-    'for the mean of several (those that come with covid3d)', metavar='PATH', callback=_model)
-_Mirror = _opt(bool, 'Average with the answer to the mirror image; takes twice as long', '--mirror')
-_MinMl = _opt(float, 'Smallest lesion to keep, ml (0)', min=0)
-_no_scores = 'no such file or folder','Give a folder of covid3d evaluate, or its scores.csv'
-_Compare = _opt(list[str], 'Scores of another model on the same cases, its folder or scores.csv; '
-    'repeat it for several', metavar='PATH', callback=_exists(*_no_scores))
-_Device = _opt(str, 'cpu, cuda or mps (the best there is)', metavar='NAME')
-_Workers = _opt(int, 'Threads, each of which holds one scan in memory (2)', min=1, max=128)
-_Overwrite = _opt(bool, 'Replace what an earlier run of this command wrote', '--overwrite')
-_Resume = _opt(bool, 'Continue an interrupted run, with the same options', '--resume')
-_Overlap = _opt(float, 'Overlap of neighbouring windows, as a fraction', min=0, max=.99)
-_Tolerance = _opt(float, 'Tolerance of the surface Dice, mm', min=.01, max=99)
-_Window = _opt(str, 'For scans of grey levels: what they show, LOW:HIGH in HU', metavar='LOW:HIGH')
-_scans_there = _exists('no such file or folder', 'Check the path')
-_Scans = typer.Argument(help='Scans: .nii.gz, .nrrd, .mha, DICOM, folders of them; a case table',
-                        metavar='SCAN', callback=_scans_there)
-_Split = Literal['train','valid','test']
-_Seed = _opt(int, 'Of everything that is random', min=0, max=2**32-1)
-
-# %% ../nbs/30_cli.ipynb #9abd7de7
-_no_recipe = 'no such recipe','Give default, small, kinetics, resize, synthetic, or a JSON file'
-_Recipe = _opt(str, 'Recipe: default, small, kinetics, resize, synthetic, or a JSON file; other '
-    'options change it', metavar='NAME|FILE',
-    callback=_exists(*_no_recipe, 'default', 'small', 'kinetics', 'resize', 'synthetic'))
-
-_no_init = ('no such file','Give covid3d, kinetics, random, or a file of weights','covid3d',
-            'kinetics','random')
-_essential = dict(
-    init=_opt(str, 'Where it starts: covid3d (the weights that come with it), random, kinetics '
-        '(downloaded once), or a file of weights (covid3d)',
-        metavar='covid3d|kinetics|random|FILE', callback=_exists(*_no_init)),
-    epochs=_opt(int, 'Epochs of the whole network (25)', min=1),
-    lr=_opt(float, 'Highest learning rate (0.0005; 0.002 from random, kinetics)', min=1e-12),
-    memory=_opt(str, 'What a step may take, such as 6GB: batch and precision are chosen to fit',
-        metavar='SIZE'))
-
-# %% ../nbs/30_cli.ipynb #eb3b96fa
-def _panel(name, **options):
-    "Put options into a panel of the help"
-    for o in options.values(): o.__metadata__[0].rich_help_panel = name
-    return options
-
-_spec_options = _panel('Data',
-    spacing=_opt(str, 'mm between slices, rows and columns that the network sees (4,2.8,2.8)',
-        parser=_numbers(float, 3, .05), metavar='Z,Y,X'),
-    patch=_opt(str, 'Slices, rows and columns of a training patch (16,96,96)',
-        parser=_numbers(int, 3, 4), metavar='Z,Y,X'),
-    window=_opt(str, 'HU that become black and white (-1000,400)',
-        parser=_numbers(float, 2, -1e5, True), metavar='LOW,HIGH'),
-    classes=_opt(list[str], 'Mask to learn, a column of the table; repeat it for several (lesion)',
-        metavar='NAME'))
-
-# %% ../nbs/30_cli.ipynb #179a6f77
-_net_options = _panel('Network',
-    encoder=_opt(Literal['r3d_18','mc3_18','r2plus1d_18'], 'Video network (r3d_18)'),
-    width=_opt(int, 'Channels of its first stage (as in the weights; 16 if random)',
-        min=1, max=512),
-    norm=_opt(Literal['batch','frozen','group','instance'], 'Normalisation (as in the weights)'),
-    decoder=_opt(str, 'Channels of the decoder from coarse to fine, such as 128,64,32',
-        parser=_numbers(int, None, 1), metavar='N,…'),
-    up=_opt(Literal['trilinear','transposed','shuffle'], 'Upsampling in the decoder '
-        '(as in the weights; transposed)'))
-
-_patch_options = _panel('Data',
-    bs=_opt(int, 'Patches in a batch (2)', min=1),
-    patches=_opt(int, 'Patches of each training scan in an epoch (24)', min=1),
-    oversample_foreground=_opt(float, 'Fraction of these that are centred on a lesion (0.7)',
-        min=0, max=1),
-    augment=_opt(Literal['none','light','full','grey'], 'light: mirror, contrast, brightness; '
-        'full: for long trainings; grey: where HU are not to be relied upon (light)'))
-
-# %% ../nbs/30_cli.ipynb #6f3d050e
-_optim_options = _panel('Optimisation',
-    loss=_opt(Literal['dice-focal','dice-ce','calibrated','tversky','lovasz'], 'Loss (dice-focal)'),
-    frozen_epochs=_opt(int, 'Epochs of the decoder alone, before, if pretrained (0)', min=0),
-    frozen_lr=_opt(float, 'Learning rate of the frozen epochs (that of --lr)', min=1e-12),
-    frozen_stages=_opt(int, 'Stages of the encoder that stay as pretrained (0)', min=0, max=5),
-    lr_ratio=_opt(float, 'If pretrained: the decoder’s rate over the stem’s (1.0)', min=1),
-    wd=_opt(float, 'Weight decay (0.01)', min=0, max=10),
-    clip=_opt(float, 'Largest L2 norm of all gradients together, 0 for any (12.0)', min=0),
-    ema=_opt(float, 'Decay of a moving average of the weights, 0 for none (0.0)',
-        min=0, max=.999999),
-    keep_start=_opt(float, 'Weight of the initial weights in those that are kept (0.5; 0.0 from '
-        'random, kinetics)', min=0, max=.99))
-
-_run_options = _panel('Run',
-    score_every=_opt(int, 'Score whole validation scans every N epochs (5)', min=1),
-    keep=_opt(Literal['best','last'], 'Which epoch’s weights to keep (best; with --folds, last)'),
-    reproducible=_opt(bool, 'Only algorithms that give the same result each time (True)'),
-    seed=_opt(int, 'Of weights, patches and augmentation (0)', min=0, max=2**32-1))
-
-_recipe_options = _essential|_spec_options|_net_options|_patch_options|_optim_options|_run_options
-
-# %% ../nbs/30_cli.ipynb #7b70f046
-_loud = None  # while a command is quiet: the real standard output
-
-@contextmanager
-def _hushed(quiet):
-    "Let only `_result` and `_wrote` reach the standard output"
-    global _loud
-    with open(os.devnull, 'w', encoding='utf8', errors='replace') as nowhere:
-        _loud = sys.stdout if quiet else None
-        try:
-            with redirect_stdout(nowhere if quiet else sys.stdout): yield
-        finally: _loud = None
-
-def _plain(text) -> str:
-    "One line of text that is safe to print"
-    if str(text).isprintable(): return str(text)
-    from covid3d.volume import plain
-    return plain(text)
-
-def _result(text): print(text, file=_loud or sys.stdout, flush=True)
-def _wrote(path, more=''): _result(_plain(path) if _loud else f'wrote {path}{more}')
-
-# %% ../nbs/30_cli.ipynb #e709050c
-def _check_args(args):
-    "Refuse zero bytes, NaN and infinity"
-    for k,v in args.items():
-        for o in v if isinstance(v, (list,tuple)) else [v]:
-            if isinstance(o, str) and '\0' in o:
-                raise _Refused(ascii(o), 'no path has a zero byte in it', 'Check the argument')
-            if isinstance(o, float) and not math.isfinite(o):
-                option = '--'+k.replace('_', '-')
-                raise _Refused(option, f'{o} is not a number that can be used', 'Give another')
-
-# %% ../nbs/30_cli.ipynb #5e2e15f5
-class _Command(TyperCommand):
-    "A command whose `--help` shows the essentials, if it has many options"
-    def format_help(self, ctx, formatter):
-        tail = [p for p in self.params if p.rich_help_panel]
-        if len(self.params)<16 or ctx.meta.get('all'): tail = []
-        for p in tail: p.hidden = True
-        more = f'{ctx.command_path} --help-all shows {len(tail)} more options.'
-        self.epilog = more if tail else None
-        try: super().format_help(ctx, formatter)
-        finally:
-            for p in tail: p.hidden = False
-
-def _show_all(ctx: typer.Context, value: bool):
-    if not value or ctx.resilient_parsing: return
-    ctx.meta['all'] = True
-    typer.echo(ctx.get_help(), nl=False)
-    raise typer.Exit
-
-# %% ../nbs/30_cli.ipynb #34c40e57
+# %% ../nbs/30_cli.ipynb #1beeb8ed
 _help_names = dict(help_option_names=['-h','--help'])
 app = typer.Typer(pretty_exceptions_enable=False, context_settings=_help_names)
 
-_common = dict(
-    quiet=_opt(bool, 'Print nothing but the paths of the results', '-q', '--quiet'),
-    debug=_opt(bool, 'Show the traceback of an error', '--debug', hidden=True),
-    help_all=_opt(bool, '', '--help-all', hidden=True, is_eager=True, callback=_show_all))
+for f in (_demo, _download, _phantom, _table, _check, _prepare, _train, _pretrain, _evaluate,
+          _predict, _reproduce): _add(app, f)
 
-def _new(options, default):
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    return [inspect.Parameter(k, keyword, default=default, annotation=v) for k,v in options.items()]
+def _options(words) -> set:
+    "Names of the parameters of the command that `words` begin with"
+    command = typer.main.get_command(app).commands.get(words[0] if words else None)
+    return {p.name for p in command.params} if command else set()
 
-def _signature(f, recipe):
-    "The parameters of `f` with those of the recipe after the required ones, and the common ones"
-    own = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(f).parameters.values()
-           if p.kind is not p.VAR_KEYWORD]
-    n = sum(p.default is p.empty or p.name=='config' for p in own)
-    options = _new({k:_recipe_options[k] for k in recipe}, None)
-    return inspect.Signature([*own[:n], *options, *own[n:], *_new(_common, False)])
-
-# %% ../nbs/30_cli.ipynb #43fe7bbc
-def _command(panel, *recipe):
-    "Make `_name` the command `name`, with these options of the recipe"
-    def add(f):
-        @functools.wraps(f)
-        def run(quiet, debug, help_all, **args):
-            _check_args(args)
-            args = {k:v for k,v in args.items() if k not in recipe or v not in (None,[])}
-            with _hushed(quiet): return f(**args)
-        run.__signature__ = _signature(f, recipe)
-        app.command(f.__name__[1:], cls=_Command, rich_help_panel=panel)(run)
-        return f
-    return add
-
-# %% ../nbs/30_cli.ipynb #8dddd6f8
-def _find_device(name):
-    "A device that this machine has; None, for the best one, stays"
-    if name is None: return
-    import torch
-    try:
-        x = torch.ones(1, device=name)
-        if (x+x).item()==2: return x.device  # `meta` has no values, and fails here
-    except Exception: pass  # each kind of device that is missing has its own error
-    raise _Refused('--device', f'{name!r} is not available on this machine',
-                   'Use --device cpu, or leave it out')
-
-# %% ../nbs/30_cli.ipynb #a8dc381f
-def _clear_demo(out, overwrite):
-    "Remove a former demo; refuse a folder that holds anything else"
-    from covid3d.callbacks import run_outputs
-    from covid3d.files import Outputs, no_links
-    from covid3d.score_page import report_outputs
-    from covid3d.phantom import phantom_outputs
-    mine = Outputs(out, 'demo', 'demo.png', 'phantom_*_lesion.nii.gz')
-    parts = phantom_outputs(out/'data'),run_outputs(out/'run'),report_outputs(out/'scores')
-    former = mine.listed
-    if any(o.name[:8]!='.covid3d' for o in out.iterdir()) and not (former and overwrite):
-        raise _Refused(out, 'exists already, and only a former demo is replaced',
-                       'Choose another --out, or add --overwrite to replace a former demo')
-    no_links(out, 'data/', 'run/', 'scores/')
-    for o in (mine, *parts): o.require(True)
-    mine.add('demo.png')
-    for o in parts: o.clear()
-    for k in former: (out/k).unlink(missing_ok=True)
-    return mine
-
-# %% ../nbs/30_cli.ipynb #dd9ada83
-@_command('Start here')
-def _demo(
-    out: _Out = 'covid3d-demo',
-    n: _opt(int, 'Scans to make', min=3, max=10_000) = 12,
-    seed: _Seed = 0,
-    overwrite: _Overwrite = False
-):
-    "See it all on synthetic CT: train, score, segment. Takes some minutes."
-    from covid3d.files import locked
-    with locked(out, folder=True):
-        mine = _clear_demo(Path(out), overwrite)
-        return _run_demo(Path(out), mine, n, seed, time.time())
-
-# %% ../nbs/30_cli.ipynb #6fd01d02
-def _run_demo(out, mine, n, seed, start):
-    "The four steps"
-    from covid3d.evaluate import evaluate_cases
-    from covid3d.learner import read_cases, save_figure, show_slices, train, write_phantoms
-    from covid3d.recipe import Recipe
-    recipe = Recipe.load('small').but(seed=seed)
-    print(f'1  synthetic scans: {n} of 96×256×256 voxels')
-    table = write_phantoms(out/'data', n, seed)
-    print('2  training, from the weights that come with covid3d')
-    segmenter = train(table, out/'run', recipe).segmenter()
-    print('3  scores on unseen scans, each on its own grid')
-    test = read_cases(table, 'test')
-    df,page,_ = evaluate_cases(segmenter, test, out/'scores', title='Demo: synthetic chests')
-    status = _print_scores(df)
-    case = test[int(df.dice.fillna(0).argmax())]
-    mask,seg = out/f'{case.name}_lesion.nii.gz',segmenter(case)
-    mine.add(mask.name)
-    seg.save(mask)
-    masks = dict(reference=case.open_mask('lesion', seg.ct), prediction=seg.masks['lesion'])
-    title = f'{case.name}: Dice {df.dice.max():.2f}'
-    save_figure(show_slices(seg.ct, masks, n=5, title=title), out/'demo.png')
-    print(f'4  {mask}, {out/"run"/"model.safetensors"} and {page}, after {time.time()-start:.0f} s')
-    _wrote(out/'demo.png')
-    return status
-
-# %% ../nbs/30_cli.ipynb #1eac9b46
-@_command('Data')
-def _download(
-    name: _arg(Literal['coronacases','ricord','mosmed','covid1920'], 'Data set: coronacases is '
-        'downloaded (1.1 GB), for the others the steps are printed', metavar='NAME'),
-    out: _Out
-):
-    "Get a public data set, or say how to."
-    from covid3d.download import fetch_coronacases, instructions
-    if name in instructions: _result(instructions[name].format(out=out)); return
-    print('CoronaCases, licence CC BY-NC-SA 4.0; cite Ma et al., Zenodo 2020, '
-          '10.5281/zenodo.3757476')
-    _wrote(fetch_coronacases(out), f' · next: covid3d table {out} -o cases.csv')
-
-# %% ../nbs/30_cli.ipynb #a7fc72ea
-_layouts = Literal['folder','coronacases','mosmed','covid1920','ricord']
-_any_layout = Literal['folder','plain','nnunet','dicom','coronacases','zenodo','kaggle','ricord',
-                      'mosmed','covid1920']
-
-@_command('Data')
-def _phantom(
-    out: _Out,
-    n: _opt(int, 'Scans to make', min=1, max=10_000) = 12,
-    seed: _opt(int, 'Seed of the first scan (0; another for each layout, so that no two data sets '
-        'share a scan)', min=0, max=2**32-1) = None,
-    layout: _opt(_layouts, 'Data set to lay them out as') = 'folder',
-    overwrite: _Overwrite = False
-):
-    "Write synthetic chest CTs with lesions, their masks and their case table."
-    from covid3d.layouts import phantom_layout
-    from covid3d.phantom import write_phantoms
-    if layout=='folder': _wrote(write_phantoms(out, n, seed or 0, overwrite=overwrite)); return
-    phantom_layout(Path(out), layout, n, seed, overwrite)
-    _wrote(out, f' · next: covid3d table {out} -o cases.csv')
-
-# %% ../nbs/30_cli.ipynb #fc2b35be
-def _names_or_fraction(given):
-    "None, a list of names, or a fraction"
-    if given and len(given)==1 and re.fullmatch(r'0|[01]?\.\d+', given[0]): return float(given[0])
-    return given or None
-
-# %% ../nbs/30_cli.ipynb #ee2e839f
-@_command('Data')
-def _table(
-    root: _arg(str, 'Folder of a public data set; or ct/ and infection_mask/; or nnU-Net’s layout; '
-        'or any tree of DICOM', metavar='DIR'),
-    out: _opt(str, 'Case table to write', '-o', '--out', metavar='FILE') = 'cases.csv',
-    valid: _opt(list[str], 'Case for validation, repeat it for several; or a fraction of the '
-        'patients, such as 0.2', metavar='CASE|FRACTION') = None,
-    test: _opt(list[str], 'The same for the final score; neither given: the paper’s split, or a '
-        'fifth for validation', metavar='CASE|FRACTION') = None,
-    layout: _opt(_any_layout, 'What it holds; recognised if not given', metavar='NAME') = None,
-    already_windowed: _Window = '',
-    annotations: _opt(str, 'RICORD: JSON of MD.ai, if it lies elsewhere', metavar='FILE') = None,
-    labels: _opt(list[str], 'RICORD: label that counts as lesion, repeat it for several '
-        '(the infectious ones)', metavar='NAME') = None,
-    agree: _opt(int, 'RICORD: readers that must have drawn a voxel (1)', min=1, max=9) = None,
-    seed: _Seed = 0, overwrite: _Overwrite = False
-):
-    "Write the case table of a folder: which scan has which mask, and its split."
-    from covid3d.cases import require_table
-    out = Path(out)
-    _writable(out.parent); require_table(out, overwrite)
-    given = dict(already_windowed=already_windowed, annotations=annotations, labels=labels,
-        agree=agree, valid=_names_or_fraction(valid), test=_names_or_fraction(test))
-    given = {k:v for k,v in given.items() if v not in ('',None,[])}
-    _write_table(root, out, layout, seed=seed, **given)
-
-# %% ../nbs/30_cli.ipynb #ea66ef70
-def _write_table(root, out, layout, **options):
-    "Make the table, write it, and say what is in it"
-    from covid3d.cases import write_cases
-    from covid3d.datasets import case_table, recognise
-    from covid3d.files import locked, no_links
-    layout = layout or recognise(root)
-    if layout=='ricord':
-        no_links(out.parent, f'{out.stem}_masks/')
-        options['masks'] = out.parent/f'{out.stem}_masks'
-    with locked(out):
-        df = case_table(root, layout, **options)
-        write_cases(df, out)
-    for n in df.attrs['notes']: print('note:', n)
-    counts = ', '.join(f'{n} {k or "without a split"}' for k,n in df.split.value_counts().items())
-    _wrote(out, f' · {layout} · {counts}')
-    if (df.split=='').all():
-        print('no case has a split: covid3d predict takes the table, training needs lesion masks')
-
-# %% ../nbs/30_cli.ipynb #23b91ac2
-@_command('Data')
-def _check(
-    table: _Table,
-    split: _opt(_Split, 'Only this split') = None,
-    json: _opt(bool, 'Print JSON, for machines', '--json') = False,
-    workers: _Workers = None
-):
-    "Open all files of a case table, and say what must be fixed."
-    import json as js
-    from covid3d.cases import check_table, levels, report_json, report_table
-    reports = check_table(table, split, workers=workers)
-    found = sorted((f for r in reports for f in r.findings), key=lambda f: levels.index(f.level))
-    n = {k:sum(f.level==k for f in found) for k in levels}
-    if json: _result(js.dumps(report_json(reports), indent=1)); return int(n['error']>0)
-    lines = report_table([r for r in reports if r.case!='the table'])
-    print(lines.to_string(index=False), end='\n\n')
-    for f in found: print(f)
-    print(f'{len(lines)} cases · '+', '.join(f'{v} {k}{"s"[:v!=1]}' for k,v in n.items()))
-    return int(n['error']>0)
-
-# %% ../nbs/30_cli.ipynb #77487dbd
-@_command('Data', *_spec_options)
-def _prepare(table: _Table, out: _Out, workers: _Workers = None, **spec):
-    "Resample and window every scan once, so that training starts at once."
-    from covid3d.cases import _read_csv
-    from covid3d.data import prepare_table
-    from covid3d.transforms import CTSpec
-    from covid3d.volume import CTError
-    spec = CTSpec(**spec)
-    done = prepare_table(table, out, spec, workers)
-    good = [o for o in done if not isinstance(o, CTError)]
-    for e in done:
-        if isinstance(e, CTError): print(e, file=sys.stderr)
-    n = sum(o.startswith('without') for o in _read_csv(Path(out)/'cases.csv').not_prepared)
-    if n: print(f'note: {n} without a mask of {", ".join(spec.classes)}: not prepared')
-    size = f'{len(good)} of {len(done)} cases, {sum(o.nbytes for o in good)/1e6:,.0f} MB'
-    _wrote(out, f' · {size} · next: covid3d train {out} -o RUN')
-    return int(len(good)<len(done))
-
-# %% ../nbs/30_cli.ipynb #2c003adf
-_run_only = _panel('Run',
-    fold=_opt(int, 'Train only this one of the --folds, from 0', min=0),
-    examples=_opt(int, 'Epochs from one picture of predictions in OUT/examples to the next', min=0),
-    plot=_opt(bool, 'Draw the curves into OUT/history.png after each epoch', '--plot'),
-    workers=_opt(int, 'Processes that draw patches (none on a CPU, up to 8 on a GPU)',
-        min=0, max=128))
-
-# %% ../nbs/30_cli.ipynb #6246a22d
-@_command('Train', *_recipe_options)
-def _train(
-    table: _Cases, out: _Out, config: _Recipe = None,
-    folds: _opt(int, 'Cross-validate: so many trainings, each scored on the cases that it did not '
-        'see', min=2, max=1000) = None,
-    device: _Device = None, resume: _Resume = False, overwrite: _Overwrite = False,
-    fold: _run_only['fold'] = None, examples: _run_only['examples'] = 5,
-    plot: _run_only['plot'] = False, workers: _run_only['workers'] = None, **given
-):
-    "Train on the cases of a table."
-    runs = _runs(out, folds, fold)
-    for run in runs: _absent_run(run, resume, overwrite)
-    _own_spec(table, given)
-    how = given|dict(device=_find_device(device), workers=workers, resume=resume,
-                     overwrite=overwrite, examples=examples, plot=plot)
-    if folds: return _train_folds(table, out, config, folds, fold, how)
-    from covid3d.learner import train
-    learn = train(table, out, config, **how)
-    if _started()[0]: return
-    _wrote(runs[0]/'model.safetensors', f' · whole-scan Dice on valid {learn.kept.best:.3f}')
-
-# %% ../nbs/30_cli.ipynb #50716aa3
-def _started() -> tuple:
-    "The number of this process, and how many torchrun started; (0, 1) if it is alone"
-    if not {'RANK','WORLD_SIZE'} & {*os.environ}: return 0,1
-    from covid3d.distributed import started
-    return started()
-
-def _runs(out, folds, fold) -> list:
-    "Folders of the trainings to come"
-    if folds is None and fold is None: return [Path(out)]
-    if folds is None:
-        remedy = 'Give both, for example --folds 5 --fold 0'
-        raise _Refused('--fold', 'is of no use without --folds', remedy)
-    if fold is not None and fold>=folds:
-        raise _Refused('--fold', f'{fold} is not one of {folds} folds', f'Give 0 to {folds-1}')
-    if fold is None and _started()[1]>1:
-        fault = 'several processes train one fold at a time'
-        raise _Refused('--folds', fault, 'Add --fold 0, then 1, …')
-    return [Path(out)/f'fold_{i}' for i in (range(folds) if fold is None else [fold])]
-
-# %% ../nbs/30_cli.ipynb #1c42abe1
-def _absent_run(run, resume, overwrite, command='train', file='model.safetensors'):
-    "Refuse to replace a training"
-    if resume and overwrite:
-        raise _Refused('--resume', 'it contradicts --overwrite', 'Give one of the two')
-    if not os.path.lexists(run): return
-    from covid3d.files import Outputs, resumable
-    may = overwrite or resume and resumable(run)
-    remedy = 'Add --resume to continue an interrupted run, choose another --out, or add --overwrite'
-    Outputs(run, command, 'checkpoint.safetensors', file).require(may, remedy)
-
-def _own_spec(table, given):
-    "Refuse to change what a folder of prepared cases has fixed"
-    odd = next((k for k in given if k in _spec_options), None)
-    if not odd or not Path(table).is_dir(): return
-    remedy = f'Leave --{odd} out, or give the case table'
-    raise _Refused(f'--{odd}', f'{table} is prepared and has its own', remedy)
-
-# %% ../nbs/30_cli.ipynb #627e173d
-def _train_folds(table, out, config, folds, fold, how):
-    "Train, score, and say how it went"
-    from covid3d.folds import missing_folds, train_folds
-    df = train_folds(table, out, config, folds, None if fold is None else [fold], **how)
-    if _started()[0]: return
-    left = missing_folds(out, folds)
-    print(f'mean whole-scan Dice {df.dice.mean():.3f} over {df.dice.notna().sum()} cases')
-    if left: print(f'folds still to train: {", ".join(map(str, left))}')
-    else: _wrote(Path(out)/'report')
-    return int((df.error!='').any())
-
-# %% ../nbs/30_cli.ipynb #93baf3b8
-@_command('Train', *_recipe_options)
-def _pretrain(
-    out: _Out, config: _Recipe = 'synthetic',
-    patients: _opt(int, 'Synthetic patients to make', min=3, max=10_000) = 400,
-    device: _Device = None, resume: _Resume = False, overwrite: _Overwrite = False,
-    workers: _run_only['workers'] = None, **given
-):
-    "Train on synthetic patients, for predict, or for train --init. Takes hours on a CPU."
-    _absent_run(Path(out), resume, overwrite)
-    device = _find_device(device)
-    from covid3d.pretrain import pretrain
-    file = pretrain(out, patients, config, device, workers, resume, overwrite, **given)
-    _wrote(file, f' · next: covid3d train cases.csv --init {file} -o RUN')
-
-# %% ../nbs/30_cli.ipynb #0bc50b5d
-@_command('Use')
-def _evaluate(
-    table: _Table, out: _Out, weights: _Weights = None,
-    split: _opt(_Split, 'Cases to score') = 'test',
-    compare: _Compare = None,
-    overlap: _Overlap = .5, mirror: _Mirror = False, min_ml: _MinMl = 0.,
-    tolerance: _Tolerance = 3.,
-    score_class: _opt(str, 'Class to score, of several (the first)', metavar='NAME') = None,
-    pictures: _opt(int, 'Pictures of the worst and of the best cases', min=0, max=99) = 3,
-    title: _opt(str, 'Title of the report', metavar='TEXT') = 'Evaluation',
-    device: _Device = None, overwrite: _Overwrite = False
-):
-    "Score a model on scans with masks: a report with intervals and pictures."
-    from covid3d.cases import read_cases
-    from covid3d.evaluate import class_note, evaluate_cases
-    from covid3d.statistics import check_same_cases, read_others
-    weights = weights or ['covid3d']
-    others = read_others(compare or [])
-    segmenter = _segmenter(weights, device, overlap=overlap, mirror=mirror, min_ml=min_ml)
-    classes,klass = segmenter.classes,score_class or segmenter.spec.lesion
-    if klass not in classes: raise _Refused('--score-class', f'the weights do not find {klass!r}',
-                                            f'Give {" or ".join(classes)}')
-    cases = read_cases(table, split, dict.fromkeys((*classes,'lung')), (klass,))
-    for o in others.values(): check_same_cases([c.name for c in cases], o.case)
-    about = dict(weights=', '.join(Path(o).name for o in weights), table=Path(table).name,
-                 split=split, overlap=overlap, **{'class':klass})
-    df,page,kept = evaluate_cases(segmenter, cases, out, tolerance, klass, pictures, overwrite,
-        True, [table, *(o for o in weights if o!='covid3d'), *(compare or [])], title=title,
-        against=others, about=about)
-    if kept: print(f'{kept} of {len(df)} cases were scored before and are kept')
-    if note := class_note(segmenter.spec, klass): print(note)
-    status = _print_scores(df, others)
-    _wrote(page)
-    return status
-
-# %% ../nbs/30_cli.ipynb #5a5083d3
-_own = ('weights: covid3d’s own, trained on synthetic patients alone; for research, not a medical '
-        'device')
-
-def _segmenter(weights, device, **how):
-    "The network of a file or folder, or several as one, on a device"
-    from covid3d.inference import Segmenter
-    paths = weights[0] if len(weights)==1 else weights
-    if paths=='covid3d': print(_own)
-    return Segmenter.load(paths, _find_device(device), **how)
-
-def _print_scores(df, others=None) -> int:
-    "What was measured; what failed goes to stderr"
-    from covid3d.statistics import score_lines
-    for o in df.error[df.error!='']: print(_plain(o), file=sys.stderr)
-    for o in score_lines(df, others): print(_plain(o))
-    return int((df.error!='').any())
-
-# %% ../nbs/30_cli.ipynb #95d77b94
-def _tell_scan(row, count='', left=''):
-    "A line for a scan and for each of its notes, or its error"
-    say = lambda line: print(_plain(line), file=sys.stderr, flush=True)
-    if row['state']=='failed': say(row['error']); return
-    ml = {k[:-3]:float(v) for k,v in row.items() if k.endswith('_ml') and v}
-    lungs = sum(ml.pop(k, 0) for k in ('right_lung','left_lung')) if len(ml)>2 else 0
-    said = ', '.join(f'{k.replace("_", " ")} {v:.1f} ml' for k,v in ml.items())
-    if lungs: said += f', {100*ml["lesion"]/lungs:.1f} % of the lungs'
-    kept = ' · already done'*(row['state']=='kept')
-    page = [k for k in row['masks'].split(' / ') if k.endswith('.html')]
-    shown = page[0] if page else row['masks']
-    print(_plain(f'{count}{row["scan"]} → {shown} · {said}{kept}{left}'), flush=True)
-    for n in filter(None, row['notes'].split(' · ')):
-        if n.startswith('warning: '): say(f'{row["scan"]}: {n[9:]}')
-        else: print(_plain(f'  note: {n}'), flush=True)
-
-# %% ../nbs/30_cli.ipynb #3d6186a7
-def _left(scans, seconds, done) -> str:
-    "How long the rest will take"
-    if not (scans and done): return ''
-    s = scans*seconds/done
-    n,unit = (s/3600,'h') if s>5400 else (s/60,'min') if s>90 else (s,'s')
-    return f' · {n:.0f} {unit} left'
-
-class _Teller:
-    "Tells of each of `n` scans as it is finished"
-    def __init__(self, n): self.n,self.seen,self.worked,self.start = n,0,0,time.monotonic()
-    def __call__(self, row):
-        self.seen += 1; self.worked += row['state']!='kept'
-        several = self.n>1
-        left = _left(self.n-self.seen, time.monotonic()-self.start, self.worked)
-        _tell_scan(row, f'{self.seen}/{self.n} '*several, left*several)
-
-# %% ../nbs/30_cli.ipynb #5ed84572
-@_command('Use')
-def _predict(
-    out: _Out, weights: _Weights = None,
-    ct: Annotated[list[str]|None, _Scans] = None,
-    inputs: _opt(list[str], 'The same as the arguments; repeat it for several', '-i', '--input',
-        metavar='PATH', callback=_scans_there) = None,
-    format: _opt(Literal['nifti','multilabel','nrrd','mha','seg'], 'nifti: a mask a class; '
-        'multilabel, mha: all in one; nrrd: a .seg.nrrd for 3D Slicer; seg: DICOM Segmentation '
-        'and report, with the patient’s data as archives need it') = 'nifti',
-    page: _opt(bool, 'Write the page of each scan, some MB of HTML', '--page/--no-page') = True,
-    probabilities: _opt(bool, 'Write probabilities, too, in steps of 1/255', '--probabilities'
-        ) = False,
-    given_lungs: _opt(bool, 'Measure in the lung masks of the case table, where it names them',
-        '--given-lungs') = False,
-    already_windowed: _Window = '', overlap: _Overlap = .5, mirror: _Mirror = False,
-    min_ml: _MinMl = 0., device: _Device = None,
-    workers: _opt(int, 'Processes that segment; 0: this one', min=0, max=1024) = 0,
-    scheduler: _opt(str, 'Dask scheduler whose workers segment, or slurm', metavar='ADDRESS') = '',
-    overwrite: _opt(bool, 'Replace files that other weights or settings made; never those of '
-        'another scan', '--overwrite') = False
-):
-    "Segment scans: masks on their own grids, figures, and a page for each and for all."
-    paths = [*(ct or []), *(inputs or [])]
-    if not paths: raise _Refused('SCAN', 'no scan was given', 'Name files or folders, or add -i')
-    from covid3d.cases import parse_window
-    window,notes = parse_window(already_windowed),[]
-    from covid3d.predict import find_scans, predict_scans
-    found = find_scans(paths, notes)
-    for n in notes: print('note:', n, file=sys.stderr)
-    segmenter = _segmenter(weights or ['covid3d'], device, overlap=overlap, mirror=mirror,
-                           min_ml=min_ml)
-    processes = f'{workers} processes, each of them ' if workers>1 else ''
-    print(f'memory: {processes}about 1 GB, and 10 bytes a voxel of the largest scan (1.4 GB for '
-          '512×512×150)')
-    df = predict_scans(found, segmenter, out, format, window, overwrite, _Teller(len(found)),
-                       not _loud, page, probabilities, given_lungs, workers, scheduler)
-    return _print_masks(df, Path(out))
-
-# %% ../nbs/30_cli.ipynb #4b0fc7c1
-def _print_masks(df, out) -> int:
-    "How many masks were written, and where to look"
-    n = df.state.value_counts().to_dict()
-    masks = [k for r in df.itertuples() if r.state!='failed' for k in r.masks.split(' / ')]
-    for k in masks if _loud else []: _wrote(out/k)
-    counts = ', '.join(f'{n[k]} {k}' for k in ('written','kept','failed') if k in n)
-    if any(k.endswith('.json') for k in masks):
-        print(f'look at {out/"index.html"}; all figures: {out/"measurements.csv"}')
-    print(f'{counts} · {out/"scans.csv"} says which scan is which; keep it with the scans')
-    if k := n.get('failed'): print(f'{k} of {len(df)} scans failed', file=sys.stderr)
-    return int('failed' in n)
-
-# %% ../nbs/30_cli.ipynb #eebc8214
-@_command('Use', 'init','epochs','memory','seed')
-def _reproduce(
-    out: _Out, config: _Recipe = None,
-    ricord: _opt(str, 'Folder of RICORD-1a: DICOM and the annotations', metavar='DIR') = None,
-    coronacases: _opt(str, 'Folder of COVID-19-CT-Seg', metavar='DIR') = None,
-    mosmed: _opt(str, 'Folder of MosMedData', metavar='DIR') = None,
-    weights: _opt(str, 'Trained model to score, instead of training', metavar='FILE',
-        callback=_model) = None,
-    against: _opt(str, 'Folder of another finished run, to compare with', metavar='DIR') = None,
-    overlap: _Overlap = .5, tolerance: _Tolerance = 3., device: _Device = None, **given
-):
-    "Measure the paper's table on its three data sets, or some of them."
-    device = _find_device(device)
-    from covid3d.reproduce import reproduce
-    df = reproduce(out, ricord, coronacases, mosmed, config or 'kinetics', weights, device, overlap,
-                   tolerance, against, **given)
-    _wrote(out)
-    return int(bool(df.attrs['left_out']))
-
-# %% ../nbs/30_cli.ipynb #1411e48c
+# %% ../nbs/30_cli.ipynb #41df06f2
 _examples = '''Your own scans, from folder to masks:
 
   covid3d table DATA --test case_9 -o cases.csv
@@ -727,14 +46,23 @@ With the weights that come with covid3d:
 def _show_version(value: bool):
     if value: print(__version__); raise typer.Exit
 
+_Version = _opt(bool, 'Show the version', '--version', is_eager=True, callback=_show_version)
+
 @app.callback(epilog=_examples)
-def _covid3d(
-    version: _opt(bool, 'Show the version', '--version', is_eager=True,
-        callback=_show_version) = False
-):
+def _covid3d(version: _Version = False):
     "Find COVID-19 lesions in chest CT with a 3D U-Net on a video encoder."
 
-# %% ../nbs/30_cli.ipynb #6f44c626
+# %% ../nbs/30_cli.ipynb #77739605
+def _is_ours(e) -> bool: return hasattr(e, 'fault')  # a `CTError`, whose module may not be loaded
+
+def _our_line(e, options) -> str:
+    "A `CTError` as a line, with options in place of arguments"
+    what = _plain(e.what)
+    if what in options: what = '--'+what.replace('_', '-')
+    remedy = e.remedy.replace('pretrained=True', '--init kinetics')
+    return f'{what}: {e.fault}. {remedy.replace("pretrained=False", "--init random")}.'
+
+# %% ../nbs/30_cli.ipynb #f6027629
 _scarce = 'out of memory','allocate',"can't start new thread",'failed to map segment'
 
 def _is_scarce(e) -> bool:
@@ -742,25 +70,17 @@ def _is_scarce(e) -> bool:
     told = isinstance(e, (RuntimeError,ImportError,OSError)) and any(o in str(e) for o in _scarce)
     return told or isinstance(e, MemoryError)
 
-def _is_ours(e) -> bool: return hasattr(e, 'fault')  # a `CTError`, whose module may not be loaded
+def _scarce_line(options) -> str:
+    "What to do without enough memory"
+    smaller = ' or '.join(f'--{k}' for k in ('patch','bs') if k in options)
+    other = 'Close other programs, or raise the limit'
+    return f'out of memory. {f"Use a smaller {smaller}" if smaller else other}.'
 
-def _options(words) -> set:
-    "Names of the parameters of the command that `words` begin with"
-    command = typer.main.get_command(app).commands.get(words[0] if words else None)
-    return {p.name for p in command.params} if command else set()
-
-# %% ../nbs/30_cli.ipynb #34929346
+# %% ../nbs/30_cli.ipynb #2b1534cc
 def _one_line(e, options=()) -> str:
     "An error as one line"
-    if _is_ours(e):
-        what = _plain(e.what)
-        if what in options: what = '--'+what.replace('_', '-')
-        remedy = e.remedy.replace('pretrained=True', '--init kinetics')
-        return f'{what}: {e.fault}. {remedy.replace("pretrained=False", "--init random")}.'
-    if _is_scarce(e):
-        smaller = ' or '.join(f'--{k}' for k in ('patch','bs') if k in options)
-        other = 'Close other programs, or raise the limit'
-        return f'out of memory. {f"Use a smaller {smaller}" if smaller else other}.'
+    if _is_ours(e): return _our_line(e, options)
+    if _is_scarce(e): return _scarce_line(options)
     if isinstance(e, OSError) and e.errno==errno.EMFILE:
         return 'too many files are open at once. Raise the limit with ulimit -n.'
     if isinstance(e, OSError) and e.strerror:
@@ -798,6 +118,7 @@ _spelt = {'→':'->', '·':'-', '…':'...', '×':'x', '–':'-', '−':'-', '�
 def _spell(e): return ''.join(_spelt.get(o, '?') for o in e.object[e.start:e.end]),e.end
 codecs.register_error('covid3d', _spell)
 
+# %% ../nbs/30_cli.ipynb #8ba37917
 def _ready_streams():
     "Standard streams that can be written to"
     for fd in range(3):
@@ -812,30 +133,10 @@ def _lead_nowhere():
     "What is still to be printed goes nowhere"
     for fd in (1,2): os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
-# %% ../nbs/30_cli.ipynb #8ba37917
 def _say(line):
     "A line on stderr, if that can still be written to"
     try: print(_plain(line), file=sys.stderr, flush=True)
     except OSError: pass
-
-def main(
-    argv=None # Words of the command line; those of the process if None
-) -> int: # Exit status
-    "The `covid3d` command"
-    if '_COVID3D_COMPLETE' in os.environ:
-        return typer.main.get_command(app).main(prog_name='covid3d')
-    try:
-        _ready_streams()
-        argv = [*(sys.argv[1:] if argv is None else argv)]
-        if '--debug' not in argv: warnings.simplefilter('ignore')  # of other libraries
-        status = _run(argv)
-        sys.stdout.flush()
-        return status
-    except KeyboardInterrupt: _say('stopped'); return 130
-    except BrokenPipeError: _lead_nowhere(); return 141  # `head`, for one, has had enough
-    except OSError as e:
-        if '--debug' in argv: raise
-        _say(f'covid3d: {_one_line(e)}'); _lead_nowhere(); return 2
 
 # %% ../nbs/30_cli.ipynb #b818dcc5
 def _run(argv) -> int:
@@ -855,11 +156,36 @@ def _run(argv) -> int:
     except BrokenPipeError: raise
     except Exception as e:
         if '--debug' in argv: raise
-        while isinstance(e, ImportError) and e.__cause__: e = e.__cause__  # not numpy's advice
-        if words[0]=='train' and _is_ours(e) and not hasattr(e, 'joined'):
-            if _started()[0]: return 2  # process 0 tells it
-        _say(f'covid3d {_plain(words[0])}: {_one_line(e, _options(words))}')
-        return 2 if _is_ours(e) or isinstance(e, OSError) or _is_scarce(e) else 3
+        return _told(e, words)
+
+# %% ../nbs/30_cli.ipynb #aa834265
+def _told(e, words) -> int:
+    "Say what a command met, and return its status"
+    while isinstance(e, ImportError) and e.__cause__: e = e.__cause__  # not numpy's advice
+    if words[0]=='train' and _is_ours(e) and not hasattr(e, 'joined'):
+        if _started()[0]: return 2  # process 0 tells it
+    _say(f'covid3d {_plain(words[0])}: {_one_line(e, _options(words))}')
+    return 2 if _is_ours(e) or isinstance(e, OSError) or _is_scarce(e) else 3
+
+# %% ../nbs/30_cli.ipynb #f60671e5
+def main(
+    argv=None # Words of the command line; those of the process if None
+) -> int: # Exit status
+    "The `covid3d` command"
+    if '_COVID3D_COMPLETE' in os.environ:
+        return typer.main.get_command(app).main(prog_name='covid3d')
+    try:
+        _ready_streams()
+        argv = [*(sys.argv[1:] if argv is None else argv)]
+        if '--debug' not in argv: warnings.simplefilter('ignore')  # of other libraries
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt: _say('stopped'); return 130
+    except BrokenPipeError: _lead_nowhere(); return 141  # `head`, for one, has had enough
+    except OSError as e:
+        if '--debug' in argv: raise
+        _say(f'covid3d: {_one_line(e)}'); _lead_nowhere(); return 2
 
 # %% ../nbs/30_cli.ipynb #5389f833
 if __name__=='__main__': sys.exit(main())

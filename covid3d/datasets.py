@@ -9,84 +9,21 @@ __all__ = ['choose_splits', 'coronacases', 'mosmed', 'covid1920', 'ricord', 'fol
 
 # %% ../nbs/05_datasets.ipynb #fa049baa
 import inspect, os, random, re
-from collections import Counter
 from functools import partial, wraps
 from pathlib import Path
 
 import pandas as pd
 from fastcore.meta import delegates
 
-from .cases import (Case, columns, parse_window, read_cases, spine_in_front, told,
-                           without_paths)
-from .dicom import digest, pseudonym, survey, volume_of
+from .archive import _find_dicom, _number, _series_case
+from .archive import dicom_series  # noqa: F401  # others import it from here
+from .cases import Case, columns, parse_window, read_cases, spine_in_front, told
+from .dicom import volume_of
 from .files import Outputs, locked, read_json
 from .layouts import triples
 from .outlines import draw_outlines, read_outlines, ricord_labels
 from .show import track
 from .volume import CTError, case_name, plain, save_mask, to_canonical
-
-# %% ../nbs/05_datasets.ipynb #f9dd040f
-def _inside(p, root) -> bool: return os.path.realpath(p).startswith(os.path.realpath(root)+os.sep)
-
-def _niftis(base, dirs, notes, suffix='', key=str) -> dict:
-    "Case name → file in the folders `dirs`; `suffix` is taken off, `key` makes names uniform"
-    out = {}
-    for p in (p for d in dirs if (base/d).is_dir() for p in sorted((base/d).iterdir())):
-        if p.name.startswith('.') or not p.name.lower().endswith(('.nii','.nii.gz')): continue
-        if not (p.exists() and _inside(p, base)):  # F6
-            astray = f'out of {base}' if p.exists() else 'nowhere'
-            notes.append(f'{p.name} is a link that leads {astray} and was passed over')
-            continue
-        name = case_name(p)
-        if not name.endswith(suffix): continue
-        name = key(name.removesuffix(suffix))
-        if name in out: raise _same_name(p, out[name])
-        out[name] = p
-    return out
-
-def _same_name(p, other) -> CTError: # F4
-    fault = f'{other.parent.name}/{other.name} has the same case name'
-    return CTError(p, fault, 'Remove or rename one')
-
-# %% ../nbs/05_datasets.ipynb #a6edb994
-def _on_folder(f):
-    "`f` of a folder that exists; what the operating system refuses becomes a `CTError`"
-    @wraps(f)
-    def inner(root, *args, **kwargs):
-        root = Path(root)
-        try:
-            if not root.is_dir(): raise CTError(root, 'no such folder', 'Check the path')
-            return f(root, *args, **kwargs)
-        except OSError as e:
-            raise CTError(root, f'cannot be read ({e.strerror or e})',
-                          'Check the path and its permissions') from None
-    return inner
-
-# %% ../nbs/05_datasets.ipynb #7e267e3f
-def _number(n, what) -> str: return f'{n} {what}{"s"[:n!=1]}'
-
-def _folders(root, notes):
-    "The folders below `root`, it included; links to folders are not followed"
-    links,closed = 0,[]
-    for at,dirs,_ in os.walk(root, onerror=closed.append):
-        real = [d for d in dirs if not os.path.islink(Path(at)/d)]
-        links += len(dirs)-len(real)
-        dirs[:] = sorted(d for d in real if not d.startswith('.'))
-        yield Path(at)
-    if links: notes.append(f'{_number(links, "link")} to a folder not followed')  # F6
-    if closed:
-        notes.append(f'{_number(len(closed), "folder")} could not be read ({closed[0].strerror})')
-
-# %% ../nbs/05_datasets.ipynb #f0d529e1
-def _below(root) -> list:
-    return sorted(o for o in root.iterdir() if o.is_dir() and not o.name.startswith('.'))
-
-def _base(root, names) -> Path:
-    "`root`, or the one folder in it, that holds a folder of `names`"
-    homes = [p for p in (root, *_below(root)) if any((p/n).is_dir() for n in names)]
-    if len(homes)<2 or homes[0]==root: return homes[0] if homes else root
-    raise CTError(root, f'{homes[0].name} and {homes[1].name} both look like the data set',
-                  'Name one of them')
 
 # %% ../nbs/05_datasets.ipynb #cd5c61d8
 def _few(names) -> str: return ', '.join([*names][:5])+', …'*(len(names)>5)
@@ -105,9 +42,9 @@ def _put_in(split, df, names, k):
 # %% ../nbs/05_datasets.ipynb #a1648fcb
 def choose_splits(
     df: pd.DataFrame, # Case table without splits: columns `case`, `patient`, `lesion`
-    valid=None,   # Cases, or a fraction of patients, to choose weights on; 0.2 if None
-    test=None,    # The same for the final score; 0 if None
-    seed: int = 0 # Of the choice
+    valid=None,   # Names of cases, or a fraction of the patients; 0.2 if None
+    test=None,    # The same; 0 if None
+    seed: int = 0 # Seed of the choice
 ) -> pd.Series: # 'train', 'valid', 'test', or '' where there is no lesion mask
     "A split for each case, by patient"
     split = pd.Series('train', df.index).where(df.lesion!='', '')
@@ -127,9 +64,57 @@ def choose_splits(
         free = free[n:]
     return split
 
-# %% ../nbs/05_datasets.ipynb #74949a0c
+# %% ../nbs/05_datasets.ipynb #8906d7dc
+def _inside(p, root) -> bool: return os.path.realpath(p).startswith(os.path.realpath(root)+os.sep)
+
+def _niftis(base, dirs, notes, suffix='', key=str) -> dict:
+    "Case name → file in the folders `dirs`, without `suffix`; `key` makes names uniform"
+    out = {}
+    for p in (p for d in dirs if (base/d).is_dir() for p in sorted((base/d).iterdir())):
+        if p.name.startswith('.') or not p.name.lower().endswith(('.nii','.nii.gz')): continue
+        if not (p.exists() and _inside(p, base)):  # F6
+            astray = f'out of {base}' if p.exists() else 'nowhere'
+            notes.append(f'{p.name} is a link that leads {astray} and was passed over')
+            continue
+        name = case_name(p)
+        if not name.endswith(suffix): continue
+        name = key(name.removesuffix(suffix))
+        if name in out: raise _same_name(p, out[name])
+        out[name] = p
+    return out
+
+def _same_name(p, other) -> CTError: # F4
+    fault = f'{other.parent.name}/{other.name} has the same case name'
+    return CTError(p, fault, 'Remove or rename one')
+
+# %% ../nbs/05_datasets.ipynb #000ae0ed
+def _on_folder(f):
+    "`f` for a folder that exists, with errors of the operating system as `CTError`"
+    @wraps(f)
+    def inner(root, *args, **kwargs):
+        root = Path(root)
+        try:
+            if not root.is_dir(): raise CTError(root, 'no such folder', 'Check the path')
+            return f(root, *args, **kwargs)
+        except OSError as e:
+            raise CTError(root, f'cannot be read ({e.strerror or e})',
+                          'Check the path and its permissions') from None
+    return inner
+
+# %% ../nbs/05_datasets.ipynb #f0d529e1
+def _below(root) -> list:
+    return sorted(o for o in root.iterdir() if o.is_dir() and not o.name.startswith('.'))
+
+def _base(root, names) -> Path:
+    "`root`, or the one folder in it, that holds a folder of `names`"
+    homes = [p for p in (root, *_below(root)) if any((p/n).is_dir() for n in names)]
+    if len(homes)<2 or homes[0]==root: return homes[0] if homes else root
+    raise CTError(root, f'{homes[0].name} and {homes[1].name} both look like the data set',
+                  'Name one of them')
+
+# %% ../nbs/05_datasets.ipynb #7642d939
 def _table(rows, dataset, notes, splits, paper=None) -> pd.DataFrame:
-    "The finished table; `paper` gives the split of a row if you ask for none"
+    "The finished table; `paper` gives the split of a row by default"
     df = pd.DataFrame([dict.fromkeys(columns, '')|dict(dataset=dataset)|r for r in rows]).fillna('')
     df['split'] = choose_splits(df, **splits)
     if paper and splits.get('valid') is None and splits.get('test') is None:
@@ -151,9 +136,9 @@ def _all_masks(ct, masks, folder):
         remedy = 'Add the masks, or take these scans away'
         raise CTError(folder, f'no mask for {_few(lost)}', remedy)
 
-# %% ../nbs/05_datasets.ipynb #059b9b39
+# %% ../nbs/05_datasets.ipynb #f3e09ebf
 def _only(root, found, layout='', known=()) -> str:
-    "The layout that `root` has, of those found there, or `layout` if you asked for it"
+    "The one layout of those `found` in `root`, or `layout` if you asked for it"
     if layout and layout not in known:
         raise CTError('layout', f'{layout!r} is unknown here', f'Give {", ".join(known)}')
     found = [o for o in found if layout in ('',o)]
@@ -167,9 +152,9 @@ def _only(root, found, layout='', known=()) -> str:
 _arrange = ('Check the path, or arrange the files as ct/, infection_mask/ and, if there are any, '
             'lung_mask/')
 
-# %% ../nbs/05_datasets.ipynb #d68fe9db
+# %% ../nbs/05_datasets.ipynb #28c508fb
 def _three_folders(base, dirs, notes, key=str, series=False) -> tuple:
-    "Scans, and masks by column, of a layout with one folder each; `series`: a scan may be a folder"
+    "Scans, and masks by column, from a folder each; `series`: a scan may be a folder, too"
     ct,lesion,lung = (_niftis(base, [d], notes, key=key) for d in dirs)
     if series: _add_series(ct, base/dirs[0], base, notes)
     _all_masks(ct, lesion, base/dirs[1])
@@ -200,7 +185,7 @@ _front_notes = {
          'look at them'}
 
 def _repair(rows, notes):
-    "Set the window of the Radiopaedia scans, and `flip` of those whose direction is wrong"
+    "Set `already_windowed` of the Radiopaedia scans, and `flip` where the direction is wrong"
     if not (grey := [r for r in rows if r['case'].startswith('radiopaedia')]): return
     for r in grey: r['already_windowed'] = r['already_windowed'] or '-1250:250'
     notes.append(f'{_number(len(grey), "Radiopaedia scan")} windowed to '
@@ -235,12 +220,12 @@ def coronacases(
     return _table(rows, 'coronacases', notes, splits,
                   lambda r: 'test' if r['case'].startswith('coronacases') else '')
 
-# %% ../nbs/05_datasets.ipynb #d2242b1a
+# %% ../nbs/05_datasets.ipynb #20381dc2
 @_on_folder
 @delegates(choose_splits)
 def mosmed(
     root: str|Path, # Holds `studies/CT-0` … `CT-4` and `masks/`
-    **splits # If you give no `valid` and no `test`: all masks are for the test, as in the paper
+    **splits # By default all scans with masks are for the test, as in the paper
 ) -> pd.DataFrame: # Case table
     "MosMedData: 1,110 scans, 50 with masks"
     base,notes = _base(root, ['studies']),[]
@@ -275,80 +260,9 @@ def _find_json(root, annotations) -> Path:
                                     '(--annotations FILE)')
     return found[0]
 
-# %% ../nbs/05_datasets.ipynb #00c2f2ea
-_rename = 'its path holds a control character, or bytes that are no UTF-8. Rename the folder.'
-
-def _walk_dicom(root, notes) -> tuple:
-    "(path, `Series`) of the CT below `root`; (path, why) of folders that do not open"
-    found,broken,others = [],[],Counter()
-    for folder in _folders(root, notes):
-        at,here = folder.absolute(),survey(folder)
-        others += here.skipped
-        if here.damaged:
-            e = told(here.damaged[0], Case(pseudonym(folder, 'folder'), folder))
-            broken.append((str(at), f'{e.fault}. {e.remedy}.'))
-        good = [s for s in here.series if not s.damaged]
-        if good and plain(at)!=str(at):
-            broken.append((ascii(str(at)), _rename))
-            continue
-        whole = len(good)==1 and not here.damaged  # then the folder stands for its series
-        found += [(str(at if whole else s.slices[0].path.absolute()), s) for s in good]
-    if others:
-        notes.append(f'no CT series: {", ".join(f"{n} {k}" for k,n in sorted(others.items()))}')
-    return found,broken
-
-# %% ../nbs/05_datasets.ipynb #42c74e85
-def dicom_series(
-    root: str|Path, # A folder with DICOM anywhere in it
-    notes: list     # Takes notes on what was passed over
-) -> list: # Of (what the case table calls it, `Series` or None where the folder does not open)
-    "All CT series below a folder"
-    found,broken = _walk_dicom(root, notes)
-    notes += [f'{pseudonym(p, "folder")} left out: {why}' for p,why in broken]
-    return sorted(found+[(p,None) for p,_ in broken], key=lambda o: o[0])
-
-# %% ../nbs/05_datasets.ipynb #1bfd2f6f
-def _series_case(path, s) -> dict:
-    "The line of a series"
-    who = (f'patient_{s.patient[:10]}' if s.patient!=digest('')
-           else pseudonym(s.study or s.uid, 'patient'))
-    return dict(case=pseudonym(s.uid or s.slices[0].uid), patient=who, ct=path)
-
-def _once(found, notes, left) -> list:
-    "Each series once, with the most slices; copies are counted, and listed in `left`"
-    by,alone = {},0
-    for o in found: by.setdefault(_series_case(*o)['case'], []).append(o)
-    for case,group in by.items():
-        group.sort(key=lambda o: -len(o[1].slices))
-        have = {o.uid for o in group[0][1].slices}
-        for path,s in group[1:]:
-            left.append((case, path, 'a copy of the series in another folder'))
-            alone += len({o.uid for o in s.slices}-have)
-    if n := len(found)-len(by):
-        notes.append(f'{n} series left out: a copy in another folder was taken')
-    if alone:
-        notes.append(f'{_number(alone, "slice")} only in a copy that was left out: put the slices '
-                     f'of a series into one folder')
-    return [group[0] for group in by.values()]
-
-# %% ../nbs/05_datasets.ipynb #468ecb2b
-def _find_dicom(root, notes) -> tuple:
-    "(path, `Series`) of all series that become cases; what was left out and what is lost"
-    found,broken = _walk_dicom(root, notes)
-    left = [(pseudonym(p, 'folder'), p, why) for p,why in broken]
-    if left: notes.append(f'{_number(len(left), "folder")} with files that could not be read:')
-    lost = [dict(case=k, error=without_paths(why, Case(k, Path(p))), note=plain(f'{k}: {why}'))
-            for k,p,why in left]
-    notes += [o['note'] for o in lost]
-    found = _once(found, notes, left)
-    if nameless := sum(s.patient==digest('') for _,s in found):
-        notes.append(f'{nameless} of the series without a PatientID: each study counts as a '
-                     f'patient of its own')
-    return found,dict(left_out=left, lost=lost)
-
-# %% ../nbs/05_datasets.ipynb #804632a8
+# %% ../nbs/05_datasets.ipynb #e13f6d67
 def _series_cases(found, outlines):
-    "(path, `Series`, outlined or not): all with an outline; else the largest of the study"
+    "(path, `Series`, outlined or not): all with an outline, or the largest of the study"
     studies = {}
     for path,s in found:
         drawn = any(o.uid in outlines for o in s.slices)
@@ -378,9 +292,9 @@ def _draw_masks(rows, series, outlines, agree, home, notes, lost):
                 lost.append(dict(case=row['case'], error=str(why), note=notes[-1]))
             else: row['lesion'] = str((home/name).absolute())
 
-# %% ../nbs/05_datasets.ipynb #513337b2
+# %% ../nbs/05_datasets.ipynb #ac04b5c8
 def _note_outlines(outlines, agree, found, notes):
-    "Say where several readers' outlines were united, and whose slices are not there"
+    "Note united outlines of several readers, and outlines without their slice"
     n = sum(len({who for who,_ in o})>1 for o in outlines.values())
     if n and agree==1:
         notes.append(f'{_number(n, "slice")} outlined by several readers, whose union is larger '
@@ -442,7 +356,7 @@ def _nnunet(base, notes) -> tuple:
 
 # %% ../nbs/05_datasets.ipynb #41b71cdc
 def _check_dataset(path, n, notes):
-    "`dataset.json` agrees with the folder, and speaks of CT and of one class"
+    "Compare `dataset.json` with the folder; it must be of CT and of one class"
     remedy = 'Correct the file, or remove it'
     d = read_json(path, remedy=remedy)
     said = d.get('numTraining')
@@ -482,7 +396,7 @@ def _holds_dicom(root) -> bool:
 
 # %% ../nbs/05_datasets.ipynb #cbccab06
 def _layouts_of(root) -> list:
-    "Names of the layouts that a folder bears the signs of"
+    "Names of the layouts whose files a folder holds"
     below = _below(root)
     def bears(k):
         homes = [root] if k in _own else [root,*below]
@@ -495,7 +409,7 @@ def _layouts_of(root) -> list:
 
 # %% ../nbs/05_datasets.ipynb #b8ea225c
 def _dicom_table(root, splits) -> pd.DataFrame:
-    "A line for each CT series of a tree"
+    "A row for each CT series of a tree"
     notes = []
     found,attrs = _find_dicom(root, notes)
     if not found:  # F9
@@ -527,7 +441,7 @@ def folder(
     rows = _rows(root/_own[kind][0], ct, masks, already_windowed=already_windowed)
     return _table(rows, 'folder', notes, splits)
 
-# %% ../nbs/05_datasets.ipynb #f1615905
+# %% ../nbs/05_datasets.ipynb #538bbb22
 @_on_folder
 def recognise(
     root: str|Path # A folder of scans
@@ -540,7 +454,6 @@ def recognise(
                   f'Name one of {", ".join(_tables)}, or arrange the files as ct/ and '
                   f'infection_mask/')
 
-# %% ../nbs/05_datasets.ipynb #84e5e5c6
 _tables = dict(coronacases=coronacases, mosmed=mosmed, covid1920=covid1920, ricord=ricord,
                **{k:partial(folder, layout=k) for k in _own},
                **{k:partial(coronacases, layout=k) for k in ('zenodo','kaggle')}, folder=folder)

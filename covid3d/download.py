@@ -15,7 +15,7 @@ from .files import locked, no_links
 from .show import watched
 from .volume import CTError, temp_beside, temps_here
 
-# %% ../nbs/04_download.ipynb #8c8c2964
+# %% ../nbs/04_download.ipynb #ed59b041
 record_url = 'https://zenodo.org/records/3757476/files'
 record_sha256 = {
     'COVID-19-CT-Seg_20cases.zip':
@@ -23,6 +23,7 @@ record_sha256 = {
     'Infection_Mask.zip':'87901c73fdd2230260e61d2dbc57bf56026efc28264006b8ea2bf411453c1694',
     'Lung_Mask.zip':'f060b0d0299939a6d95ddefdbfa281de1a779c4d230a5adbd32414711d6d8187'}
 
+# %% ../nbs/04_download.ipynb #d33392e3
 _most_packed = 4*2**30 # bytes that an archive may have
 _room = 3*2**30 # bytes that must be free for the scans, packed and unpacked
 _retry = 'Check the network and run the same command again: what is complete is not fetched again'
@@ -41,9 +42,9 @@ class _Archive(io.BufferedWriter):
                            'Do not trust this server')
         return super().write(data)
 
-# %% ../nbs/04_download.ipynb #ed59b041
+# %% ../nbs/04_download.ipynb #d018b2d7
 class _Progress:
-    "What pooch tells while it downloads, as a line that is written over"
+    "Progress of a download, as a line that is overwritten"
     total = have = 0
     def update(self, n):
         self.have += n
@@ -96,6 +97,7 @@ def _check_member(i, path):
     if fault: raise CTError(path, fault, 'Do not trust this file')
     if i.flag_bits&1: raise CTError(path, 'it is encrypted', 'Get another copy')
 
+# %% ../nbs/04_download.ipynb #59bf15ee
 def _check_zip(z, path, top) -> list:
     "The files of an archive, refused before anything is written"
     litter = lambda k: '__MACOSX' in k or Path(k).name.startswith('.')

@@ -39,10 +39,12 @@ triples = dict(zenodo=('COVID-19-CT-Seg_20cases','Infection_Mask','Lung_Mask'),
                kaggle=('ct_scans','infection_mask','lung_mask'),
                plain=('ct','infection_mask','lung_mask'))
 
+# %% ../nbs/04_layouts.ipynb #a6ec288d
 def windowed(vol, low=-1250, high=250):
-    "A CT as grey levels 0…255 of a window in HU"
+    "A CT as gray levels 0…255 of a window in HU"
     return vol.new(((vol.data.clip(low, high)-low)*(255/(high-low))).round().astype(np.uint8))
 
+# %% ../nbs/04_layouts.ipynb #cbfd5b2f
 def _write_triple(phantoms, root, layout):
     ext = '.nii' if layout=='kaggle' else '.nii.gz'
     for i,ph in enumerate(phantoms, 1):
@@ -131,12 +133,12 @@ def write_layout(
     root: str|Path, # Folder to write into
     layout: str     # coronacases, kaggle, mosmed, covid1920, ricord, plain or nnunet
 ):
-    "Write phantoms in the layout of a data set; `CTError` for a layout that is unknown"
+    "Write phantoms in the layout of a data set; `CTError` for an unknown layout"
     if layout not in _writers: raise CTError('layout', f'{layout!r} is unknown',
                                              f'Give {", ".join(_writers)}')
     _writers[layout](phantoms, Path(root))
 
-# %% ../nbs/04_layouts.ipynb #e6d0be29
+# %% ../nbs/04_layouts.ipynb #3b35db28
 _names = dict(
     coronacases=['COVID-19-CT-Seg_20cases/*.nii.gz','Infection_Mask/*.nii.gz','Lung_Mask/*.nii.gz'],
     covid1920=['COVID-19-20_v2/*/volume-covid19-A-*.nii.gz'],
@@ -144,6 +146,7 @@ _names = dict(
     ricord=['MIDRC-RICORD-1A/MIDRC-RICORD-1A-419639-*/*/*/1-*.dcm',
             'MIDRC-RICORD-1a_annotations_labelgroup_all_2020-Dec-8.json'])
 
+# %% ../nbs/04_layouts.ipynb #9aeab191
 def phantom_layout(out: Path, layout: str, n: int, seed: int = None, overwrite: bool = False):
     "`n` phantoms as a data set has them, in `out`"
     from covid3d.phantom import phantom  # loads PyTorch, which a case table does not need

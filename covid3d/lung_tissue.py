@@ -7,11 +7,12 @@ Docs: https://covid3d.github.io/covid3d/lung_tissue.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/03_lung_tissue.ipynb #cfc2ac98
+# %% ../nbs/03_lung_tissue.ipynb #a39cc13b
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from .anatomy import inside, main_bronchi, organs, squares, windpipe
+from .anatomy import main_bronchi, organs, windpipe
+from .shapes import inside, squares
 
 # %% ../nbs/03_lung_tissue.ipynb #bf555a3c
 def lung_points(
@@ -31,7 +32,7 @@ def vessel_tree(
     rng,               # NumPy's random generator
     leaf: float = .7,  # Radius of the ends, mm
     axis: int = None,  # First halving: 0, 1 or 2; None the longest
-    reach: float = .45,# Length of a first branch ÷ distance to its half's centre
+    reach: float = .45,# Length of a first branch ÷ distance to its half's center
     p: float = 2.8     # Exponent of Murray's law
 ) -> np.ndarray: # (branch, 7): start and end in mm, radius in mm
     "A binary tree that fills a cloud of points"
@@ -99,10 +100,10 @@ def airways(
 def posed(
     tubes,   # (branch, 7), mm in the upright body
     pose,    # `Pose`
-    centre=(0,0,0) # Of the grid, mm
-) -> np.ndarray: # (branch, 7), mm from the centre of the grid
+    center=(0,0,0) # Of the grid, mm
+) -> np.ndarray: # (branch, 7), mm from the center of the grid
     "Branches where the patient lies"
-    ends = pose.placed(tubes[:,:6].reshape(-1,3))-np.array(centre, np.float32)
+    ends = pose.placed(tubes[:,:6].reshape(-1,3))-np.array(center, np.float32)
     return np.c_[ends.reshape(-1,6),tubes[:,6]].astype(np.float32)
 
 # %% ../nbs/03_lung_tissue.ipynb #42a2b2f1
@@ -120,22 +121,22 @@ def beads(
 # %% ../nbs/03_lung_tissue.ipynb #eb407beb
 def stamp(
     alpha,   # Painted in place: fraction of each voxel that is filled
-    centre,  # (n,3) in mm
+    center,  # (n,3) in mm
     radius,  # (n,) in mm
-    offsets, # (m,3) voxels around a centre
+    offsets, # (m,3) voxels around a center
     spacing  # (3,) in mm, float32
 ):
     "Paint balls of about the same size"
     shape,voxel,reach = np.array(alpha.shape),float(np.prod(spacing)**(1/3)),offsets.max(0)
-    at = np.rint(centre/spacing+(shape-1)/2).astype(int)
-    ok = ((at>=reach)&(at<shape-reach)).all(1); at,centre,radius = at[ok],centre[ok],radius[ok,None]
-    miss,off = ((at-(shape-1)/2)*spacing-centre).astype(np.float32),offsets*spacing
+    at = np.rint(center/spacing+(shape-1)/2).astype(int)
+    ok = ((at>=reach)&(at<shape-reach)).all(1); at,center,radius = at[ok],center[ok],radius[ok,None]
+    miss,off = ((at-(shape-1)/2)*spacing-center).astype(np.float32),offsets*spacing
     d = np.sqrt(squares(*(miss[:,k,None]+off[:,k] for k in range(3))))
     a = np.clip((radius-d)/voxel+.5,0,1)*np.minimum(1,2*radius/voxel)
     stride = np.array([shape[1]*shape[2],shape[2],1]); hit = a>0
     np.maximum.at(alpha.reshape(-1),((at@stride)[:,None]+offsets@stride)[hit],a[hit])
 
-# %% ../nbs/03_lung_tissue.ipynb #1853678d
+# %% ../nbs/03_lung_tissue.ipynb #23c96e0d
 def draw_tubes(
     tubes,          # (branch, 7) in mm
     shape,          # (slice, row, column)
@@ -144,23 +145,18 @@ def draw_tubes(
 ) -> np.ndarray: # Fraction of each voxel that is filled, float32 0…1
     "Draw branches on a grid"
     sp = np.array(spacing,np.float32); voxel = float(sp.prod()**(1/3))
-    centre,radius = beads(tubes,max(1.,.6*voxel)); radius = radius*(1.12 if wall else 1)+wall
+    center,radius = beads(tubes,max(1.,.6*voxel)); radius = radius*(1.12 if wall else 1)+wall
     alpha,size = np.zeros(shape,np.float32),np.ceil(radius)
     for s in np.unique(size):
         reach = np.ceil((s+voxel/2)/sp).astype(int)
         off = np.stack(np.meshgrid(*[np.arange(-k,k+1) for k in reach],indexing='ij'),
                        -1).reshape(-1,3)
         parts = (size==s).sum()*len(off)//60_000+1
-        for c,r in zip(*[np.array_split(a[size==s],parts) for a in (centre,radius)]):
+        for c,r in zip(*[np.array_split(a[size==s],parts) for a in (center,radius)]):
             stamp(alpha,c,r,off,sp)
     return alpha
 
-# %% ../nbs/03_lung_tissue.ipynb #821e3154
-class Shares:
-    "The fraction of air that tissue has replaced, layer upon layer"
-    def __init__(self, shape): self.clear = np.ones(shape, np.float32)
-    def add(self, fraction): self.clear *= 1-np.clip(fraction, 0, 1)
-
+# %% ../nbs/03_lung_tissue.ipynb #a813c9ad
 def aerated(
     b,    # From `sample_body`
     rng,  # NumPy's random generator
@@ -174,6 +170,12 @@ def aerated(
         hole = np.clip(2*(coarse+.3*spark-rng.uniform(.6,1.4)), 0, .85)
         hu += (-985-hu)*hole
     return hu.astype(np.float32)
+
+# %% ../nbs/03_lung_tissue.ipynb #821e3154
+class Shares:
+    "The fraction of air that tissue has replaced, layer upon layer"
+    def __init__(self, shape): self.clear = np.ones(shape, np.float32)
+    def add(self, fraction): self.clear *= 1-np.clip(fraction, 0, 1)
 
 # %% ../nbs/03_lung_tissue.ipynb #ccb5cf91
 def add_dependent(
@@ -198,7 +200,7 @@ def add_fissures(shares, rng, g, mm): # `g`: distances; `mm`: size of a voxel
 # %% ../nbs/03_lung_tissue.ipynb #da537e05
 def add_sheaths(
     shares,  # `Shares`, changed in place
-    tubes,   # Vessels (branch, 7), mm from the centre of the grid
+    tubes,   # Vessels (branch, 7), mm from the center of the grid
     rng,     # NumPy's random generator
     spacing  # mm
 ):
@@ -218,12 +220,13 @@ def nodules(
     u,any_point = rng.uniform,lambda: points[rng.integers(len(points))]
     out = [[*c,*c,u(1.5,5)] for c in (any_point() for _ in range(rng.poisson(1.2)))]
     if rng.random()<.06:
-        centre,wide = any_point(),u(5,14)
+        center,wide = any_point(),u(5,14)
         for _ in range(rng.integers(8,40)):
-            c = centre+rng.normal(0, wide, 3)
+            c = center+rng.normal(0, wide, 3)
             out.append([*c, *(c+rng.normal(0, 2.5, 3)), u(.8,2)])
     return np.array(out, np.float32).reshape(-1,7)
 
+# %% ../nbs/03_lung_tissue.ipynb #48b09532
 def add_scars(shares, rng, spots, axes, coarse, mm): # `spots`: mm in the scan
     "Up to three thin plates, in three patients of ten"
     if rng.random()>.3: return

@@ -7,43 +7,64 @@ Docs: https://covid3d.github.io/covid3d/opacities.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/03_opacities.ipynb #3a53055c
+# %% ../nbs/03_opacities.ipynb #3bf4e4fb
 from types import SimpleNamespace
 
 import numpy as np
 
-from .anatomy import squares
+from .shapes import squares
 
-# %% ../nbs/03_opacities.ipynb #b8ffad68
-def burden(
-    rng # NumPy's random generator
-) -> float: # ml
-    "Sample how much lesion a patient has"
-    middle,spread,low,high = ((220,.7,60,1500) if rng.random()<.2 else (48,.9,4,500))
-    return float(np.clip(rng.lognormal(np.log(middle), spread), low, high))
-
-# %% ../nbs/03_opacities.ipynb #5070f3bb
-def _preference(points, depth, rng): # of each point to be a lesion's centre
-    n = rng.normal
-    z,y,x = points.T
-    w = np.exp(-depth/14*abs(n(1, .5))+y/55*n(1, .6)-z/75*n(.6, .8))
-    if rng.random()<.25: w = np.where(x*rng.choice([-1,1])>0, w, .03*w)
-    if rng.random()<.15: w = np.ones_like(w)
-    return w*(np.abs(x)>22)
-
-def centres(
-    points, depth, # From `lung_points`
-    rng,           # NumPy's random generator
-    n: int = 200   # How many
-) -> np.ndarray: # Indices into `points`
-    "Where a patient's lesions lie"
-    w = _preference(points, depth, rng)
-    return rng.choice(len(points), n, p=.6*w/w.sum()+.4/len(w))
-
-# %% ../nbs/03_opacities.ipynb #b43bc1a6
+# %% ../nbs/03_opacities.ipynb #d61bbe62
 shapes = 'round','crescent','patch','band','diffuse'
-_wide = dict(crescent=(1.1,2.2), diffuse=(1.3,2.6)) # how much wider than the others
+
+def _depth_within(o, v, coarse, fine, depth): # 1 in the middle, 0 on the border
+    if o.shape=='band':
+        return 1-np.maximum(np.sqrt(squares(v[0]/o.axes[0], v[1]/o.axes[1])),
+                            np.abs(v[2]+3*coarse)/o.axes[2])
+    r = np.sqrt(squares(*(a/b for a,b in zip(v, o.axes))))
+    r = np.maximum(r, dict(crescent=.9, diffuse=.35).get(o.shape, 0)*depth/o.thick)
+    q = 1-r+o.ragged*(coarse+.3*fine)
+    if o.shape=='diffuse': q = q-.4+.3*coarse+.2*fine
+    return q-.25+.36*coarse if o.shape=='patch' else q
+
+# %% ../nbs/03_opacities.ipynb #06f53d3d
 fillings = 'ground glass','crazy paving','consolidation','halo','reversed halo'
+
+def _filling(o, q, coarse, fine, net): # fraction of air replaced
+    glass = np.clip(o.dense*(1+o.uneven*(fine+.5*coarse)), .05, .85)
+    if o.shape=='band': return np.full_like(glass, .55+.2*o.dense)
+    if o.filling=='crazy paving': return np.maximum(glass, np.clip(o.dense+.35*net, 0, .9))
+    if o.filling=='consolidation': return np.clip(.8+.1*fine, 0, 1)
+    core = np.clip((q-.5+.1*coarse)/.2+.5, 0, 1)
+    if o.filling=='halo': return glass+(.88-glass)*core
+    if o.filling=='reversed halo': return .8+(glass-.8)*core
+    return glass
+
+# %% ../nbs/03_opacities.ipynb #007ebe99
+def draw_lesions(
+    lesions, # From `sample_lesions`
+    at,      # (n,3), their centers where the patient lies, mm
+    axes,    # `mm_axes`
+    depth,   # mm below the surface of the lung, on the grid
+    noises   # `smooth_noise` of 14, 6 and 4 mm
+) -> tuple: # float32 on the grid: profile (lesion where >0.5), fraction of air replaced
+    "Draw lesions, each in a box of its own"
+    profile,share = np.zeros_like(depth),np.zeros_like(depth)
+    for o,c in zip(lesions, at):
+        reach = 1.7*np.max(o.axes)
+        box = tuple(slice(*np.searchsorted(a, (k-reach,k+reach))) for a,k in zip(axes, c))
+        z,y,x = np.meshgrid(*(a[b]-k for a,b,k in zip(axes, box, c)), indexing='ij')
+        if not z.size: continue
+        coarse,fine,spark = (n[box] for n in noises)
+        q = _depth_within(o, [r[0]*z+r[1]*y+r[2]*x for r in o.turn], coarse, fine, depth[box])
+        p = np.clip(q/(.5 if o.shape=='band' else o.soft)+.5, 0, 1)
+        net = 1.3-3*np.abs(spark+.4*fine)
+        s = p*_filling(o, q, coarse, fine, net)
+        for whole,part in ((profile,p),(share,s)): np.maximum(whole[box], part, out=whole[box])
+    return profile,share
+
+# %% ../nbs/03_opacities.ipynb #63a62f3b
+_wide = dict(crescent=(1.1,2.2), diffuse=(1.3,2.6)) # how much wider than the others
 
 def _sample_lesion(shape, dense, mixed, size, rng): # `size`: factor on lengths
     u = rng.uniform
@@ -67,20 +88,48 @@ def _small_lesion(rng):
     o.soft,o.filling = rng.uniform(.15,.9),str(rng.choice(fillings[:4], p=[.55,.1,.05,.3]))
     return o
 
-# %% ../nbs/03_opacities.ipynb #c09e8e3f
+# %% ../nbs/03_opacities.ipynb #83613450
+def _preference(points, depth, rng): # of each point to be a lesion's center
+    n = rng.normal
+    z,y,x = points.T
+    w = np.exp(-depth/14*abs(n(1, .5))+y/55*n(1, .6)-z/75*n(.6, .8))
+    if rng.random()<.25: w = np.where(x*rng.choice([-1,1])>0, w, .03*w)
+    if rng.random()<.15: w = np.ones_like(w)
+    return w*(np.abs(x)>22)
+
+# %% ../nbs/03_opacities.ipynb #2c0c2f88
+def centers(
+    points, depth, # From `lung_points`
+    rng,           # NumPy's random generator
+    n: int = 200   # How many
+) -> np.ndarray: # Indices into `points`
+    "Where a patient's lesions lie"
+    w = _preference(points, depth, rng)
+    return rng.choice(len(points), n, p=.6*w/w.sum()+.4/len(w))
+
+# %% ../nbs/03_opacities.ipynb #b8ffad68
+def burden(
+    rng # NumPy's random generator
+) -> float: # ml
+    "Sample how much lesion a patient has"
+    middle,spread,low,high = ((220,.7,60,1500) if rng.random()<.2 else (48,.9,4,500))
+    return float(np.clip(rng.lognormal(np.log(middle), spread), low, high))
+
+# %% ../nbs/03_opacities.ipynb #5070f3bb
 def _covers(o, points, depth): # which points a lesion holds, about
-    hit = squares(*((points-o.centre)@o.turn.T/o.axes).T)<1.2
+    hit = squares(*((points-o.center)@o.turn.T/o.axes).T)<1.2
     reach = dict(crescent=1.2, diffuse=2.5).get(o.shape, np.inf)
     return hit&(depth<reach*o.thick)
 
+# %% ../nbs/03_opacities.ipynb #52c41e75
 def sample_lesions(
     points, depth, # From `lung_points`
     total: float,  # ml
     ml: float,     # What a point stands for
     rng            # NumPy's random generator
-) -> list: # Lesions, centres in mm of the upright body
+) -> list: # Lesions, centers in mm of the upright body
     "Sample lesions, small ones first, until a patient has `total` ml"
-    at,kinds = centres(points, depth, rng),rng.dirichlet([1.6,2,1,.3,1.8])
+    at,kinds = centers(points, depth, rng),rng.dirichlet([1.6,2,1,.3,1.8])
     dense,mixed,size = rng.uniform(.16,.6),rng.random()<.75,(total/60)**.25
     few = rng.poisson(2); at[:few] = rng.choice(len(points), few) # small ones first, anywhere
     out,hit = [],np.zeros(len(points), bool)
@@ -88,52 +137,8 @@ def sample_lesions(
         if hit.sum()*ml>=total or len(out)==60: break
         o = (_small_lesion(rng) if tried<few else
              _sample_lesion(str(rng.choice(shapes, p=kinds)), dense, mixed, size, rng))
-        o.centre = points[i]
+        o.center = points[i]
         more = hit|_covers(o, points, depth)
         if more.sum()*ml>1.6*total+2 and tried<50: continue  # far too much
         out.append(o); hit = more
     return out
-
-# %% ../nbs/03_opacities.ipynb #5a380bc2
-def _depth_within(o, v, coarse, fine, depth): # 1 in the middle, 0 on the border
-    if o.shape=='band':
-        return 1-np.maximum(np.sqrt(squares(v[0]/o.axes[0], v[1]/o.axes[1])),
-                            np.abs(v[2]+3*coarse)/o.axes[2])
-    r = np.sqrt(squares(*(a/b for a,b in zip(v, o.axes))))
-    r = np.maximum(r, dict(crescent=.9, diffuse=.35).get(o.shape, 0)*depth/o.thick)
-    q = 1-r+o.ragged*(coarse+.3*fine)
-    if o.shape=='diffuse': q = q-.4+.3*coarse+.2*fine
-    return q-.25+.36*coarse if o.shape=='patch' else q
-
-def _filling(o, q, coarse, fine, net): # fraction of air replaced
-    glass = np.clip(o.dense*(1+o.uneven*(fine+.5*coarse)), .05, .85)
-    if o.shape=='band': return np.full_like(glass, .55+.2*o.dense)
-    if o.filling=='crazy paving': return np.maximum(glass, np.clip(o.dense+.35*net, 0, .9))
-    if o.filling=='consolidation': return np.clip(.8+.1*fine, 0, 1)
-    core = np.clip((q-.5+.1*coarse)/.2+.5, 0, 1)
-    if o.filling=='halo': return glass+(.88-glass)*core
-    if o.filling=='reversed halo': return .8+(glass-.8)*core
-    return glass
-
-# %% ../nbs/03_opacities.ipynb #c3aeddc2
-def draw_lesions(
-    lesions, # From `sample_lesions`
-    at,      # (n,3), their centres where the patient lies, mm
-    axes,    # `mm_axes`
-    depth,   # mm below the surface of the lung, on the grid
-    noises   # `smooth_noise` of 14, 6 and 4 mm
-) -> tuple: # float32 on the grid: profile (lesion where >0.5), fraction of air replaced
-    "Draw lesions, each in a box of its own"
-    profile,share = np.zeros_like(depth),np.zeros_like(depth)
-    for o,c in zip(lesions, at):
-        reach = 1.7*np.max(o.axes)
-        box = tuple(slice(*np.searchsorted(a, (k-reach,k+reach))) for a,k in zip(axes, c))
-        z,y,x = np.meshgrid(*(a[b]-k for a,b,k in zip(axes, box, c)), indexing='ij')
-        if not z.size: continue
-        coarse,fine,spark = (n[box] for n in noises)
-        q = _depth_within(o, [r[0]*z+r[1]*y+r[2]*x for r in o.turn], coarse, fine, depth[box])
-        p = np.clip(q/(.5 if o.shape=='band' else o.soft)+.5, 0, 1)
-        net = 1.3-3*np.abs(spark+.4*fine)
-        s = p*_filling(o, q, coarse, fine, net)
-        for whole,part in ((profile,p),(share,s)): np.maximum(whole[box], part, out=whole[box])
-    return profile,share

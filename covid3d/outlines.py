@@ -16,13 +16,13 @@ import numpy as np
 from .files import read_json
 from .volume import CTError
 
-# %% ../nbs/03_outlines.ipynb #dcc77495
+# %% ../nbs/03_outlines.ipynb #a30c3f09
 def fill_outline(
     points: np.ndarray, # (n, 2): x (column) and y (row), in pixels from the corner of the image
     shape: tuple        # (rows, columns)
 ) -> np.ndarray: # bool, (rows, columns)
-    "The pixels whose centre lies inside an outline, by non-zero winding"
-    v = np.asarray(points, float)-.5  # now the centres of pixels have whole numbers
+    "The pixels whose center lies inside an outline, by non-zero winding"
+    v = np.asarray(points, float)-.5  # now the centers of pixels have whole numbers
     winding = np.zeros((shape[0],shape[1]+1), np.int32)
     for (x0,y0),(x1,y1) in zip(v, np.roll(v, -1, 0)):
         crossed = np.arange(*np.ceil(sorted((y0,y1))).clip(0, shape[0]).astype(int))

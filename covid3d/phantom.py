@@ -7,7 +7,7 @@ Docs: https://covid3d.github.io/covid3d/phantom.html.md"""
 # %% auto #0
 __all__ = ['Phantom', 'phantom', 'write_phantoms']
 
-# %% ../nbs/03_phantom.ipynb #a3c0530e
+# %% ../nbs/03_phantom.ipynb #a0581edb
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,51 +16,17 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from scipy.ndimage import gaussian_filter
 
-from .anatomy import (Pose, inside, mm_axes, on_lattice, paint_body, sample_body, slices,
-                             smooth_noise)
+from .anatomy import on_lattice, paint_body, sample_body
 from .files import Outputs, locked, read_json, sweep
 from .lung_tissue import (Shares, add_dependent, add_fissures, add_scars, add_sheaths,
                                  aerated, airways, draw_tubes, effusion, lung_points, nodules,
                                  posed, vessels)
 from .opacities import burden, draw_lesions, sample_lesions
+from .shapes import Pose, inside, mm_axes, slices, smooth_noise
 from .show import track
 from .volume import CTError, Volume, canonical_affine, save_volume, write_atomic
 
-# %% ../nbs/03_phantom.ipynb #a0581edb
-def kernel_noise(
-    rng,        # NumPy's random generator
-    shape,      # (slice, row, column)
-    sharp: float# 0 a soft kernel: coarse noise; 1 a sharp one: fine noise
-) -> np.ndarray: # sd about 1, float32
-    "Noise with the grain of a reconstruction kernel"
-    n = rng.standard_normal(shape, dtype=np.float32)
-    return sharp*n+(1-sharp)*3.2*gaussian_filter(n, (.4,1,1))
-
-def acquire(
-    hu,      # float32, (slice, row, column)
-    spacing, # mm
-    rng      # NumPy's random generator
-) -> np.ndarray: # HU, float32, -1024…3071
-    "Blur, sharpen, thicken and add noise, as some scanner would"
-    u,(dz,_,dx) = rng.uniform,spacing
-    if (s := u(.25,.9)/dx)>.2: hu = gaussian_filter(hu, (0,s,s))
-    if (thick := rng.choice([1,1.5,3,5,8]))>dz: hu = gaussian_filter(hu, (.35*thick/dz,0,0))
-    if rng.random()<.4: hu = hu+u(.2,1)*(hu-gaussian_filter(hu, (0,1.1,1.1)))
-    sd = np.clip(rng.lognormal(np.log(18), .7), 3, 90)
-    hu = hu+np.float32(sd)*kernel_noise(rng, hu.shape, u(0,1))
-    if rng.random()<.2:
-        streak = gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), (.3,.5,9))
-        hu = hu+np.float32(u(20,90))*streak
-    return np.clip(hu, -1024, 3071)
-
-# %% ../nbs/03_phantom.ipynb #7914dd05
-def blur_heart(hu, heart, rng):
-    "A second, shifted image of what lies at the heart, in half of the patients"
-    if rng.random()<.5: return hu
-    near = inside(np.abs(heart)-rng.uniform(2,8), 6)
-    return hu+.5*near*(np.roll(hu, int(rng.integers(1,3)), 2)-hu)
-
-# %% ../nbs/03_phantom.ipynb #cb0e9164
+# %% ../nbs/03_phantom.ipynb #622054c7
 def _patient(seed) -> SimpleNamespace:
     "All that does not depend on the grid"
     rngs = dict(zip('body pose points trees noise lesions lung scanner'.split(),
@@ -72,9 +38,9 @@ def _patient(seed) -> SimpleNamespace:
                            air=airways(points, depth, rngs['trees']),
                            spots=nodules(points, rngs['trees']))
 
+# %% ../nbs/03_phantom.ipynb #7c8c5873
 _kept = 'lung','fluid','y','x','oblique','horizontal','heart','below' # fields needed for the lungs
 
-# %% ../nbs/03_phantom.ipynb #323ad14a
 def _body(p, axes, spacing, noises) -> tuple: # HU without lungs; fields on the grid
     "The body, some slices at a time"
     shape,mm = tuple(map(len, axes)),spacing[2]
@@ -95,7 +61,16 @@ def _axes_of(lattice, axes): # of the lattice, mm
     return [np.linspace(a[0], a[-1], n, dtype=np.float32)
             for a,n in zip(axes, lattice['lung'].shape)]
 
-# %% ../nbs/03_phantom.ipynb #1a5a81f8
+# %% ../nbs/03_phantom.ipynb #ad144eff
+def _lesions(p, healthy, axes, noises, depth) -> tuple: # profile, fraction of air replaced
+    rng = p.rngs['lesions']
+    if rng.random()<.2 if healthy is None else healthy:
+        return np.zeros_like(depth),np.zeros_like(depth)
+    found = sample_lesions(p.points, p.depth, burden(rng), 300*250*320/1000/150_000, rng)
+    at = p.pose.placed(np.array([o.center for o in found]))
+    return draw_lesions(found, at, axes, depth, noises)
+
+# %% ../nbs/03_phantom.ipynb #befb4fd2
 def _lungs(p, axes, spacing, noises, g, share) -> np.ndarray: # HU
     "The lungs with their vessels; `share` is the lesions'"
     (coarse,_,spark),mm,rng,body,shape = noises,spacing[2],p.rngs['lung'],p.body,share.shape
@@ -112,15 +87,7 @@ def _lungs(p, axes, spacing, noises, g, share) -> np.ndarray: # HU
     hu += (body.blood+body.contrast*rng.uniform(.6,1)-hu)*filled
     return hu
 
-def _lesions(p, healthy, axes, noises, depth) -> tuple: # profile, fraction of air replaced
-    rng = p.rngs['lesions']
-    if rng.random()<.2 if healthy is None else healthy:
-        return np.zeros_like(depth),np.zeros_like(depth)
-    found = sample_lesions(p.points, p.depth, burden(rng), 300*250*320/1000/150_000, rng)
-    at = p.pose.placed(np.array([o.centre for o in found]))
-    return draw_lesions(found, at, axes, depth, noises)
-
-# %% ../nbs/03_phantom.ipynb #6b64a3f9
+# %% ../nbs/03_phantom.ipynb #ec0415db
 def _compose(p, hu, lungs, g, axes, spacing) -> tuple: # HU, lumen and wall of the airways
     "Lungs into the body, and air into the airways"
     mm,centre = spacing[2],[float((a[0]+a[-1])/2) for a in axes]
@@ -132,11 +99,40 @@ def _compose(p, hu, lungs, g, axes, spacing) -> tuple: # HU, lumen and wall of t
     hu += .9*(-50-hu)*wall; hu += (-990-hu)*np.minimum(1.05*lumen, 1)
     return blur_heart(hu, g['heart'], p.rngs['scanner']),wall>.5,lumen>.5
 
-# 1 right upper, 2 middle, 3 right lower, 4 left upper, 5 left lower
-def _lobes(g, lung) -> np.ndarray:
-    above = g['oblique']>0
-    right = np.where(above, np.where(g['horizontal']>0, 1, 2), 3)
-    return np.where(lung==1, right, np.where(above, 4, 5)).astype(np.uint8)*(lung>0)
+# %% ../nbs/03_phantom.ipynb #7914dd05
+def blur_heart(hu, heart, rng):
+    "A second, shifted image of what lies at the heart, in half of the patients"
+    if rng.random()<.5: return hu
+    near = inside(np.abs(heart)-rng.uniform(2,8), 6)
+    return hu+.5*near*(np.roll(hu, int(rng.integers(1,3)), 2)-hu)
+
+# %% ../nbs/03_phantom.ipynb #cb0e9164
+def kernel_noise(
+    rng,        # NumPy's random generator
+    shape,      # (slice, row, column)
+    sharp: float# 0 a soft kernel: coarse noise; 1 a sharp one: fine noise
+) -> np.ndarray: # sd about 1, float32
+    "Noise with the grain of a reconstruction kernel"
+    n = rng.standard_normal(shape, dtype=np.float32)
+    return sharp*n+(1-sharp)*3.2*gaussian_filter(n, (.4,1,1))
+
+# %% ../nbs/03_phantom.ipynb #1a5a81f8
+def acquire(
+    hu,      # float32, (slice, row, column)
+    spacing, # mm
+    rng      # NumPy's random generator
+) -> np.ndarray: # HU, float32, -1024…3071
+    "Blur, sharpen, thicken and add noise, as some scanner would"
+    u,(dz,_,dx) = rng.uniform,spacing
+    if (s := u(.25,.9)/dx)>.2: hu = gaussian_filter(hu, (0,s,s))
+    if (thick := rng.choice([1,1.5,3,5,8]))>dz: hu = gaussian_filter(hu, (.35*thick/dz,0,0))
+    if rng.random()<.4: hu = hu+u(.2,1)*(hu-gaussian_filter(hu, (0,1.1,1.1)))
+    sd = np.clip(rng.lognormal(np.log(18), .7), 3, 90)
+    hu = hu+np.float32(sd)*kernel_noise(rng, hu.shape, u(0,1))
+    if rng.random()<.2:
+        streak = gaussian_filter(rng.standard_normal(hu.shape, dtype=np.float32), (.3,.5,9))
+        hu = hu+np.float32(u(20,90))*streak
+    return np.clip(hu, -1024, 3071)
 
 # %% ../nbs/03_phantom.ipynb #9199645b
 class Phantom(NamedTuple):
@@ -147,6 +143,12 @@ class Phantom(NamedTuple):
     lobes: Volume  # 0, right: 1 upper, 2 middle, 3 lower; left: 4 upper, 5 lower; uint8
 
 # %% ../nbs/03_phantom.ipynb #74175efa
+# 1 right upper, 2 middle, 3 right lower, 4 left upper, 5 left lower
+def _lobes(g, lung) -> np.ndarray:
+    above = g['oblique']>0
+    right = np.where(above, np.where(g['horizontal']>0, 1, 2), 3)
+    return np.where(lung==1, right, np.where(above, 4, 5)).astype(np.uint8)*(lung>0)
+
 def check_field(
     shape,  # (slice, row, column)
     spacing # mm
@@ -157,17 +159,6 @@ def check_field(
     raise CTError('shape, spacing',
                   f'the field of view is {"×".join(f"{o:.0f}" for o in size)} mm',
                   'Choose about 290×360×360 mm')
-
-# %% ../nbs/03_phantom.ipynb #ae85ff77
-def sample_field(
-    seed: int, # Of the patient
-    spacing    # mm
-) -> tuple: # (slice, row, column) in voxels; the centre, mm from the middle of the chest
-    "Sample a field of view"
-    u = np.random.default_rng([seed, 1]).uniform
-    tall,wide = u(230,330),u(290,400)
-    centre = u(-25,25),u(-15,25),u(-15,15)
-    return tuple(round(o/s) for o,s in zip((tall,wide,wide), spacing)),centre
 
 # %% ../nbs/03_phantom.ipynb #a6964f91
 def phantom(
@@ -191,7 +182,18 @@ def phantom(
     vol = Volume(ct, canonical_affine(spacing, (-axes[2][0],-axes[1][0],axes[0][0])))
     return Phantom(vol, *map(vol.new, (lung, ill, _lobes(g, lung))))
 
-# %% ../nbs/03_phantom.ipynb #fd698dec
+# %% ../nbs/03_phantom.ipynb #ae85ff77
+def sample_field(
+    seed: int, # Of the patient
+    spacing    # mm
+) -> tuple: # (slice, row, column) in voxels; the centre, mm from the middle of the chest
+    "Sample a field of view"
+    u = np.random.default_rng([seed, 1]).uniform
+    tall,wide = u(230,330),u(290,400)
+    centre = u(-25,25),u(-15,25),u(-15,15)
+    return tuple(round(o/s) for o,s in zip((tall,wide,wide), spacing)),centre
+
+# %% ../nbs/03_phantom.ipynb #35eee3a3
 def best_band(
     ct,              # HU, `Volume` or array (slice, row, column)
     lung,            # The same shape, >0 inside
@@ -210,6 +212,7 @@ def best_band(
     bounds = np.r_[-np.inf,edges,np.inf]
     return float(score[i,j]),float(bounds[i]),float(bounds[j])
 
+# %% ../nbs/03_phantom.ipynb #9582ff17
 def best_band_dice(
     ct,     # HU, `Volume` or array (slice, row, column)
     lung,   # The same shape, >0 inside
@@ -247,7 +250,6 @@ def phantom_outputs(out) -> Outputs:
     return Outputs(out, 'phantom', 'cases.csv', 'phantoms.json',
                    *(f'{d}/phantom_*.nii.gz' for d in _homes.values()))
 
-# %% ../nbs/03_phantom.ipynb #c048d1eb
 def _phantom_rows(n) -> list:
     "The lines of the case table"
     return [dict(case=c, patient=c, **{k:f'{d}/{c}.nii.gz' for k,d in _homes.items()},
@@ -273,7 +275,7 @@ def _begin(files, about, resume, overwrite) -> bool: # Whether a former run resu
     files.add('phantoms.json'); write_atomic(note, json.dumps(about).encode())
     return False
 
-# %% ../nbs/03_phantom.ipynb #3fac359f
+# %% ../nbs/03_phantom.ipynb #80b8c6b4
 class _Patients:
     "Phantoms as a data set: to read one is to write it"
     def __init__(self, todo, out, seed, shape, spacing):
@@ -286,6 +288,7 @@ class _Patients:
         try: _save_phantom(phantom(self.seed+i, size, self.spacing, centre), row, self.out)
         except CTError as e: return e
 
+# %% ../nbs/03_phantom.ipynb #b68c5950
 def _write_all(patients, workers):
     "Write them, in `workers` processes"
     from torch.utils.data import DataLoader
@@ -299,7 +302,12 @@ def _write_all(patients, workers):
         raise CTError('workers', 'a process that makes patients was killed',
                       'Free memory and resume (--resume), or use fewer (--workers 1)') from None
 
-# %% ../nbs/03_phantom.ipynb #6aa17a2e
+def _check_request(n, seed, shape, spacing):
+    if not 1<=n<=10_000: raise CTError('n', f'{n} phantoms cannot be made', 'Ask for 1 to 10,000')
+    check_seed(seed); check_seed(seed+n-1)
+    if shape is not None: check_field(shape, spacing)
+
+# %% ../nbs/03_phantom.ipynb #3fac359f
 def write_phantoms(
     out, # Folder
     n: int = 12, # How many, 1 to 10,000
@@ -312,9 +320,7 @@ def write_phantoms(
 ) -> Path: # `cases.csv`
     "Write synthetic patients, a folder for scans and for each kind of mask, and a table of cases"
     out,table,files = Path(out),Path(out)/'cases.csv',phantom_outputs(out)
-    if not 1<=n<=10_000: raise CTError('n', f'{n} phantoms cannot be made', 'Ask for 1 to 10,000')
-    check_seed(seed); check_seed(seed+n-1)
-    if shape is not None: check_field(shape, spacing)
+    _check_request(n, seed, shape, spacing)
     rows,grid = _phantom_rows(n),shape and list(shape)
     with locked(out, folder=True):
         about = dict(n=n, seed=seed, shape=grid, spacing=list(map(float, spacing)))

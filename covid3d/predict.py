@@ -65,25 +65,28 @@ def label_files(
 # %% ../nbs/23_predict.ipynb #ade6980a
 _with_labels = dict(multilabel='_labels.nii.gz', mha='_labels.mha')
 
+def _mask_writers(classes, format) -> dict:
+    "Ending of each file of masks → what writes it, given `Segmentation`, figures, path and name"
+    if format=='seg': return {'_seg.dcm':lambda s, f, p, name: save_seg(s.masks, s.ct, p)}
+    if format=='nrrd':
+        segments = {k:seg_colors.get(k, '#009E73') for k in label_names(classes)}
+        return {'.seg.nrrd':lambda s, f, p, name: save_segments(
+            _labels(s.masks), s.ct, p, segments)}
+    if end := _with_labels.get(format):
+        return {end:lambda s, f, p, name: save_mask(_labels(s.masks), s.ct, p)}
+    sides = {*_sides}<={*classes}
+    out = {f'_{k}.nii.gz':lambda s, f, p, name, k=k: s.save(p, k)
+           for k in classes if not (sides and k in _sides)}
+    if sides: out['_lungs.nii.gz'] = lambda s, f, p, name: save_mask(
+        _labels({k:s.masks[k] for k in _sides}), s.ct, p)
+    return out
+
 # %% ../nbs/23_predict.ipynb #ab8dbf7d
 def _writers(classes, format='nifti', page=True, probabilities=False) -> dict:
-    "Ending of each file of a scan → what writes it, given `Segmentation`, figures, path and name"
-    sides,out = {*_sides}<={*classes},{}
-    own = [k for k in classes if not (sides and k in _sides)]
-    measured = sides and 'lesion' in classes
-    if format=='seg':
-        out['_seg.dcm'] = lambda s, f, p, name: save_seg(s.masks, s.ct, p)
-        if measured: out['_sr.dcm'] = lambda s, f, p, name: save_sr(
-            f, s.ct, p.with_name(f'{name}_seg.dcm'), p)
-    elif format=='nrrd':
-        segments = {k:seg_colors.get(k, '#009E73') for k in label_names(classes)}
-        out['.seg.nrrd'] = lambda s, f, p, name: save_segments(_labels(s.masks), s.ct, p, segments)
-    elif end := _with_labels.get(format):
-        out[end] = lambda s, f, p, name: save_mask(_labels(s.masks), s.ct, p)
-    else:
-        out |= {f'_{k}.nii.gz':lambda s, f, p, name, k=k: s.save(p, k) for k in own}
-        if sides: out['_lungs.nii.gz'] = lambda s, f, p, name: save_mask(
-            _labels({k:s.masks[k] for k in _sides}), s.ct, p)
+    "`_mask_writers`, and what writes reports, probabilities, figures and pages"
+    out,measured = _mask_writers(classes, format),{'lesion',*_sides}<={*classes}
+    if measured and format=='seg': out['_sr.dcm'] = lambda s, f, p, name: save_sr(
+        f, s.ct, p.with_name(f'{name}_seg.dcm'), p)
     for k in classes if probabilities else []:
         out[f'_{k}_probability.nii.gz'] = lambda s, f, p, name, k=k: save_mask(
             np.rint(255*s.kept[k]).astype(np.uint8), s.ct, p, 1/255)
@@ -456,6 +459,5 @@ def predict_scans(
     settings = segmenter.settings|dict(format=format)|({'given_lungs':True} if given_lungs else {})
     made = dict(weights=segmenter.digest, settings=' '.join(f'{k}={v}' for k,v in settings.items()))
     job = dict(segmenter=segmenter, out=out, writers=writers, bar=bar, window=already_windowed,
-               overwrite=overwrite, made=made, seen=segmenter.seen, how=how,
-               given_lungs=given_lungs)
+        overwrite=overwrite, made=made, seen=segmenter.seen, how=how, given_lungs=given_lungs)
     return pd.DataFrame(_run(cases, _names(cases, writers, out), job, workers, scheduler, each))

@@ -29,13 +29,6 @@ from .transforms import CTSpec
 from .volume import CTError
 from .weights import load_model, read_seen, save_model
 
-# %% ../nbs/19_pretrain.ipynb #335ef641
-def _published(out): return Outputs(out, 'pretrain', 'covid3d.safetensors')
-
-def _look(model, x, spec): # feature vectors of the windows; probabilities
-    with torch.inference_mode(), collect_features(model) as found:
-        return found,sliding_window(model, x, spec.patch, .25)
-
 # %% ../nbs/19_pretrain.ipynb #5c5a3a79
 _levels = torch.arange(1, 20)/20 # thresholds to try
 
@@ -45,6 +38,7 @@ def _dice_by_level(prob, masks): # (class, level); NaN for a class without voxel
     d = [2*((p>=t)&m).sum(1)/((p>=t).sum(1)+n) for t in _levels]
     return torch.where(n>0, torch.stack(d), torch.nan).T
 
+# %% ../nbs/19_pretrain.ipynb #cf290d49
 def best_levels(
     dices # (case, class, level); NaN counts for nothing
 ) -> torch.Tensor: # A threshold for each class
@@ -53,18 +47,24 @@ def best_levels(
     away = (_levels-.5).abs()
     return _levels[torch.where(mean>=mean.amax(1, True)-.03, away, 1).argmin(1)]
 
-# %% ../nbs/19_pretrain.ipynb #73b8f80a
-def publish(
-    out # Folder that `pretrain` wrote
-) -> Path: # `covid3d.safetensors`
-    "Write the weights in half precision, with thresholds and a description of the features"
-    out = Path(out); model,spec,net = load_model(out/'model.safetensors')
-    table,recipe = out/'patients'/'cases.csv',Recipe.load(out/'recipe.json')
+# %% ../nbs/19_pretrain.ipynb #ff424209
+def _published(out): return Outputs(out, 'pretrain', 'covid3d.safetensors')
+
+def _features_seen(model, table, spec, recipe) -> list:
+    "Features of the patches as the training showed them"
     dls = CTDataLoaders.from_table(table, spec, bs=2, patches=4, aug=recipe.augmentation,
                                    oversample_foreground=recipe.oversample_foreground, device='cpu')
     set_seed(0)
     with torch.inference_mode(), collect_features(model) as found:
         for x,_ in dls.train: model(x.as_subclass(torch.Tensor))
+    return found
+
+# %% ../nbs/19_pretrain.ipynb #605eccac
+def _look(model, x, spec): # feature vectors of the windows; probabilities
+    with torch.inference_mode(), collect_features(model) as found:
+        return found,sliding_window(model, x, spec.patch, .25)
+
+def _held_back(model, table, spec) -> tuple: # features; Dice (case, class, level)
     reader,limits,dices = CaseReader(spec, prepared_folder(table)),[],[]
     for case in read_cases(table, masks=(*spec.classes,'lung')):
         if case.split=='train': continue
@@ -72,14 +72,40 @@ def publish(
         features,prob = _look(model, x, spec)
         limits += [features, _look(model, GreyLevels3d(p=1.).change(x, .7).clamp(0, 1), spec)[0]]
         dices.append(_dice_by_level(prob, held.masks))
-    with torch.no_grad(): model.head.logits.bias -= best_levels(torch.stack(dices)).logit()
-    file,seen = 'covid3d.safetensors',read_seen(out/'model.safetensors')
-    mine = _published(out); mine.require(True); mine.add(file)
+    return limits,torch.stack(dices)
+
+# %% ../nbs/19_pretrain.ipynb #075dc966
+def publish(
+    out # Folder that `pretrain` wrote
+) -> Path: # `covid3d.safetensors`
+    "Write the weights in half precision, with thresholds and a description of the features"
+    out,file = Path(out),'covid3d.safetensors'; model,spec,net = load_model(out/'model.safetensors')
+    table,recipe = out/'patients'/'cases.csv',Recipe.load(out/'recipe.json')
+    found = _features_seen(model, table, spec, recipe)
+    limits,dices = _held_back(model, table, spec)
+    with torch.no_grad(): model.head.logits.bias -= best_levels(dices).logit()
+    seen,mine = read_seen(out/'model.safetensors'),_published(out)
+    mine.require(True); mine.add(file)
     save_model(model, out/file, spec, net, replace(seen, scans=()), True,
                Domain.fit([found], limits))
     return out/file
 
-# %% ../nbs/19_pretrain.ipynb #ff424209
+# %% ../nbs/19_pretrain.ipynb #a11636d3
+def _alone():
+    if (n := started()[1])>1:
+        raise CTError('pretraining', f'is work for one process, and {n} were started',
+                      'Start it without torchrun')
+
+def _make_patients(out, n, spec, seed, overwrite, workers) -> Path: # the case table
+    "Write the patients, and prepare them for the training"
+    k = min(16, os.cpu_count()) if workers is None else workers
+    table = write_phantoms(out/'patients', n, seed, None, (3.,2.,2.), overwrite=overwrite,
+                           resume=True, workers=k)
+    cases = read_cases(table, masks=(*spec.classes,'lung'))
+    CaseReader(spec, prepared_folder(table)).prepare(cases)
+    return table
+
+# %% ../nbs/19_pretrain.ipynb #68ae27a0
 def pretrain(
     out, # Folder for the patients and for what `train` writes
     patients: int = 400,      # Synthetic patients, nearly all of them to train with
@@ -92,22 +118,16 @@ def pretrain(
     **changes                 # Of the recipe, such as `epochs=40`
 ) -> Path: # `covid3d.safetensors`
     "Make synthetic patients, and train a network on them"
-    if (n := started()[1])>1:
-        raise CTError('pretraining', f'is work for one process, and {n} were started',
-                      'Start it without torchrun')
+    _alone()
     out,recipe = Path(out),Recipe.load(recipe).but(**dict(keep_start=0.)|changes)
-    spec = recipe.spec or CTSpec()
     with locked(out, folder=True):
         no_links(out, 'patients/')
         may = overwrite or resume and resumable(out)
         run_outputs(out).require(may, 'Add --resume, choose another --out, or add --overwrite')
         _published(out).require(True)
         if not resume: _published(out).clear()
-        n = min(16, os.cpu_count()) if workers is None else workers
-        table = write_phantoms(out/'patients', patients, recipe.seed+1000, None, (3.,2.,2.),
-                               overwrite=overwrite, resume=True, workers=n)
-        cases = read_cases(table, masks=(*spec.classes,'lung'))
-        CaseReader(spec, prepared_folder(table)).prepare(cases)
+        table = _make_patients(out, patients, recipe.spec or CTSpec(), recipe.seed+1000, overwrite,
+                               workers)
     train(table, out, recipe, device=device, workers=workers, resume=resume, overwrite=overwrite,
           examples=0)
     return publish(out)

@@ -22,15 +22,13 @@ from .files import to_json
 from .volume import CTError, joint_box, write_atomic
 
 # %% ../nbs/20_quantify.ipynb #80c8573d
+bands = dict(emphysema=(-1050,-950), inflated=(-950,-750), infiltrated=(-750,-400),
+             collapsed=(-400,0)) # HU, from … to below
 _sides,_thirds,_halves = ('right_lung','left_lung'),('lower','middle','upper'),('ventral','dorsal')
 
 def _parts(n, k) -> np.ndarray: # 0…k-1 for each of n
     "Which of `k` equal parts each index belongs to"
     return np.arange(n)*k//max(n, 1)
-
-# %% ../nbs/20_quantify.ipynb #bfe9e942
-bands = dict(emphysema=(-1050,-950), inflated=(-950,-750), infiltrated=(-750,-400),
-             collapsed=(-400,0)) # HU, from … to below
 
 def _slice_counts(code, lesion, hu, consolidation, edges) -> np.ndarray: # (18, 4+bands)
     "Voxels of a slice by piece: lung, lesion, consolidation, sum of the lesion's HU, bands"
@@ -38,11 +36,12 @@ def _slice_counts(code, lesion, hu, consolidation, edges) -> np.ndarray: # (18, 
     code,lesion,hu = code.ravel()[at],lesion.ravel()[at],hu.ravel()[at]
     n = len(edges)+1
     band = np.bincount(code*n+np.digitize(hu, edges), minlength=18*n).reshape(18, n)
-    ill,dense = code[lesion],hu[lesion]
-    parts = [band.sum(1)*(np.arange(18)<12), np.bincount(ill, minlength=18),
-             np.bincount(ill[dense>=consolidation], minlength=18), np.bincount(ill, dense, 18)]
+    own,dense = code[lesion],hu[lesion]
+    parts = [band.sum(1)*(np.arange(18)<12), np.bincount(own, minlength=18),
+             np.bincount(own[dense>=consolidation], minlength=18), np.bincount(own, dense, 18)]
     return np.stack([*parts, *band.T[1:-1]*(np.arange(18)<12)], 1)
 
+# %% ../nbs/20_quantify.ipynb #961f4e01
 def _counts(masks, hu, consolidation, edges) -> np.ndarray:
     "`_slice_counts` in the box of the lungs; pieces: side × third × half, side 2 is no lung"
     right,left,lesion = (masks[k]>0 for k in (*_sides,'lesion'))
@@ -91,7 +90,7 @@ def _intervals(seg, regions, edges) -> pd.DataFrame:
     return pd.concat([(regions[_volumes]+v).clip(lower=0).add_suffix(f'_{k}')
                       for k,v in ends.items()], axis=1)
 
-# %% ../nbs/20_quantify.ipynb #88bccb4d
+# %% ../nbs/20_quantify.ipynb #25a623f6
 def _side_of(masks) -> str: # Of masks cut to a lesion
     "The lung that holds most of a lesion; `''` if none holds any"
     n = {k:np.count_nonzero(m) for k,m in masks.items()}
@@ -103,9 +102,9 @@ def _zone(box, z, y) -> str:
     third,half = (_parts(s.stop-s.start, k)[i-s.start] for s,i,k in zip(box, (z,y), (3,2)))
     return f'{_thirds[third]} third, {_halves[half]}'
 
-def _lesion_row(seg, own, at, centre, lungs) -> dict:
+def _lesion_row(seg, own, at, center, lungs) -> dict:
     "What is to be said about one lesion; `own`: its voxels in the box `at`"
-    right,front,up = (seg.ct.affine@[*centre,1])[:3]
+    right,front,up = (seg.ct.affine@[*center,1])[:3]
     z = int(own.sum((1,2)).argmax()); inside = np.argwhere(own[z])
     y,x = inside[np.square(inside-inside.mean(0)).sum(1).argmin()]
     return dict(ml=own.sum()*seg.ct.ml_per_voxel, mean_hu=float(seg.ct.data[at][own].mean()),
@@ -270,6 +269,13 @@ def _unknown(regions, intervals, lobes, hu) -> dict:
 
 _of_hu = ['ground_glass_ml','consolidation_ml','mean_hu']
 
+def _about(seg, **settings) -> dict:
+    "What was measured, by what, and how"
+    s = seg.segmenter
+    network = s and dict(weights=s.digest, **s.settings, mirror=s.mirror)
+    return dict(scan=dict(shape=list(seg.ct.shape), spacing_mm=list(seg.ct.spacing)),
+                covid3d=__version__, network=network, settings=settings)
+
 # %% ../nbs/20_quantify.ipynb #d2f90ead
 def _check(seg, lobes):
     "`CTError` if a mask is missing, or the lobes do not fit"
@@ -282,13 +288,6 @@ def _check(seg, lobes):
                       'Give a mask on the grid of the scan')
     if lobes.dtype.kind not in 'biu' or lobes.min()<0 or lobes.max()>5:
         raise CTError('lobes', 'are not whole numbers 0…5', 'Number them as in lobe_names, from 1')
-
-def _about(seg, **settings) -> dict:
-    "What was measured, by what, and how"
-    s = seg.segmenter
-    network = s and dict(weights=s.digest, **s.settings, mirror=s.mirror)
-    return dict(scan=dict(shape=list(seg.ct.shape), spacing_mm=list(seg.ct.spacing)),
-                covid3d=__version__, network=network, settings=settings)
 
 # %% ../nbs/20_quantify.ipynb #b2fb3b98
 def quantify(

@@ -111,9 +111,9 @@ def coronal_map(
     at = np.sqrt(lesion/most)*(len(_map_colors)-1)
     out = np.zeros((*lesion.shape,4), np.uint8)
     out[lung] = (128,140,150,90)
-    ill = lesion>0
-    for i in range(3): out[ill,i] = np.interp(at[ill], range(3), _map_colors[:,i])
-    out[ill,3] = 255
+    sick = lesion>0
+    for i in range(3): out[sick,i] = np.interp(at[sick], range(3), _map_colors[:,i])
+    out[sick,3] = 255
     im = Image.fromarray(out)
     im = im.crop(im.getbbox() or (0,0,*im.size))
     height = max(1, round(im.height*seg.ct.spacing[0]/seg.ct.spacing[2]))

@@ -113,6 +113,7 @@ class Snapshot:
     reference: np.ndarray
     prediction: np.ndarray
 
+# %% ../nbs/21_score_page.ipynb #05c23a24
 def snapshot(row, ct, pred, mask) -> Snapshot:
     "The slice with most voxels in dispute; where there is none, the one with most lesion"
     p,m = np.asarray(pred)>0,np.asarray(mask)>0
@@ -120,23 +121,6 @@ def snapshot(row, ct, pred, mask) -> Snapshot:
     i = int(np.argmax(wrong if wrong.any() else m.sum((1,2))))
     aspect = ct.spacing[1]/ct.spacing[2]
     return Snapshot(row['case'], row['dice'], i, aspect, *(o[i].copy() for o in (ct.data, m, p)))
-
-# %% ../nbs/21_score_page.ipynb #bf585e13
-class Extremes:
-    "Hand it to `score_cases` as `each`: keeps a slice of the worst and the best cases"
-    def __init__(self,
-        n: int = 3 # Worst, and as many best
-    ): self.n,self.kept = n,[]
-    def __call__(self, row, ct, pred, mask):
-        if self.n and not math.isnan(row['dice']): self.add(snapshot(row, ct, pred, mask))
-    def add(self, s: Snapshot):
-        "Keep a slice if its case is among the worst or the best"
-        self.kept = sorted([*self.kept, s], key=lambda o: o.dice)
-        if len(self.kept)>2*self.n: del self.kept[self.n]
-    @property
-    def worst(self) -> list: return self.kept[:min(self.n, -(-len(self.kept)//2))]
-    @property
-    def best(self) -> list: return self.kept[len(self.worst):][::-1]
 
 # %% ../nbs/21_score_page.ipynb #8ad4766c
 def _crop_body(s: Snapshot, air: float = -500, rim: int = 8) -> tuple:
@@ -164,6 +148,23 @@ def plot_snapshot(s: Snapshot, size: float = 4.):
     fig.legend(lines, ['reference','prediction'], loc='outside lower center', ncols=2, fontsize=9,
                frameon=False)
     return fig
+
+# %% ../nbs/21_score_page.ipynb #bf585e13
+class Extremes:
+    "Hand it to `score_cases` as `each`: keeps a slice of the worst and the best cases"
+    def __init__(self,
+        n: int = 3 # Worst, and as many best
+    ): self.n,self.kept = n,[]
+    def __call__(self, row, ct, pred, mask):
+        if self.n and not math.isnan(row['dice']): self.add(snapshot(row, ct, pred, mask))
+    def add(self, s: Snapshot):
+        "Keep a slice if its case is among the worst or the best"
+        self.kept = sorted([*self.kept, s], key=lambda o: o.dice)
+        if len(self.kept)>2*self.n: del self.kept[self.n]
+    @property
+    def worst(self) -> list: return self.kept[:min(self.n, -(-len(self.kept)//2))]
+    @property
+    def best(self) -> list: return self.kept[len(self.worst):][::-1]
 
 # %% ../nbs/21_score_page.ipynb #5d390e0c
 _as_read = dict(fmt=fmt, label=label_of, many=many,
@@ -248,6 +249,17 @@ def _page(df, facts, pictures) -> bytes:
         window=f'{lung_window[0]} to {lung_window[1]}'.replace('-','−'),
         rows=df.sort_values('dice', kind='stable').to_dict('records'))
 
+# %% ../nbs/21_score_page.ipynb #ae3bed1c
+def _write_numbers(mine: Outputs, df, t, facts, pictures):
+    "List what comes, remove the former page and pictures, write the tables, the rows last"
+    js = json.dumps(to_json(facts), indent=1, allow_nan=False, ensure_ascii=False)
+    numbers = {'report.json':js.encode('utf8', 'backslashreplace'),
+        'summary.csv':scores_csv(t.reset_index(), 6), 'scores.csv':scores_csv(df)}
+    mine.add('index.html', *numbers, *pictures)
+    for k in mine.listed:
+        if k=='index.html' or k.endswith('.png'): (mine.folder/k).unlink(missing_ok=True)
+    for k,data in numbers.items(): write_atomic(mine.folder/k, data)
+
 # %% ../nbs/21_score_page.ipynb #b0550ec2
 def write_report(
     df: pd.DataFrame,      # From `score_cases` or `read_scores`
@@ -273,14 +285,3 @@ def write_report(
         facts['notes'] += lost
         write_atomic(out/'index.html', _page(df, facts, pictures))
     return out/'index.html'
-
-# %% ../nbs/21_score_page.ipynb #ae3bed1c
-def _write_numbers(mine: Outputs, df, t, facts, pictures):
-    "List what comes, remove the former page and pictures, write the tables, the rows last"
-    js = json.dumps(to_json(facts), indent=1, allow_nan=False, ensure_ascii=False)
-    numbers = {'report.json':js.encode('utf8', 'backslashreplace'),
-        'summary.csv':scores_csv(t.reset_index(), 6), 'scores.csv':scores_csv(df)}
-    mine.add('index.html', *numbers, *pictures)
-    for k in mine.listed:
-        if k=='index.html' or k.endswith('.png'): (mine.folder/k).unlink(missing_ok=True)
-    for k,data in numbers.items(): write_atomic(mine.folder/k, data)

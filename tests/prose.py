@@ -13,7 +13,8 @@ wrong_words = {r'made-up (chest|scan)':'phantom', r'ways? up\b':'upsampling', r'
 
 def commands() -> set:
     "The commands of `covid3d`"
-    return set(re.findall(r"@_command\([^)]*\)\s*def _?(\w+)\(", (root/'covid3d/cli.py').read_text(encoding='utf-8')))|{'all'}
+    code = '\n'.join(p.read_text(encoding='utf-8') for p in (root/'covid3d').glob('*_commands.py'))
+    return set(re.findall(r"@_command\([^)]*\)\s*def _?(\w+)\(", code))|{'all'}
 
 def lines(s): return [o for o in s.splitlines() if o.strip() and not o.startswith('#|')]
 def is_guard(node):

@@ -15,12 +15,12 @@ parts = {
     'Scans':'volume nifti hu show dicom phantom',
     'Patches':'transforms patches augment',
     'Network, losses, metrics':'encoder unet losses metrics',
-    'Data':'cases datasets data prepare',
+    'Data':'cases check archive datasets data prepare',
     'Training':'learner callbacks recipe pretrain',
     'Inference':'weights inference domain quantify report scans predict',
-    'Evaluation':'evaluate statistics score_page cohort folds reproduce',
-    'Engineering':'dicom_seg dicom_sr itk export outlines layouts download anatomy lung_tissue opacities '
-                  'memory distributed workers checkpoint files errors pages cli main'}
+    'Evaluation':'evaluate statistics score_page cohort folds paper_table reproduce',
+    'Engineering':'dicom_file dicom_slice dicom_pixels dicom_series dicom_seg dicom_sr itk export outlines layouts download shapes anatomy lung_tissue opacities '
+                  'memory distributed workers checkpoint files errors pages command train_commands use_commands cli main'}
 about = {
     'Scans':'From a file on disk to a volume that knows where it lies in the patient.',
     'Patches':'What the network sees: resampled, windowed, cut out and changed at random.',
@@ -98,7 +98,8 @@ class Page:
         head = next(source(c) for c in self.nb['cells'] if c['cell_type']=='markdown')
         self.title,_,rest = head.removeprefix('# ').partition('\n')
         if self.name=='overview': self.title = 'Overview'
-        self.summary = plain(rest.strip().removeprefix('> '))
+        said,_,self.rest = rest.strip().partition('\n\n') if rest.strip().startswith('>') else ('', '', rest.strip())
+        self.summary = plain(re.sub('^> ?', '', said, flags=re.M))
         self.folder = 'tutorials' if folder=='tutorials' else 'results' if folder=='results' else ''
 
 def plain(s): return re.sub(r'\[([^\]]*)\]\([^)]*\)|[`*]', r'\1', ' '.join(s.split()))
@@ -158,7 +159,8 @@ class Site:
         ours = rf'https://(?:{host}/(?:blob|tree)|{host.replace("github", "raw.githubusercontent", 1)})/{branch}/'
         s = relink(re.sub(ours, os.path.relpath('.', folder or '.')+'/', s), lambda a: self.address(a, folder))
         s = re.sub(r'\]\('+re.escape(address(self.cfg))+r'([\w-]+)\.html([#)])', r'](\1.ipynb\2', s)
-        return self.span_re.sub(lambda m: m[1] or self.span(m[3]), s)
+        s = self.span_re.sub(lambda m: m[1] or self.span(m[3]), s)
+        return re.sub(r'^!\[([^\]]*)\]\((images/([\w-]+)\.\w+)\)$', lambda m: figure(self.src, (self.cfg.nbs_path/m[2]).read_bytes(), m[3], m[1]), s, flags=re.M)
 
     def head(self, p):
         "Title, summary and tools of the page of notebook `p`"
@@ -177,6 +179,7 @@ class Site:
         folder,n = p.path.parent.relative_to(root).as_posix(),0
         slugs = {re.sub(r'[^\w -]', '', m).lower().replace(' ', '-') for c in cs if c['cell_type']=='markdown' for m in re.findall(r'^#+ (.*)', source(c), re.M)}
         yield markdown_cell(self.head(p))
+        if p.rest: yield markdown_cell(self.myst(p.rest, folder))
         for i,c in enumerate(cs):
             if i==first: continue
             if c['cell_type']=='markdown': yield {**c, 'source':self.myst(source(c), folder)}; continue
@@ -210,6 +213,7 @@ def how(c):
     if 'echo: false' in source(c): return dict(tags=['remove-input'])
     try: body = ast.parse(s).body
     except SyntaxError: return {}  # a magic
+    if s.startswith('_all_'): return dict(tags=['remove-cell'])
     fold = 'Imports' if all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in body) and s.count('\n')>2 else \
         'Tests' if not c['outputs'] and is_test(body[-1]) and s.count('\n')>3 else \
         'Source' if '#| export' in source(c) and s.count('\n')>40 else ''

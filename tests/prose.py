@@ -1,7 +1,7 @@
 """How each notebook reads, in figures: `python tests/prose.py [NAME …]`
 
-words/line: words of prose for each exported line. we/you: these words in 1,000. cell: lines of the median and of the longest exported cell. bare: public definitions that no later cell uses. asserts: percentage of visible example cells that only assert. mixed: visible cells that show and assert. pics: pictures. wrong: words of `wrong_words`, and `covid3d X` that is no command."""
-import ast, json, re, statistics, sys
+words/line: words of prose for each exported line. we/you: these words in 1,000. cell: lines of the median and of the longest exported cell. bare: public definitions that no later cell uses. asserts: percentage of visible example cells that only assert. mixed: visible cells that show and assert. pics: pictures. wrong: words of `wrong_words`, and `covid3d X` that is no command. unseen: names that visible cells use and none of them defines, so that whoever copies them gets a NameError."""
+import ast, builtins, importlib, json, re, statistics, sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
@@ -26,6 +26,19 @@ def is_guard(node):
 
 def shows(s, outputs): return bool(outputs) or s.rstrip().endswith(';') or 'show' in s
 
+def unseen(code) -> list:
+    "Names that cells `code` use and do not define"
+    used,bound = set(),{*dir(builtins)}
+    for c in code:
+        if c.startswith('!'): continue
+        for n in ast.walk(ast.parse(re.sub(r'^[%!].*$', '', c, flags=re.M))):
+            if isinstance(n, ast.Name): (used if isinstance(n.ctx, ast.Load) else bound).add(n.id)
+            elif isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)): bound.add(n.name)
+            elif isinstance(n, ast.arg): bound.add(n.arg)
+            elif isinstance(n, (ast.Import, ast.ImportFrom)):
+                for o in n.names: bound |= {*vars(importlib.import_module(n.module))} if o.name=='*' else {(o.asname or o.name).split('.')[0]}
+    return sorted(used-bound)
+
 def figures(path) -> dict:
     "What is counted in a notebook"
     cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']; text = lambda c: ''.join(c['source'])
@@ -49,14 +62,15 @@ def figures(path) -> dict:
     wrong = [m[0] for k in wrong_words for m in re.finditer(k, prose, re.I)]
     wrong += [f'covid3d {o}' for o in re.findall(r'`covid3d (\w+)', prose) if o not in commands()]
     return dict(cells=len(cells), words=len(words), words_per_line=round(len(words)/max(1, total), 1), we_you=round(1000*sum(w.lower() in ('we','us','our','you','your','yours') for w in words)/n, 1),
-        median=statistics.median(sizes) if sizes else 0, longest=max(sizes, default=0), bare=bare, asserts=round(100*guards/max(1, len(shown))), mixed=mixed, pics=pics, wrong=wrong)
+        median=statistics.median(sizes) if sizes else 0, longest=max(sizes, default=0), bare=bare, asserts=round(100*guards/max(1, len(shown))), mixed=mixed, pics=pics, wrong=wrong,
+        unseen=unseen(text(c) for c in code if not text(c).startswith(('#| hide','#|hide'))))
 
 def main():
     paths = [p for p in sorted([*(root/'nbs').glob('*.ipynb'), *(root/'nbs/tutorials').glob('*.ipynb')]) if not sys.argv[1:] or any(o in p.stem for o in sys.argv[1:])]
-    print(f'{"notebook":24}{"cells":>6}{"words":>7}{"words/line":>11}{"we/you":>8}{"cell":>9}{"bare":>6}{"asserts":>9}{"mixed":>7}{"pics":>6}  wrong')
+    print(f'{"notebook":24}{"cells":>6}{"words":>7}{"words/line":>11}{"we/you":>8}{"cell":>9}{"bare":>6}{"asserts":>9}{"mixed":>7}{"pics":>6}  wrong, unseen')
     for p in paths:
         f = figures(p)
-        print(f'{p.stem:24}{f["cells"]:>6}{f["words"]:>7}{f["words_per_line"]:>11}{f["we_you"]:>8}{f["median"]:>5g}/{f["longest"]:<3}{len(f["bare"]):>6}{f["asserts"]:>8}%{f["mixed"]:>7}{f["pics"]:>6}  {", ".join(f["wrong"])}')
+        print(f'{p.stem:24}{f["cells"]:>6}{f["words"]:>7}{f["words_per_line"]:>11}{f["we_you"]:>8}{f["median"]:>5g}/{f["longest"]:<3}{len(f["bare"]):>6}{f["asserts"]:>8}%{f["mixed"]:>7}{f["pics"]:>6}  {", ".join(f["wrong"]+f["unseen"])}')
         if sys.argv[1:] and f['bare']: print('   bare:', ', '.join(f['bare']))
 
 if __name__=='__main__': main()

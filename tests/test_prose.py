@@ -7,8 +7,8 @@ chapters = sorted((prose.root/'nbs').glob('*.ipynb')); tutorials = sorted((prose
 
 @pytest.mark.parametrize('path', [*chapters, *tutorials], ids=lambda p: p.stem)
 def test_words(path):
-    "No word for which the field has its own, and no command that does not exist"
-    assert prose.figures(path)['wrong']==[]
+    "No word for which the field has its own, no command that does not exist, no name that a reader cannot see defined"
+    f = prose.figures(path); assert f['wrong']==f['unseen']==[]
 
 @pytest.mark.parametrize('path', tutorials, ids=lambda p: p.stem)
 def test_tutorials(path):
@@ -21,6 +21,6 @@ def test_the_counters_count(tmp_path):
     import json
     cell = lambda kind, s: dict(cell_type=kind, source=s, metadata={}, **(dict(outputs=[]) if kind=='code' else {}))
     (tmp_path/'x.ipynb').write_text(json.dumps(dict(cells=[cell('markdown', 'You see peers; run `covid3d fly`.'), cell('code', '#| export\ndef f(x):\n    return x\n\ndef g(): pass'),
-        cell('code', 'f(1)'), cell('code', 'assert f(1)'), cell('code', 'show(f(2))\nassert f(2)')])))
+        cell('code', '%time f(1)\nh(1)'), cell('code', 'assert f(1)'), cell('code', 'show(f(2))\nassert f(2)')])))
     f = prose.figures(tmp_path/'x.ipynb')
-    assert (f['cells'], f['words'], f['bare'], f['asserts'], f['mixed'], f['wrong'], f['longest'])==(5, 4, ['g'], 33, 1, ['peers','covid3d fly'], 3)
+    assert (f['cells'], f['words'], f['bare'], f['asserts'], f['mixed'], f['wrong'], f['unseen'], f['longest'])==(5, 4, ['g'], 33, 1, ['peers','covid3d fly'], ['h','show'], 3)

@@ -214,7 +214,8 @@ def how(c):
     try: body = ast.parse(s).body
     except SyntaxError: return {}  # a magic
     if s.startswith('_all_'): return dict(tags=['remove-cell'])
-    fold = 'Imports' if all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in body) and s.count('\n')>2 else \
+    imports = any(isinstance(o, (ast.Import, ast.ImportFrom)) for o in body) and all(isinstance(o, (ast.Import, ast.ImportFrom, ast.Assign)) for o in body) and not c['outputs']
+    fold = 'Helpers' if '#| code-fold: true' in source(c) else 'Imports' if imports and s.count('\n')>2 else \
         'Tests' if not c['outputs'] and is_test(body[-1]) and s.count('\n')>3 else \
         'Source' if '#| export' in source(c) and s.count('\n')>40 else ''
     return dict(tags=['hide-input'], mystnb=dict(code_prompt_show=fold, code_prompt_hide=fold)) if fold else {}

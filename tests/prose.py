@@ -28,9 +28,9 @@ def shows(s, outputs): return bool(outputs) or s.rstrip().endswith(';') or 'show
 
 def unseen(code) -> list:
     "Names that cells `code` use and do not define"
-    used,bound = set(),{*dir(builtins)}
+    used,bound = set(),{*dir(builtins), '__file__'}
     for c in code:
-        if c.startswith('!'): continue
+        if c.startswith('%%'): continue
         for n in ast.walk(ast.parse(re.sub(r'^[%!].*$', '', c, flags=re.M))):
             if isinstance(n, ast.Name): (used if isinstance(n.ctx, ast.Load) else bound).add(n.id)
             elif isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)): bound.add(n.name)

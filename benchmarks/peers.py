@@ -8,7 +8,7 @@ MONAI; ours with its own default, Dice + focal loss, all of it trained at one ra
 the same network from random weights. That is not what nnU-Net's own program would do: its
 planner would choose near 0.7 mm and patches of millions of voxels, of which these budgets pay for none.
 `cpu_seconds` is training alone, `step` one batch of it, `inference` one scan, `peak_mb` the process's resident memory in training, PyTorch and data included. Each run adds a row to benchmarks/peers.csv; a run that has its row
-is not repeated; `weights` is the digest of the file of the start. `--table` prints the means, with the 95 % bootstrap interval over patients, and draws nbs/images/peers.png.
+is not repeated; `weights` is the digest of the file of the start. `--table` prints the means, with the 95 % bootstrap interval over patients; nbs/50_benchmarks.ipynb draws them.
 """
 import argparse, hashlib, itertools, time
 from concurrent.futures import ProcessPoolExecutor
@@ -116,7 +116,7 @@ def plot():
     for ax,b in zip(axs[0], budgets):
         rows = t.loc[b][::-1]
         for i,(name,r) in enumerate(rows.iterrows()):
-            own = '#d95f02' if name.startswith('covid3d') else '#555555'
+            own = '#D55E00' if name.startswith('covid3d') else '#555555'
             d = each[(each.budget==b)&(each.network==name)].dice
             ax.plot(d, [i]*len(d), 'o', ms=4, color=own, alpha=.35, mew=0)
             ax.plot([r.low,r.high], [i,i], color=own, lw=2); ax.plot(r.dice, i, 'D', ms=6, color=own)
@@ -130,7 +130,7 @@ if __name__=='__main__':
     p.add_argument('--folds', default='0,1,2'); p.add_argument('--seeds', default='0'); p.add_argument('--weights', default='covid3d'); p.add_argument('--lr', type=float)
     p.add_argument('--out', type=Path, default=here.parent/'_bench'); p.add_argument('--table', action='store_true')
     a = p.parse_args()
-    if a.table: print(table().round(3).to_string(), paired().round(3).to_string(), sep='\n\n'); plot().savefig(here.parent/'nbs'/'images'/'peers.png', dpi=80); raise SystemExit
+    if a.table: print(table().round(3).to_string(), paired().round(3).to_string(), sep='\n\n'); raise SystemExit
     budget = dict(patches=a.patches) if a.patches else dict(seconds=a.seconds or 200)
     for seed,fold,name in itertools.product(map(int, a.seeds.split(',')), map(int, a.folds.split(',')), a.networks.split(',')):
         lr = a.lr or default_lr(name)

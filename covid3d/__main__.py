@@ -1,4 +1,4 @@
-"""`python -m covid3d`: the command line, from its first import on
+"""`python -m covid3d`: start the command line, and say what is wrong if it cannot start
 
 Docs: https://covid3d.github.io/covid3d/main.html.md"""
 

@@ -1,4 +1,4 @@
-"""A synthetic patient: every organ as the distance to its surface, in mm
+"""Draw a synthetic patient whose organs are described by distances to their surfaces, in mm
 
 Docs: https://covid3d.github.io/covid3d/anatomy.html.md"""
 
@@ -40,7 +40,7 @@ def sample_body(
         cortex=u(400,1000), marrow=u(10,210), top=u(-700,200))
 
 # %% ../nbs/03_anatomy.ipynb #e927503f
-def taper(b, z): # 1 in the lower chest, towards 0 at the apex
+def taper(b, z): # 1 in the lower chest, falling to 0 at the apex
     "How wide the chest is at height `z`"
     return np.maximum(1-np.clip((z-b.apex+185)/185, 0, 1)**2.2, .002)**(1/2.2)
 
@@ -100,7 +100,7 @@ def _couch(b, y, x): # mm, negative inside
 
 # %% ../nbs/03_anatomy.ipynb #288b73ee
 def wall(b, z, y, x) -> dict: # name → mm
-    "Muscle, skin, breasts and the bone of the arms"
+    "Muscle, skin, breasts, couch and the bones of the arms"
     p,front,flesh = (z,y,x),np.clip(-y/b.deep, 0, 1),_flesh(b, z, y, x)
     t,neck = np.maximum(taper(b, z-35), .35),np.clip((z-b.apex-5)/35, 0, 1)
     shoulders = b.shoulder*np.clip((z-50)/60, 0, 1)*(1-.3*neck)
@@ -180,7 +180,7 @@ main_bronchi = [[(38,16,0),(15-3*s,16,s*34)] for s in (-1,1)] # right, left
 
 # %% ../nbs/03_anatomy.ipynb #d84a48d2
 def mediastinum(b, z, y, x) -> dict: # name → mm
-    "What lies between the lungs; `media` is all of it"
+    "The organs between the lungs; `media` is all of them together"
     p,(jx,jw,roof,fan) = (z,y,x),b.junction
     heart,chamber = _heart(b, z, y, x)
     blood = np.minimum(_arteries(b, p), _veins(b, p))
@@ -227,7 +227,7 @@ def organs(b, z, y, x) -> dict: # name → mm
 
 # %% ../nbs/03_anatomy.ipynb #4541dabd
 def on_lattice(b, pose, axes, step: float = 4.) -> dict: # name → float32 (z, y, x)
-    "All distances on a lattice that spans the grid, no finer than `step` mm nor than the grid"
+    "All distances on a lattice that spans the grid, no finer than `step` mm or the grid"
     nodes = lambda a: max(2, round((a[-1]-a[0])/max(step, 1.2*(a[1]-a[0])))+1)
     at = [np.linspace(a[0], a[-1], nodes(a), dtype=np.float32) for a in axes]
     p = np.stack(np.meshgrid(*at, indexing='ij'), -1)
@@ -263,12 +263,12 @@ def _paint_wall(b, g, mm, coarse, fine) -> Canvas:
 # %% ../nbs/03_anatomy.ipynb #da0029c1
 def paint_body(
     b,      # From `sample_body`
-    g,      # Distances on the slices
+    g,      # Distances on the slices, by name
     mm: float, # Size of a voxel within a slice
     coarse, # `smooth_noise`, 14 mm
     fine    # `smooth_noise`, 6 mm
 ) -> np.ndarray: # HU, float32; fat where the lungs will be
-    "The body without the lungs"
+    "Paint the body without the lungs"
     c,blood = _paint_wall(b, g, mm, coarse, fine),b.blood+b.contrast
     chest,below = inside(g['cavity']-3, mm),inside(-g['below'], mm+.5)
     c.put(chest, -95); c.put(chest*below, _paint_belly(b, g, mm, coarse))

@@ -1,4 +1,4 @@
-"""Every CT series below a folder, once, under a name that is not the patient's
+"""Find every CT series below a folder once, and give it a name that is not the patient's
 
 Docs: https://covid3d.github.io/covid3d/archive.html.md"""
 

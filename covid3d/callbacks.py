@@ -105,6 +105,13 @@ class KeepBest(WhileTraining):
 
 # %% ../nbs/17_callbacks.ipynb #601a1b5c
 @patch
+def _weights(self: KeepBest, model) -> dict:
+    "The weights that were kept, if they are of this network"
+    best,own = load_model(self.file)[0].state_dict(),get_model(model).state_dict()
+    if {k:v.shape for k,v in best.items()}=={k:v.shape for k,v in own.items()}: return best
+    raise CTError(self.file, 'holds the weights of another network', 'Start anew with --overwrite')
+
+@patch
 def after_fit(self: KeepBest):
     if self.trains: self.put_back(self.learn)
 
@@ -120,13 +127,6 @@ def put_back(self: KeepBest, learn):
     spread(learn.model.state_dict().values())
 
 # %% ../nbs/17_callbacks.ipynb #be1ebe1f
-@patch
-def _weights(self: KeepBest, model) -> dict:
-    "The weights that were kept, if they are of this network"
-    best,own = load_model(self.file)[0].state_dict(),get_model(model).state_dict()
-    if {k:v.shape for k,v in best.items()}=={k:v.shape for k,v in own.items()}: return best
-    raise CTError(self.file, 'holds the weights of another network', 'Start anew with --overwrite')
-
 @patch
 def fits(self: KeepBest, learn, done, tensors, best, best_epoch) -> bool:
     "Whether these are a score and its epoch; the weights must be there"
@@ -221,7 +221,6 @@ class StopOnNaN(Callback):
     order,keeps = 51,('steps','epochs')  # after the recorder, whose loss is that of all processes
     def __init__(self): self.steps = self.epochs = 0
     def fits(self, learn, done, tensors, steps, epochs) -> bool:
-        "Whether there were so many epochs, and steps"
         return epochs<=done and steps<=(done+1)*10**7
     def after_batch(self):
         if not self.training: return
@@ -229,22 +228,17 @@ class StopOnNaN(Callback):
         if math.isfinite(self.learn.smooth_loss): return
         bad = not bool(torch.isfinite(self.learn.loss).all())
         names = [n for o in gather(batch_names(self.learn) if bad else []) for n in o]
-        self._stop('the loss', f'batch {self.iter+1}', f', cut from {", ".join(names)}')
+        cut = f', cut from {", ".join(names)}'
+        once(lambda: self._stop('the loss', f'batch {self.iter+1}', cut))
     def after_train(self):
         fine = all(bool(torch.isfinite(v).all()) for v in self.model.state_dict().values())
-        if not fine: self._stop('a weight', 'the end')
+        if not fine: once(lambda: self._stop('a weight', 'the end'))
         self.epochs += 1
-
-# %% ../nbs/17_callbacks.ipynb #34bd5f52
-@patch
-def _stop(self: StopOnNaN, what, where, names=''):
-    "End the training with one line"
-    where = f'{where} of epoch {self.epochs} (from 0, as in history.csv){names}'
-    fault = f'{what} became NaN or infinite at step {self.steps}, {where}'
-    def stop():
+    def _stop(self, what, where, names=''):
+        where = f'{where} of epoch {self.epochs} (from 0, as in history.csv){names}'
+        fault = f'{what} became NaN or infinite at step {self.steps}, {where}'
         raise CTError('loss', fault, 'Start anew with a lower lr (--lr, with --overwrite), or '
                       'look at these scans; until then the weights that were kept stay')
-    once(stop)
 
 # %% ../nbs/17_callbacks.ipynb #fbef4dd5
 _run_files = ('recipe.json', 'checkpoint.safetensors', 'model.safetensors', 'history.csv',

@@ -24,7 +24,7 @@ from .volume import CTError, Volume, open_mask, plain, write_atomic
 splits = ('train','valid','test')
 columns = ('case','patient','ct','lesion','lung','dataset','split','already_windowed')
 
-# %% ../nbs/04_cases.ipynb #c2138578
+# %% ../nbs/04_cases.ipynb #4e6250c0
 @dataclass(frozen=True)
 class Case:
     "One row of a case table"
@@ -32,11 +32,11 @@ class Case:
     ct: Path # The scan
     masks: dict = field(default_factory=dict, hash=False) # Class, such as `lesion` → mask file
     split: str = '' # `train`, `valid`, `test`, or '' where it is not used
-    already_windowed: tuple = None # (low, high) in HU of grey levels 0…255; None for HU
+    already_windowed: tuple = None # (low, high) in HU of gray levels 0…255; None for HU
     patient: str = '' # The same in all scans of a patient
     flip: tuple = () # Axes to reverse: `front-back`, `head-foot`
 
-    def open_ct(self) -> Volume:
+    def open_ct(self) -> Volume: # In HU
         return _flipped(open_scan(self.ct, self.already_windowed), self.flip)
     def open_mask(self,
         klass: str, # Such as `lesion`, a key of `masks`
@@ -52,12 +52,14 @@ class Case:
         x = m.data if labels else (m.data>0).astype('uint8')
         return replace(_flipped(m.new(x), self.flip), notes=m.notes)
 
-# %% ../nbs/04_cases.ipynb #db3e2bce
+# %% ../nbs/04_cases.ipynb #c2138578
 @patch(as_prop=True)
 def private(self: Case) -> bool: return not is_image(self.ct)
 
 @patch
-def label(self: Case, k='ct'):
+def label(self: Case,
+    k: str = 'ct' # `ct`, or a key of `masks`
+): # A path, or text without one if the case is private
     "The name of the scan or the mask `k` in messages, without a path that may name a patient"
     if self.private: return f'{self.name} ({"scan" if k=="ct" else k+" mask"})'
     return self.ct if k=='ct' else self.masks[k]
@@ -84,7 +86,6 @@ def _parse_flip(s) -> tuple:
     raise CTError('flip', f'{s!r} is unknown',
                   'Give front-back, head-foot, both with a space between, or nothing')
 
-# %% ../nbs/04_cases.ipynb #ecce359e
 def _flipped(vol, words) -> Volume:
     "Reverse the axes `words`, and the way back to the file with them"
     if not words: return vol
@@ -100,10 +101,10 @@ _most_bytes,_most_line,_most_cases = 2**24,2**16,10**5 # limits: of a table, of 
 _rewrite = 'Save the sheet as CSV (UTF-8), or write one with `covid3d table`'
 
 def csv_text(
-    p, # A file
+    p: str|Path, # A file
     most: int = _most_bytes, # Bytes it may hold
     remedy: str = _rewrite # For the message
-) -> str:
+) -> str: # Without a byte-order mark
     "The text of a CSV; `CTError` for anything else"
     raw = read_bytes(p, most, remedy)
     if b'\0' in raw: raise CTError(p, 'is no CSV in UTF-8', remedy)
@@ -112,9 +113,10 @@ def csv_text(
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError: raise CTError(p, 'is no CSV in UTF-8', remedy) from None
 
+# %% ../nbs/04_cases.ipynb #5cce5b33
 def require_single(
-    names, # Of columns
-    p      # The table, for the message
+    names: list,  # Of columns
+    p: str|Path   # The table, for the message
 ):
     "`CTError` if two columns have the same name"
     twice = next((k for k,n in Counter(names).items() if n>1 and k!=''), None)
@@ -164,6 +166,16 @@ def _need_columns(df, p, need):
     if (df.ct=='').any():
         raise CTError(p, f'case {df.case[df.ct==""].iloc[0]!r} has no ct', 'Add its path')
 
+def _split_patients(df, p):
+    "A `CTError` for each patient in two splits"
+    if not {'patient','split'}<={*df}: return
+    df = df[(df.patient!='') & (df.split!='')]
+    several = df.groupby('patient').split.transform('nunique')>1
+    for _,g in df[several].groupby('patient'):
+        cases,found = ', '.join(map(repr, g.case[:3])),' and '.join(sorted(g.split.unique()))
+        yield CTError(p, f'cases {cases} are of one patient but in {found}',
+                      'Put all scans of a patient into one split')  # F5
+
 # %% ../nbs/04_cases.ipynb #005834ba
 def _table_faults(df, p):
     "A `CTError` for each fault of the table as a whole"
@@ -182,17 +194,6 @@ def _table_faults(df, p):
         yield CTError(p, f'split {o!r} is unknown',
                       f'Use {", ".join(splits)}, or nothing for a scan that is not used')
     yield from _split_patients(df, p)
-
-# %% ../nbs/04_cases.ipynb #e40ccbc2
-def _split_patients(df, p):
-    "A `CTError` for each patient in two splits"
-    if not {'patient','split'}<={*df}: return
-    df = df[(df.patient!='') & (df.split!='')]
-    several = df.groupby('patient').split.transform('nunique')>1
-    for _,g in df[several].groupby('patient'):
-        cases,found = ', '.join(map(repr, g.case[:3])),' and '.join(sorted(g.split.unique()))
-        yield CTError(p, f'cases {cases} are of one patient but in {found}',
-                      'Put all scans of a patient into one split')  # F5
 
 # %% ../nbs/04_cases.ipynb #244b3f5a
 source_columns = ('scan','source (may name patients: keep this file with the data)','left out')
@@ -260,7 +261,7 @@ def read_cases(
     for c in cases:
         for k in need:
             if k not in c.masks: raise CTError(name, f'case {c.name!r} has no {k} mask',
-                                               'Add it, or empty its split: an unlabelled scan is '
+                                               'Add it, or empty its split: an unlabeled scan is '
                                                'not a negative one')
     if not cases: raise CTError(name, f'no case has the split {split!r}', 'Change the split column')
     return cases
@@ -358,16 +359,16 @@ class CaseReport:
     shape: tuple = None # (slice, row, column); None where the scan does not open
     spacing: tuple = None # mm
     hu: tuple = None # Least, median and greatest HU
-    lesion_ml: float = None # Volume of the lesion; None where it is unlabelled
+    lesion_ml: float = None # Volume of the lesion; None where it is unlabeled
     lung_ml: float = None # Volume of the lung mask
     lesion_share: float = None # Lesion ÷ lung, 0…1; None where findings say why not
     inside: float = None # Fraction of the lesion that lies in the lung mask, 0…1
     digest: str = '' # The same for scans with the same voxels
     findings: list = field(default_factory=list) # Of `Finding`
 
-    def add(self, level, what, fault, remedy): # as a `Finding` has them
+    def add(self, level: str, what: str, fault: str, remedy: str): # As in a `Finding`
         self.findings.append(Finding(level, self.case, plain(what), fault, remedy))
-    def note(self, path, volume):
+    def note(self, path: str|Path, volume: Volume): # Of the file; as it was opened
         for n in volume.notes:
             self.add('note', path, n, 'Nothing to do, the reader has dealt with it')
     @property
@@ -495,7 +496,7 @@ def _check_files(rep, case, need):
     "Open scan and masks, one after the other"
     for k in need:
         if not case.split or k in case.masks: continue
-        fault = (f'the case has the split {case.split} but no {k} mask: an unlabelled scan is not '
+        fault = (f'the case has the split {case.split} but no {k} mask: an unlabeled scan is not '
                  f'a negative one')
         rep.add('error', k, fault, 'Add the mask, or empty the split')
     ct = case.open_ct()
@@ -523,7 +524,7 @@ def check_case(
 
 # %% ../nbs/04b_check.ipynb #cc427ae9
 def _same_scans(reports) -> list:
-    "Add a finding to each scan that is there twice under different names"
+    "Add a finding to each scan that is listed twice under different names"
     seen = {}
     for r in reports:
         if r.digest: seen.setdefault(r.digest, []).append(r)
@@ -556,13 +557,13 @@ def _case_or_report(row, root, masks):
         rep.add('error', str(e.what).rpartition(' ')[2], e.fault, e.remedy)
         return rep
 
-# %% ../nbs/04b_check.ipynb #99142643
+# %% ../nbs/04b_check.ipynb #fbc49bf3
 def check_table(
     table: str|Path|pd.DataFrame, # Case table: CSV or DataFrame
     split: str|list = None,       # Only this split, or these; all cases if None
     need: tuple = ('lesion',),    # Masks that a case with a split must have
     workers: int = None           # Threads; two if None
-) -> list: # Of `CaseReport`; one on the table itself comes first if something is wrong with it
+) -> list: # Of `CaseReport`; one on the table itself comes first if it has faults
     "Check a case table and everything it names"
     df,root,name = _open_table(table, ())
     wanted = {split} if isinstance(split, str) else {*(split or ())}

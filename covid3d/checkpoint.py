@@ -1,4 +1,4 @@
-"""A training that is killed resumes where it was, and ends with the weights it would have had
+"""Resume a killed training exactly where it stopped, with the same final weights
 
 Docs: https://covid3d.github.io/covid3d/checkpoint.html.md"""
 
@@ -8,16 +8,12 @@ Docs: https://covid3d.github.io/covid3d/checkpoint.html.md"""
 __all__ = ['Checkpoint']
 
 # %% ../nbs/17_checkpoint.ipynb #c913e973
-import json, math, os, random, re, signal, threading, zlib
+import json, math, random, zlib
 from contextlib import contextmanager
-from functools import partial
-from multiprocessing import RawValue
 from pathlib import Path
-from struct import unpack_from
 
 import numpy as np, torch
 from fastai.callback.core import Callback
-from fastai.callback.schedule import ParamScheduler
 from fastai.distributed import DistributedDL
 from fastai.optimizer import Optimizer
 from fastai.torch_core import get_model
@@ -33,66 +29,21 @@ from .volume import CTError, write_atomic
 
 # %% ../nbs/17_checkpoint.ipynb #c150e157
 def _plain(o): return o.tolist() if hasattr(o, 'tolist') else list(o)  # of NumPy, torch; `L`
-
 def _as_json(o): return json.loads(json.dumps(o, default=_plain))
-
-def _crc(text, tensors) -> str:
-    "CRC-32 of the text and of the tensors in order of their names"
-    crc = zlib.crc32(text.encode())
-    for k in sorted(tensors):
-        crc = zlib.crc32(tensors[k].flatten().view(torch.uint8).numpy(),
-                         zlib.crc32(k.encode(), crc))
-    return f'{crc:08x}'
-
-def write_checkpoint(path, state, tensors):
-    "Put a checkpoint (a dict for JSON, tensors by name) in the place of the last one"
-    text = json.dumps(state, default=_plain)
-    tensors = {k:t.detach().cpu().contiguous() for k,t in tensors.items()}
-    raw = to_bytes(tensors, dict(covid3d_run=text, crc=_crc(text, tensors)))
-    try: write_atomic(path, raw)
-    except CTError as e:
-        fault = e.fault+'; the last one is intact'*Path(path).exists()
-        raise CTError(path, fault, e.remedy) from None
-
-# %% ../nbs/17_checkpoint.ipynb #f3c9d17d
-def _check_sizes(path, remedy, most, parts, size):
-    "Refuse a file that is larger than a training's, or whose header has more parts"
-    if not Path(path).is_file(): return  # `open_tensors` says it
-    n = Path(path).stat().st_size
-    if n>8+most+size: raise CTError(path, f'has {n} bytes, more than this training writes', remedy)
-    with open(path, 'rb') as f: head = f.read(min(int.from_bytes(f.read(8), 'little'), most))
-    n = head.count(b'{')+head.count(b'[')
-    if n>parts: raise CTError(path, f'its header has {n} parts, of at most {parts}', remedy)
-
-def read_checkpoint(path, most=2**22, parts=2**16, size=math.inf) -> tuple:
-    "State and tensors, if the header has at most `most` bytes and `parts` brackets"
-    remedy = 'Give the folder of a training that was interrupted, or start anew with --overwrite'
-    _check_sizes(path, remedy, most, parts, size)
-    with open_tensors(path, remedy, most=most) as f:
-        tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
-    text = meta.get('covid3d_run', '')
-    if text and _crc(text, tensors)!=meta.get('crc'):
-        raise CTError(path, 'the checkpoint is damaged: its checksum is wrong', remedy)
-    try: return json.loads(text),tensors
-    except (ValueError,RecursionError):
-        raise CTError(path, 'is no checkpoint of `covid3d train`', remedy) from None
-
-# %% ../nbs/17_checkpoint.ipynb #acc83f42
-def _loaders(dls) -> list: return [d.dl if isinstance(d, DistributedDL) else d for d in dls.loaders]
-
 def _to_hex(t) -> str: return t.numpy().tobytes().hex()
 def _from_hex(s) -> torch.Tensor: return torch.frombuffer(bytearray.fromhex(s), dtype=torch.uint8)
 
+def _loaders(dls) -> list: return [d.dl if isinstance(d, DistributedDL) else d for d in dls.loaders]
+
 def _get_random(dls) -> dict:
-    "Where all random numbers are, as JSON gives it"
+    "The states of all random generators, as JSON gives them"
     gpu = _to_hex(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else None
-    kind,words,*rest = np.random.get_state()
-    loaders = [d.rng.getstate() for d in _loaders(dls)]
-    return _as_json(dict(torch=_to_hex(torch.get_rng_state()), gpu=gpu, numpy=[kind,words,*rest],
-                         python=random.getstate(), loaders=loaders))
+    return _as_json(dict(torch=_to_hex(torch.get_rng_state()), gpu=gpu,
+                         numpy=np.random.get_state(), python=random.getstate(),
+                         loaders=[d.rng.getstate() for d in _loaders(dls)]))
 
 def _set_random(s, dls):
-    "Resume with the random numbers from there"
+    "Put the random generators back into these states"
     torch.set_rng_state(_from_hex(s['torch']))
     if s['gpu'] and torch.cuda.is_available(): torch.cuda.set_rng_state(_from_hex(s['gpu']))
     np.random.set_state(tuple(s['numpy']))
@@ -100,100 +51,23 @@ def _set_random(s, dls):
                                           (s['python'], *s['loaders'])):
         rng.setstate((version,tuple(words),normal))
 
-# %% ../nbs/17_checkpoint.ipynb #9028ff2f
-class _Misfit(ValueError):
-    "A part of a checkpoint is not what this training writes"
-
-def _need(ok, what):
-    if not ok: raise _Misfit(what)
-
-def _is_int(v, low=0, high=2**63) -> bool: return type(v) is int and low<=v<high
-def _is_number(v) -> bool: return type(v) is float or _is_int(v, -2**63)
-def _is_finite(v) -> bool: return _is_number(v) and math.isfinite(v)
-# no generator makes a normal number beyond 14
-def _is_normal(v) -> bool: return _is_number(v) and abs(v)<64
-
-def _is_twister(v) -> bool:
-    "Whether `v` are 624 words of 32 bits, not all 0, and the place of the next one"
-    return isinstance(v, list) and len(v)==625 and all(_is_int(o, 0, 2**32) for o in v) \
-        and any(v[:-1]) and v[-1]<=624
-
-def _is_python(s) -> bool:
-    return s[0]==3 and len(s)==3 and _is_twister(s[1]) and (s[2] is None or _is_normal(s[2]))
-
-def _is_numpy(s) -> bool:
-    return s[0]=='MT19937' and len(s)==5 and _is_twister([*s[1], s[2]]) and _is_int(s[3], 0, 2) \
-        and _is_normal(s[4])
-
-# %% ../nbs/17_checkpoint.ipynb #320c825c
-def _is_torch(raw) -> bool:
-    "Whether torch's generator stays within its 624 numbers, and its normal ones are possible"
-    if len(raw)!=5056: return True  # of a PyTorch with another layout
-    left,_,at = unpack_from('<iiQ', raw, 8)
-    return ((left,at)==(1,0) or 1<=left<=624 and at==625-left) and any(raw[24:5016]) \
-        and all(map(_is_normal, unpack_from('<ddd', raw, 5016)+unpack_from('<f', raw, 5048)))
-
-def _set_torch(s, cpu, gpu):
-    cpu.set_state(_from_hex(s['torch']))
-    if s['gpu'] and gpu: gpu.set_state(_from_hex(s['gpu']))
-
-def _check_random(s, dls):
-    "`_Misfit` unless `s` has the form that `_get_random` gives"
-    cuda = torch.cuda.is_available()
-    try:
-        good = {*s}=={'torch','gpu','numpy','python','loaders'} \
-            and _is_torch(bytes.fromhex(s['torch'])) and _is_numpy(s['numpy']) \
-            and len(bytes.fromhex(s['gpu'] or ''))<1e5 and len(s['loaders'])==len(_loaders(dls)) \
-            and all(map(_is_python, [s['python'], *s['loaders']]))
-        if good: _set_torch(s, torch.Generator(), torch.Generator('cuda') if cuda else None)
-    except (RuntimeError,TypeError,ValueError,LookupError,OverflowError): good = False
-    _need(good, 'random')
-
-# %% ../nbs/17_checkpoint.ipynb #9631aa7b
-def _holders(cbs) -> list: return [c for c in cbs if hasattr(type(c), 'keeps_tensors')]
+# %% ../nbs/17_checkpoint.ipynb #f3c9d17d
 def _keepers(cbs) -> list: return [c for c in cbs if hasattr(type(c), 'keeps')]
+def _holders(cbs) -> list: return [c for c in cbs if hasattr(type(c), 'keeps_tensors')]
+
+def _below(prefix, tensors) -> dict:
+    "The tensors whose names begin with `prefix`, without it"
+    return {k[len(prefix):]:v for k,v in tensors.items() if k.startswith(prefix)}
 
 def _callback_state(cbs) -> dict:
     "What callbacks keep: name → attributes, as JSON gives them"
     return _as_json({c.name:{k:getattr(c, k) for k in c.keeps} for c in _keepers(cbs)})
 
-def _is_row(v) -> bool:
-    "Numbers, times and gaps, in a list or by name"
-    if isinstance(v, dict):
-        return all(re.fullmatch('[a-z_]{1,32}', k) for k in v) and _is_row([*v.values()])
-    return isinstance(v, list) and len(v)<1000 and all(o is None or _is_number(o)
-        or isinstance(o, str) and re.fullmatch(r'[\d:.]{1,16}', o) for o in v)
-
-def _is_kept(new, old) -> bool:
-    "Whether `new` may take the place of the attribute `old` of a callback"
-    if type(old) is int: return _is_int(new)
-    if not isinstance(old, list): return _is_number(new) or new is old is None
-    if not isinstance(new, list) or len(new)>10**7: return False
-    return all(map(_is_number, new)) or all(map(_is_row, new)) and len({*map(len, new)})<=1
-
-# %% ../nbs/17_checkpoint.ipynb #8f97a558
-def _form(tensors) -> dict: return {k:(v.dtype,tuple(v.shape)) for k,v in tensors.items()}
-def _below(prefix, tensors) -> dict:
-    return {k[len(prefix):]:v for k,v in tensors.items() if k.startswith(prefix)}
-
-def _check_callbacks(cbs, state, tensors, learn, done):
-    "`_Misfit` unless each callback gets what it declares and what fits `done` epochs of all phases"
-    _need(isinstance(state, dict) and {*state}=={c.name for c in _keepers(cbs)}, 'callbacks')
-    for c in _holders(cbs):
-        mine = _form(_below(f'{c.name}.', tensors or {}))
-        _need(not mine or mine==_form(get_model(learn.model).state_dict()), f'tensors of {c.name}')
-    for c in _keepers(cbs):
-        kept = state[c.name]
-        _need(isinstance(kept, dict) and {*kept}=={*c.keeps}
-              and all(_is_kept(kept[k], getattr(c, k)) for k in c.keeps)
-              and (not hasattr(type(c), 'fits') or c.fits(learn, done, tensors, **kept)),
-              f'callback {c.name}')
-
 def _set_callbacks(cbs, state, tensors):
     "Give callbacks the attributes that they declare, and no others"
     for c in _keepers(cbs):
         for k in c.keeps: setattr(c, k, state[c.name][k])
-    for c in _holders(cbs):  # copies, as the originals are the file's
+    for c in _holders(cbs):  # copies, because the originals are the file's
         setattr(c, c.keeps_tensors, {k:v.clone() for k,v in _below(f'{c.name}.', tensors).items()})
 
 # %% ../nbs/17_checkpoint.ipynb #967fa8b5
@@ -234,6 +108,439 @@ def _set_learner(learn, state, tensors):
     r.smooth_loss.count,r.smooth_loss.val = s['count'],torch.tensor(s['smooth'])
 
 # %% ../nbs/17_checkpoint.ipynb #8cecc016
+def _crc(text, tensors) -> str:
+    "CRC-32 of the text and of the tensors in order of their names"
+    crc = zlib.crc32(text.encode())
+    for k in sorted(tensors):
+        crc = zlib.crc32(tensors[k].flatten().view(torch.uint8).numpy(),
+                         zlib.crc32(k.encode(), crc))
+    return f'{crc:08x}'
+
+def write_checkpoint(
+    path,    # `.safetensors`
+    state,   # Dict that JSON can hold
+    tensors: dict # Tensors by name
+):
+    "Put a checkpoint in the place of the previous one"
+    text = json.dumps(state, default=_plain)
+    tensors = {k:t.detach().cpu().contiguous() for k,t in tensors.items()}
+    raw = to_bytes(tensors, dict(covid3d_run=text, crc=_crc(text, tensors)))
+    try: write_atomic(path, raw)
+    except CTError as e:
+        fault = e.fault+'; the last one is intact'*Path(path).exists()
+        raise CTError(path, fault, e.remedy) from None
+
+# %% ../nbs/17_checkpoint.ipynb #fa98cfe5
+def read_checkpoint(
+    path,            # `.safetensors`
+    most=2**22,      # Bytes of the header, at most
+    parts=2**16,     # Brackets in the header, at most
+    size=math.inf    # Bytes of the tensors, at most
+) -> tuple: # State and tensors
+    "What `write_checkpoint` wrote"
+    remedy = 'Give the folder of a training that was interrupted, or start anew with --overwrite'
+    _check_sizes(path, remedy, most, parts, size)
+    with open_tensors(path, remedy, most=most) as f:
+        tensors,meta = {k:f.get_tensor(k) for k in f.keys()},f.metadata() or {}
+    text = meta.get('covid3d_run', '')
+    if text and _crc(text, tensors)!=meta.get('crc'):
+        raise CTError(path, 'the checkpoint is damaged: its checksum is wrong', remedy)
+    try: return json.loads(text),tensors
+    except (ValueError,RecursionError):
+        raise CTError(path, 'is no checkpoint of `covid3d train`', remedy) from None
+
+# %% ../nbs/17_checkpoint.ipynb #7a2adcdc
+class Checkpoint(Callback):
+    "Keep the whole state of a training after each epoch"
+    order = 100
+    def __init__(self,
+        path,        # `.safetensors`
+        about: dict, # Arguments of the training, which must be the same when it is resumed
+        epochs: int, # Of all phases together
+        steps: int,  # Of each phase, at most; a file that tells of more is not read
+        model        # Network; a file much larger than it and an optimizer's averages is not read
+    ):
+        self.file,self.about,self.epochs,self.steps = Path(path),about,epochs,steps
+        self.size = 2**24+16*sum(t.nbytes for t in model.state_dict().values())
+        self.phase,self.start,self.before,self.at,self.tensors = -1,0,0,{},{}
+        self.ran = self.last = self.stop = self.ctrl_c = self.validating = self.waits = False
+
+def _made_by() -> str: return f'covid3d {__version__}, torch {torch.__version__}'
+
+@patch
+def _write(self: Checkpoint, tensors, **kwargs) -> dict:
+    state = dict(about=self.about, made_by=_made_by(), threads=torch.get_num_threads(), phase=0,
+                 epoch=0, finished=False) | kwargs
+    write_checkpoint(self.file, state, tensors)
+    return state
+
+# %% ../nbs/17_checkpoint.ipynb #748124fe
+def _progress(s) -> str:
+    "Where a checkpoint was written, and by what"
+    done = f'phase {s["phase"]+1}, {s["epoch"]} of its epochs are done'
+    if s['finished']: done = 'it had finished'
+    if w := s.get('within'): done += f', and {w["step"]} steps of the next'
+    then,now = (f'{by}, {n} thread{"s"[:n!=1]}' for by,n in
+        ((s['made_by'], s['threads']), (_made_by(), torch.get_num_threads())))
+    return done+('' if then==now else f' (by {then}; with {now} the weights may differ)')
+
+@patch
+def _open(self: Checkpoint, resume) -> tuple:
+    sweep(self.file.parent)  # what a killed run was writing
+    if not (resume and self.file.exists()):
+        anew = f'no checkpoint in {self.file.parent}: the training begins anew'
+        if resume: print(anew, flush=True)
+        return self._write({}),{}
+    about = json.dumps(self.about, default=_plain)
+    most = 2**22 + 2**17*place()[1] + 2*len(about) + 4000*self.epochs + 64*self.steps
+    parts = 2**16 + 8*self.epochs + about.count('{')+about.count('[')
+    state,tensors = read_checkpoint(self.file, most, parts, self.size)
+    with _fitting(self.file):
+        _check_state(state, tensors)
+        require_same(self.file, state['about'], self.about)
+    print(f'{self.file}: {_progress(state)}', flush=True)
+    return state,tensors
+
+# %% ../nbs/17_checkpoint.ipynb #01c57ec4
+@contextmanager
+def _to_be_resumed():
+    "Say how to resume when a file cannot be written"
+    try: yield
+    except CTError as e:
+        if not e.fault.startswith('cannot be written'): raise
+        raise CTError(e.what, e.fault, f'{e.remedy}, then resume with --resume') from None
+
+@patch
+def begin(self: Checkpoint,
+    resume: bool = False # Resume from the checkpoint, if there is one
+) -> bool: # Whether the training had finished
+    "Read the checkpoint, or mark the beginning of a training"
+    self.at,self.tensors = once(lambda: self._open(resume))
+    return self.at['finished']
+
+@patch
+def finish(self: Checkpoint,
+    cbs,       # Callbacks whose state is kept
+    check=noop # Called before, to look whether all is there
+):
+    "Mark the training as finished"
+    with _fitting(self.file): _need(self.at['phase']<=max(0, self.phase), 'phase')
+    check()
+    with _to_be_resumed():
+        once(lambda: self._write({}, callbacks=_callback_state(cbs), finished=True) and None)
+
+# %% ../nbs/17_checkpoint.ipynb #c0ffee17
+@patch
+def save(self: Checkpoint,
+    epoch: int, # Finished epochs of this phase
+    rand=None,  # Random states; those of now if None
+    **kwargs    # Other entries of the state
+):
+    "Write the state of the learner"
+    rand = gather(rand or _get_random(self.learn.dls))
+    def write():
+        state,tensors = _learner_state(self.learn)
+        self._write(tensors, **state|dict(phase=self.phase, epoch=epoch, random=rand)|kwargs)
+    once(write)
+
+# %% ../nbs/17_checkpoint.ipynb #b99803ab
+@patch
+def restore(self: Checkpoint,
+    learn, # `Learner`
+    cbs    # Its callbacks
+):
+    "Put back the state of the checkpoint; of a finished training, that of the callbacks"
+    at = self.at
+    if at['finished']:
+        with _fitting(self.file): _check_callbacks(cbs, at['callbacks'], None, learn, self.epochs)
+        return _set_callbacks(cbs, at['callbacks'], {})
+    if learn.opt is None: learn.create_opt()
+    cbs = [*learn.cbs, *(c for c in cbs if c not in learn.cbs)]
+    with _fitting(self.file):
+        _check_callbacks(cbs, at['callbacks'], self.tensors, learn, self.before+at['epoch'])
+        _check_learner(learn, at, self.tensors, cbs)
+        _check_place(self, learn)
+    _set_callbacks(cbs, at['callbacks'], self.tensors)
+    _set_learner(learn, at, self.tensors)
+    _set_random(at['random'][place()[0]], learn.dls)
+    self.tensors = {}
+
+# %% ../nbs/17_checkpoint.ipynb #43d223d1
+@patch
+def before_fit(self: Checkpoint):
+    "Hold back the log of epochs that are done"
+    self.ran = self.last = False
+    if self.start: self.logger_,self.learn.logger = self.learn.logger,noop
+
+@patch
+def before_epoch(self: Checkpoint):  # not called for an epoch that is skipped
+    "In the first epoch that is not done, restore the state"
+    if self.start: self.learn.logger,self.start = self.logger_,0
+    if self.waits: self.restore(self.learn, self.learn.cbs); self.waits = False
+
+@patch
+def after_epoch(self: Checkpoint):
+    "Save the state, but for the last epoch of the phase"
+    self.last = self.ran and self.epoch+1==self.n_epoch
+    if self.ran and not self.last: self.save(self.epoch+1); self._leave()
+    self.ran = False
+
+@patch
+def after_fit(self: Checkpoint):
+    "Save the state after the last epoch, when all callbacks have ended the phase"
+    if self.last: self.save(self.n_epoch); self._leave()
+
+# %% ../nbs/17_checkpoint.ipynb #ff1dc37d
+@patch
+def fit(self: Checkpoint,
+    learn,   # `Learner`
+    n_epoch, # Of this phase
+    *args,   # For `fit_one_cycle`
+    cbs=(),  # Callbacks, without this one
+    **kwargs # For `fit_one_cycle`
+):
+    "`learn.fit_one_cycle`, from where it was left"
+    self.phase += 1
+    if (steps := n_epoch*len(learn.dls.train))>self.steps or n_epoch>self.epochs:
+        fault = f'{n_epoch} epochs of {steps} steps are more than its checkpoint was told of'
+        raise CTError('epochs', fault, 'Give Checkpoint their number: epochs, steps')
+    here = self.phase-self.at['phase']  # 0 in the phase that was interrupted
+    self.start,self.waits = 0 if here else self.at['epoch'],not here and bool(self.tensors)
+    with _fitting(self.file): _need(self.start<=n_epoch, 'epoch')
+    if here<0: self.before += n_epoch
+    elif self.start==n_epoch:
+        self.waits = False
+        learn.model.to(learn.dls.device)
+        self.restore(learn, cbs)
+    else:
+        with self._on_signals(learn.dls), _to_be_resumed():
+            learn.fit_one_cycle(n_epoch, *args, cbs=[*cbs, self], start_epoch=self.start, **kwargs)
+
+# %% ../nbs/17b_signals.ipynb #745f6e07
+import os, signal, threading
+from functools import partial
+from multiprocessing import RawValue
+
+# %% ../nbs/17b_signals.ipynb #4e97ab61
+def _pass_over(dl, n, then):
+    "Leave out the first `n` samples of the next epoch; call `then` before the others are made"
+    order,sample = dl.get_idxs,dl.sample
+    def rest():
+        del dl.get_idxs
+        return list(order())[n:]
+    def begin():
+        del dl.sample
+        then()
+        return sample()
+    dl.get_idxs = rest
+    # PyTorch's iterator takes a seed between the two
+    if dl.fake_l.num_workers==0: dl.sample = begin
+
+# %% ../nbs/17b_signals.ipynb #bba4e2cf
+@patch
+def _interrupted(self: Checkpoint, *_):
+    "What Ctrl-C calls"
+    self.ctrl_c = True
+    raise KeyboardInterrupt
+
+@patch
+def before_batch(self: Checkpoint):
+    "End the training if its Ctrl-C was lost"
+    if self.ctrl_c: raise KeyboardInterrupt
+
+@patch
+def _leave(self: Checkpoint):
+    if not self.stop: return
+    print(f'{self.file}: stopped by SIGTERM; --resume continues', flush=True)
+    raise SystemExit(143)
+
+@patch
+def _told_to_stop(self: Checkpoint, *_):
+    "What SIGTERM calls"
+    again,self.stop = self.stop,True
+    if again: raise SystemExit(143)
+    if self.validating: self._save_within(len(self.learn.dls.train)); self._leave()
+
+# %% ../nbs/17b_signals.ipynb #cf6eaafc
+def _deaf(init, trains, i):
+    "Begin worker process `i`, which leaves SIGTERM to the training while that runs"
+    init(i)
+    signal.signal(signal.SIGTERM, lambda *_: trains.value or os._exit(0))
+
+@patch
+@contextmanager
+def _on_signals(self: Checkpoint, dls):
+    "Let SIGTERM end the training with a checkpoint, and Ctrl-C end it in any case"
+    self.stop = self.ctrl_c = False
+    if place()[1]>1 or threading.current_thread() is not threading.main_thread(): yield; return
+    handlers = {signal.SIGTERM:self._told_to_stop}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        handlers[signal.SIGINT] = self._interrupted
+    fakes,trains = [d.fake_l for d in _loaders(dls)],RawValue('b', 1) # seen by all processes
+    old = {k:signal.signal(k, f) for k,f in handlers.items()}
+    inits = [f.worker_init_fn for f in fakes]
+    try:
+        for f in fakes: f.worker_init_fn = partial(_deaf, f.worker_init_fn, trains)
+        yield
+    finally:
+        trains.value = 0
+        for k,f in old.items(): signal.signal(k, f or signal.SIG_DFL)
+        for f,init in zip(fakes, inits): f.worker_init_fn = init
+
+# %% ../nbs/17b_signals.ipynb #f5983ef6
+@patch
+def _mark(self: Checkpoint, rand=None):
+    "Note what validation and the end of the epoch are going to change"
+    self.here = rand or _get_random(self.learn.dls),_callback_state(self.learn.cbs), \
+        dict(pct_train=float(self.learn.pct_train), train_iter=int(self.learn.train_iter))
+
+@patch
+def _save_within(self: Checkpoint, step):
+    "Write a checkpoint after `step` steps of this epoch"
+    for c in self.learn.cbs:
+        # the weights that train, where others are validated
+        if hasattr(c, 'swap_back'): c.swap_back()
+    rand,kept,at = self.here
+    self.save(self.epoch, rand, callbacks=kept, within=dict(step=step, began=self.began, **at))
+
+@patch
+def before_train(self: Checkpoint):
+    "Note the random states, and pass over the steps that are done"
+    self.ran,w,dls = True,self.at.pop('within', None),self.learn.dls
+    rand = _get_random(dls)
+    self.began,self.done = (w['began'],w['step']) if w else (rand,0)
+    if w:
+        _set_random(w['began'], dls)
+        _pass_over(dls.train, w['step']*dls.train.bs, lambda: _set_random(rand, dls))
+        self.learn.pct_train,self.learn.train_iter = w['pct_train'],w['train_iter']
+    self._mark(rand)
+
+# %% ../nbs/17b_signals.ipynb #a09d24d5
+@patch
+def after_batch(self: Checkpoint):
+    "If told to stop, write a checkpoint within the epoch and leave"
+    if not (self.training and self.ran): return
+    if self.stop or self.done+self.iter+1==self.n_iter: self._mark()
+    if not self.stop: return
+    # not between the batches of one step
+    if any(p.grad is not None and bool(p.grad.any()) for p in self.model.parameters()): return
+    self._save_within(self.done+self.iter+1); self._leave()
+
+@patch
+def before_validate(self: Checkpoint):
+    "From here on, SIGTERM may write at any moment"
+    self.validating = self.ran
+
+@patch
+def after_validate(self: Checkpoint):
+    "The epoch is about to end: SIGTERM waits for it"
+    self.validating = False
+
+# %% ../nbs/17c_checkpoint_check.ipynb #f51a9492
+import re
+from struct import unpack_from
+
+from fastai.callback.schedule import ParamScheduler
+
+# %% ../nbs/17c_checkpoint_check.ipynb #763829bd
+def _check_sizes(path, remedy, most, parts, size):
+    "Refuse a file that is larger than a training's, or whose header has more parts"
+    if not Path(path).is_file(): return  # `open_tensors` says it
+    n = Path(path).stat().st_size
+    if n>8+most+size: raise CTError(path, f'has {n} bytes, more than this training writes', remedy)
+    with open(path, 'rb') as f: head = f.read(min(int.from_bytes(f.read(8), 'little'), most))
+    n = head.count(b'{')+head.count(b'[')
+    if n>parts: raise CTError(path, f'its header has {n} parts, of at most {parts}', remedy)
+
+# %% ../nbs/17c_checkpoint_check.ipynb #da730386
+class _Misfit(ValueError):
+    "A part of a checkpoint is not what this training writes"
+
+def _need(ok, what):
+    if not ok: raise _Misfit(what)
+
+@contextmanager
+def _fitting(file):
+    "A part that does not fit, in one line"
+    try: yield
+    except (_Misfit,RecursionError) as e:
+        part = e if isinstance(e, _Misfit) else 'about'  # nested too deep
+        raise CTError(file, f'is no checkpoint of this training: its part {part} does not fit',
+                      'Start anew with --overwrite, or give the folder of this training') from None
+
+def _is_int(v, low=0, high=2**63) -> bool: return type(v) is int and low<=v<high
+def _is_number(v) -> bool: return type(v) is float or _is_int(v, -2**63)
+def _is_finite(v) -> bool: return _is_number(v) and math.isfinite(v)
+
+# %% ../nbs/17c_checkpoint_check.ipynb #8bfd08e6
+def _is_normal(v) -> bool: return _is_number(v) and abs(v)<64
+
+def _is_twister(v) -> bool:
+    "Whether `v` are 624 words of 32 bits, not all 0, and the place of the next one"
+    return isinstance(v, list) and len(v)==625 and all(_is_int(o, 0, 2**32) for o in v) \
+        and any(v[:-1]) and v[-1]<=624
+
+def _is_python(s) -> bool:
+    return s[0]==3 and len(s)==3 and _is_twister(s[1]) and (s[2] is None or _is_normal(s[2]))
+
+def _is_numpy(s) -> bool:
+    return s[0]=='MT19937' and len(s)==5 and _is_twister([*s[1], s[2]]) and _is_int(s[3], 0, 2) \
+        and _is_normal(s[4])
+
+def _is_torch(raw) -> bool:
+    "Whether torch's generator stays within its 624 numbers, and its normal ones are possible"
+    if len(raw)!=5056: return True  # of a PyTorch with another layout
+    left,_,at = unpack_from('<iiQ', raw, 8)
+    return ((left,at)==(1,0) or 1<=left<=624 and at==625-left) and any(raw[24:5016]) \
+        and all(map(_is_normal, unpack_from('<ddd', raw, 5016)+unpack_from('<f', raw, 5048)))
+
+# %% ../nbs/17c_checkpoint_check.ipynb #6580713d
+def _check_random(s, dls):
+    "`_Misfit` unless `s` has the form that `_get_random` gives"
+    try:
+        good = {*s}=={'torch','gpu','numpy','python','loaders'} \
+            and _is_torch(bytes.fromhex(s['torch'])) and _is_numpy(s['numpy']) \
+            and len(bytes.fromhex(s['gpu'] or ''))<1e5 and len(s['loaders'])==len(_loaders(dls)) \
+            and all(map(_is_python, [s['python'], *s['loaders']]))
+        if good:  # spare generators take them first
+            torch.Generator().set_state(_from_hex(s['torch']))
+            if s['gpu'] and torch.cuda.is_available():
+                torch.Generator('cuda').set_state(_from_hex(s['gpu']))
+    except (RuntimeError,TypeError,ValueError,LookupError,OverflowError): good = False
+    _need(good, 'random')
+
+# %% ../nbs/17c_checkpoint_check.ipynb #866921b0
+def _is_row(v) -> bool:
+    "Numbers, times and gaps, in a list or by name"
+    if isinstance(v, dict):
+        return all(re.fullmatch('[a-z_]{1,32}', k) for k in v) and _is_row([*v.values()])
+    return isinstance(v, list) and len(v)<1000 and all(o is None or _is_number(o)
+        or isinstance(o, str) and re.fullmatch(r'[\d:.]{1,16}', o) for o in v)
+
+def _is_kept(new, old) -> bool:
+    "Whether `new` may take the place of the attribute `old` of a callback"
+    if type(old) is int: return _is_int(new)
+    if not isinstance(old, list): return _is_number(new) or new is old is None
+    if not isinstance(new, list) or len(new)>10**7: return False
+    return all(map(_is_number, new)) or all(map(_is_row, new)) and len({*map(len, new)})<=1
+
+# %% ../nbs/17c_checkpoint_check.ipynb #0e4db9dd
+def _form(tensors) -> dict: return {k:(v.dtype,tuple(v.shape)) for k,v in tensors.items()}
+
+def _check_callbacks(cbs, state, tensors, learn, done):
+    "`_Misfit` unless each callback gets what it declares and what fits `done` epochs of all phases"
+    _need(isinstance(state, dict) and {*state}=={c.name for c in _keepers(cbs)}, 'callbacks')
+    for c in _holders(cbs):
+        mine = _form(_below(f'{c.name}.', tensors or {}))
+        _need(not mine or mine==_form(get_model(learn.model).state_dict()), f'tensors of {c.name}')
+    for c in _keepers(cbs):
+        kept = state[c.name]
+        _need(isinstance(kept, dict) and {*kept}=={*c.keeps}
+              and all(_is_kept(kept[k], getattr(c, k)) for k in c.keeps)
+              and (not hasattr(type(c), 'fits') or c.fits(learn, done, tensors, **kept)),
+              f'callback {c.name}')
+
+# %% ../nbs/17c_checkpoint_check.ipynb #a834bdf1
 def _update_form(opt, p, own, hyper) -> dict:
     "What a step of the optimizer keeps of a parameter, tried on zeros in its place"
     q,state = torch.zeros_like(p, requires_grad=False),dict(own)
@@ -250,33 +557,7 @@ def _is_like(new, old) -> bool:
     if type(old) is int: return _is_int(new, 1, 2**53)
     return _is_finite(new) and (not isinstance(old, torch.Tensor) or old.dim()==0)
 
-def _is_sound(k, t) -> bool:
-    "Whether the numbers of a tensor are finite, and variances and counts not negative"
-    if t.is_floating_point() and not bool(torch.isfinite(t).all()): return False
-    return not k.endswith(('sqr_avg','running_var','num_batches_tracked')) or bool((t>=0).all())
-
-# %% ../nbs/17_checkpoint.ipynb #36c0c376
-def _is_hyper(k, v) -> bool: return _is_finite(v) and v>=0 and (v<=1 or not k.endswith('mom'))
-
-def _check_hypers(learn, hypers):
-    "`_Misfit` unless hyper-parameters are possible and, if no schedule changes them, those of now"
-    own = learn.opt.hypers
-    scheduled = {k for c in learn.cbs if isinstance(c, ParamScheduler) for k in c.scheds} \
-        or {'lr','mom','wd'}
-    _need(isinstance(hypers, list) and len(hypers)==len(own), 'hypers')
-    for h,o in zip(hypers, own):
-        _need(isinstance(h, dict) and {*h}=={*o} and all(_is_hyper(k, v) for k,v in h.items())
-              and all(h[k]==o[k] for k in o if k not in scheduled), 'hypers')
-
-def _fits_scaler(own, kept) -> bool:
-    "Whether mixed precision is as it was, and its scale is one"
-    if own is None or kept is None: return own is kept
-    fixed = [k for k in own if k not in ('scale','_growth_tracker')]
-    return {*kept}=={*own} and all(kept[k]==own[k] for k in fixed) \
-        and _is_finite(kept.get('scale', 1)) and 0<kept.get('scale', 1)<=2**100 \
-        and _is_int(kept.get('_growth_tracker', 0), 0, own.get('growth_interval', 1)+1)
-
-# %% ../nbs/17_checkpoint.ipynb #fa98cfe5
+# %% ../nbs/17c_checkpoint_check.ipynb #9f74e2af
 def _check_opt(opt, new, tensors, trained):
     "`_Misfit` unless the state is what this optimizer keeps of its parameters"
     params,seen = list(opt.all_params()),0
@@ -293,14 +574,40 @@ def _check_opt(opt, new, tensors, trained):
         _need({*kept}=={*form} and all(_is_like(v, form[k]) for k,v in kept.items()), f'opt {i}')
     _need(seen or not trained, 'opt')
 
-# %% ../nbs/17_checkpoint.ipynb #6f1d81cd
-def _is_loss(v) -> bool: return type(v) is float and abs(v)<=torch.finfo(torch.float32).max
+# %% ../nbs/17c_checkpoint_check.ipynb #b367586c
+def _is_sound(k, t) -> bool:
+    "Whether the numbers of a tensor are finite, and variances and counts not negative"
+    if t.is_floating_point() and not bool(torch.isfinite(t).all()): return False
+    return not k.endswith(('sqr_avg','running_var','num_batches_tracked')) or bool((t>=0).all())
+
+def _is_hyper(k, v) -> bool: return _is_finite(v) and v>=0 and (v<=1 or not k.endswith('mom'))
+
+def _check_hypers(learn, hypers):
+    "`_Misfit` unless hyper-parameters are possible and, if no schedule changes them, those of now"
+    own = learn.opt.hypers
+    scheduled = {k for c in learn.cbs if isinstance(c, ParamScheduler) for k in c.scheds} \
+        or {'lr','mom','wd'}
+    _need(isinstance(hypers, list) and len(hypers)==len(own), 'hypers')
+    for h,o in zip(hypers, own):
+        _need(isinstance(h, dict) and {*h}=={*o} and all(_is_hyper(k, v) for k,v in h.items())
+              and all(h[k]==o[k] for k in o if k not in scheduled), 'hypers')
+
+# %% ../nbs/17c_checkpoint_check.ipynb #d163f265
+def _fits_scaler(own, kept) -> bool:
+    "Whether mixed precision is as it was, and its scale is one"
+    if own is None or kept is None: return own is kept
+    fixed = [k for k in own if k not in ('scale','_growth_tracker')]
+    return {*kept}=={*own} and all(kept[k]==own[k] for k in fixed) \
+        and _is_finite(kept.get('scale', 1)) and 0<kept.get('scale', 1)<=2**100 \
+        and _is_int(kept.get('_growth_tracker', 0), 0, own.get('growth_interval', 1)+1)
 
 def _fits_recorder(s, epoch) -> bool:
     "Whether there is a loss for each step, and a row for each of `epoch` epochs"
     lrs,losses,iters,values = (s[k] for k in ('lrs','losses','iters','values'))
+    most = torch.finfo(torch.float32).max
     return len(s)==6 and _is_int(s['count']) and len(lrs)==len(losses)==s['count'] \
-        and all(_is_hyper('lr', o) for o in lrs) and all(map(_is_loss, [*losses, s['smooth']])) \
+        and all(_is_hyper('lr', o) for o in lrs) \
+        and all(type(o) is float and abs(o)<=most for o in [*losses, s['smooth']]) \
         and len(values)==len(iters)==epoch and iters==sorted(iters) \
         and all(_is_int(o, 0, s['count']+1) for o in iters) and len({*map(len, values)})<=1 \
         and all(isinstance(v, list) and all(o is None or _is_number(o) for o in v) for v in values)
@@ -310,7 +617,7 @@ def _check(part, fits, *args):
     try: _need(fits(*args), part)
     except (AttributeError,LookupError,TypeError): raise _Misfit(part) from None
 
-# %% ../nbs/17_checkpoint.ipynb #33a6cb46
+# %% ../nbs/17c_checkpoint_check.ipynb #dda15d86
 def _check_learner(learn, state, tensors, cbs):
     "`_Misfit` unless a checkpoint is of this network, optimizer and scaler"
     _need(_form(_below('model.', tensors))==_form(get_model(learn.model).state_dict()), 'weights')
@@ -323,51 +630,7 @@ def _check_learner(learn, state, tensors, cbs):
     _check_opt(learn.opt, state['opt'], tensors, trained=state['epoch'] and not scaler)
     _check('recorder', _fits_recorder, state['recorder'], state['epoch'])
 
-# %% ../nbs/17_checkpoint.ipynb #5d688bb6
-class Checkpoint(Callback):
-    "Keep the whole state of a training after each epoch"
-    order = 100
-    def __init__(self,
-        path,        # `.safetensors`
-        about: dict, # Arguments of the training, which must be the same when it is resumed
-        epochs: int, # Of all phases together
-        steps: int,  # Of each phase, at most; a file that tells of more is not read
-        model        # Network; a file much larger than it and an optimizer's averages is not read
-    ):
-        self.file,self.about,self.epochs,self.steps = Path(path),about,epochs,steps
-        self.size = 2**24+16*sum(t.nbytes for t in model.state_dict().values())
-        self.phase,self.start,self.before,self.at,self.tensors = -1,0,0,{},{}
-        self.ran = self.last = self.stop = self.ctrl_c = self.validating = self.waits = False
-
-@patch
-def _write(self: Checkpoint, tensors, **kwargs) -> dict:
-    state = dict(about=self.about, made_by=_made_by(), threads=torch.get_num_threads(), phase=0,
-                 epoch=0, finished=False) | kwargs
-    write_checkpoint(self.file, state, tensors)
-    return state
-
-def _made_by() -> str: return f'covid3d {__version__}, torch {torch.__version__}'
-
-# %% ../nbs/17_checkpoint.ipynb #7a2adcdc
-@contextmanager
-def _to_be_resumed():
-    "Say how to resume when a file cannot be written"
-    try: yield
-    except CTError as e:
-        if not e.fault.startswith('cannot be written'): raise
-        raise CTError(e.what, e.fault, f'{e.remedy}, then resume with --resume') from None
-
-@patch
-@contextmanager
-def _fitting(self: Checkpoint):
-    "A part that does not fit, in one line"
-    try: yield
-    except (_Misfit,RecursionError) as e:
-        part = e if isinstance(e, _Misfit) else 'about'  # nested too deep
-        raise CTError(self.file, f'is no checkpoint of this training: its part {part} does not fit',
-                      'Start anew with --overwrite, or give the folder of this training') from None
-
-# %% ../nbs/17_checkpoint.ipynb #465b4c2e
+# %% ../nbs/17c_checkpoint_check.ipynb #f1f7c6d9
 _always = {'about','made_by','threads','phase','epoch','finished'}
 _learned = {'opt','hypers','scaler','recorder','callbacks','random'}
 
@@ -391,259 +654,14 @@ def _check_state(s, tensors):
     more = {'callbacks'} if s['finished'] else _learned if begun else set()
     _need({*s}-{'within'}==_always|more, 'list of parts')
 
-# %% ../nbs/17_checkpoint.ipynb #748124fe
-@patch
-def _tell(self: Checkpoint, state):
-    done = f'phase {state["phase"]+1}, {state["epoch"]} of its epochs are done'
-    if state['finished']: done = 'it had finished'
-    if w := state.get('within'): done += f', and {w["step"]} steps of the next'
-    then,now = (f'{by}, {n} thread{"s"[:n!=1]}' for by,n in
-        ((state['made_by'], state['threads']), (_made_by(), torch.get_num_threads())))
-    note = '' if then==now else f' (by {then}; with {now} the weights may differ)'
-    print(f'{self.file}: {done}{note}', flush=True)
-
-@patch
-def _open(self: Checkpoint, resume) -> tuple:
-    sweep(self.file.parent)  # what a killed run was writing
-    if not self.file.exists() or not resume:
-        if resume:
-            print(f'no checkpoint in {self.file.parent}: the training begins anew', flush=True)
-        return self._write({}),{}
-    state,tensors = self._read()
-    with self._fitting():
-        _check_state(state, tensors)
-        require_same(self.file, state['about'], self.about)
-    self._tell(state)
-    return state,tensors
-
-# %% ../nbs/17_checkpoint.ipynb #1c94b426
-@patch
-def _read(self: Checkpoint) -> tuple:
-    about = json.dumps(self.about, default=_plain)
-    most = 2**22 + 2**17*place()[1] + 2*len(about) + 4000*self.epochs + 64*self.steps
-    parts = 2**16 + 8*self.epochs + about.count('{')+about.count('[')
-    return read_checkpoint(self.file, most, parts, self.size)
-
-@patch
-def begin(self: Checkpoint,
-    resume: bool = False # Resume from the checkpoint, if there is one
-) -> bool: # Whether the training had finished
-    "Read the checkpoint, or mark the beginning of a training"
-    self.at,self.tensors = once(lambda: self._open(resume))
-    return self.at['finished']
-
-@patch
-def finish(self: Checkpoint,
-    cbs,       # Callbacks whose state is kept
-    check=noop # Called before, to look whether all is there
-):
-    "Mark the training as finished"
-    with self._fitting(): _need(self.at['phase']<=max(0, self.phase), 'phase')
-    check()
-    with _to_be_resumed():
-        once(lambda: self._write({}, callbacks=_callback_state(cbs), finished=True) and None)
-
-# %% ../nbs/17_checkpoint.ipynb #c0ffee17
-def _pass_over(dl, n, then):
-    "Leave out the first `n` samples of the next epoch; call `then` before the others are made"
-    order,sample = dl.get_idxs,dl.sample
-    def rest():
-        del dl.get_idxs
-        return list(order())[n:]
-    def begin():
-        del dl.sample
-        then()
-        return sample()
-    dl.get_idxs = rest
-    # PyTorch's iterator takes a seed between the two
-    if dl.fake_l.num_workers==0: dl.sample = begin
-
-def _deaf(init, trains, i):
-    "Begin worker process `i`, which leaves SIGTERM to the training while that runs"
-    init(i)
-    signal.signal(signal.SIGTERM, lambda *_: trains.value or os._exit(0))
-
-# %% ../nbs/17_checkpoint.ipynb #68083be0
-@patch
-@contextmanager
-def _on_signals(self: Checkpoint, dls):
-    "Let SIGTERM end the training with a checkpoint, and Ctrl-C end it in any case"
-    self.stop = self.ctrl_c = False
-    if place()[1]>1 or threading.current_thread() is not threading.main_thread(): yield; return
-    told = {signal.SIGTERM:self._told_to_stop}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        told[signal.SIGINT] = self._interrupted
-    fakes,trains = [d.fake_l for d in _loaders(dls)],RawValue('b', 1) # seen by all processes
-    old,inits = {k:signal.signal(k, f) for k,f in told.items()},[f.worker_init_fn for f in fakes]
-    try:
-        for f in fakes: f.worker_init_fn = partial(_deaf, f.worker_init_fn, trains)
-        yield
-    finally:
-        trains.value = 0
-        for k,f in old.items(): signal.signal(k, f or signal.SIG_DFL)
-        for f,init in zip(fakes, inits): f.worker_init_fn = init
-
-# %% ../nbs/17_checkpoint.ipynb #43d223d1
-@patch
-def _interrupted(self: Checkpoint, *_):
-    "What Ctrl-C calls"
-    self.ctrl_c = True
-    raise KeyboardInterrupt
-
-@patch
-def before_batch(self: Checkpoint):
-    if self.ctrl_c: raise KeyboardInterrupt  # the first was lost
-
-@patch
-def _told_to_stop(self: Checkpoint, *_):
-    "What SIGTERM calls"
-    again,self.stop = self.stop,True
-    if again: raise SystemExit(143)
-    if self.validating: self._save_within(len(self.learn.dls.train)); self._leave()
-
-@patch
-def _leave(self: Checkpoint):
-    if not self.stop: return
-    print(f'{self.file}: stopped by SIGTERM; --resume continues', flush=True)
-    raise SystemExit(143)
-
-# %% ../nbs/17_checkpoint.ipynb #3f777571
-@patch
-def _mark(self: Checkpoint, rand=None):
-    "Note what validation and the end of the epoch are going to change"
-    self.here = rand or _get_random(self.learn.dls),_callback_state(self.learn.cbs), \
-        dict(pct_train=float(self.learn.pct_train), train_iter=int(self.learn.train_iter))
-
-@patch
-def _save_within(self: Checkpoint, step):
-    "Write a checkpoint after `step` steps of this epoch"
-    for c in self.learn.cbs:
-        # the weights that train, where others are validated
-        if hasattr(c, 'swap_back'): c.swap_back()
-    rand,kept,at = self.here
-    self.save(self.epoch, rand, callbacks=kept, within=dict(step=step, began=self.began, **at))
-
-@patch
-def before_train(self: Checkpoint):
-    self.ran,w,dls = True,self.at.pop('within', None),self.learn.dls
-    rand = _get_random(dls)
-    self.began,self.done = (w['began'],w['step']) if w else (rand,0)
-    if w:
-        _set_random(w['began'], dls)
-        _pass_over(dls.train, w['step']*dls.train.bs, lambda: _set_random(rand, dls))
-        self.learn.pct_train,self.learn.train_iter = w['pct_train'],w['train_iter']
-    self._mark(rand)
-
-# %% ../nbs/17_checkpoint.ipynb #ff1dc37d
-@patch
-def after_batch(self: Checkpoint):
-    if not (self.training and self.ran): return
-    if self.stop or self.done+self.iter+1==self.n_iter: self._mark()
-    if not self.stop: return
-    # not between the batches of one step
-    if any(p.grad is not None and bool(p.grad.any()) for p in self.model.parameters()): return
-    self._save_within(self.done+self.iter+1); self._leave()
-
-@patch
-def before_validate(self: Checkpoint): self.validating = self.ran
-
-@patch
-def after_validate(self: Checkpoint): self.validating = False
-
-# %% ../nbs/17_checkpoint.ipynb #11b89167
-@patch
-def fit(self: Checkpoint,
-    learn,   # `Learner`
-    n_epoch, # Of this phase
-    *args,   # For `fit_one_cycle`
-    cbs=(),  # Callbacks, without this one
-    **kwargs # For `fit_one_cycle`
-):
-    "`learn.fit_one_cycle`, from where it was left"
-    self.phase += 1
-    if (steps := n_epoch*len(learn.dls.train))>self.steps or n_epoch>self.epochs:
-        fault = f'{n_epoch} epochs of {steps} steps are more than its checkpoint was told of'
-        raise CTError('epochs', fault, 'Give Checkpoint their number: epochs, steps')
-    here = self.phase-self.at['phase']  # 0 in the phase that was interrupted
-    self.start,self.waits = 0 if here else self.at['epoch'],not here and bool(self.tensors)
-    with self._fitting(): _need(self.start<=n_epoch, 'epoch')
-    if here<0: self.before += n_epoch
-    elif self.start==n_epoch:
-        self.waits = False
-        learn.model.to(learn.dls.device)
-        self.restore(learn, cbs)
-    else:
-        with self._on_signals(learn.dls), _to_be_resumed():
-            learn.fit_one_cycle(n_epoch, *args, cbs=[*cbs, self], start_epoch=self.start, **kwargs)
-
-# %% ../nbs/17_checkpoint.ipynb #5a677783
-@patch
-def _check_place(self: Checkpoint, learn):
+# %% ../nbs/17c_checkpoint_check.ipynb #a377c086
+def _check_place(ck, learn):
     "`_Misfit` unless the random numbers, and the place within the epoch, are of this training"
-    rand,w,steps = self.at['random'],self.at.get('within'),len(learn.dls.train)
+    rand,w,steps = ck.at['random'],ck.at.get('within'),len(learn.dls.train)
     _need(isinstance(rand, list) and len(rand)==place()[1], 'random')
     for o in [*rand, *([w['began']] if w else [])]: _check_random(o, learn.dls)
     if w is None: return
-    done = self.at['epoch']+w['step']/steps
-    _need(len(rand)==1 and self.waits and w['step']<=min(steps, w['train_iter'])
+    done = ck.at['epoch']+w['step']/steps
+    _need(len(rand)==1 and ck.waits and w['step']<=min(steps, w['train_iter'])
           and w['train_iter']<=done*steps+.5 and abs(w['pct_train']-done/learn.n_epoch)<1e-6,
           'within')
-
-# %% ../nbs/17_checkpoint.ipynb #5e7bac00
-@patch
-def restore(self: Checkpoint,
-    learn, # `Learner`
-    cbs    # Its callbacks
-):
-    "Put back the state of the checkpoint; of a finished training, that of the callbacks"
-    at = self.at
-    if at['finished']:
-        with self._fitting(): _check_callbacks(cbs, at['callbacks'], None, learn, self.epochs)
-        _set_callbacks(cbs, at['callbacks'], {})
-        return
-    if learn.opt is None: learn.create_opt()
-    cbs = [*learn.cbs, *(c for c in cbs if c not in learn.cbs)]
-    with self._fitting():
-        _check_callbacks(cbs, at['callbacks'], self.tensors, learn, self.before+at['epoch'])
-        _check_learner(learn, at, self.tensors, cbs)
-        self._check_place(learn)
-    _set_callbacks(cbs, at['callbacks'], self.tensors)
-    _set_learner(learn, at, self.tensors)
-    _set_random(at['random'][place()[0]], learn.dls)
-    self.tensors = {}
-
-# %% ../nbs/17_checkpoint.ipynb #618843ae
-@patch
-def save(self: Checkpoint,
-    epoch: int, # Finished epochs of this phase
-    rand=None,  # State of the random numbers; where they are now if None
-    **kwargs    # More to keep
-):
-    "Write the state of the learner"
-    rand = gather(rand or _get_random(self.learn.dls))
-    def write():
-        state,tensors = _learner_state(self.learn)
-        self._write(tensors, **state|dict(phase=self.phase, epoch=epoch, random=rand)|kwargs)
-    once(write)
-
-# %% ../nbs/17_checkpoint.ipynb #f3589203
-@patch
-def before_fit(self: Checkpoint):
-    self.ran = self.last = False
-    # quiet until the epochs that are done are passed
-    if self.start: self.logger_,self.learn.logger = self.learn.logger,noop
-
-@patch
-def before_epoch(self: Checkpoint):  # not called for an epoch that is skipped
-    if self.start: self.learn.logger,self.start = self.logger_,0
-    if self.waits: self.restore(self.learn, self.learn.cbs); self.waits = False
-
-@patch
-def after_epoch(self: Checkpoint):
-    self.last = self.ran and self.epoch+1==self.n_epoch
-    if self.ran and not self.last: self.save(self.epoch+1); self._leave()
-    self.ran = False
-
-@patch
-def after_fit(self: Checkpoint):
-    if self.last: self.save(self.n_epoch); self._leave()

@@ -1,4 +1,4 @@
-"""`covid3d`: from a folder of scans to masks without a line of Python
+"""`covid3d`: go from a folder of scans to masks without a line of Python
 
 Docs: https://covid3d.github.io/covid3d/cli.html.md"""
 

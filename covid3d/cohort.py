@@ -1,4 +1,4 @@
-"""One page and one table for all scans, whatever their number
+"""One page and one table for all scans, however many there are
 
 Docs: https://covid3d.github.io/covid3d/cohort.html.md"""
 

@@ -1,4 +1,4 @@
-"""From a Python function to a command with options, checks and help
+"""Turn a Python function into a command with options, checks and help
 
 Docs: https://covid3d.github.io/covid3d/command.html.md"""
 
@@ -95,15 +95,16 @@ _Scans = typer.Argument(help='Scans: .nii.gz, .nrrd, .mha, DICOM, folders of the
                         metavar='SCAN', callback=_scans_there)
 
 # %% ../nbs/28_command.ipynb #0d288019
-_Mirror = _opt(bool, 'Average with the answer to the mirror image; takes twice as long', '--mirror')
+_Mirror = _opt(bool, 'Average with the answer to the mirror image, in twice the time; predict then '
+    'gives each volume an interval, the lowest and the highest of the answers', '--mirror')
 _MinMl = _opt(float, 'Smallest lesion to keep, ml (0)', min=0)
 _Device = _opt(str, 'cpu, cuda or mps (the best there is)', metavar='NAME')
 _Workers = _opt(int, 'Threads, each of which holds one scan in memory (2)', min=1, max=128)
 _Overwrite = _opt(bool, 'Replace what an earlier run of this command wrote', '--overwrite')
 _Resume = _opt(bool, 'Continue an interrupted run, with the same options', '--resume')
-_Overlap = _opt(float, 'Overlap of neighbouring windows, as a fraction', min=0, max=.99)
+_Overlap = _opt(float, 'Overlap of neighboring windows, as a fraction', min=0, max=.99)
 _Tolerance = _opt(float, 'Tolerance of the surface Dice, mm', min=.01, max=99)
-_Window = _opt(str, 'For scans of grey levels: what they show, LOW:HIGH in HU', metavar='LOW:HIGH')
+_Window = _opt(str, 'For scans of gray levels: what they show, LOW:HIGH in HU', metavar='LOW:HIGH')
 _Seed = _opt(int, 'Of everything that is random', min=0, max=2**32-1)
 
 # %% ../nbs/28_command.ipynb #04b5c08a

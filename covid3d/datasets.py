@@ -160,7 +160,6 @@ def _three_folders(base, dirs, notes, key=str, series=False) -> tuple:
     _all_masks(ct, lesion, base/dirs[1])
     return ct,dict(lesion=lesion, lung=lung)
 
-# %% ../nbs/05_datasets.ipynb #a0ab3c9d
 def _corona_name(s) -> str: # as the masks have it, from Kaggle's
     return re.sub('_org_(covid-19-pneumonia-)?', '_', s.removesuffix('-dcm'))
 
@@ -205,7 +204,7 @@ def _repair(rows, notes):
 @delegates(choose_splits)
 def coronacases(
     root: str|Path, # Where the folders lie
-    already_windowed: str = '', # `low:high` in HU, for a repack whose scans are all grey levels
+    already_windowed: str = '', # `low:high` in HU, for a repack whose scans are all gray levels
     layout: str = '', # zenodo, kaggle or plain, where `root` holds more than one
     **splits # If you give no `valid` and no `test`: the paper's
 ) -> pd.DataFrame: # Case table
@@ -241,7 +240,7 @@ def mosmed(
 @delegates(choose_splits)
 def covid1920(
     root: str|Path, # Holds `Train/` and perhaps `Validation/`
-    **splits
+    **splits # `valid`, `test` and `seed` of `choose_splits`
 ) -> pd.DataFrame: # Case table
     "The COVID-19-20 challenge"
     base,notes = _base(root, ['Train']),[]
@@ -311,7 +310,7 @@ def ricord(
     annotations: str|Path = None, # The JSON export, where it lies elsewhere
     labels: tuple = ricord_labels, # Names of the labels that count as lesion
     agree: int = 1, # Readers that must have drawn a voxel
-    **splits
+    **splits # `valid`, `test` and `seed` of `choose_splits`
 ) -> pd.DataFrame: # Case table
     "RICORD-1a, its outlines made into masks"
     outlines,notes = read_outlines(_find_json(root, annotations), labels)
@@ -426,9 +425,9 @@ def _dicom_table(root, splits) -> pd.DataFrame:
 @delegates(choose_splits)
 def folder(
     root: str|Path, # Your scans
-    already_windowed: str = '', # `low:high` in HU, for scans of grey levels
+    already_windowed: str = '', # `low:high` in HU, for scans of gray levels
     layout: str = '', # plain, nnunet or dicom, where `root` holds more than one
-    **splits
+    **splits # `valid`, `test` and `seed` of `choose_splits`
 ) -> pd.DataFrame: # Case table
     "Any folder of CTs"
     parse_window(already_windowed)
@@ -452,7 +451,7 @@ def recognise(
     if found: return _only(root, found)
     raise CTError(root, 'its layout is none that is known',
                   f'Name one of {", ".join(_tables)}, or arrange the files as ct/ and '
-                  f'infection_mask/')
+                  f'infection_mask/, or write the table by hand (columns case, ct, lesion, split)')
 
 _tables = dict(coronacases=coronacases, mosmed=mosmed, covid1920=covid1920, ricord=ricord,
                **{k:partial(folder, layout=k) for k in _own},

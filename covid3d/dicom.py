@@ -40,22 +40,22 @@ def write_series(
     folder: str|Path, # Where to write IM0001.dcm …
     **kwargs          # For `ct_datasets`: `patient`, `series`, `seed`
 ):
-    "Write a volume as a DICOM series, a file a slice"
+    "Write a volume as a DICOM series, one file per slice"
     for i,ds in enumerate(ct_datasets(vol, **kwargs), 1):
         save_dicom(ds, Path(folder)/f'IM{i:04d}.dcm')
 
 # %% ../nbs/01_dicom.ipynb #5e5265ae
 def find_series(
-    folder: str|Path # Holds DICOM files, of one series or several
-) -> list: # Of `Series`, most slices first; fewer than four: in `skipped`
-    "The CT series of a folder, each of whose files can be read"
+    folder: str|Path # A folder with DICOM files of one or more series
+) -> list: # `Series` of at least four slices, the longest first
+    "Find the CT series of a folder; raises `CTError` if a file cannot be read"
     found = survey(folder)
     if found.damaged: raise found.damaged[0]
     return found.series
 
 # %% ../nbs/01_dicom.ipynb #cfa062c0
 def _check_same(slices, p):
-    "One size, direction, spacing, patient and frame of reference"
+    "Check that size, direction, spacing, patient and frame of reference are the same in all slices"
     if len({s.patient for s in slices})>1:  # C25
         raise CTError(p, 'the series mixes two patients', 'Separate them')
     first = slices[0].grid
@@ -71,7 +71,7 @@ def _check_same(slices, p):
 _noise = .1001 # mm: positions are often rounded to a tenth
 
 def _check_sideways(slices, normal, p):
-    "Slices lie one behind the other along the normal"
+    "Check that slices follow each other along the normal, without a sideways drift"
     z = np.array([s.height for s in slices])
     side = np.array([s.position-slices[0].position for s in slices])
     drift = np.linalg.norm(side-np.outer(side@normal, normal), axis=1)
@@ -85,7 +85,7 @@ def _check_sideways(slices, normal, p):
 
 # %% ../nbs/01_dicom.ipynb #f8c6807b
 def _check_distance(z, p) -> float:
-    "Slices at the heights `z` (mm) keep one distance, which is returned"
+    "Check that slices at the heights `z` (mm) are evenly spaced, and return their spacing"
     gaps = np.diff(z)
     step,off = float(np.median(gaps)),abs(z-np.linspace(z[0], z[-1], len(z)))
     odd = np.flatnonzero(abs(gaps-step)>_noise)
@@ -103,7 +103,7 @@ def _check_distance(z, p) -> float:
 
 # %% ../nbs/01_dicom.ipynb #80c91b45
 def _check_stack(slices, p) -> list:
-    "Slices one behind the other at one distance; notes"
+    "Check that slices form one even stack; returns notes"
     _check_sideways(slices, np.array(_normal(slices[0].grid['ImageOrientationPatient'])), p)
     step,said = _check_distance(np.array([s.height for s in slices]), p),abs(slices[0].step)
     if not said or abs(said-step)<=_noise: return []
@@ -112,7 +112,7 @@ def _check_stack(slices, p) -> list:
 
 # %% ../nbs/01_dicom.ipynb #3845120d
 def _fill(out, s, x):
-    "HU of a slice into its place"
+    "Write the HU of a slice into `out`"
     if out.dtype.kind=='f': x = x.astype(np.float32)
     np.clip(scaled(x, s.slope, s.intercept), -2**15, 2**15-1, out=out, casting='unsafe')
 
@@ -158,7 +158,7 @@ def _assemble(p, slices) -> Volume:
 def volume_of(
     series: Series # From `find_series` or `survey`
 ) -> Volume: # HU, canonical axes; its `source` leads back to the slices
-    "The volume of a series, or the reason why it is none"
+    "Assemble the volume of a series, or raise `CTError` that says why it is not one"
     if series.damaged: raise series.damaged[0]
     try: return _assemble(series.folder, series.slices)
     except MemoryError:
@@ -170,7 +170,7 @@ def volume_of(
 def _told(skipped) -> str: return ', '.join(f'{n} {k}' for k,n in sorted(skipped.items()))
 
 def _of_folder(p) -> tuple:
-    "The series that a folder means, and notes"
+    "The series to take from a folder, and notes"
     found = survey(p)
     if found.damaged: raise found.damaged[0]
     n,others = len(found.series),_told(found.skipped)
@@ -208,9 +208,9 @@ def open_series(
 # %% ../nbs/01_dicom.ipynb #57920395
 def open_scan(
     path: str|Path, # `.nii`, `.nii.gz`, a folder with a DICOM series, or any file of it
-    already_windowed: tuple = None # (low, high) in HU of grey levels 0…255; for NIfTI alone
+    already_windowed: tuple = None # (low, high) in HU of gray levels 0…255; not for DICOM
 ) -> Volume: # HU, int16 or float32, canonical axes
-    "Open a CT of any kind"
+    "Open a CT from an image file or a DICOM series"
     p = Path(path)
     if is_image(p) or not os.path.exists(p): return open_ct(p, already_windowed)
     if already_windowed is not None:

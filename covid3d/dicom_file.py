@@ -29,7 +29,7 @@ _tags = [pydicom.tag.Tag(o) for o in '''
 
 # %% ../nbs/00b_dicom_file.ipynb #e079ba47
 class QuietDicom(ContextDecorator):
-    "No remark of pydicom, which may quote an element, until the last thread is done"
+    "Silence pydicom, whose warnings may quote an element, until the last thread is done"
     gate,inside,undo = Lock(),0,ExitStack()
     def __enter__(self):
         with QuietDicom.gate:
@@ -52,24 +52,24 @@ class QuietDicom(ContextDecorator):
 def digest(
     s: str # An identifier
 ) -> str: # 16 characters, the same for the same identifier
-    "A stand-in for an identifier, from which it cannot be read back at a glance"
+    "A hash that replaces an identifier in tables and logs"
     return hashlib.blake2b(str(s).encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/00b_dicom_file.ipynb #bcda4134
 def pseudonym(
     uid: str,          # SeriesInstanceUID, or PatientID for a patient
-    kind: str = 'scan' # What stands before the digest
+    kind: str = 'scan' # Prefix of the digest
 ) -> str: # Such as scan_8b2f0c61d7
-    "A name that stands for an identifier, the same wherever it is met"
+    "A pseudonym for an identifier, which is the same everywhere"
     return f'{kind}_{digest(uid)[:10]}'
 
 # %% ../nbs/00b_dicom_file.ipynb #9de626c8
 def dicom_failed(
     p,         # File
-    fault,     # What could not be done with it
-    e          # Exception of another library
+    fault,     # What is wrong with it
+    e          # Exception from another library
 ) -> CTError:
-    "What to say of an exception, whose own text may quote what an element holds"
+    "A `CTError` in place of an exception whose text may quote the value of an element"
     if isinstance(e, MemoryError):
         return CTError(p, 'there is not enough memory to read it', 'Use a machine with more memory')
     return CTError(p, f'{fault} ({type(e).__name__})')
@@ -79,7 +79,7 @@ def save_dicom(
     ds: pydicom.Dataset, # With SOPClassUID and SOPInstanceUID
     path: str|Path       # File to write
 ):
-    "Write one DICOM object, whole or not at all"
+    "Write one DICOM object, completely or not at all"
     if not getattr(ds, 'file_meta', None): ds.file_meta = FileMetaDataset()
     meta,buf = ds.file_meta,io.BytesIO()
     meta.MediaStorageSOPClassUID,meta.MediaStorageSOPInstanceUID = ds.SOPClassUID,ds.SOPInstanceUID
@@ -95,7 +95,7 @@ _max_elements,_max_items = 100_000,50_000 # in one header
 def _no_wait(p, flags) -> int: return os.open(p, flags|getattr(os, 'O_NONBLOCK', 0))
 
 def _open(p):
-    "A regular file, open for reading; a pipe is not waited for"
+    "Open a regular file for reading, without waiting for a pipe"
     f = open(p, 'rb', opener=_no_wait)
     info = os.fstat(f.fileno())
     if stat.S_ISREG(info.st_mode) and info.st_size<=_max_file: return f
@@ -106,7 +106,7 @@ def _open(p):
 # %% ../nbs/00b_dicom_file.ipynb #3f165992
 def file_bytes(
     p,    # File
-    n,    # Bytes to read at most
+    n,    # Maximum number of bytes to read
     at=0  # Where to begin
 ) -> bytes:
     "Up to `n` bytes of the file from byte `at`"
@@ -117,12 +117,12 @@ def file_bytes(
     except OSError as e: raise unreadable(p, e) from None
 
 # %% ../nbs/00b_dicom_file.ipynb #197fd694
-_vrs = {o.value for o in pydicom.valuerep.VR if len(o.value)==2} # those that the standard knows
+_vrs = {o.value for o in pydicom.valuerep.VR if len(o.value)==2} # those that the standard defines
 _implicit = '1.2.840.10008.1.2' # the transfer syntax without VRs
 _undefined = 0xFFFFFFFF # a length that is not given: a delimiter marks the end
 
 def _element(raw, at, order, explicit) -> tuple:
-    "(tag, VR, bytes of its head, length) of the element at byte `at`"
+    "(tag, VR, bytes before the value, length) of the element at byte `at`"
     num = lambda i,n: int.from_bytes(raw[i:i+n], order)
     tag,vr = num(at,2)<<16|num(at+2,2),bytes(raw[at+4:at+6]).decode('latin1')
     if not explicit or tag>>16==0xFFFE: return tag,'',8,num(at+4,4)
@@ -132,7 +132,7 @@ def _element(raw, at, order, explicit) -> tuple:
 
 # %% ../nbs/00b_dicom_file.ipynb #a2b2eedc
 def _check_filled(raw, at, length, order, explicit, items=True) -> int:
-    "The items of a sequence, or the elements of an item, fill it exactly; where it ends"
+    "Check that items fill a sequence (or elements an item) exactly; return where it ends"
     end,last = len(raw) if length==_undefined else at+length,-1
     while at<end:
         tag,vr,head,n = _element(raw, at, order, explicit)
@@ -149,7 +149,7 @@ def _check_filled(raw, at, length, order, explicit, items=True) -> int:
 
 # %% ../nbs/00b_dicom_file.ipynb #5b51f2ef
 def _parse(raw):
-    "Elements of a DICOM file up to the pixels, each once, all of them with a VR or all without"
+    "Parse a DICOM file up to the pixels: no element twice, and a VR in all elements or in none"
     seen,groups,vrs = set(),[],set()
     def stop(tag, vr, length):
         tag = int(tag)
@@ -172,13 +172,13 @@ def _parse(raw):
 # %% ../nbs/00b_dicom_file.ipynb #3bae8dc3
 _is_deflated = re.compile(rb'\x02\0\x10\0.{0,8}1\.2\.840\.10008\.1\.2\.1\.99', re.DOTALL).search
 
-class _NotDicom(Exception): "A file of another kind, which is no fault; never leaves the library"
+class _NotDicom(Exception): "The file is not DICOM, which is not an error; never leaves the library"
 
 # %% ../nbs/00b_dicom_file.ipynb #e7dd1c52
 def _read_header(
     path: str|Path # A file
-) -> tuple: # pydicom Dataset of the elements in `_tags`, and the byte at which pixel data begin
-    "The header of a DICOM file, without its pixels and without names"
+) -> tuple: # pydicom Dataset of the elements in `_tags`, and the byte where pixel data begin
+    "Read the header of a DICOM file, without pixels or names"
     p = Path(path)
     for n in (_first_read,_max_header):
         raw,ds = file_bytes(p, n),None

@@ -1,4 +1,4 @@
-"""The stored values of a slice, plain or compressed, checked against the header before they are believed
+"""The stored values of a slice, plain or compressed, checked against the header before they are trusted
 
 Docs: https://covid3d.github.io/covid3d/dicom_pixels.html.md"""
 
@@ -23,7 +23,7 @@ _native = {_implicit:('little',False), '1.2.840.10008.1.2.1':('little',True),
            '1.2.840.10008.1.2.2':('big',True)} # not compressed: byte order, are VRs written
 
 def _find_pixels(f, s, need) -> tuple:
-    "Where the pixels of an open file begin, and their bytes; `need` is what one frame takes"
+    "Where the pixels of an open file begin, and how many bytes they have; `need`: bytes per frame"
     f.seek(s.at); head = f.read(12)
     try: tag,vr,skip,length = _element(head, 0, *_native[s.syntax])
     except ValueError: tag,vr,skip,length = 0,'',0,0
@@ -37,7 +37,7 @@ def _find_pixels(f, s, need) -> tuple:
 
 # %% ../nbs/00d_dicom_pixels.ipynb #b8ace190
 def _is_sound_end(rest, order='little', explicit=True) -> bool:
-    "Whether what follows the pixels is nothing, zeros, or whole elements"
+    "Whether only zeros or whole elements follow the pixels"
     at,last,end = 0,0x7FE00010,len(rest.rstrip(b'\0'))
     try:
         while at<end:
@@ -82,13 +82,13 @@ def _coded_size(x) -> tuple:
 
 # %% ../nbs/00d_dicom_pixels.ipynb #ed49b703
 def _tiles(x) -> int:
-    "Tiles of JPEG 2000, 0 where it does not say; a decoder takes memory for each"
+    "Number of tiles in JPEG 2000 pixels; 0 if they do not say"
     w,h,a,b = (int.from_bytes(x[i:i+4], 'big') for i in (8,12,24,28))
     return -(-w//a)*-(-h//b) if a and b else 0
 
 # %% ../nbs/00d_dicom_pixels.ipynb #ab797ab2
 def _rle_sizes(x) -> list:
-    "Bytes that each segment of an RLE frame unpacks to (DICOM PS3.5, annex G)"
+    "Number of bytes that each segment of an RLE frame unpacks to (DICOM PS3.5, annex G)"
     n,*starts = np.frombuffer(x[:64], '<u4').tolist()
     out = []
     for a,b in zip(starts[:n], [*starts[1:n],len(x)]):
@@ -101,7 +101,7 @@ def _rle_sizes(x) -> list:
 
 # %% ../nbs/00d_dicom_pixels.ipynb #188259d5
 def _check_coded(x, s):
-    "Compressed pixels are of the kind and size that the header gives"
+    "Raise `CTError` unless compressed pixels have the kind and size that the header gives"
     g,p = s.grid,s.path
     if _coded_as[s.syntax]=='RLE': same = _rle_sizes(x)==[g['Rows']*g['Columns']]*2
     else:
@@ -148,7 +148,7 @@ def _coded_frames(s) -> list:
 
 # %% ../nbs/00d_dicom_pixels.ipynb #a09b524e
 def _decoded_pixels(s: Slice, coded: dict) -> np.ndarray:
-    "Stored values of a compressed slice; `coded` keeps the frames of the file that was read last"
+    "Stored values of a compressed slice; `coded` keeps the frames of the last file that was read"
     (decoder,plugin),g = _decoder(s),s.grid
     try:
         if s.path not in coded: coded.clear(); coded[s.path] = _coded_frames(s)
@@ -168,9 +168,9 @@ def _decoded_pixels(s: Slice, coded: dict) -> np.ndarray:
 @QuietDicom()
 def read_pixels(
     s: Slice,   # From `find_series`
-    coded: dict # File → its compressed frames: a dict for all slices of a series
+    coded: dict # Cache of compressed frames by file; pass one dict for all slices of a series
 ) -> np.ndarray: # Stored values, (row, column), int16 or uint16
-    "The numbers of a slice before their rescale"
+    "Read the numbers of a slice, before the rescale"
     g = s.grid
     try: x = _native_pixels(s) if s.syntax in _native else _decoded_pixels(s, coded)
     except OSError as e: raise unreadable(s.path, e) from None
@@ -178,4 +178,4 @@ def read_pixels(
         raise CTError(s.path, 'its pixels do not fit its rows and columns')
     signed,spare = g['PixelRepresentation'],16-g['BitsStored']
     x = x.astype(np.int16 if signed else np.uint16, copy=False).reshape(g['Rows'], g['Columns'])
-    return x<<spare>>spare if spare else x  # bits above BitsStored are no part of the number
+    return x<<spare>>spare if spare else x  # bits above BitsStored are not part of the number

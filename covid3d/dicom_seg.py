@@ -1,4 +1,4 @@
-"""A mask goes back to the archive that its scan came from
+"""Send a mask back to the archive that the scan came from
 
 Docs: https://covid3d.github.io/covid3d/dicom_seg.html.md"""
 
@@ -8,7 +8,7 @@ Docs: https://covid3d.github.io/covid3d/dicom_seg.html.md"""
 __all__ = ['seg_codes', 'seg_sides', 'seg_regions', 'seg_colors', 'save_seg']
 
 # %% ../nbs/02_dicom_seg.ipynb #c0d685e4
-import io
+import io, re
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, pydicom
 
 from . import __version__
-from .dicom import QuietDicom, dicom_failed, file_bytes, is_image
+from .dicom import QuietDicom, file_bytes, is_image
 from .volume import CTError, Volume, from_canonical, write_atomic
 
 # %% ../nbs/02_dicom_seg.ipynb #20c96c73
@@ -29,13 +29,30 @@ seg_regions = dict(lesion=('39607008','SCT','Lung')) # where it lies, if its typ
 seg_colors = dict(lesion='#F0A010', right_lung='#56B4E9', left_lung='#CC79A7', lung='#56B4E9')
 
 # %% ../nbs/02_dicom_seg.ipynb #f8b681d1
-def sources_of(ct) -> list:
-    "The datasets of the series that a volume was read from, pixels left out"
-    ends = {s.path:s.at for s in ct.source.slices}  # all frames of a file give the same
-    return [pydicom.dcmread(io.BytesIO(file_bytes(p, at)), stop_before_pixels=True)
-            for p,at in ends.items()]
+_may_be_empty = '''PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID
+    AccessionNumber ReferringPhysicianName SliceThickness'''.split()
 
-# %% ../nbs/02_dicom_seg.ipynb #17d20436
+def sources_of(
+    ct,    # Read from DICOM
+    n=None # How many files; all if None
+) -> list: # Of pydicom Datasets, in the order of the slices
+    "The headers of the series that a volume was read from"
+    ends = {s.path:s.at for s in ct.source.slices}  # all frames of a file give the same
+    out = [pydicom.dcmread(io.BytesIO(file_bytes(p, at)), stop_before_pixels=True)
+           for p,at in [*ends.items()][:n]]
+    for ds in out:
+        for k in _may_be_empty:
+            if k not in ds: setattr(ds, k, None)
+    return out
+
+# %% ../nbs/02_dicom_seg.ipynb #cb91e238
+def _malformed(ds) -> str:
+    "The first element that may be empty and has a value that it must not have; '' if none"
+    for k in _may_be_empty:
+        try: pydicom.valuerep.validate_value(ds[k].VR, str(ds[k].value or ''), pydicom.config.RAISE)
+        except ValueError: return k
+    return '' if ds.PatientSex in ('M','F','O','',None) else 'PatientSex'
+
 @contextmanager
 def copied_headers(
     ct,   # The scan whose headers are copied
@@ -43,12 +60,16 @@ def copied_headers(
 ):
     "What a header lacks is an error of the scan, in words that quote nothing of it"
     try: yield
-    except CTError: raise
+    except (CTError,MemoryError): raise
     except Exception as e:  # its text may quote an element
         name = getattr(e, 'name', None)
-        lacks = name if name in pydicom.datadict.keyword_dict else 'an element'
-        raise dicom_failed(ct.source.path, f'its headers lack {lacks}, or hold it malformed, which '
-                                           f'{what} must copy', e) from None
+        bad = _malformed(sources_of(ct, 1)[0]) or f'element ({type(e).__name__})'
+        lack = (f'lack {name}' if name in pydicom.datadict.keyword_dict else
+                f'hold a malformed {bad}')
+        raise CTError(ct.source.path, f'its headers {lack}, and {what} must copy it',
+                      f'Export the original series. {_no_seg}') from None
+
+_no_seg = 'Leave out --format seg, or use save_mask for NIfTI'
 
 # %% ../nbs/02_dicom_seg.ipynb #fcd07c10
 def _describe(hd, i, name, codes):
@@ -68,24 +89,25 @@ def _describe(hd, i, name, codes):
     return out
 
 # %% ../nbs/02_dicom_seg.ipynb #d105614f
-def _built(masks, ct, codes) -> pydicom.Dataset:
-    "The Segmentation as highdicom makes it"
-    import highdicom as hd
-    x = [from_canonical(m, ct.source.back).transpose(2,1,0) for m in masks.values()]
-    return hd.seg.Segmentation(
-        sources_of(ct), np.stack(x, -1)[_frame_order(ct)].astype(np.uint8),
-        hd.seg.SegmentationTypeValues.BINARY,
-        [_describe(hd, i, k, codes) for i,k in enumerate(masks, 1)], series_number=300,
-        series_instance_uid=hd.UID(), sop_instance_uid=hd.UID(), instance_number=1,
-        manufacturer='covid3d', manufacturer_model_name='covid3d', software_versions=__version__,
-        device_serial_number='research', series_description='covid3d segmentation',
-        omit_empty_frames=False)
-
-# %% ../nbs/02_dicom_seg.ipynb #ee730376
 def _frame_order(ct) -> list:
     "Indices of the slices in the order in which the series' files and frames give them"
     # all frames are 0 where each slice is a file: the order along the normal stays
     return sorted(range(len(ct.source.slices)), key=lambda i: ct.source.slices[i].frame)
+
+def _frames(masks, ct) -> np.ndarray: # (frame, row, column, segment)
+    "Masks in the order of the files"
+    x = [from_canonical(m, ct.source.back).transpose(2,1,0) for m in masks.values()]
+    return np.stack(x, -1)[_frame_order(ct)].astype(np.uint8)
+
+def _built(sources, frames, names, codes) -> pydicom.Dataset:
+    "The Segmentation as highdicom makes it"
+    import highdicom as hd
+    return hd.seg.Segmentation(sources, frames, hd.seg.SegmentationTypeValues.BINARY,
+        [_describe(hd, i, k, codes) for i,k in enumerate(names, 1)], series_number=300,
+        series_instance_uid=hd.UID(), sop_instance_uid=hd.UID(), instance_number=1,
+        manufacturer='covid3d', manufacturer_model_name='covid3d', software_versions=__version__,
+        device_serial_number='research', series_description='covid3d segmentation',
+        omit_empty_frames=False)
 
 # %% ../nbs/02_dicom_seg.ipynb #11d988de
 def _in_source_order(seg, ct):
@@ -104,27 +126,40 @@ def _in_source_order(seg, ct):
     for i in order: groups[i].FrameContentSequence[0].DimensionIndexValues[1] = int(rank[i])+1
 
 # %% ../nbs/02_dicom_seg.ipynb #d5fc9abf
-def _segmentation(masks, ct, codes) -> bytes:
+def _segmentation(sources, frames, ct, names, codes) -> bytes:
     "The Segmentation as the bytes of a file"
-    seg = _built(masks, ct, codes)
+    seg = _built(sources, frames, names, codes)
     _in_source_order(seg, ct)
     if 'ContentCreatorName' not in seg: seg.ContentCreatorName = ''  # must be there, may be empty
     buf = io.BytesIO(); seg.save_as(buf)
     return buf.getvalue()
 
 # %% ../nbs/02_dicom_seg.ipynb #edc37f70
-_no_seg = 'Leave out --format seg, or use save_mask for NIfTI'
+_is_uid = re.compile(r'[\d.]{1,64}', re.ASCII).fullmatch
 
 def _cannot_refer(slices) -> str:
     "Why slices cannot be referred to, nothing if they can"
-    files,n = {s.path for s in slices},slices[0].frames
-    if n>1 and (len(files)>1 or len(slices)!=n):
+    files,first = {s.path for s in slices},slices[0]
+    if first.frames>1 and (len(files)>1 or len(slices)!=first.frames):
         return 'its slices are not all the frames of one file'
-    if not slices[0].grid['FrameOfReferenceUID']: return 'its FrameOfReferenceUID is missing'
+    ids = dict(StudyInstanceUID=first.study, SeriesInstanceUID=first.series,
+               FrameOfReferenceUID=first.grid['FrameOfReferenceUID'])
+    for k,v in [*ids.items(),*(('SOPInstanceUID',s.uid) for s in slices)]:
+        if not _is_uid(v): return f'its {k} is {"malformed" if v else "missing"}'
+    if len({s.study for s in slices})>1: return 'its slices belong to several studies'
     if len({s.uid for s in slices})!=len(files): return 'two of its files have one SOPInstanceUID'
     return ''
 
 # %% ../nbs/02_dicom_seg.ipynb #4a41865f
+def _rehearse(ct):
+    "`CTError` if the headers lack what a Segmentation must copy"
+    first = ct.source.slices[0]
+    shape = first.frames if first.frames>1 else 4,first.grid['Rows'],first.grid['Columns'],1
+    with copied_headers(ct, 'a Segmentation'):
+        _segmentation(sources_of(ct, 4), np.zeros(shape, np.uint8), ct, ['lesion'], {})
+
+# %% ../nbs/02_dicom_seg.ipynb #8cc4e3f4
+@QuietDicom()
 def require_seg(
     scan: str|Path|Volume # Path, or an open scan
 ):
@@ -141,6 +176,7 @@ def require_seg(
     if source and (fault := _cannot_refer(source.slices)):
         raise CTError(path, f'{fault}, so a Segmentation cannot refer to them',
                       f'Export the original series. {_no_seg}')
+    if source: _rehearse(scan)
 
 # %% ../nbs/02_dicom_seg.ipynb #c10a3252
 def _check_masks(masks, ct, path):
@@ -163,5 +199,6 @@ def save_seg(
 ):
     "Write masks as one DICOM Segmentation of the series, with the patient's data"
     require_seg(ct); _check_masks(masks, ct, path)
-    with copied_headers(ct, 'a Segmentation'): raw = _segmentation(masks, ct, codes)
+    with copied_headers(ct, 'a Segmentation'):
+        raw = _segmentation(sources_of(ct), _frames(masks, ct), ct, masks, codes)
     write_atomic(path, raw)

@@ -1,4 +1,4 @@
-"""Which of the files in a folder belong together, what else lies there, and what could not be read
+"""Which files of a folder belong together, what else is in it, and what could not be read
 
 Docs: https://covid3d.github.io/covid3d/dicom_series.html.md"""
 
@@ -23,7 +23,7 @@ _other_kinds = '''
     .exe .inf .ini .log .db .xlsx .py .sha256 .md5 .tmp'''.split()
 
 def _why_not(o, home) -> str:
-    "Why a directory entry is no slice; nothing if it may be one, None if it does not count"
+    "Why a directory entry is not a slice; `''` if it may be one, None if it is ignored"
     if (o.name.startswith('.') or o.name.upper()=='DICOMDIR'
         or Path(o.name).suffix.lower() in _other_kinds): return None
     try: is_file,is_folder = o.is_file(),o.is_dir()
@@ -35,7 +35,7 @@ def _why_not(o, home) -> str:
 
 # %% ../nbs/00e_dicom_series.ipynb #c09941eb
 def _listed(folder) -> tuple:
-    "Files of a folder that may be DICOM; and a Counter of what has such a name but cannot be"
+    "Files of a folder that may be DICOM, and a Counter of entries that only have such a name"
     try: entries = sorted(os.scandir(folder), key=lambda o: o.name)
     except OSError as e: raise unreadable(folder, e) from None
     except ValueError: raise CTError(folder, 'is no valid path', 'Check the path') from None
@@ -47,10 +47,10 @@ def _listed(folder) -> tuple:
 @dataclass(eq=False)
 class Series:
     "The slices of one series in one folder, in order along the normal"
-    folder: Path # Where it lies
-    slices: list # Of `Slice`
-    skipped: Counter # What else lay in the folder: kind → how many files
-    damaged: list = field(default_factory=list) # Of `CTError`: unreadable files of it, perhaps
+    folder: Path # The folder that holds it
+    slices: list # `Slice`s, in order
+    skipped: Counter # What else is in the folder: kind → number of files
+    damaged: list = field(default_factory=list) # `CTError`s of unreadable files that may be in it
 
     @property
     def number(self) -> str: return self.slices[0].number
@@ -69,10 +69,10 @@ class Series:
 # %% ../nbs/00e_dicom_series.ipynb #67818234
 @dataclass
 class Survey:
-    "What lies in a folder"
-    series: list     # Of `Series`, that with the most slices first
-    skipped: Counter # What else lies there: kind → how many; short series are one kind
-    damaged: list    # Of `CTError`, one for each file that may be a slice and cannot be read
+    "The CT series of a folder, and what else is in it"
+    series: list     # `Series`, the one with the most slices first
+    skipped: Counter # What else is there: kind → number; short series are one kind
+    damaged: list    # `CTError`s, one for each file that may be a slice but cannot be read
 
 def _grouped(folder, groups, skipped, damaged) -> list:
     "`Series` of slices by SeriesInstanceUID"
@@ -86,9 +86,9 @@ def _grouped(folder, groups, skipped, damaged) -> list:
 # %% ../nbs/00e_dicom_series.ipynb #2c1ef458
 @QuietDicom()
 def survey(
-    folder: str|Path # Holds DICOM files, of one series or several
+    folder: str|Path # A folder with DICOM files of one or more series
 ) -> Survey:
-    "The CT series of a folder and whatever else lies there; raises nothing but `Scarce`"
+    "Find the CT series of a folder and whatever else it holds; raises only `Scarce`"
     groups,damaged = {},[]
     try: paths,skipped = _listed(folder)
     except Scarce: raise

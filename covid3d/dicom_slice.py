@@ -1,4 +1,4 @@
-"""Where a slice lies in the patient, and what its numbers mean
+"""Where a slice is in the patient, and what its numbers mean
 
 Docs: https://covid3d.github.io/covid3d/dicom_slice.html.md"""
 
@@ -29,7 +29,7 @@ def _decimals(v) -> list: return [f'{o:.8g}' for o in v]  # 16 characters at mos
 
 # %% ../nbs/00c_dicom_slice.ipynb #8c495f0e
 def _series_elements(vol, patient, series, seed) -> dict:
-    "Elements that all slices of a series share"
+    "The elements that all slices of a series share"
     mm,lps = vol.spacing,_to_lps@vol.affine
     empty = '''PatientName PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber
         ReferringPhysicianName KVP PositionReferenceIndicator'''.split()
@@ -58,12 +58,12 @@ def _slice_dataset(vol, i, same, uid) -> pydicom.Dataset:
 
 # %% ../nbs/00c_dicom_slice.ipynb #ae423daf
 def ct_datasets(
-    vol: Volume,       # HU, on upright or tilted canonical axes
+    vol: Volume,       # HU, canonical axes, upright or tilted
     patient: str = '', # PatientID
     series: int = 1,   # SeriesNumber
-    seed='covid3d'     # Text or number that makes the identifiers: the same seed, the same UIDs
-) -> list: # Of pydicom Datasets, one a slice, inferior to superior
-    "A volume as CT Image objects"
+    seed='covid3d'     # Text or number; the same seed gives the same UIDs
+) -> list: # pydicom Datasets, one per slice, from inferior to superior
+    "Convert a volume to CT Image objects"
     same = _series_elements(vol, patient, series, seed)
     return [_slice_dataset(vol, i, same, _uid(seed, 'slice', patient, series, i))
             for i in range(len(vol.data))]
@@ -71,15 +71,15 @@ def ct_datasets(
 # %% ../nbs/00c_dicom_slice.ipynb #6e435946
 @dataclass(eq=False, slots=True)
 class Slice:
-    "One slice of a CT series: where it lies and what its numbers mean"
+    "One slice of a CT series: where it is and what its numbers mean"
     path: Path           # File
-    frame: int           # Frame in the file, 0 for a file of one
-    frames: int          # How many the file holds
-    at: int              # Byte of the file at which the pixel data begins
+    frame: int           # Frame in the file; 0 if it is the only one
+    frames: int          # Number of frames in the file
+    at: int              # Byte of the file where the pixel data begin
     uid: str             # SOPInstanceUID
     series: str          # SeriesInstanceUID
     study: str           # StudyInstanceUID
-    number: str          # SeriesNumber, `?` where it is none
+    number: str          # SeriesNumber, or `?` if it is not a number
     patient: str         # `digest` of PatientID
     grid: dict           # What all slices of a series share
     position: np.ndarray # mm, (3,), DICOM's L-P-S axes: center of the first voxel
@@ -87,9 +87,9 @@ class Slice:
     slope: float         # HU = slope·stored + intercept
     intercept: float     # HU
     syntax: str          # Transfer syntax: how the file is encoded
-    lossy: bool = False  # Compressed with loss at any time
-    step: float = 0      # SpacingBetweenSlices, mm; 0 where the file does not say
-    repeats: tuple = ()  # SOPInstanceUIDs of the same slice stored again, which were left out
+    lossy: bool = False  # Whether it was ever compressed with loss
+    step: float = 0      # SpacingBetweenSlices, mm; 0 if the file does not say
+    repeats: tuple = ()  # SOPInstanceUIDs of further copies of this slice, which were left out
 
     @property
     def uids(self) -> tuple: return self.uid,*self.repeats
@@ -97,7 +97,7 @@ class Slice:
 
 # %% ../nbs/00c_dicom_slice.ipynb #2398b2c0
 def _normal(orientation) -> tuple:
-    "The direction at right angles to rows and columns"
+    "The direction perpendicular to rows and columns"
     a,b,c,d,e,f = orientation
     return b*f-c*e,c*d-a*f,a*e-b*d
 
@@ -106,7 +106,7 @@ def _normal(orientation) -> tuple:
 _is_number = re.compile(r' *[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)? *', re.ASCII).fullmatch
 
 def _floats(ds, name, n, p) -> tuple:
-    "An element as `n` finite numbers, if the file gives it the type that the standard does"
+    "An element as `n` finite numbers; it must have the type that the standard gives it"
     try:
         e = ds[name]
         v = [e.value] if n==1 else e.value
@@ -121,7 +121,7 @@ def _floats(ds, name, n, p) -> tuple:
 def _int(ds, name, p) -> int: return int(_floats(ds, name, 1, p)[0])
 
 def _text(ds, name) -> str:
-    "An element as text, empty where it is missing; a sequence or bytes in its place are damage"
+    "An element as text, empty if it is missing; a sequence or bytes in its place are damage"
     v = ds.get(name, '')
     if isinstance(v, (bytes,pydicom.Sequence)): raise TypeError
     return str(v)
@@ -131,7 +131,7 @@ _ct = {'1.2.840.10008.5.1.4.1.1.2':False, '1.2.840.10008.5.1.4.1.1.2.1':True,
        '1.2.840.10008.5.1.4.1.1.2.2':True} # SOP class → whether it is multi-frame
 
 def _group(ds, i, name):
-    "The part of `ds` on frame `i` in functional group `name`; `ds` itself for a classic file"
+    "Functional group `name` of frame `i`; `ds` itself for a classic file"
     if i is None: return ds
     for groups,k in (('PerFrameFunctionalGroupsSequence',i),('SharedFunctionalGroupsSequence',0)):
         try: return ds[groups].value[k][name].value[0]
@@ -216,7 +216,7 @@ def _frames(ds, at, p) -> list:
 
 # %% ../nbs/00c_dicom_slice.ipynb #9c88d8ff
 def _slices_of(ds, at, p) -> tuple:
-    "The slices of an object; and what it is if it is no CT"
+    "The slices of an object, or what it is if it is not a CT"
     kind,in_meta = _text(ds, 'SOPClassUID'),str(ds.file_meta.get('MediaStorageSOPClassUID',''))
     if kind not in _ct:
         if in_meta in _ct or not kind+in_meta:
@@ -235,8 +235,8 @@ def _named_dicom(name) -> bool: return Path(name).suffix.lower() in ('.dcm','.di
 @QuietDicom()
 def read_slices(
     path: str|Path # A file
-) -> tuple: # List of `Slice`; and what the file is if it holds none
-    "The CT slices of a file, or the kind of thing that it is instead"
+) -> tuple: # List of `Slice`, and what the file is if it holds none
+    "Read the CT slices of a file, or say what else it is"
     p = Path(path)
     try: ds,at = _read_header(p)
     except _NotDicom:

@@ -1,4 +1,4 @@
-"""The figures go back to the archive, with a reference to what was measured
+"""Send the figures back to the archive, with a reference to the measured scan
 
 Docs: https://covid3d.github.io/covid3d/dicom_sr.html.md"""
 
@@ -47,6 +47,10 @@ def _site(part):
     side = seg_sides.get(part)
     return [FindingSite(Code(*seg_codes['lung'][1]), laterality=side and Code(*side))]
 
+def _algorithm():
+    from highdicom import sr
+    return sr.AlgorithmIdentification('covid3d', __version__)
+
 def _of_segment(found, seg, i, name) -> object:
     "What was measured on a segment: the lesions of both lungs, or the volume of one lung"
     from highdicom import sr
@@ -70,10 +74,6 @@ def _of_side(found, part) -> object:
         sr.TrackingIdentifier(identifier=f'covid3d lesion in {part}'),
         finding_type=Code(*seg_codes['lesion'][1]), finding_sites=_site(part),
         algorithm_id=_algorithm(), measurements=_figures(found.regions.loc[part], _of_lesion))
-
-def _algorithm():
-    from highdicom import sr
-    return sr.AlgorithmIdentification('covid3d', __version__)
 
 # %% ../nbs/22_dicom_sr.ipynb #9c20a110
 def _report(found, ct, seg) -> bytes:

@@ -1,4 +1,4 @@
-"""One training on several processes: each sample once, scores of all, one process that writes
+"""Train in several processes: each sample is used once, all processes score, and one process writes the files
 
 Docs: https://covid3d.github.io/covid3d/distributed.html.md"""
 
@@ -97,6 +97,7 @@ def gather(o) -> list: # one for each process, in order of rank
     if dist.is_initialized(): dist.all_gather_object(res, o)
     return res
 
+# %% ../nbs/16_distributed.ipynb #e62704ae
 def split_map(f, items: list, what: str = '') -> list: # results, in the order of the items
     "`map`, shared between the processes; `what` stands beside the progress bar"
     rank, n = place()

@@ -1,4 +1,4 @@
-"""How far a scan is from all that a network has seen
+"""Measure how far a scan is from everything that a network has seen
 
 Docs: https://covid3d.github.io/covid3d/domain.html.md"""
 

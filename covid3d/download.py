@@ -1,4 +1,4 @@
-"""CoronaCases from Zenodo, whole or not at all; the steps for the sets that need a login
+"""Download CoronaCases from Zenodo completely or not at all, and get the steps for the data sets that need a login
 
 Docs: https://covid3d.github.io/covid3d/download.html.md"""
 

@@ -1,4 +1,4 @@
-"""3D ResNets pretrained on video, reading one grey channel
+"""3D ResNets that are pretrained on video and read one gray channel
 
 Docs: https://covid3d.github.io/covid3d/encoder.html.md"""
 
@@ -25,7 +25,9 @@ from .volume import CTError, unreadable
 # %% ../nbs/10_encoder.ipynb #794cb2e0
 def _named_arch(name: str) -> Callable:
     "torchvision's builder of that name, imported when it is called"
-    def build(**kwargs):
+    def build(
+        **kwargs # For torchvision's builder, such as `weights` or `progress`
+    ):
         from torchvision.models import get_model_builder
         return get_model_builder(name)(**kwargs)
     build.__name__ = build.__qualname__ = name
@@ -42,7 +44,7 @@ def _kinetics(arch: Callable): # torchvision's function, such as `r3d_18`; a `We
 # %% ../nbs/10_encoder.ipynb #a6693ca0
 # see `GreyConv3d`; weight and shift, each (out, 1, depth, height, width)
 def _grey_weights(conv: nn.Conv3d, mean: list, std: list) -> tuple[Tensor, Tensor]:
-    "What `conv` does to a one-channel volume: its weight, and the weight of the mean it subtracts."
+    "What `conv` does to a one-channel volume: its weight, and the weight of the mean it subtracts"
     plain = conv.bias is None and conv.groups == 1 and conv.padding_mode == 'zeros'
     if not plain or conv.in_channels != len(mean):
         raise CTError(conv, f'no stem of {len(mean)} colors',
@@ -55,7 +57,7 @@ def _grey_weights(conv: nn.Conv3d, mean: list, std: list) -> tuple[Tensor, Tenso
 
 # %% ../nbs/10_encoder.ipynb #915b9a4b
 class GreyConv3d(nn.Module):
-    "A convolution of grey volumes in [0, 1]: the color `conv` of the same video, normalized."
+    "A convolution of gray volumes in [0, 1] that equals `conv` of the same normalized video"
     def __init__(
         self,
         conv: nn.Conv3d, # the color convolution, padded with zeros and without bias
@@ -67,7 +69,7 @@ class GreyConv3d(nn.Module):
         self.weight = nn.Parameter(weight)
         self.register_buffer('shift', shift)
         self.geometry = {k: getattr(conv, k) for k in ('stride', 'padding', 'dilation')}
-        self.kept = None, None # size, device and type of the last bias; the bias
+        self.kept = None, None # (size, device and type of the last bias), the bias itself
 
     # (batch, 1, slice, row, column) in [0, 1]; (batch, out, slice, row, column)
     def forward(self, x: Tensor) -> Tensor:
@@ -78,14 +80,14 @@ class GreyConv3d(nn.Module):
 
 # %% ../nbs/10_encoder.ipynb #c8d20ffb
 @patch
-# (slice, row, column); of the result (1, out, slice, row, column)
+# (slice, row, column); type of the result (1, out, slice, row, column)
 def bias(self: GreyConv3d, size: tuple, dtype: torch.dtype) -> Tensor:
-    "What the colors' means add to the output for volumes of `size`."
+    "What the means of the colors add to the output for volumes of `size`"
     with torch.inference_mode(False), torch.no_grad():
         return F.conv3d(self.shift.new_ones(1, 1, *size), self.shift, **self.geometry).to(dtype)
 
 @patch
-def _apply(self: GreyConv3d, *args, **kwargs): # moved, or given another type
+def _apply(self: GreyConv3d, *args, **kwargs): # called on a change of device or type
     self.kept = None, None
     return nn.Module._apply(self, *args, **kwargs)
 
@@ -105,12 +107,12 @@ def extra_repr(self: GreyConv3d):
 # %% ../nbs/10_encoder.ipynb #631739e9
 # torchvision's classifier of videos; its stages, by name
 def _trunk(net: nn.Module) -> nn.Sequential:
-    "The convolutional stages of `net`, without the pooling and the classifier."
+    "The convolutional stages of `net`, without the pooling and the classifier"
     return nn.Sequential(OrderedDict((k, stage) for k, stage in net.named_children()
                                      if k not in ('avgpool', 'fc')))
 
 def _find_arch(arch: Callable | str) -> Callable: # torchvision's function or its name; the function
-    "torchvision's builder of a video ResNet."
+    "torchvision's builder of a video ResNet"
     from torchvision.models import get_model_builder
     from torchvision.models.video.resnet import VideoResNet
     try:
@@ -123,9 +125,9 @@ def _find_arch(arch: Callable | str) -> Callable: # torchvision's function or it
                   'Give r3d_18, mc3_18 or r2plus1d_18')
 
 # %% ../nbs/10_encoder.ipynb #292a1265
-# of a stem; what is kept of its channels, in (0, 1]; `layer` itself where it has no channels
+# layer of a stem; fraction of channels to keep, in (0, 1]; `layer` itself if it has no channels
 def _narrowed(layer: nn.Module, fraction: float) -> nn.Module:
-    "The stem's `layer` with a fraction of its channels; the three colors stay."
+    "The stem's `layer` with a fraction of its channels; the three colors stay"
     fewer = lambda n: n if n == 3 else max(1, int(n * fraction))
     if isinstance(layer, nn.Conv3d):
         return nn.Conv3d(fewer(layer.in_channels), fewer(layer.out_channels), layer.kernel_size,
@@ -134,7 +136,7 @@ def _narrowed(layer: nn.Module, fraction: float) -> nn.Module:
 
 # torchvision's function; channels of the first stage; a `VideoResNet` that reads three colors
 def _video_net(arch: Callable, width: int = 64) -> nn.Module:
-    "A new video ResNet, torchvision's own at width 64."
+    "A new video ResNet; at width 64, torchvision's own"
     if width == 64: return arch(weights=None)
     if not 4 <= width <= 512:
         raise CTError(f'width={width}', 'too few or too many channels', 'Give 4 to 512')
@@ -144,10 +146,10 @@ def _video_net(arch: Callable, width: int = 64) -> nn.Module:
 # %% ../nbs/10_encoder.ipynb #eed29f3e
 @lru_cache
 def _narrow_resnet() -> type:
-    "A class of torchvision's, with fewer channels"
+    "A class of video ResNets with fewer channels"
     from torchvision.models.video.resnet import VideoResNet
     class NarrowResNet(VideoResNet):
-        "The video ResNet `like`, with `width` channels in its first stage in place of 64."
+        "The video ResNet `like`, with `width` channels instead of 64 in its first stage"
         def __init__(self, like, width: int):
             self.fraction = width / 64
             layers = [layer for name, layer in _trunk(like).named_children() if name != 'stem']
@@ -166,7 +168,7 @@ def _narrow_resnet() -> type:
 # %% ../nbs/10_encoder.ipynb #4b05acf9
 # torchvision's; a `WeightsEnum` that says how the colors were normalized; reads one channel
 def _grey_trunk(net: nn.Module, weights) -> nn.Sequential:
-    "The stages of `net`, shared with it but for the first convolution, a `GreyConv3d`."
+    "The stages of `net`, shared with it except for the first convolution, a `GreyConv3d`"
     norm, body = weights.transforms(), _trunk(net)
     (name, conv), *rest = net.stem.named_children()
     body.stem = nn.Sequential(OrderedDict([(name, GreyConv3d(conv, norm.mean, norm.std)), *rest]))
@@ -175,30 +177,30 @@ def _grey_trunk(net: nn.Module, weights) -> nn.Sequential:
 # %% ../nbs/10_encoder.ipynb #0a315f56
 # number of channels; up to 8 groups of at least 4 channels
 def group_norm(channels: int) -> nn.GroupNorm:
-    "A normalization that treats each sample alone."
+    "A normalization that treats each sample separately"
     return nn.GroupNorm(math.gcd(8, channels, max(1, channels // 4)), channels)
 
 class _FrozenNorm(nn.BatchNorm3d):
-    "A BatchNorm that keeps the statistics it was given; its scale and shift train."
+    "A BatchNorm that keeps the statistics it was given; its scale and shift train"
     def train(self, mode=True): return super().train(False)
 
 class _InstanceNorm(nn.GroupNorm):
-    "Each channel of each sample by itself."
+    "A normalization that treats each channel of each sample separately"
     def __init__(self, channels: int): super().__init__(channels, channels)
     def forward(self, x):
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 _norms = dict(batch=nn.BatchNorm3d, frozen=_FrozenNorm, group=group_norm, instance=_InstanceNorm)
 
-# `batch`, `frozen`, `group` or `instance`; of what it normalizes
+# `batch`, `frozen`, `group` or `instance`; number of channels
 def norm_layer(kind: str, channels: int) -> nn.Module:
-    "A new normalization."
+    "A new normalization layer of the given kind"
     if kind not in _norms: raise CTError(f'norm={kind}', 'unknown', f'Give {", ".join(_norms)}')
     return _norms[kind](channels)
 
 # %% ../nbs/10_encoder.ipynb #6ce2401d
 def _change_norm(body: nn.Module, kind: str) -> nn.Module: # `body`, changed in place; see `_norms`
-    "Put another normalization in the place of each BatchNorm."
+    "Replace each BatchNorm with another normalization"
     for parent in [*body.modules()] if kind != 'batch' else []:
         for name, old in parent.named_children():
             if not isinstance(old, nn.BatchNorm3d): continue
@@ -208,7 +210,7 @@ def _change_norm(body: nn.Module, kind: str) -> nn.Module: # `body`, changed in 
 
 # %% ../nbs/10_encoder.ipynb #0325ffee
 def _download(weights) -> dict: # a `WeightsEnum`; tensors by name
-    "torchvision's pretrained weights, from its cache folder or the network."
+    "torchvision's pretrained weights, from its cache folder or the network"
     try:
         with redirect_stdout(sys.stderr):
             return weights.get_state_dict(progress=sys.stderr.isatty(), weights_only=True,
@@ -219,17 +221,17 @@ def _download(weights) -> dict: # a `WeightsEnum`; tensors by name
         raise CTError(weights.url, f'not read ({_one_line(e)})', remedy) from e
 
 def _one_line(e: Exception) -> str:
-    "The first sentence of an error's message."
+    "The first line of an error's message"
     return (str(e) or type(e).__name__).splitlines()[0][:120]
 
 # %% ../nbs/10_encoder.ipynb #a5a0b16c
 @contextmanager
 def open_tensors(
-    path: str | Path, # of a `.safetensors` file
-    remedy: str, # for the message
-    most: int = 2**22, # bytes that its header may have
+    path: str | Path, # a `.safetensors` file
+    remedy: str, # what the message suggests
+    most: int = 2**22, # maximum size of its header in bytes
 ): # the open file: `keys()`, `get_slice(name)`, `get_tensor(name)`, `metadata()`
-    "Open a safetensors file without reading its tensors; `CTError` if it is damaged."
+    "Open a safetensors file without reading its tensors; raises `CTError` if it is damaged"
     path = Path(path)
     if not path.is_file():
         raise CTError(path, 'is not a regular file' if path.exists() else 'no such file', remedy)
@@ -243,9 +245,9 @@ def open_tensors(
         raise CTError(path, f'damaged or cut short ({_one_line(e)})', remedy) from None
 
 # %% ../nbs/10_encoder.ipynb #826b3405
-# of a file that `torch.save` wrote; such as 'torch FloatStorage'
+# a file from `torch.save`; names such as 'torch FloatStorage'
 def _torch_names(path: Path) -> set:
-    "The names that a zip file's pickle asks for; `ValueError` if it unpacks to more than its size."
+    "The names that a zip file's pickle asks for; raises `ValueError` if it unpacks to more bytes"
     with ZipFile(path) as z:
         infos = z.infolist()
         if any(i.compress_type != ZIP_STORED or i.file_size != i.compress_size for i in infos):
@@ -262,8 +264,8 @@ _plain_names = re.compile(r'collections OrderedDict|torch._utils _rebuild_(tenso
                           r'|torch \w+Storage')
 
 # %% ../nbs/10_encoder.ipynb #c928f030
-def _read_pth(path: Path, remedy: str): # of what `torch.save` wrote; for the message; its content
-    "Open a zip file of PyTorch that asks for tensors alone"
+def _read_pth(path: Path, remedy: str): # from `torch.save`; what the message suggests; content
+    "Open a zip file of PyTorch that asks for tensors only"
     try:
         odd = [k for k in _torch_names(path) if not _plain_names.fullmatch(k)]
         if odd: raise CTError(path, 'holds Python objects, which are never run', remedy)
@@ -278,7 +280,7 @@ def _read_pth(path: Path, remedy: str): # of what `torch.save` wrote; for the me
 # %% ../nbs/10_encoder.ipynb #4178fe06
 # `.safetensors`, or `.pth` as `torch.save` writes a state dict; tensors by name
 def read_weights(path: str | Path) -> dict:
-    "The tensors in the file `path`; no code in it is run."
+    "Read the tensors in the file `path`; no code in it is run"
     path, remedy = Path(path), ('Save the state dict alone, as .safetensors or with torch.save, '
                                 'or copy the file again')
     if not path.is_file():
@@ -292,9 +294,9 @@ def read_weights(path: str | Path) -> dict:
                   'Save the state dict alone')
 
 # %% ../nbs/10_encoder.ipynb #76cfc85d
-# on the meta device compared alone; tensors by name; their origin, and the encoder, for the message
+# network (only compared if on the meta device); tensors by name; their origin; encoder's name
 def _load_weights(net: nn.Module, state: dict, source: str, name: str) -> nn.Module:
-    "Put `state` into `net`, if name and shape of every tensor fit."
+    "Load `state` into `net`, if the name and shape of every tensor fit"
     used = lambda tensors: {k: v for k, v in tensors.items() if not k.startswith('fc.')
                             and not k.endswith('num_batches_tracked')}
     kind = lambda v: tuple(v.shape) if v.is_floating_point() else v.dtype
@@ -310,20 +312,27 @@ def _load_weights(net: nn.Module, state: dict, source: str, name: str) -> nn.Mod
     return net
 
 # %% ../nbs/10_encoder.ipynb #93659bb1
+def _is_info(key: str, value) -> bool: # an entry of `encoder_info`
+    "Whether an entry has the right type and range"
+    return {'norm': value is None or value in list(_norms),
+            'width': value is None or isinstance(value, int) and 0 <= value <= 512,
+            'encoder': isinstance(value, str) and len(value) < 40}.get(key, True)
+
+# %% ../nbs/10_encoder.ipynb #5102abf5
 def _encoder_state(state: dict) -> dict: # tensors of an encoder, or of a whole U-Net, by name
-    "The encoder's tensors."
+    "The tensors of the encoder"
     inner = {k.removeprefix('encoder.'): v for k, v in state.items() if k.startswith('encoder.')}
     return inner or state
 
-# tensors of an encoder by name; 64 where they are no encoder's
+# tensors by name; 64 if they are not those of an encoder
 def _weights_width(state: dict) -> int:
-    "Channels of the first stage: what its first convolution reads."
+    "Number of channels of the first stage"
     return next((v.shape[1] for k, v in state.items()
                  if k.startswith('layer1.0.conv1.0') and v.ndim == 5), 64)
 
-# of weights; `encoder`, `width`, `norm`, …, empty for weights of another origin
+# weights; `encoder`, `width`, `norm`, …, or nothing if covid3d did not write them
 def encoder_info(path: str | Path) -> dict:
-    "What covid3d wrote beside the weights of a U-Net, of its encoder."
+    "Read what covid3d stored about the encoder with the weights of a U-Net"
     if Path(path).suffix != '.safetensors': return {}
     with open_tensors(path, 'Copy the file again') as f: about = f.metadata() or {}
     try: info = json.loads(about.get('covid3d', '{}')).get('net', {})
@@ -333,21 +342,14 @@ def encoder_info(path: str | Path) -> dict:
                       'Copy the file again, or train again')
     return info
 
-# %% ../nbs/10_encoder.ipynb #5102abf5
-def _is_info(key: str, value) -> bool: # of what is written beside an encoder
-    "Whether the entries that decide something are of their kind."
-    return {'norm': value is None or value in list(_norms),
-            'width': value is None or isinstance(value, int) and 0 <= value <= 512,
-            'encoder': isinstance(value, str) and len(value) < 40}.get(key, True)
-
 # %% ../nbs/10_encoder.ipynb #1005c968
 def _load(arch, state, source, width, norm):
-    "An encoder with the weights `state`, compared before with one that takes no memory"
+    "An encoder with the weights `state`, which are first compared with one that takes no memory"
     with torch.device('meta'): _filled(arch, state, source, width, norm)
     return _filled(arch, state, source, width, norm)
 
 def _filled(arch, state, source, width, norm):
-    "An encoder with weights in color, in grey, or in grey with the statistics of each sample"
+    "An encoder with weights of a color network, a gray one, or a gray one without BatchNorm"
     net, weights = _video_net(arch, width), _kinetics(arch)
     name = f'{arch.__name__} of width {width}'
     if not any(k.endswith('.shift') for k in state):
@@ -363,11 +365,11 @@ def _filled(arch, state, source, width, norm):
 # %% ../nbs/10_encoder.ipynb #a4f1c3eb
 def encoder3d(
     arch: Callable | str, # torchvision's `r3d_18`, `mc3_18` or `r2plus1d_18`, or its name
-    pretrained: bool | str | Path = True, # Kinetics-400 weights, random ones (False), or a file's
-    width: int | None = None, # channels of the first stage; of the weights, or 64, if None
-    norm: str | None = None, # `batch`, `frozen`, `group`, `instance`; the weights' if None
+    pretrained: bool | str | Path = True, # Kinetics-400 weights, random ones (False), or a file
+    width: int | None = None, # channels of the first stage; None: that of the weights, or 64
+    norm: str | None = None, # `batch`, `frozen`, `group`, `instance`; None: that of the weights
 ) -> nn.Sequential: # `stem`, `layer1` … `layer4`; reads (batch, 1, slice, row, column) in [0, 1]
-    "A video ResNet without its classifier, reading one grey channel."
+    "A video ResNet without its classifier that reads one gray channel"
     arch = _find_arch(arch)
     if pretrained is False:
         net = _video_net(arch, 64 if width is None else width)
@@ -385,9 +387,9 @@ def encoder3d(
 
 # %% ../nbs/10_encoder.ipynb #c793b5b1
 def build_of(
-    body: nn.Module, # of `encoder3d`
+    body: nn.Module, # an encoder from `encoder3d`
 ) -> dict: # `width` and `norm`
-    "How an encoder is built."
+    "The width and normalization of an encoder"
     kinds = {_FrozenNorm: 'frozen', nn.BatchNorm3d: 'batch', _InstanceNorm: 'instance',
              nn.GroupNorm: 'group'}
     norm = next(kinds[type(m)] for m in body.stem if type(m) in kinds)

@@ -1,4 +1,4 @@
-"""One line that says what is wrong and what to do; files that are there whole or not at all
+"""Errors that say in one line what is wrong and what to do, and files that are written completely or not at all
 
 Docs: https://covid3d.github.io/covid3d/errors.html.md"""
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 # %% ../nbs/00_errors.ipynb #a9b00816
 def plain(
-    o # Anything; its text is taken
+    o # Any object; its text is used
 ) -> str:
     "One line of text that is safe to print: no control or direction characters, no lone surrogates"
     s = re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+', ' ', str(o))
@@ -29,12 +29,13 @@ class CTError(ValueError):
         remedy: str = 'Copy it again, or export it again' # What to do about it
     ):
         self.what,self.fault,self.remedy = what,plain(fault),plain(remedy)
-        super().__init__(f'{plain(what)}: {self.fault}. {self.remedy}.')
+        end = '' if self.remedy.endswith('?') else '.'
+        super().__init__(f'{plain(what)}: {self.fault}. {self.remedy}{end}')
     # from one process to another
     def __reduce__(self): return type(self),(plain(self.what),self.fault,self.remedy)
 
 # %% ../nbs/00_errors.ipynb #4a942a2e
-class Scarce(CTError): "The system is short of something; the file is not to blame"
+class Scarce(CTError): "The system ran out of a resource; the file is not to blame"
 
 _short = {errno.EMFILE:'Raise the limit on open files with ulimit -n',
           errno.ENFILE:'Close other programs',
@@ -42,10 +43,10 @@ _short = {errno.EMFILE:'Raise the limit on open files with ulimit -n',
 
 def unreadable(
     path, # File or folder
-    e: OSError, # What was raised on opening or reading it
-    remedy: str = 'Check the path and its permissions' # Where the file is to blame
-) -> CTError: # To be raised; `Scarce` where the file is not to blame
-    "What the operating system refused, and why"
+    e: OSError, # The error raised while opening or reading it
+    remedy: str = 'Check the path and its permissions' # What to suggest if the file is to blame
+) -> CTError: # The error to raise: `Scarce` if the file is not to blame
+    "The error for a file that the operating system refused to read"
     if e.errno==errno.EIO: remedy = 'Check the disk or the network it lies on, then copy it again'
     return (Scarce if e.errno in _short else CTError)(
         path, f'cannot be read ({e.strerror or e})', _short.get(e.errno, remedy))
@@ -53,7 +54,7 @@ def unreadable(
 # %% ../nbs/00_errors.ipynb #59f7f25d
 @contextmanager
 def opening(path):
-    "What the operating system refuses is an error of that scan"
+    "Turn errors of the operating system into a `CTError` that names the scan"
     try: yield
     except OSError as e: raise unreadable(path, e) from None
     except MemoryError:
@@ -61,14 +62,14 @@ def opening(path):
                       'Use a machine with more memory, or crop the scan') from None
 
 # %% ../nbs/00_errors.ipynb #292d4b6d
-# a stand-in for this computer's name
+# identifies this computer without naming it
 host_name = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
-temps_here = set()  # names of what this process is writing
+temps_here = set()  # temporary names this process is using
 
 def temp_beside(
-    path # File or folder that is going to be written
+    path # File or folder that will be written
 ) -> Path:
-    "A name in the same folder for a draft of `path`, unique to this process"
+    "A temporary name in the folder of `path`, unique to this process"
     name = f'.covid3d-{host_name}-{os.getpid()}-{secrets.token_hex(4)}.tmp'
     temps_here.add(name)
     return Path(path).parent/name
@@ -78,7 +79,7 @@ def write_atomic(
     path,       # Where to write
     data: bytes # What to write
 ):
-    "Write `data` to `path` so that it is there whole or not at all"
+    "Write `data` to `path` completely or not at all"
     path,tmp = Path(path),temp_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,9 +96,9 @@ def write_atomic(
 # %% ../nbs/00_errors.ipynb #6dbec612
 def stored_bytes(
     path,  # A regular file
-    enough # Where to stop counting
-) -> int: # Its size, where the file system does not tell
-    "Bytes of a file that are stored, without the holes of a sparse file"
+    enough # Stop counting after this many bytes
+) -> int: # The file's size if the file system cannot say
+    "Count the bytes of a file that are stored, without the holes of a sparse file"
     size,n,end = os.stat(path).st_size,0,0
     if not hasattr(os, 'SEEK_DATA'): return size
     with open(path, 'rb') as f:
@@ -112,7 +113,7 @@ def stored_bytes(
 
 # %% ../nbs/00_errors.ipynb #ea79da11
 def _left_in(folder) -> float:
-    "Bytes left in a control group, version 2 or 1; infinite without a limit"
+    "Bytes left in a control group (version 2 or 1); infinite if it has no limit"
     for limit,used,total in (('max','current',''), ('limit_in_bytes','usage_in_bytes','total_')):
         try:
             top,now = (int((folder/f'memory.{o}').read_text()) for o in (limit,used))
@@ -123,8 +124,8 @@ def _left_in(folder) -> float:
     return math.inf
 
 # %% ../nbs/00_errors.ipynb #e6eb01fd
-def memory_left() -> float: # Bytes; infinite where the system does not tell
-    "Memory that this process may still take, of the machine and within its control groups"
+def memory_left() -> float: # Bytes; infinite if the system does not say
+    "Memory that this process may still use, on the machine and within its control groups"
     try:
         free = re.findall(r'^(?:MemAvailable|SwapFree):\s+(\d+) kB',
                           Path('/proc/meminfo').read_text(), re.M)
@@ -141,7 +142,7 @@ def memory_left() -> float: # Bytes; infinite where the system does not tell
 # %% ../nbs/00_errors.ipynb #6465d214
 def check_memory(path, need: int,
                  remedy='Close other programs, use a machine with more memory, or crop the scan'):
-    "`CTError` if `need` bytes are more than are left; not asked where they are few"
+    "Raise `CTError` if `need` bytes exceed the memory left; up to 256 MiB are not checked"
     if need>2**28 and need>(left := memory_left()):
         raise CTError(path, f'needs {need/2**20:,.0f} MiB of memory, and {left/2**20:,.0f} MiB are '
                             f'left', remedy)

@@ -1,4 +1,4 @@
-"""Each scan scored on its own grid, and no score lost when the machine stops
+"""Score each scan on its own grid, and keep every score when the machine stops
 
 Docs: https://covid3d.github.io/covid3d/evaluate.html.md"""
 

@@ -1,4 +1,4 @@
-"""A network as ONNX, for programs that have no PyTorch
+"""Write a network as ONNX, for programs without PyTorch
 
 Docs: https://covid3d.github.io/covid3d/export.html.md"""
 

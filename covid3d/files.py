@@ -1,4 +1,4 @@
-"""Lock a folder, keep a list of what you wrote into it, and never remove anything else
+"""Lock a folder, keep a list of what you wrote to it, and never remove anything else
 
 Docs: https://covid3d.github.io/covid3d/files.html.md"""
 
@@ -22,10 +22,10 @@ _again = 'Copy it again, or write it again with the command that made it'
 
 def read_bytes(
     path: str|Path,      # A file
-    most: int = 2**26,   # Bytes it may hold
-    remedy: str = _again # For the message
-) -> bytes: # All of them
-    "The content of a regular file of at most `most` bytes; `CTError` for anything else"
+    most: int = 2**26,   # Maximum size in bytes
+    remedy: str = _again # What the message suggests
+) -> bytes: # The whole content
+    "Read a regular file of at most `most` bytes; raises `CTError` for anything else"
     try:
         fd = os.open(path, os.O_RDONLY|getattr(os, 'O_NONBLOCK', 0)|getattr(os, 'O_BINARY', 0))
         with open(fd, 'rb') as f:
@@ -41,11 +41,11 @@ def _no_constant(name): raise ValueError(f'{name} is not JSON')
 
 def read_json(
     path: str|Path,      # A file
-    kind: type = dict,   # What must stand at the top
-    most: int = 2**24,   # Bytes it may hold
-    remedy: str = _again # For the message
+    kind: type = dict,   # Type that the top level must have
+    most: int = 2**24,   # Maximum size in bytes
+    remedy: str = _again # What the message suggests
 ):
-    "The JSON of a regular file: an object of type `kind`; `CTError` for anything else"
+    "Read JSON of type `kind` from a regular file; raises `CTError` for anything else"
     raw = read_bytes(path, most, remedy)
     try: o = json.loads(raw, parse_constant=_no_constant)
     except (ValueError, RecursionError) as e:
@@ -56,9 +56,9 @@ def read_json(
 
 # %% ../nbs/02_files.ipynb #ee88e8d6
 def to_json(
-    o # Dictionaries, lists, tuples, numbers, texts, and what a text can stand for
+    o # Dictionaries, lists, tuples, numbers, strings; anything else becomes its `str`
 ):
-    "The same in what JSON knows"
+    "Convert to types that JSON has"
     if isinstance(o, dict): return {str(k):to_json(v) for k,v in o.items()}
     if isinstance(o, (list,tuple)): return [to_json(v) for v in o]
     if isinstance(o, np.generic): o = o.item()
@@ -68,10 +68,10 @@ def to_json(
 
 # %% ../nbs/02_files.ipynb #97e8d0f9
 def append(
-    path: str|Path, # A file that is there
-    raw: bytes      # To add at its end
+    path: str|Path, # An existing file
+    raw: bytes      # Bytes to add at its end
 ):
-    "Add bytes to a regular file, all of them or nothing; `OSError` if that fails"
+    "Append bytes to a regular file, all of them or none; raises `OSError` on failure"
     more = (getattr(os, k, 0) for k in ('O_NOFOLLOW','O_NONBLOCK','O_BINARY'))
     with open(os.open(path, os.O_WRONLY|os.O_APPEND|sum(more)), 'wb', buffering=0) as f:
         was = os.fstat(f.fileno())
@@ -83,7 +83,7 @@ def append(
 
 # %% ../nbs/02_files.ipynb #e935fffb
 def _try_lock(fd) -> bool:
-    "Lock an open file unless another process has; on Windows its first byte"
+    "Lock an open file unless another process has locked it; on Windows, lock its first byte"
     try: import fcntl
     except ImportError: fcntl = None
     try:
@@ -93,7 +93,7 @@ def _try_lock(fd) -> bool:
     return True
 
 def _open_lock(path) -> int:
-    "A locked file descriptor of the file `path`; None if another process holds it"
+    "Open and lock the file `path`; None if another process holds the lock"
     while True:
         fd,mine = os.open(path, os.O_RDWR|os.O_CREAT|getattr(os, 'O_NOFOLLOW', 0), 0o666),False
         try:
@@ -108,7 +108,7 @@ def _open_lock(path) -> int:
 _temp = re.compile(r'\.covid3d-([0-9a-f]{8})-(\d{1,10})-[0-9a-f]{8}\.tmp')
 
 def _is_dead(p: Path) -> bool:
-    "Whether nobody is writing the temporary file or folder `p` any more"
+    "Whether the process that wrote the temporary file or folder `p` has ended"
     host,pid = _temp.fullmatch(p.name).groups()
     if host!=host_name: return time.time()-p.lstat().st_mtime>2*86400
     if int(pid)==os.getpid(): return p.name not in temps_here
@@ -118,9 +118,9 @@ def _is_dead(p: Path) -> bool:
     return False
 
 def sweep(
-    folder: str|Path # May not exist
+    folder: str|Path # A folder, which need not exist
 ):
-    "Remove what processes that no longer exist were writing into a folder, if it is no link"
+    "Remove temporary files of ended processes from a folder, unless the folder is a link"
     if Path(folder).is_symlink(): return
     try: found = [p for p in Path(folder).iterdir() if _temp.fullmatch(p.name)]
     except OSError: return
@@ -134,7 +134,7 @@ def sweep(
 _held,_gate = {},threading.Lock()  # real path of a lock file → (thread, depth, file descriptor)
 
 def _take(at):
-    "Lock the file `at` for this thread; how often it then holds it, 0 if it cannot"
+    "Lock the file `at` for this thread; return how often it now holds it, or 0 if it cannot"
     with _gate:
         who,depth,fd = _held.get(at, (threading.get_ident(),0,None))
         if who!=threading.get_ident(): return 0
@@ -153,10 +153,10 @@ def _give(at):
 # %% ../nbs/02_files.ipynb #0abdc0e8
 @contextmanager
 def locked(
-    path: str|Path, # Folder to write to, made if missing; or a file, which has a lock of its own
-    folder: bool = False # It is a folder, whatever its name: `run_0.5` looks like a file
+    path: str|Path, # Folder to write to (created if missing), or a file, which has its own lock
+    folder: bool = False # Treat `path` as a folder, even if, like `run_0.5`, it looks like a file
 ):
-    "Keep other processes out of a folder or a file; `CTError` if one is at work there"
+    "Keep other processes out of a folder or a file; raises `CTError` if one is working there"
     path = Path(path)
     home = path.parent if path.suffix and not folder and not path.is_dir() else path
     at = Path(os.path.realpath(home))/f'{"" if home==path else "."+path.name}.covid3d.lock'
@@ -179,10 +179,10 @@ def locked(
 
 # %% ../nbs/02_files.ipynb #d5772fdd
 def no_links(
-    folder: str|Path, # To write to; it may itself be a link
-    *names: str # Of what is going to be written there, such as `examples/`; parts may be patterns
+    folder: str|Path, # Folder to write to; may itself be a link
+    *names: str # What will be written there, such as `examples/`; parts may be patterns
 ):
-    "`CTError` if a part of a name is a link, which may lead out of the folder"
+    "Raise `CTError` if a part of a name is a link, which may lead out of the folder"
     folder = Path(folder)
     stems = {'/'.join(parts[:i+1]) for k in names for parts in [Path(k).parts]
              for i in range(len(parts))}
@@ -195,28 +195,28 @@ def no_links(
 manifest = 'covid3d.json'
 
 def _fits(name, patterns) -> bool:
-    "Whether a relative name has the form of one of `patterns`, part by part"
+    "Whether a relative name matches one of `patterns`, part by part"
     parts = name.split('/')
     return '..' not in parts and any(len(parts)==len(p.split('/')) and
         all(map(fnmatch.fnmatchcase, parts, p.split('/'))) for p in patterns)
 
 # %% ../nbs/02_files.ipynb #d6ec30cf
 class Outputs:
-    "What a command wrote into `folder`, of the files that match `patterns`"
+    "The files in `folder` that match `patterns`, and the list of those that `command` wrote"
     def __init__(self,
-        folder: str|Path, # May not exist
-        command: str,     # Who writes, such as `train`; None for whoever did
-        *patterns: str    # Names that it can write, relative to it, such as `examples/*.png`
+        folder: str|Path, # Folder to write to; need not exist
+        command: str,     # Command that writes, such as `train`; None for any
+        *patterns: str    # Names it can write, relative to `folder`, such as `examples/*.png`
     ): self.folder,self.command,self.patterns = Path(folder),command,patterns
 
     @property
     def listed(self) -> list:
-        "Names of files on the list that this command may replace or remove"
+        "Names of listed files that this command may replace or remove"
         return sorted(k for k,c in self._all().items()
                       if self.command in (c,None) and _fits(k, self.patterns))
     @property
     def present(self) -> list:
-        "Names of files in the folder that match, whoever wrote them"
+        "Names of matching files in the folder, whoever wrote them"
         found = (p for o in self.patterns for p in self.folder.glob(o))
         return sorted({p.relative_to(self.folder).as_posix() for p in found})
     def _all(self) -> dict: # Name → command
@@ -241,7 +241,7 @@ def _save(self: Outputs, files):
 def add(self: Outputs,
     *names: str # Relative to the folder; each must match a pattern
 ):
-    "List files, before they are written"
+    "Put files on the list, before they are written"
     odd = next((k for k in names if not _fits(k, self.patterns)), None)
     if odd: raise ValueError(f'{odd} is none of {", ".join(self.patterns)}')
     self._check_links(names)
@@ -251,7 +251,7 @@ def add(self: Outputs,
 # %% ../nbs/02_files.ipynb #22568e7d
 @patch
 def clear(self: Outputs):
-    "Remove the listed files, and the folders that this leaves empty"
+    "Remove the listed files, and folders that become empty"
     mine = self.listed
     self._check_links(mine)
     files = [self.folder/k for k in mine]
@@ -266,10 +266,10 @@ def clear(self: Outputs):
 # %% ../nbs/02_files.ipynb #9fd4e0d1
 @patch
 def require(self: Outputs,
-    overwrite: bool = False, # Whether our own files may be replaced
-    remedy: str = 'Choose another --out, or add --overwrite' # For the message
+    overwrite: bool = False, # Whether files that this command wrote may be replaced
+    remedy: str = 'Choose another --out, or add --overwrite' # What the message suggests
 ):
-    "`CTError` if a file stands in the way, or a link"
+    "Raise `CTError` if a file or a link is in the way"
     self._check_links(self.patterns)
     if odd := sorted({*self.present}-{*self.listed}):
         other = self._all().get(odd[0])
@@ -282,9 +282,9 @@ def require(self: Outputs,
 
 # %% ../nbs/02_files.ipynb #cf2848cb
 def resumable(
-    out: str|Path # Folder of a training
+    out: str|Path # Folder of a training run
 ) -> bool:
-    "Whether there is a checkpoint, or a training that had not reached its first"
+    "Whether a folder has a checkpoint, or a training run that did not reach its first one"
     try: rows = (Path(out)/'history.csv').read_bytes().count(b'\n')
     except OSError: rows = 0
     first = rows<=2 and (Path(out)/'recipe.json').exists()

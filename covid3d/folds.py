@@ -1,4 +1,4 @@
-"""Cross-validation: every scan scored by a network that never saw it, and the networks of all folds as one
+"""Cross-validation: score every scan with a network that never saw it, and use the networks of all folds as one
 
 Docs: https://covid3d.github.io/covid3d/folds.html.md"""
 

@@ -1,4 +1,4 @@
-"""Are these numbers HU at all? A chest tells, by how its values are distributed
+"""Are these numbers HU at all? The distribution of their values gives the answer
 
 Docs: https://covid3d.github.io/covid3d/hu.html.md"""
 
@@ -17,12 +17,12 @@ from .errors import CTError
 
 # %% ../nbs/00_hu.ipynb #4d76e049
 def _sampled(x) -> tuple:
-    "Up to 131,072 voxels spread over the scan, and the neighbour of each along its row"
+    "Up to 131,072 voxels spread over the scan, and the neighbor of each along its row"
     s = int(np.ceil((x.size/2**17)**(1/3)))
     return tuple(x[::s,::s,at:][...,:x.shape[2]-1:s].astype(np.float32).ravel() for at in (0,1))
 
 def _no_padding(v) -> np.ndarray:
-    "The values without those that repeat far too often to be measured"
+    "The values without those that repeat too often to have been measured"
     # lossy compression blurs −2000 a little
     key,keep = np.rint(np.where(v<-1100, np.rint(v/16)*16, v)),np.ones(len(v), bool)
     for part in (key<-1100, (key>=-1100) & (key<=-600)):
@@ -32,17 +32,17 @@ def _no_padding(v) -> np.ndarray:
 
 # %% ../nbs/00_hu.ipynb #5a10890d
 class HUProfile(NamedTuple):
-    "How the values of a scan are distributed, padding left out"
+    "How the values of a scan are distributed, without padding"
     air: float     # Fraction in −1100…−600: air and lung
     between: float # Fraction in −550…−250: edges of the lung, and diseased lung
     soft: float    # Fraction in −200…150: fat, muscle, blood
     bone: float    # Fraction above 600
     below: float   # Fraction below −1300, lower than air can be
-    lowest: float  # 5 % of what lies below −600 lies below this
-    low: float     # Median of what lies below −600
-    middle: float  # Median of what lies in −250…350
-    smooth: float  # Correlation of neighbouring voxels, 0 in noise
-    padded: bool   # Whether a padding below −1100 was left out
+    lowest: float  # 5th percentile of the values below −600
+    low: float     # Median of the values below −600
+    middle: float  # Median of the values in −250…350
+    smooth: float  # Correlation of neighboring voxels, 0 in noise
+    padded: bool   # Whether padding below −1100 was left out
 
 # %% ../nbs/00_hu.ipynb #560d9fec
 def _profile(a, smooth) -> HUProfile:
@@ -68,7 +68,7 @@ def hu_profile(
 
 # %% ../nbs/00_hu.ipynb #b4ac1fdf
 def _not_hu(q: HUProfile) -> str:
-    "What shows that values cannot be the HU of a chest; empty where nothing does"
+    "Why the values cannot be the HU of a chest; empty if they can"
     if not q.smooth>.4:
         return f'neighbouring voxels have nothing in common (correlation {q.smooth:.2f}): noise'
     if q.below>(.05 if q.padded else .01):
@@ -86,7 +86,7 @@ def _not_hu(q: HUProfile) -> str:
 
 # %% ../nbs/00_hu.ipynb #7bee0cc3
 def _hu_doubts(q: HUProfile) -> list:
-    "Notes on a chest that is not like most"
+    "Notes on a chest that differs from most"
     return [note for odd,note in (
         (q.air<.02, f'hardly any air ({q.air:.1%} of the voxels): are these HU of a chest?'),
         (q.soft<.1, f'hardly any soft tissue ({q.soft:.0%} of the voxels): was the scan masked?'),
@@ -103,20 +103,20 @@ _ways_back = {
     'at ten times their size':lambda v: v/10, 'inverted':lambda v: -v}
 
 def _guess(x) -> str:
-    "What was done to the HU, if one of the usual mistakes explains the values"
+    "Which of the usual mistakes explains the values, if one does"
     a = _sampled(x)[0]
     a = _no_padding(a) if a.min()<0 else a
     return next((f' (HU {name}, it seems)' for name,f in _ways_back.items()
                  if not _not_hu(_profile(f(a), 1))), '')
 
 # %% ../nbs/00_hu.ipynb #0a7ae010
-air = -1024  # HU: the lowest value a CT number is kept at; scanners pad with −2000, −3024 or −8192
+air = -1024  # HU: lower values are raised to this; scanners pad with −2000, −3024 or −8192
 
-_tell = ('Give a scan in HU (stored value × slope + intercept), or say what its grey levels are: '
+_tell = ('Give a scan in HU (stored value × slope + intercept), or say what its gray levels are: '
          'already_windowed=(low, high), on the command line --already-windowed low:high')
 
 def _finite(x, p) -> tuple:
-    "Voxels that are NaN or infinite become air, if they are few; and notes"
+    "`x` with its few NaN or infinite voxels set to air, and notes"
     bad = ~np.isfinite(x) if x.dtype.kind=='f' else np.zeros(1, bool)
     if not bad.any(): return x,[]
     if bad.mean()>.01: raise CTError(p, f'{bad.mean():.0%} of the voxels are NaN or infinite')  # D5
@@ -125,9 +125,9 @@ def _finite(x, p) -> tuple:
 
 # %% ../nbs/00_hu.ipynb #986dacfa
 def _judge(x, lo, hi, p) -> list:
-    "Notes on values that may be HU; an error for those that are not"
+    "Notes on values that may be HU; raises `CTError` if they are not"
     if lo>=0 and hi<=255:  # D7
-        raise CTError(p, f'the values {lo:g}…{hi:g} are grey levels, not HU', _tell)
+        raise CTError(p, f'the values {lo:g}…{hi:g} are gray levels, not HU', _tell)
     enough,found = x.size>=2**15,f'found {lo:g}…{hi:g}'
     if lo>=-200:  # D6, D9
         raise CTError(p, f'not HU: no value is below −200 ({found}; a CT without its rescale, or '
@@ -140,25 +140,25 @@ def _judge(x, lo, hi, p) -> list:
 
 # %% ../nbs/00_hu.ipynb #be16e236
 def _from_grey(x, lo, hi, p, already_windowed) -> tuple:
-    "Grey levels 0…255 as the HU they stand for, and notes"
+    "Gray levels 0…255 converted to HU, and notes"
     try: low,high = (float(o) for o in already_windowed)
     except (TypeError,ValueError): low,high = 0,0
     if not low<high:
         raise CTError('already_windowed', f'{already_windowed!r} is not (low, high) in HU',
                       'Give two numbers, the lower first')
     if lo<0 or hi>255:
-        raise CTError(p, f'the values {lo:g}…{hi:g} are not grey levels 0…255',
+        raise CTError(p, f'the values {lo:g}…{hi:g} are not gray levels 0…255',
                       'Leave already_windowed out if the scan is in HU')
     x = x.astype(np.float32)*np.float32((high-low)/255)+np.float32(low)
     few = x.size>=2**15 and hu_profile(x).air<.002
-    return x,['with this window the grey levels hold no air: is it the right one?']*few
+    return x,['with this window the gray levels hold no air: is it the right one?']*few
 
 # %% ../nbs/00_hu.ipynb #f8a81ad2
 def to_hu(
-    vol,                  # `Volume`, values as its file means them; they may be overwritten
-    already_windowed=None # (low, high) in HU that grey levels 0…255 stand for; None for HU
-): # `Volume` in HU, as int16 where they are whole numbers
-    "`vol` in HU; refused if its values are not HU"
+    vol,                  # `Volume` with rescaled values, which may be overwritten
+    already_windowed=None # HU of gray levels 0 and 255, as (low, high); None if in HU
+): # `Volume` in HU, int16 if the file holds integers
+    "`vol` in HU; raises `CTError` if its values are not HU"
     p = vol.source.path
     x,notes = _finite(vol.data, p)
     lo,hi = x.min(),x.max()

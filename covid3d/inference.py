@@ -1,4 +1,4 @@
-"""A whole scan through a sliding window, its mask on the scan's own grid
+"""A whole scan through a sliding window, with masks on the scan's own grid
 
 Docs: https://covid3d.github.io/covid3d/inference.html.md"""
 
@@ -28,8 +28,8 @@ from .weights import (Mirrored, load_all, mean_logit, network_digest, read_domai
 # %% ../nbs/15_inference.ipynb #68500e88
 def window_starts(
     n: int,             # Voxels on the axis
-    p: int,             # Window
-    overlap: float = .5 # Fraction of a window that the next one covers again, 0…<1
+    p: int,             # Voxels of the window
+    overlap: float = .5 # Fraction of a window that the next one also covers, 0…<1
 ) -> list: # First voxel of each window
     "Where the windows start on an axis"
     if not 0<=overlap<1:
@@ -42,17 +42,17 @@ def window_starts(
 def blend_weights(
     size # (slice, row, column) of a window
 ) -> torch.Tensor: # `size`, in (0, 1]
-    "How much each voxel of a window counts"
+    "The weight of each voxel of a window"
     axes = [torch.exp(-.5*((torch.arange(n)-(n-1)/2)/(n/8))**2).clamp(min=1e-3) for n in size]
     return axes[0][:,None,None]*axes[1][:,None]*axes[2]
 
 # %% ../nbs/15_inference.ipynb #5d7b9e31
 def _at_once(patch, windows=4) -> int:
-    "How many windows are computed at a time: `windows`, fewer where they are large"
+    "How many windows are computed at a time: `windows`, or fewer if they are large"
     return max(1, min(windows, 2**22//math.prod(patch)))
 
 def _all_starts(size, patch, overlap) -> list:
-    "The first voxel of each window, (slice, row, column); below 0 where the scan is smaller"
+    "The first voxel of each window, (slice, row, column); below 0 if the scan is smaller"
     starts = [window_starts(n, p, overlap) for n,p in zip(size, patch)]
     if (n := math.prod(map(len, starts)))>2**20:
         raise CTError('overlap', f'{n} windows would have to be computed',
@@ -73,11 +73,11 @@ def sliding_window(
     model,              # (batch, 1, slice, row, column) → logits (batch, class, slice, row, column)
     x: torch.Tensor,     # Prepared scan, (1, slice, row, column)
     patch,               # Window, (slice, row, column)
-    overlap: float = .5, # Fraction of a window that the next one covers again
+    overlap: float = .5, # Fraction of a window that the next one also covers
     bar: bool = False,   # Show a progress bar
-    windows: int = 4     # At a time, at most
+    windows: int = 4     # Maximum number of windows at a time
 ) -> torch.Tensor: # Probabilities, (class, slice, row, column)
-    "Probabilities for a whole scan"
+    "Compute probabilities for a whole scan"
     size,starts,w = x.shape[1:],_all_starts(x.shape[1:], patch, overlap),blend_weights(patch)
     off,w = [-min(0, o) for o in starts[0]],w.to(x.device)
     seen,total = x.new_zeros([max(n, p) for n,p in zip(size, patch)]),None
@@ -94,20 +94,20 @@ def sliding_window(
 
 # %% ../nbs/15_inference.ipynb #be9d4b60
 def out_of_memory(
-    e: BaseException # What went wrong
+    e: BaseException # The exception that was raised
 ) -> bool:
-    "Whether memory ran out, on the CPU or on a GPU"
+    "Whether an exception says that memory ran out, on the CPU or a GPU"
     told = any(o in str(e) for o in ('out of memory','allocate memory'))
     return isinstance(e, MemoryError) or isinstance(e, RuntimeError) and told
 
 def _check_scan(name, ct, spec, device, full):
-    "`CTError` where too little memory is left for a scan and `full` bytes for each of its voxels"
+    "Raise `CTError` if memory is short for a scan and `full` bytes for each of its voxels"
     arrays = 2+2*len(spec.classes) if device.type=='cpu' else 2  # float32, of the resampled scan
     need = 4*arrays*math.prod(spec.size(ct))+full*math.prod(ct.shape)
     check_memory(name, need, 'Close other programs, or use weights of a coarser spacing')
 
 def _ask(model):
-    "What gives a model's logits, and after them each of its answers, if it has several"
+    "A function that returns a model's logits, followed by each answer if it has several"
     if not hasattr(model, 'answers'): return model
     def ask(x):
         each = model.answers(x)
@@ -122,7 +122,7 @@ def _on_grid(model, spec, ct, overlap, bar) -> torch.Tensor:
 
 # %% ../nbs/15_inference.ipynb #588f8595
 def _slabs(p, shape, slices=16):
-    "Probabilities of a class on a grid of `shape`, `slices` at a time"
+    "Yield the probabilities of a class on a grid of `shape`, `slices` at a time"
     for part in resize(p, (shape[0],*p.shape[1:])).split(slices):
         yield resize(part, (len(part),*shape[1:]))
 
@@ -135,7 +135,7 @@ def _fill(p, shape) -> np.ndarray:
 
 # %% ../nbs/15_inference.ipynb #ee2d029e
 def _reach(hit, n) -> tuple:
-    "Of `n` voxels, those that voxels `hit` of a coarser axis reach; those that they need; weights"
+    "The fine voxels (of `n`) that coarse voxels `hit` affect, the coarse ones they need, weights"
     w = axis_weights(len(hit), n).to(hit.device)
     fine = (w[:,hit]>0).any(1).nonzero()
     fine = slice(int(fine[0]), int(fine[-1])+1)
@@ -156,7 +156,7 @@ def _cut(p, shape, threshold) -> np.ndarray:
 # %% ../nbs/15_inference.ipynb #e0b80ee9
 @torch.inference_mode()
 def _whole_scan(model, spec, ct, overlap, bar, finish, full: int = 1) -> dict:
-    "What `finish` makes of `_on_grid`; it takes `full` bytes for each voxel of the scan"
+    "Apply `finish` to the result of `_on_grid`; it needs `full` bytes for each voxel of the scan"
     name = ct.source.path if ct.source else ct
     device,training = next(model.parameters()).device,model.training
     try:
@@ -172,13 +172,13 @@ def _whole_scan(model, spec, ct, overlap, bar, finish, full: int = 1) -> dict:
 # %% ../nbs/15_inference.ipynb #6c2c0556
 def segment(
     model,                  # Network
-    spec: CTSpec,           # What it was trained with
+    spec: CTSpec,           # How scans were prepared in its training
     ct: Volume,             # Scan in HU
-    overlap: float = .5,    # Fraction of a window that the next one covers again
-    threshold: float = .5,  # Probability from which a voxel is set
+    overlap: float = .5,    # Fraction of a window that the next one also covers
+    threshold: float = .5,  # Lowest probability at which a voxel is set
     bar: bool = False       # Show a progress bar
-) -> dict: # Class → uint8 mask, canonical axes, shape of `ct`
-    "Masks of a whole scan, on its own voxels"
+) -> dict: # uint8 masks by class, canonical axes, shape of `ct`
+    "Segment a whole scan, with masks on its own voxels"
     if not 0<threshold<1:
         raise CTError('threshold', f'{threshold} is not between 0 and 1', 'Give 0.5')
     cut = lambda prob: {k:_cut(p, ct.shape, threshold) for k,p in zip(spec.classes, prob[0])}
@@ -190,14 +190,14 @@ def window_bytes(
     patch, # Window, (slice, row, column)
     n=1    # Windows at a time
 ) -> int: # Bytes
-    "Peak memory of a forward pass of windows, in bytes, computed without running it"
+    "Compute the peak memory of a forward pass of windows, without running it"
     from covid3d.memory import LiveBytes, on_meta
     meta = on_meta(model).eval()
     with torch.no_grad(), LiveBytes() as live: meta(torch.empty(n, 1, *patch, device='meta'))
     return live.peak
 
 def _check_window(path, model, spec, device):
-    "`CTError` where the weights ask for windows that do not fit in memory"
+    "Raise `CTError` if the weights ask for windows that do not fit in memory"
     n,widest = _at_once(spec.patch),max(p.shape[0] for p in model.parameters() if p.ndim)
     # an upper bound, and most networks stay below it
     if 4*n*math.prod(spec.patch)*widest<2**30: return
@@ -212,7 +212,7 @@ def _check_window(path, model, spec, device):
 def as_volume(
     scan # A `Volume`, a `Case`, or the path of a NIfTI file, a DICOM folder or a file in it
 ) -> Volume: # HU, canonical axes
-    "The scan itself, whatever stands for it"
+    "The scan as a `Volume`, from whatever refers to it"
     if isinstance(scan, Volume): return scan
     if hasattr(scan, 'open_ct'): return scan.open_ct()
     if isinstance(scan, (str,os.PathLike)): return open_scan(scan)
@@ -224,33 +224,33 @@ def as_volume(
 class Segmentation:
     "The masks of one scan, on the scan's own grid"
     ct: Volume                # The scan, in HU
-    masks: dict               # Class → uint8 mask, canonical axes, shape of `ct`
+    masks: dict               # uint8 masks by class, canonical axes, shape of `ct`
     segmenter: object = None  # The `Segmenter` that made them
-    kept: dict = None         # Class → float32 probabilities, if the segmenter keeps them
-    # How far the scan is from the training scans (`Domain.distance`), from 1 on out of the domain;
-    # NaN where the weights do not tell
+    kept: dict = None         # float32 probabilities by class, if the segmenter keeps them
+    # Distance of the scan from the training scans (`Domain.distance`); 1 or more is out of the
+    # domain, NaN means that the weights do not say
     distance: float = math.nan
-    # Of an ensemble, or with `mirror`: class → uint8 mask of each answer, on the network's grid,
-    # which spans the same tissue in fewer voxels; first of their mean
+    # For an ensemble or `mirror`: uint8 masks by class for each answer, first for their mean, on
+    # the network's grid, which covers the same tissue with fewer voxels
     answers: tuple = ()
 
     @property
     def ml(self) -> dict:
-        "Class → volume of its mask in ml"
+        "Volumes of the masks in ml, by class"
         return {k:np.count_nonzero(m)*self.ct.ml_per_voxel for k,m in self.masks.items()}
     def __repr__(self):
         volumes = ', '.join(f'{k} {v:.1f} ml' for k,v in self.ml.items())
         return f'{volumes} of a {"×".join(map(str, self.ct.shape))} scan'
     def probabilities(self) -> dict:
-        "Class → float32 probability of each voxel; as slow as the masks were, unless it was kept"
+        "float32 probabilities by class; takes as long as the masks did, unless they were kept"
         return self.kept or self.segmenter.probabilities(self.ct)
 
 # %% ../nbs/15_inference.ipynb #aa27b7a2
 _least_lung,_most_lungs = 300,10_000 # ml: of each lung, and of both
-_apart = .5 # of two answers, from which they have little in common
+_apart = .5 # disagreement above which two answers have little in common
 
 def _doubts(seg) -> list:
-    "What speaks against the masks of a scan"
+    "Reasons to doubt the masks of a scan"
     lungs = {k:seg.masks[k] for k in ('right_lung','left_lung') if k in seg.masks}
     out,ml = [],{k:seg.ml[k] for k in lungs}
     if seg.distance>=1:
@@ -273,14 +273,14 @@ def _doubts(seg) -> list:
 # %% ../nbs/15_inference.ipynb #c3149a88
 @patch(as_prop=True)
 def disagreement(self: Segmentation) -> float:
-    "How far the answers for the first class are apart: mean of 1 − Dice over pairs; or NaN"
+    "How much the answers for the first class differ: mean of 1 − Dice over pairs, or NaN"
     masks = [next(iter(o.values()))>0 for o in self.answers[1:]]
     pairs = [(2*(a&b).sum(),a.sum()+b.sum()) for a,b in combinations(masks, 2)]
     return float(np.mean([1-a/b for a,b in pairs if b] or np.nan))
 
 @patch(as_prop=True)
 def notes(self: Segmentation) -> tuple:
-    "What is to be known about the scan, and what speaks against its masks, in words"
+    "Notes on the scan, and warnings about its masks"
     return (*self.ct.notes, *(f'warning: {o}' for o in _doubts(self)))
 
 # %% ../nbs/15_inference.ipynb #2056564a
@@ -288,14 +288,14 @@ def notes(self: Segmentation) -> tuple:
 def show(self: Segmentation,
     **kwargs # For `show_slices`: `n`, `plane`, `slices`, `window`, `size`, `title`
 ):
-    "Slices of the scan, masks outlined"
+    "Show slices of the scan, with masks outlined"
     from covid3d.show import show_slices
     return show_slices(self.ct, self.masks, **kwargs)
 
 @patch
 def save(self: Segmentation,
     path,             # `.nii` or `.nii.gz`
-    klass: str = None # Class of the mask; the first if None
+    klass: str = None # Class of the mask; the first one if None
 ):
     "Write a mask on the grid of the file that the scan was read from"
     klass = next(iter(self.masks)) if klass is None else klass
@@ -306,18 +306,18 @@ def save(self: Segmentation,
 
 # %% ../nbs/15_inference.ipynb #347c1e40
 class Segmenter:
-    "A network and its settings: call it with a scan, and it answers with a `Segmentation`"
+    "A network and its settings: call it with a scan to get a `Segmentation`"
     def __init__(self,
         model,                  # Network, or an `Ensemble`
-        spec: CTSpec,           # What it was trained with
-        overlap: float = .5,    # Fraction of a window that the next one covers again, 0 to below 1
-        threshold: float = .5,  # Probability from which a voxel is set, between 0 and 1
+        spec: CTSpec,           # How scans were prepared in its training
+        overlap: float = .5,    # Fraction of a window that the next one also covers, 0 to below 1
+        threshold: float = .5,  # Lowest probability at which a voxel is set, between 0 and 1
         keep: bool = False,     # Keep the probabilities: 4 bytes per class and voxel of the scan
-        mirror: bool = False,   # Average with the answer to the mirror image; takes twice as long
-        min_ml: float = 0.,     # Components of a lesion smaller than this are dropped, ml
-        within_lungs: bool = True, # Drop what lies outside of both lungs, if both are found
-        seen: tuple = (),       # `Seen` of each file of the weights, None where a file does not say
-        domain: Domain = None   # What features of the training scans look like, if that is known
+        mirror: bool = False,   # Average with the answer for the mirror image; takes twice as long
+        min_ml: float = 0.,     # Drop components of a lesion smaller than this, ml
+        within_lungs: bool = True, # Drop lesions outside both lungs, if both lungs are found
+        seen: tuple = (),       # `Seen` of each weights file; None if a file does not say
+        domain: Domain = None   # Distribution of the features of the training scans, if known
     ):
         for k,v,ok in (('overlap',overlap,0<=overlap<1), ('threshold',threshold,0<threshold<1)):
             if not ok: raise CTError(k, f'{v} is not between 0 and 1', 'Give 0.5')  # NaN too
@@ -339,7 +339,7 @@ def digest(self: Segmenter) -> str: return network_digest(self.model, self.spec)
 
 @patch(as_prop=True)
 def settings(self: Segmenter) -> dict:
-    "What decides a mask, besides weights and scan"
+    "What determines a mask, besides weights and scan"
     return {k:getattr(self, k) for k in ('overlap','threshold','min_ml','within_lungs')}
 
 @patch
@@ -348,8 +348,8 @@ def __repr__(self: Segmenter):
     return f'Segmenter of {", ".join(self.classes)} ({how})'
 
 # %% ../nbs/15_inference.ipynb #83fb8c0f
-def _pieces(lungs) -> tuple: # Two masks, larger first; None if there are no two
-    "Right and left lung as two pieces, thinned by as little as sets them apart"
+def _pieces(lungs) -> tuple: # Two masks, the larger first; None if there are not two
+    "Both lungs as two separate pieces, thinned as little as needed"
     for n in range(5):
         peeled = ndi.binary_erosion(lungs, np.ones((1,3,3)), n) if n else lungs
         part = cc3d.connected_components(peeled); size = np.bincount(part.ravel()); size[0] = 0
@@ -357,11 +357,11 @@ def _pieces(lungs) -> tuple: # Two masks, larger first; None if there are no two
         if size[b]>.2*size[a]: return part==a,part==b
 
 def name_lungs(
-    right: torch.Tensor,  # (slice, row, column), probabilities; changed
-    left: torch.Tensor,   # Likewise
-    threshold: float = .5 # From which a voxel is lung
+    right: torch.Tensor,  # Probabilities (slice, row, column); changed in place
+    left: torch.Tensor,   # The same for the left lung; changed in place
+    threshold: float = .5 # Lowest probability at which a voxel is lung
 ):
-    "Exchange the probabilities where a voxel bears the name of the other lung"
+    "Exchange the probabilities of voxels that have the name of the other lung"
     lungs = (torch.maximum(right, left)>=threshold).cpu().numpy()
     named = (right>left).cpu().numpy()
     if not (pieces := _pieces(lungs)): return
@@ -375,7 +375,7 @@ def name_lungs(
 # %% ../nbs/15_inference.ipynb #888c984a
 @patch
 def _clean(self: Segmenter, prob, ct):
-    "Name the lungs; set lesions to zero that are too small, or outside of the lungs"
+    "Name the lungs; set lesions that are too small or outside the lungs to zero"
     ml = ct.ml_per_voxel*math.prod(ct.shape)/math.prod(prob.shape[1:])
     sides = 'right_lung','left_lung'
     if {*sides}<={*self.classes}:
@@ -422,10 +422,10 @@ def _full(self: Segmenter, prob, ct) -> dict:
 
 @patch
 def probabilities(self: Segmenter,
-    scan,             # As for a call
+    scan,             # A scan, as in a call of the segmenter
     bar: bool = False # Show a progress bar
-) -> dict: # Class → float32, canonical axes, shape of the scan
-    "The probability of each voxel of a scan"
+) -> dict: # float32 by class, canonical axes, shape of the scan
+    "Compute the probability of each voxel of a scan"
     ct = as_volume(scan)
     def finish(prob): self._clean(prob[0], ct); return self._full(prob[0], ct)
     return self._whole_scan(ct, finish, bar, 4)
@@ -433,13 +433,13 @@ def probabilities(self: Segmenter,
 # %% ../nbs/15_inference.ipynb #fca3e8fb
 @patch(cls_method=True)
 def load(cls: Segmenter,
-    # One `.safetensors`, a list of them, a folder of `covid3d train --folds`, or `covid3d` for the
-    # weights that come with the library
+    # A `.safetensors` file, a list of them, a folder from `covid3d train --folds`, or `covid3d` for
+    # the weights that come with the library
     paths = 'covid3d',
-    device = None, # Where to put them: `cpu`, `cuda`, …; the best there is if None
+    device = None, # `cpu`, `cuda`, …; if None, a GPU if there is one
     **kwargs       # For `Segmenter`: `overlap`, `threshold`, `keep`, `mirror`, …
 ) -> Segmenter:
-    "Open one saved model, or several as one; nothing in them can run code"
+    "Open one saved model, or several as one; nothing in the files can run code"
     if device is None: device = 'cuda' if torch.cuda.is_available() else 'cpu'
     paths = weights_in(paths)
     model,spec = load_all(paths, device)
@@ -454,8 +454,8 @@ def load(cls: Segmenter,
 def lungs(
     scan,    # A `Volume`, a `Case`, or the path of a NIfTI file or a DICOM folder
     **kwargs # For `Segmenter.load`: `device`, `mirror`, …
-) -> Segmentation: # Of `right_lung` and `left_lung`
-    "Both lungs of a chest CT, diseased parts included, by the weights that come with covid3d"
+) -> Segmentation: # Masks `right_lung` and `left_lung`
+    "Segment both lungs, including diseased parts, with the weights that come with covid3d"
     seg = Segmenter.load(**kwargs)(scan)
     keep = lambda d: d and {k:d[k] for k in ('right_lung','left_lung')}
     return replace(seg, masks=keep(seg.masks), kept=keep(seg.kept))

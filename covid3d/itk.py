@@ -1,4 +1,4 @@
-"""Scans and masks of ITK, 3D Slicer and of the challenges that use them: `.nrrd`, `.mha` and `.seg.nrrd`
+"""Scans and masks from ITK, 3D Slicer, and challenges: `.nrrd`, `.mha`, and `.seg.nrrd`
 
 Docs: https://covid3d.github.io/covid3d/itk.html.md"""
 
@@ -24,7 +24,7 @@ _most_header = 2**16
 _fields = dict(nrrd=rb'^([\w ]+): *(.*?)\r?$', mha=rb'^(\w+) *= *(.*?) *\r?$')
 _ends = dict(nrrd=rb'\r?\n\r?\n', mha=rb'(?m)^ElementDataFile *=.*\n')
 
-def _text_header(path) -> tuple: # Field → value, in lower case but for the data file; its end
+def _text_header(path) -> tuple: # Fields and values in lower case; the byte where the header ends
     "The lines of a header, as text"
     kind = str(path).lower().rpartition('.')[2]
     with open(path, 'rb') as f: raw = f.read(_most_header)
@@ -35,8 +35,8 @@ def _text_header(path) -> tuple: # Field → value, in lower case but for the da
     return {k.decode().lower():v.decode('utf8', 'replace').lower() for k,v in found},end.end()
 
 # %% ../nbs/00_itk.ipynb #5a3d4f47
-def _data_at(f) -> tuple: # (first byte, whether an orientation is stored); marks `f` as packed
-    "Where the voxels begin in a file that holds its own"
+def _data_at(f) -> tuple: # (first byte, whether an orientation is stored); sets `f.packed`
+    "Where the voxels begin; raises `CTError` if they are in another file"
     h,at = _text_header(f.path)
     apart = 'data file' in h or 'datafile' in h or h.get('elementdatafile', 'local')!='local'
     if apart: raise CTError(f.path, 'its voxels lie in another file', 'Convert it to one file')
@@ -62,7 +62,7 @@ def _reader(path):
     return reader
 
 def _header(shape, dtype, affine) -> nib.Nifti1Header:
-    "A NIfTI header of voxels that lie so"
+    "A NIfTI header for voxels with this shape, type and affine"
     hdr = nib.Nifti1Header()
     hdr.set_data_dtype(dtype); hdr.set_data_shape(shape); hdr.set_xyzt_units('mm')
     hdr.set_sform(affine, 1); hdr.set_qform(affine, 1)
@@ -71,9 +71,9 @@ def _header(shape, dtype, affine) -> nib.Nifti1Header:
 
 # %% ../nbs/00_itk.ipynb #5de47e60
 def itk_header(
-    f # A `_File` of `volume`
-) -> tuple: # nibabel header, notes; `CTError` if it is no volume of numbers in a file of its own
-    "The header of an NRRD or MetaImage file as that of a NIfTI file"
+    f # A `_File` of `covid3d.nifti`
+) -> tuple: # nibabel header, notes
+    "The header of an NRRD or MetaImage file, converted to a NIfTI header"
     reader,(at,placed) = _reader(f.path),_data_at(f)
     try: reader.ReadImageInformation()
     except RuntimeError: raise CTError(f.path, 'its header cannot be read') from None
@@ -90,7 +90,7 @@ def itk_header(
 
 # %% ../nbs/00_itk.ipynb #2beb3fc4
 def _check_stream(f, start, need):
-    "`CTError` unless the packed bytes from `start` on are whole, and unpack to `need` bytes"
+    "Raise `CTError` unless the bytes from `start` on are undamaged and unpack to `need` bytes"
     n,o = 0,isal_zlib.decompressobj(47)  # gzip or zlib
     try:
         with open(f.path, 'rb') as src:
@@ -103,10 +103,10 @@ def _check_stream(f, start, need):
         raise CTError(f.path, 'the compressed voxels are cut short, or too many')
 
 def itk_voxels(
-    hdr, # What `itk_header` gave
-    f    # As for that
-) -> tuple: # Voxels in file order; what follows them: nothing
-    "The voxels of an NRRD or MetaImage file"
+    hdr, # The header from `itk_header`
+    f    # The file, as for `itk_header`
+) -> tuple: # Voxels in file order, and no bytes that follow them
+    "Read the voxels of an NRRD or MetaImage file"
     need = int(np.prod(hdr.get_data_shape(), dtype=np.int64))*hdr.get_data_dtype().itemsize
     if f.packed: _check_stream(f, int(hdr['vox_offset']), need)
     try: x = _sitk(f.path).GetArrayFromImage(_reader(f.path).Execute())
@@ -118,9 +118,9 @@ def write_itk(
     x: np.ndarray, # Voxels in file order
     affine,        # 4×4, file index → RAS mm
     path,          # `.nrrd` or `.mha`
-    about: dict = None # Further fields of the header, text
+    about: dict = None # Further fields of the header, as text
 ):
-    "Write voxels, compressed, whole or not at all"
+    "Write compressed voxels, completely or not at all"
     sitk,lps = _sitk(path),affine*[[-1],[-1],[1],[1]]
     img = sitk.GetImageFromArray(np.ascontiguousarray(x.transpose(2, 1, 0)))
     size = voxel_sizes(affine)
@@ -137,7 +137,7 @@ def save_segments(
     labels: np.ndarray, # 0…255 on the canonical axes of `ct`, (slice, row, column)
     ct,                 # The `Volume` they belong to, read from a file
     path,               # `.seg.nrrd`
-    segments: dict      # Name of label 1, 2, … → color, `#RRGGBB`
+    segments: dict      # Names of labels 1, 2, … → colors, `#RRGGBB`
 ):
     "Write labels with their names and colors, on the grid of the scan's file, for 3D Slicer"
     back = ct.source.back

@@ -1,4 +1,4 @@
-"""Phantoms on disk as each public data set has its scans, for tests and demos
+"""Write phantoms in the layout of each public data set, for tests and demos
 
 Docs: https://covid3d.github.io/covid3d/layouts.html.md"""
 

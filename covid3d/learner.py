@@ -141,18 +141,17 @@ def _fit_memory(learn, memory, frozen_stages=0, average=False):
 # %% ../nbs/18_learner.ipynb #a214bae4
 @delegates(NetSpec, but='encoder')
 def unet_learner_3d(
-    dls,                   # `CTDataLoaders`, or DataLoaders of such batches
-    arch=r3d_18,           # `r3d_18`, `mc3_18` or `r2plus1d_18`; or a whole `NetSpec`
-    # Kinetics-400 weights (True), random ones (False), a file of weights, or `covid3d`
-    pretrained=True,
-    spec: CTSpec = None,   # How the data were prepared; that of `dls` if None
-    loss_func=None,        # Of logits and masks (batch, class, …); `DiceFocalLoss()` if None
-    metrics=None,          # `PatchDice` of the first class if None
-    memory: str = None,    # What a step may take, such as '6GB'; batch and precision will fit
-    opt_func=Adam,         # Optimizer
-    lr: float = 1e-3,      # Default learning rate
-    **kwargs               # For `NetSpec`, and for `Learner`
-) -> Learner:
+    dls,                 # `CTDataLoaders`; or DataLoaders of (batch, 1, slice, row, column)
+    arch=r3d_18,         # Encoder: `r3d_18`, `mc3_18` or `r2plus1d_18`; or a complete `NetSpec`
+    pretrained=True,     # True: Kinetics-400 weights; False: random; a path; `covid3d`: its own
+    spec: CTSpec = None, # Spacing in mm, HU window, patch and classes of the data; of `dls` if None
+    loss_func=None,      # Of logits and masks, (batch, class, …) each; `DiceFocalLoss()` if None
+    metrics=None,        # One or a list; `PatchDice()`, 0 to 1, of the first class if None
+    memory: str = None,  # Most that a step may take, such as '6GB'; sets batch and precision
+    opt_func=Adam,       # fastai optimizer: `Adam`, `SGD`, …
+    lr: float = 1e-3,    # Default learning rate, above 0
+    **kwargs             # Fields of `NetSpec`, such as `width`; others go to `Learner`: `cbs`, …
+) -> Learner: # Its encoder is frozen if the weights are pretrained
     "A `Learner` that trains a `DynamicUnet3d`"
     spec,(net,kwargs) = _spec_of(dls, spec),_net_of(arch, pretrained, kwargs)
     if memory is not None: dls = _own_loaders(dls)
@@ -165,6 +164,8 @@ def unet_learner_3d(
     if pretrained: learn.freeze()
     return learn
 
+unet_learner_3d.__delwrap__ = NetSpec # whose fields have the comments
+
 # %% ../nbs/18_learner.ipynb #2883d2d8
 def unfreeze_for(
     learn,                   # From `unet_learner_3d`
@@ -176,16 +177,6 @@ def unfreeze_for(
     "Unfreeze all but the first stages of a pretrained encoder, or all of a new one; the rates"
     learn.freeze_to(frozen_stages if pretrained else 0)
     return slice(lr/lr_ratio, lr) if pretrained else lr
-
-# %% ../nbs/18_learner.ipynb #1c431f6c
-@dispatch
-def show_results(x: TensorCT, y: TensorMask3d, samples, outs, ctxs=None, max_n=4, nrows=None,
-                 ncols=None, figsize=None, **kwargs):
-    n = min(len(samples), max_n)
-    if ctxs is None:
-        ctxs = get_grid(n, nrows=nrows or 1, ncols=ncols, figsize=figsize or (3*n,3.2),
-                        title='blue: reference, orange: prediction')
-    return [show_patch(s[0], [s[1], o[0]], c) for s,o,c in zip(samples, outs, ctxs)]
 
 # %% ../nbs/18_learner.ipynb #479f4469
 def _cases(dls) -> tuple:
@@ -363,3 +354,13 @@ def train(
         held.enter_context(_seeded(recipe.seed, recipe.reproducible))
         learn = _learner(table, out, recipe, fold, device, workers, cbs)
         return _fit(learn, out, recipe, resume, examples, plot)
+
+# %% ../nbs/18_learner.ipynb #1c431f6c
+@dispatch
+def show_results(x: TensorCT, y: TensorMask3d, samples, outs, ctxs=None, max_n=4, nrows=None,
+                 ncols=None, figsize=None, **kwargs):
+    n = min(len(samples), max_n)
+    if ctxs is None:
+        ctxs = get_grid(n, nrows=nrows or 1, ncols=ncols, figsize=figsize or (3*n,3.2),
+                        title='blue: reference, orange: prediction')
+    return [show_patch(s[0], [s[1], o[0]], c) for s,o,c in zip(samples, outs, ctxs)]

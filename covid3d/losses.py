@@ -1,4 +1,4 @@
-"""Dice with cross-entropy, Dice with focal loss, Tversky and Lovász, on logits, one channel for each class
+"""Dice with cross-entropy or focal loss, Tversky and Lovász: what each rewards, and how to write your own
 
 Docs: https://covid3d.github.io/covid3d/losses.html.md"""
 
@@ -27,18 +27,21 @@ def soft_dice(
 
 # %% ../nbs/12_losses.ipynb #602c431a
 class SampleLoss(nn.Module):
-    "A loss of logits and masks, in float32, a value for each sample"
+    "Base class: a loss of logits and masks, in float32, with one value for each sample"
     y_int = True # fastai's MixUp then blends the losses of two samples, not their masks
     def __init__(self,
         reduction: str = 'mean' # `mean` of the batch, or `none`: one loss for each sample
     ):
-        super().__init__()
-        self.reduction = reduction
-    def per_sample(self, logits, mask): raise NotImplementedError
+        super().__init__(); self.reduction = reduction
+    def per_sample(self,
+        logits: torch.Tensor, # (batch, class, slice, row, column), float32
+        mask: torch.Tensor    # The same shape, 0 or 1, float32
+    ) -> torch.Tensor: # (batch,)
+        raise NotImplementedError
     def forward(self,
-        logits,        # (batch, class, slice, row, column)
-        mask,          # The same shape, 0 or 1
-        reduction=None # In place of the loss's own
+        logits: torch.Tensor, # (batch, class, slice, row, column)
+        mask: torch.Tensor,   # The same shape, 0 or 1
+        reduction: str = None # `mean` or `none`, in place of the loss's own
     ) -> torch.Tensor: # Scalar, or (batch,); 0 or more
         if logits.shape!=mask.shape:
             fault = f'shape {tuple(mask.shape)} is not that of the logits, {tuple(logits.shape)}'
@@ -46,17 +49,20 @@ class SampleLoss(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             loss = self.per_sample(*(o.as_subclass(torch.Tensor).float() for o in (logits,mask)))
         return loss if (reduction or self.reduction)=='none' else loss.mean()
-    def activation(self, logits): return logits.sigmoid()
-    def decodes(self, prob): return (prob>=.5).to(torch.uint8)
+    def activation(self, logits): return logits.sigmoid() # Probabilities
+    def decodes(self, prob): return (prob>=.5).to(torch.uint8) # A mask of 0 and 1
 
 # %% ../nbs/12_losses.ipynb #a76f4e67
-def cross_entropy(logits, mask) -> torch.Tensor: # (batch,), nats per voxel
+def cross_entropy(
+    logits: torch.Tensor, # (batch, class, slice, row, column)
+    mask: torch.Tensor    # The same shape and type, 0 or 1
+) -> torch.Tensor: # (batch,), nats per voxel
     "Binary cross-entropy, the mean over a sample"
     return F.binary_cross_entropy_with_logits(logits, mask, reduction='none').flatten(1).mean(1)
 
 # %% ../nbs/12_losses.ipynb #9f6c0323
 class DiceCELoss(SampleLoss):
-    "1 − soft Dice, plus binary cross-entropy, both the mean over samples and classes"
+    "1 − soft Dice, plus binary cross-entropy, both averaged over samples and classes"
     def __init__(self,
         dice: float = 1.,       # Weight of 1 − Dice
         ce: float = 1.,         # Weight of the cross-entropy, in nats per voxel
@@ -96,7 +102,7 @@ class DiceFocalLoss(SampleLoss):
 
 # %% ../nbs/12_losses.ipynb #f36decd0
 class CalibratedLoss(DiceCELoss):
-    "Dice and cross-entropy that weigh voxels of small and of large lesions alike"
+    "Dice and cross-entropy that give voxels of small and large lesions the same weight"
     def __init__(self,
         dice: float = 1.,       # Weight of 1 − Dice
         ce: float = 50.,        # Weight of the cross-entropy, in nats per voxel

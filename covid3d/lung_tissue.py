@@ -1,4 +1,4 @@
-"""Vessels, airways and air: a healthy lung, and what is not COVID-19 in it
+"""Draw a healthy lung with vessels, airways, and everything that only resembles COVID-19
 
 Docs: https://covid3d.github.io/covid3d/lung_tissue.html.md"""
 
@@ -18,9 +18,9 @@ from .shapes import inside, squares
 def lung_points(
     b,               # From `sample_body`
     rng,             # NumPy's random generator
-    n: int = 150_000 # Points tried
+    n: int = 150_000 # Number of points to try
 ) -> tuple: # (m,3) z, y, x in mm; (m,) mm below the surface of the lung
-    "Random points inside the lungs"
+    "Sample random points inside the lungs"
     p = rng.uniform((-150,-125,-160), (150,125,160), (n,3)).astype(np.float32)
     depth = -organs(b, *p.T)['lung']
     return p[depth>1],depth[depth>1]
@@ -30,8 +30,8 @@ def vessel_tree(
     root,              # Where it starts, (z, y, x) in mm
     points,            # (2ᵏ,3) in mm
     rng,               # NumPy's random generator
-    leaf: float = .7,  # Radius of the ends, mm
-    axis: int = None,  # First halving: 0, 1 or 2; None the longest
+    leaf: float = .7,  # Radius of the finest branches, mm
+    axis: int = None,  # Axis of the first halving: 0, 1 or 2; the longest if None
     reach: float = .45,# Length of a first branch ÷ distance to its half's center
     p: float = 2.8     # Exponent of Murray's law
 ) -> np.ndarray: # (branch, 7): start and end in mm, radius in mm
@@ -67,7 +67,7 @@ def vessels(
     points, depth, # From `lung_points`
     rng            # NumPy's random generator
 ) -> np.ndarray: # (branch, 7)
-    "Pulmonary arteries and veins"
+    "Grow the pulmonary arteries and veins"
     out,levels,murray = [],int(rng.choice([11,12,13], p=[.3,.5,.2])),rng.uniform(2.4,3.2)
     leaf,n = rng.uniform(2.4,5.5)*2**((1-levels)/murray),2**levels
     for side in (-1,1):
@@ -86,7 +86,7 @@ def airways(
     points, depth, # From `lung_points`
     rng            # NumPy's random generator
 ) -> np.ndarray: # (branch, 7)
-    "Windpipe and bronchi"
+    "Grow the windpipe and bronchi"
     out = [[*a,*b,8.5] for a,b in zip(windpipe, windpipe[1:])]
     out = [np.array([*out, *([*a,*b,6.2] for a,b in main_bronchi)], np.float32)]
     for side,(_,end) in zip((-1,1), main_bronchi):
@@ -100,18 +100,18 @@ def airways(
 def posed(
     tubes,   # (branch, 7), mm in the upright body
     pose,    # `Pose`
-    center=(0,0,0) # Of the grid, mm
+    center=(0,0,0) # Center of the grid, mm
 ) -> np.ndarray: # (branch, 7), mm from the center of the grid
-    "Branches where the patient lies"
+    "Move branches to where the patient lies"
     ends = pose.placed(tubes[:,:6].reshape(-1,3))-np.array(center, np.float32)
     return np.c_[ends.reshape(-1,6),tubes[:,6]].astype(np.float32)
 
 # %% ../nbs/03_lung_tissue.ipynb #42a2b2f1
 def beads(
     tubes,      # (branch, 7)
-    step: float # mm from ball to ball
-) -> tuple: # Centres (n,3) in mm, radii (n,) in mm
-    "Balls along the branches"
+    step: float # Distance between balls, mm
+) -> tuple: # Centers (n,3) in mm, radii (n,) in mm
+    "Place balls along the branches"
     start,way = tubes[:,:3],tubes[:,3:6]-tubes[:,:3]
     n = np.ceil(np.linalg.norm(way,axis=1)/step).astype(int)+1
     i = np.repeat(np.arange(len(n)),n)
@@ -120,7 +120,7 @@ def beads(
 
 # %% ../nbs/03_lung_tissue.ipynb #eb407beb
 def stamp(
-    alpha,   # Painted in place: fraction of each voxel that is filled
+    alpha,   # Fraction of each voxel that is filled; changed in place
     center,  # (n,3) in mm
     radius,  # (n,) in mm
     offsets, # (m,3) voxels around a center
@@ -141,7 +141,7 @@ def draw_tubes(
     tubes,          # (branch, 7) in mm
     shape,          # (slice, row, column)
     spacing,        # mm
-    wall: float = 0 # Thickness added around, mm
+    wall: float = 0 # Thickness added around each branch, mm
 ) -> np.ndarray: # Fraction of each voxel that is filled, float32 0…1
     "Draw branches on a grid"
     sp = np.array(spacing,np.float32); voxel = float(sp.prod()**(1/3))
@@ -163,7 +163,7 @@ def aerated(
     y,    # mm in the upright body
     coarse, spark # `smooth_noise`, 14 and 4 mm
 ) -> np.ndarray: # HU, float32
-    "Lung without vessels: gravity, patchy ventilation, fine texture; emphysema in one of five"
+    "Lung without vessels: gravity, patchy ventilation, texture; emphysema in one of five"
     back = np.clip((y+b.deep)/(2*b.deep), 0, 1)**1.5
     hu = b.lung+b.gravity*back+rng.uniform(8,22)*coarse+rng.uniform(5,20)*spark
     if rng.random()<.2:
@@ -185,13 +185,13 @@ def add_dependent(
     y,      # mm in the upright body
     depth   # mm below the surface of the lung
 ):
-    "The dense band at the patient's back"
+    "Add the dense band at the patient's back, in three of five patients"
     if rng.random()>.6: return
     low = np.clip((y/b.deep-.35)/.5, 0, 1)
     shares.add(rng.uniform(.1,.6)*low*np.exp(-np.maximum(depth, 0)/rng.uniform(2,8)))
 
 def add_fissures(shares, rng, g, mm): # `g`: distances; `mm`: size of a voxel
-    "Fine lines between the lobes"
+    "Add fine lines between the lobes"
     faint = rng.uniform(.05,.35)
     shares.add(faint*inside(np.abs(g['oblique'])-.7, mm+.6))
     right = (g['x']<0)&(g['oblique']>0)
@@ -204,7 +204,7 @@ def add_sheaths(
     rng,     # NumPy's random generator
     spacing  # mm
 ):
-    "Soft rims around vessels in two patients of five, around those of the hilum in three of four"
+    "Add soft rims around vessels in two of five patients, at the hilum in three of four"
     for least,often,rims,dense in ((1,.4,(.5,2),(.03,.2)), (2.8,.75,(1,5),(.2,.8))):
         large,rim = tubes[tubes[:,6]>least],rng.uniform(*rims)
         if rng.random()>often or not len(large): continue
@@ -216,7 +216,7 @@ def nodules(
     points, # From `lung_points`
     rng     # NumPy's random generator
 ) -> np.ndarray: # (n, 7)
-    "Nodules, and in one patient of sixteen a tree-in-bud"
+    "Sample nodules and, in one of sixteen patients, a tree-in-bud"
     u,any_point = rng.uniform,lambda: points[rng.integers(len(points))]
     out = [[*c,*c,u(1.5,5)] for c in (any_point() for _ in range(rng.poisson(1.2)))]
     if rng.random()<.06:
@@ -228,7 +228,7 @@ def nodules(
 
 # %% ../nbs/03_lung_tissue.ipynb #48b09532
 def add_scars(shares, rng, spots, axes, coarse, mm): # `spots`: mm in the scan
-    "Up to three thin plates, in three patients of ten"
+    "Add up to three thin plates, in three of ten patients"
     if rng.random()>.3: return
     z,y,x = axes[0][:,None,None],axes[1][:,None],axes[2]
     for c in spots[rng.integers(len(spots), size=rng.integers(1,4))]:
@@ -241,10 +241,10 @@ def add_scars(shares, rng, spots, axes, coarse, mm): # `spots`: mm in the scan
 def effusion(
     b,    # From `sample_body`
     rng,  # NumPy's random generator
-    g,    # Distances on the lattice; `lung` is changed
+    g,    # Distances on the lattice; sets `fluid` and changes `lung`
     wavy  # Smooth noise on the lattice, 40 mm
 ):
-    "Distance to pleural fluid, in one patient of eight; the lung ends where it begins"
+    "Add pleural fluid in one of eight patients; the lung ends where the fluid begins"
     g['fluid'] = np.full_like(g['lung'], 99)
     if rng.random()>.12: return
     sides = rng.choice([-1,1], size=rng.integers(1,3), replace=False)

@@ -1,4 +1,4 @@
-"""What a training step needs, counted before it is run; a setting that fits a budget
+"""Count the memory of a training step before you run it, and find settings that fit a budget
 
 Docs: https://covid3d.github.io/covid3d/memory.html.md"""
 
@@ -11,7 +11,6 @@ __all__ = ['plan_memory', 'apply_plan']
 import re, torch, weakref
 from copy import deepcopy
 from dataclasses import dataclass
-from fastcore.basics import patch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from itertools import product
@@ -46,21 +45,18 @@ class LiveBytes(TorchDispatchMode):
             self.conv = max(self.conv, sum(t.nbytes for t in [*read, *made]))
         return out
 
-# %% ../nbs/13_memory.ipynb #0c2339ca
-@patch
-def _add(self: LiveBytes, storage):
-    "Count a storage, once, until it is freed"
-    key, n = id(storage), storage.nbytes()
-    if key in self.ids: return
-    self.ids.add(key)
-    self.now += n
-    self.peak = max(self.peak, self.now)
-    weakref.finalize(storage, self._drop, key, n)
+    def _add(self, storage):
+        "Count a storage, once, until it is freed"
+        key, n = id(storage), storage.nbytes()
+        if key in self.ids: return
+        self.ids.add(key)
+        self.now += n
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key, n)
 
-@patch
-def _drop(self: LiveBytes, key, n):
-    self.ids.discard(key)
-    self.now -= n
+    def _drop(self, key, n):
+        self.ids.discard(key)
+        self.now -= n
 
 # %% ../nbs/13_memory.ipynb #2cd8bfc1
 def saved_bytes(
@@ -202,7 +198,6 @@ def _try_bytes(model: nn.Module, patch: tuple, bs: int, recompute: bool, fp16: b
     meta.recompute = recompute
     return sum(step_bytes(meta, patch, bs, fp16, device, average).values())
 
-# %% ../nbs/13_memory.ipynb #ee9fce08
 # see `plan_memory`; bytes; None: none fits
 def _largest_patch(model: nn.Module, patch: tuple, budget: int, recompute: bool, fp16: bool,
                    device: str, average: bool = False) -> tuple | None:

@@ -1,4 +1,4 @@
-"""How well a mask agrees with the reference: overlap, volume, surfaces in mm, and lesions found
+"""Measure how well a mask agrees with the reference: overlap, volume, surfaces in mm, and lesions found
 
 Docs: https://covid3d.github.io/covid3d/metrics.html.md"""
 
@@ -22,7 +22,7 @@ def as_pair(
     pred, # Binary mask, array or tensor of any shape
     mask  # Reference, the same shape
 ) -> tuple: # Two boolean arrays
-    "Both masks as boolean arrays, not copied where they already are"
+    "Both masks as boolean arrays, without a copy if they already are"
     def one(o):
         if isinstance(o, torch.Tensor): o = (o.detach().as_subclass(torch.Tensor)>0).cpu().numpy()
         return o if getattr(o,'dtype',None)==bool else np.asarray(o)>0
@@ -32,10 +32,22 @@ def as_pair(
                       'Compare them on one grid')
     return a,b
 
+def check_spacing(spacing) -> np.ndarray: # (slice, row, column), mm
+    "Three finite sizes above 0; raises `CTError` otherwise"
+    s = np.asarray(spacing, float)
+    if s.shape!=(3,) or not (np.isfinite(s)&(s>0)).all():
+        raise CTError('spacing', f'{spacing} is not three sizes above 0',
+                      'Give (slice, row, column) in mm')
+    return s
+
+def check_number(name, x, low, high, remedy):
+    "Raise `CTError` unless a number is between two others"
+    if not low<=x<=high: raise CTError(name, f'{x} is not in {low}…{high}', remedy)
+
 # %% ../nbs/13_metrics.ipynb #dc1d599f
 @dataclass
 class Overlap:
-    "Voxels in both masks, in one of them, in neither; and the scores that follow"
+    "Counts of voxels in both masks, in one of them and in neither, and the scores that follow"
     tp: int; fp: int; fn: int; tn: int
     def _ratio(self, part, whole):
         return np.nan if not self.tp+self.fp+self.fn else part/whole if whole else 0.
@@ -56,7 +68,7 @@ def overlap(
     pred, # Binary mask, array or tensor of any shape
     mask  # Reference, the same shape
 ) -> Overlap:
-    "Count voxels once for all overlap scores"
+    "Count the voxels once for all overlap scores"
     return _overlap(*as_pair(pred,mask))
 
 def _overlap(a, b, step=1<<17):
@@ -66,29 +78,19 @@ def _overlap(a, b, step=1<<17):
         tp += np.count_nonzero(x&y); p += np.count_nonzero(x); m += np.count_nonzero(y)
     return Overlap(*map(int, (tp, p-tp, m-tp, a.size-p-m+tp)))
 
-def dice(pred, mask) -> float: # 0…1
+def dice(
+    pred, # Binary mask (slice, row, column)
+    mask  # Reference, the same shape
+) -> float: # 0…1
     "Twice the overlap over the sum of both sizes; `overlap` gives the other scores"
     return overlap(pred,mask).dice
-
-# %% ../nbs/13_metrics.ipynb #f2a14c0c
-def check_spacing(spacing) -> np.ndarray: # (slice, row, column), mm
-    "Three sizes above 0 and finite"
-    s = np.asarray(spacing, float)
-    if s.shape!=(3,) or not (np.isfinite(s)&(s>0)).all():
-        raise CTError('spacing', f'{spacing} is not three sizes above 0',
-                      'Give (slice, row, column) in mm')
-    return s
-
-def check_number(name, x, low, high, remedy):
-    "A number between two others"
-    if not low<=x<=high: raise CTError(name, f'{x} is not in {low}…{high}', remedy)
 
 # %% ../nbs/13_metrics.ipynb #954d91cd
 def volume_error(
     pred,   # Binary mask (slice, row, column)
     mask,   # Reference, the same shape
     spacing # (slice, row, column), mm
-) -> tuple: # ml; % of the reference
+) -> tuple: # ml, and % of the reference
     "Predicted minus true volume"
     return _volume_error(overlap(pred,mask), check_spacing(spacing))
 
@@ -99,7 +101,7 @@ def _volume_error(o, spacing):
 
 # %% ../nbs/13_metrics.ipynb #c37526b8
 def cube_faces() -> list: # Six faces of four corners, each (slice, row, column) of 0 or 1
-    "The faces of a cube, their corners in one sense of rotation seen from outside"
+    "The faces of a cube, with corners in the same rotational order when seen from outside"
     turn = (0,0),(0,1),(1,1),(1,0)
     return [[tuple(np.roll((s,u,v), axis).tolist()) for u,v in turn[::1-2*s]] for axis in range(3)
             for s in (0,1)]
@@ -129,9 +131,9 @@ def cube_polygons(
 # %% ../nbs/13_metrics.ipynb #352d048e
 def largest_fill(
     pts,        # (n, 3), a closed polygon
-    i=0, j=None # From point i to point j
-) -> tuple: # Area, and the triangles' normals, as long as their areas
-    "Triangles that fill a polygon, chosen for the greatest area"
+    i=0, j=None # First and last point to use
+) -> tuple: # Area, and normals of the triangles, whose lengths are the areas
+    "Fill a polygon with the triangles that have the greatest total area"
     j = len(pts)-1 if j is None else j
     if j-i<2: return 0.,[]
     def split(k):
@@ -142,8 +144,8 @@ def largest_fill(
 
 # %% ../nbs/13_metrics.ipynb #ce6bbc05
 @lru_cache
-def surfel_normals() -> np.ndarray: # (256, 4, 3), unused triangles are 0
-    "Normals of the triangles of each pattern, on a voxel of size 1"
+def surfel_normals() -> np.ndarray: # (256, 4, 3); unused triangles are 0
+    "Normals of the triangles of each pattern, for a voxel of size 1"
     out = np.zeros((256,4,3))
     for c in range(256):
         ns = [n for o in cube_polygons(c) for n in largest_fill(o)[1]]
@@ -160,7 +162,7 @@ def surfel_areas(
 # %% ../nbs/13_metrics.ipynb #0e7ab263
 def packed(
     m # Boolean mask (slice, row, column)
-) -> tuple: # Two arrays of uint8 (slice+2, row+2, column//8+1), one bit a voxel, in an empty rim
+) -> tuple: # Two arrays of uint8 (slice+2, row+2, column//8+1), one bit per voxel, empty rim
     "The voxels before and after each corner point along a row"
     after = np.zeros((m.shape[0]+2,m.shape[1]+2,m.shape[2]//8+1), np.uint8)
     after[1:-1,1:-1,:-(-m.shape[2]//8)] = np.packbits(m, axis=2)
@@ -188,11 +190,11 @@ def surface_points(
 def nearest_mm(
     frm,          # Flat indices into a grid, ascending
     to,           # The same for the other surface
-    shape,        # Of the grid (slice, row, column)
+    shape,        # Shape of the grid (slice, row, column)
     spacing,      # (slice, row, column), mm
-    dense=None,   # True for the distance transform, False for the tree; by default the quicker
-    within=np.inf # mm; what lies farther may come out as infinite, which is quicker
-) -> np.ndarray: # One for each of `frm`, infinite where `to` is empty
+    dense=None,   # True: distance transform, False: tree, None: whichever is faster
+    within=np.inf # mm; larger distances may be returned as infinite, which is faster
+) -> np.ndarray: # mm, one for each of `frm`; infinite if `to` is empty
     "Distance from each point of one surface to the nearest of the other"
     far = ~np.isin(frm, to, assume_unique=True)
     d,frm = np.zeros(len(far)),frm[far]
@@ -203,15 +205,18 @@ def nearest_mm(
         d[far] = edt.edt(grid, anisotropy=tuple(spacing), parallel=0).ravel()[frm]
     else:
         p,q = (np.stack(np.unravel_index(o, shape), 1)*spacing for o in (frm,to))
-        tree = cKDTree(q, balanced_tree=False, compact_nodes=False)  # the quickest to build
+        tree = cKDTree(q, balanced_tree=False, compact_nodes=False)  # the fastest to build
         d[far] = tree.query(p, distance_upper_bound=within)[0]
     return d
 
 # %% ../nbs/13_metrics.ipynb #b9c8269e
 @dataclass
 class SurfaceDistances:
-    "Of each surfel its distance to the other surface (mm) and its area (mm²)"
-    pred_mm: np.ndarray; pred_mm2: np.ndarray; mask_mm: np.ndarray; mask_mm2: np.ndarray
+    "For each surfel, its distance to the other surface (mm) and its area (mm²)"
+    pred_mm: np.ndarray   # From each surfel of the prediction to the reference, mm
+    pred_mm2: np.ndarray  # Area of each of these surfels, mm²
+    mask_mm: np.ndarray   # From each surfel of the reference to the prediction, mm
+    mask_mm2: np.ndarray  # Area of each of these surfels, mm²
     @property
     def mm(self): return np.concatenate([self.pred_mm,self.mask_mm])
     @property
@@ -223,7 +228,7 @@ def surface_distances(
     spacing,      # (slice, row, column), mm
     within=np.inf # See `nearest_mm`
 ) -> SurfaceDistances:
-    "Distances between the surfaces of two masks, each with the area it stands for"
+    "Distances between the surfaces of two masks, each with the area it represents"
     (a,b),s = as_pair(pred,mask),check_spacing(spacing)
     box,area = joint_box(a,b),surfel_areas(s)
     with ThreadPoolExecutor(2) as pool: (i,ca),(j,cb) = pool.map(surface_points, (a[box],b[box]))
@@ -243,8 +248,8 @@ def hd95(
     pred,               # Binary mask (slice, row, column)
     mask,               # Reference, the same shape
     spacing,            # (slice, row, column), mm
-    percent: float = 95 # Of the surface's area
-) -> float: # mm; NaN where both are empty, infinite where one is
+    percent: float = 95 # Percentage of the surface's area
+) -> float: # mm; NaN if both are empty, infinite if one is
     "Robust Hausdorff distance, weighted by surface area"
     check_number('percent', percent, 0, 100, 'Give 95')
     return _hd(surface_distances(pred,mask,spacing), percent)
@@ -256,7 +261,7 @@ def assd(
     pred,   # Binary mask (slice, row, column)
     mask,   # Reference, the same shape
     spacing # (slice, row, column), mm
-) -> float: # mm; NaN where both are empty, infinite where one is
+) -> float: # mm; NaN if both are empty, infinite if one is
     "Average symmetric surface distance, weighted by surface area"
     return _assd(surface_distances(pred,mask,spacing))
 
@@ -270,7 +275,7 @@ def nsd(
     mask, # Reference, the same shape
     spacing, # (slice, row, column), mm
     tolerance: float = 3. # mm
-) -> float: # 0…1; NaN where both are empty, 0 where one is
+) -> float: # 0…1; NaN if both are empty, 0 if one is
     "Normalized surface Dice: fraction of both surfaces within the tolerance of the other"
     check_number('tolerance', tolerance, 0, np.inf, 'Give mm, for example 3')
     return _nsd(surface_distances(pred,mask,spacing,within=1.001*tolerance+1e-6), tolerance)
@@ -278,7 +283,7 @@ def nsd(
 # %% ../nbs/13_metrics.ipynb #638f5b3e
 @dataclass
 class Detection:
-    "Lesions of both masks, and those the other mask hits"
+    "Numbers of lesions in both masks, and of those that the other mask hits"
     reference: int; found: int; predicted: int; right: int
     def _ratio(self, part, whole):
         return part/whole if whole else 0. if self.reference+self.predicted else np.nan
@@ -300,9 +305,9 @@ def lesion_detection(
     pred, # Binary mask (slice, row, column)
     mask, # Reference, the same shape
     connectivity: int = 26, # 6, 18 or 26 neighbors
-    overlap: float = 0. # Fraction of a lesion to be covered, 0…1; one voxel at least
+    overlap: float = 0. # Fraction of a lesion that must be covered, 0…1; at least one voxel
 ) -> Detection:
-    "Count the lesions of each mask that the other one hits"
+    "Count the lesions of each mask that the other mask hits"
     if connectivity not in (6,18,26):
         raise CTError('connectivity', f'{connectivity} is no neighborhood of a voxel',
                       'Give 6, 18 or 26')
@@ -320,10 +325,10 @@ def scores(
     pred, # Binary mask (slice, row, column)
     mask, # Reference, the same shape
     spacing, # (slice, row, column), mm
-    tolerance: float = 3., # Of the surface Dice, mm
-    connectivity: int = 26, # Of lesions
-    overlap: float = 0. # Fraction of a lesion to be covered, see `lesion_detection`
-) -> dict: # Name → number; `empty` names the empty side: '', both, mask or pred
+    tolerance: float = 3., # Tolerance of the surface Dice, mm
+    connectivity: int = 26, # Neighbors within a lesion: 6, 18 or 26
+    overlap: float = 0. # Fraction of a lesion that must be covered, see `lesion_detection`
+) -> dict: # Scores and counts by name; `empty` is '', both, mask or pred
     "Every score of one prediction"
     check_number('tolerance', tolerance, 0, np.inf, 'Give mm, for example 3')
     a,b = as_pair(pred,mask)
@@ -343,7 +348,7 @@ class PatchDice(Metric):
     "Dice of one class, pooled over all validation patches"
     def __init__(self,
         klass: int = 0,   # Channel of the class
-        name='patch_dice' # Column of the table
+        name='patch_dice' # Name of the column in the table
     ): self.klass,self._name = klass,name
     def reset(self): self.both = self.total = 0
     def accumulate(self, learn):

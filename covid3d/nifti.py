@@ -1,4 +1,4 @@
-"""The bytes of an image file, checked before they are believed
+"""Read the bytes of an image file, and check them before you trust them
 
 Docs: https://covid3d.github.io/covid3d/nifti.html.md"""
 
@@ -18,18 +18,18 @@ from nibabel.affines import voxel_sizes
 from .errors import CTError, check_memory, stored_bytes, write_atomic
 
 # %% ../nbs/00_nifti.ipynb #424e5718
-max_bytes = 2**33  # No CT is larger than 8 GiB: a header that says so is damaged or hostile
+max_bytes = 2**33  # No CT is larger than 8 GiB: a header that says otherwise is damaged or hostile
 
 def is_image(
     path: str|Path # A file or folder
 ) -> bool:
-    "Whether the name is that of a file with a whole scan: NIfTI, NRRD or MetaImage"
+    "Whether the name belongs to a file that holds a whole scan: NIfTI, NRRD or MetaImage"
     return str(path).lower().endswith(('.nii','.nii.gz','.nrrd','.mha'))
 
 def _is_itk(path) -> bool: return str(path).lower().endswith(('.nrrd','.mha'))
 
 def case_name(path) -> str:
-    "The file's name without `.nii.gz` and the like; other dots stay"
+    "The file's name without `.nii.gz` or a similar extension; other dots stay"
     return re.sub(r'\.(nii|nii\.gz|nrrd|mha)\Z', '', Path(path).name, flags=re.I)
 
 # %% ../nbs/00_nifti.ipynb #b5b2cb09
@@ -37,7 +37,8 @@ def _find(path) -> Path:
     "`path` as an image file that exists and has no duplicate"
     p = Path(path)
     if p.is_dir():
-        raise CTError(p, 'this is a folder, not a NIfTI file', 'Give a .nii or .nii.gz file')
+        raise CTError(p, 'this is a folder, not a NIfTI file',
+                      'Give a .nii.gz file; for a DICOM folder, use open_scan')
     if not is_image(p):
         raise CTError(p, 'the name does not end in .nii, .nii.gz, .nrrd or .mha',
                       'Convert it to NIfTI first')
@@ -52,7 +53,7 @@ def _find(path) -> Path:
 
 # %% ../nbs/00_nifti.ipynb #c7cdaaec
 class _File:
-    "An image file whose content is what its name says"
+    "An image file whose content agrees with its name"
     def __init__(self, path):
         p = self.path = _find(path)
         self.size,self.packed = p.stat().st_size,p.suffix.lower()=='.gz'
@@ -68,13 +69,13 @@ class _File:
 
 # %% ../nbs/00_nifti.ipynb #7de60118
 def _unpack(f: _File, out, skip=0) -> tuple:
-    "Fill `out` with the bytes after the first `skip`; their number, and 1 MiB that follows"
+    "Fill `out` with the bytes after the first `skip`; their number, and up to 1 MiB that follows"
     view,n = memoryview(out).cast('B'),0
     try:
         with (igzip.open if f.packed else open)(f.path, 'rb') as src:
             while skip and (k := len(src.read(min(skip, 2**22)))): skip -= k
             while n<len(view) and (k := src.readinto(view[n:n+2**22])): n += k
-            # to read on to the end is what compares the checksum
+            # reading to the end compares the checksum
             return n,src.read(2**20) if n==len(view) else b''
     except (EOFError,igzip.BadGzipFile,isal_zlib.error) as e:
         raise CTError(f.path, f'the gzip stream is damaged or cut short ({e})') from None
@@ -83,7 +84,7 @@ def _unpack(f: _File, out, skip=0) -> tuple:
 _kinds = {348:(nib.Nifti1Header, b'n+1', 352), 540:(nib.Nifti2Header, b'n+2', 544)}
 
 def _parse_header(f: _File) -> tuple:
-    "The header as nibabel holds it, checked for size and magic; where voxels may begin"
+    "The header as a nibabel object, checked for size and magic; where voxels may begin"
     p,raw = f.path,bytearray(544)
     raw = bytes(raw[:_unpack(f, raw)[0]])
     if len(raw)<348: raise CTError(p, f'{len(raw)} bytes are too few for a NIfTI header')
@@ -112,7 +113,7 @@ def _shape(hdr) -> tuple:
     return tuple(hdr['dim'][1:1+int(hdr['dim'][0])].tolist())
 
 def _check_shape(hdr, p):
-    "Three axes of four voxels or more"
+    "Raise `CTError` unless there are three axes of four voxels or more"
     if not 1<=int(hdr['dim'][0])<=7 or min(_shape(hdr))<1:
         raise CTError(p, f'the header gives impossible sizes {hdr["dim"].tolist()}')
     s = _shape(hdr)
@@ -139,11 +140,11 @@ def _check_layout(hdr, first, p) -> list:
     return notes
 
 # %% ../nbs/00_nifti.ipynb #7e02406f
-# bytes in memory above which no file is packed more tightly than so many to 1
+# (bytes, ratio): above so many bytes in memory, no file is packed more tightly than ratio to 1
 _ct_packing,_mask_packing = (2**29,50),(2**30,300)
 
 def _check_size(hdr, f: _File, packing):
-    "No memory is taken for what the file can hardly hold"
+    "Raise `CTError` before memory is taken for more than the file can hold"
     p,bits,wide = f.path,int(hdr['bitpix']),4*math.prod(_shape(hdr))  # wide: as float32
     need,(most,ratio) = int(hdr['vox_offset'])+wide*bits//32,packing
     says = f'the header declares {need/2**20:,.0f} MiB, more than '
@@ -159,10 +160,10 @@ def _check_size(hdr, f: _File, packing):
     check_memory(p, need+wide*scaled)  # D14
 
 # %% ../nbs/00_nifti.ipynb #fbf2c79a
-_mm = {0:1., 1:1000., 2:1., 3:.001}  # xyzt_units: unknown (taken as mm), metre, mm, micrometre
+_mm = {0:1., 1:1000., 2:1., 3:.001}  # xyzt_units: unknown (taken as mm), meter, mm, micrometer
 
 def _repair_grid(hdr, p) -> list:
-    "Repair the fields that have one plausible meaning"
+    "Repair fields whose faults have one plausible meaning; notes on what was repaired"
     notes,pix = [],hdr['pixdim']
     if not (np.isfinite(pix[1:4]) & (pix[1:4]!=0)).all():  # H7
         raise CTError(p, f'the spacing is {pix[1:4].tolist()} mm',
@@ -182,7 +183,7 @@ def _corners(shape) -> np.ndarray:
     return np.array([[*o,1] for o in np.ndindex(2,2,2)]).T*[*([n-1] for n in shape[:3]),[1]]
 
 def _check_affine(affine, p):
-    "An affine that can be inverted, of voxels that a CT can have"
+    "Raise `CTError` unless the affine is invertible and its voxels have a plausible size"
     with np.errstate(all='ignore'):
         size,det = voxel_sizes(affine),np.linalg.det(affine[:3,:3])
     if not np.isfinite(affine).all() or not abs(det)>1e-6*size.prod():  # H14
@@ -193,7 +194,7 @@ def _check_affine(affine, p):
 
 # %% ../nbs/00_nifti.ipynb #d547cf36
 def _check_quaternion(hdr, p):
-    "A rotation has a quaternion no longer than 1; float noise above that is taken off"
+    "Refuse a quaternion longer than 1, which is not a rotation; float noise is removed"
     quat = np.clip([float(hdr[f'quatern_{o}']) for o in 'bcd'], -2, 2)
     if not quat@quat<=1+1e-5: raise CTError(p, 'the qform quaternion is longer than 1')  # H15
     if quat@quat>1:
@@ -225,7 +226,7 @@ def _affine(hdr, p) -> tuple:
 
 # %% ../nbs/00_nifti.ipynb #c71ed81a
 def _scaling(hdr, p) -> tuple:
-    "(slope, intercept), (1, 0) where the file is not scaled"
+    "(slope, intercept); (1, 0) if the file is not scaled"
     slope,inter = (float(hdr[k]) for k in ('scl_slope','scl_inter'))
     if slope==0 or not np.isfinite(slope): return 1.,0.  # H16
     if not np.isfinite(inter): raise CTError(p, f'the rescale intercept is {inter}')  # H17
@@ -234,7 +235,7 @@ def _scaling(hdr, p) -> tuple:
     return slope,inter
 
 def _stored(hdr, f: _File) -> tuple:
-    "The voxels in file order as they are stored, and what follows them"
+    "The stored voxels, in file order, and the bytes that follow them"
     shape,offset = _shape(hdr)[:3],int(hdr['vox_offset'])
     x = np.empty(math.prod(shape), hdr.get_data_dtype())
     n,rest = _unpack(f, x.view(np.uint8), offset)
@@ -245,11 +246,11 @@ def _stored(hdr, f: _File) -> tuple:
 
 # %% ../nbs/00_nifti.ipynb #70236c06
 def scaled(
-    x: np.ndarray, # Stored numbers, which may be overwritten
+    x: np.ndarray, # Stored numbers; may be overwritten
     slope: float,  # HU per stored unit
     inter: float   # HU of a stored 0
 ) -> np.ndarray:
-    "slope·x + inter: in place where that fits, else as int32 if both are whole, else as float32"
+    "slope·x + inter: in place if it fits, else as int32 if both are whole, else as float32"
     if (slope,inter)==(1,0): return x
     whole = x.dtype.kind in 'iu' and x.dtype.itemsize<=2 and slope==int(slope) and inter==int(inter)
     if whole and slope==1 and x.dtype.itemsize==2 and (
@@ -263,7 +264,7 @@ def scaled(
 
 # %% ../nbs/00_nifti.ipynb #0cf51a83
 def _check_rest(rest: bytes, f: _File) -> list:
-    "Nothing may follow the voxels but a little padding"
+    "Raise `CTError` if more than a little padding follows the voxels; a note on padding"
     if not rest: return []
     if len(rest)<=512 and not any(rest): return [f'{len(rest)} zero bytes follow the voxels']
     n,why = f'{len(rest):,} bytes','it names too few slices, or the file was changed'
@@ -273,12 +274,12 @@ def _check_rest(rest: bytes, f: _File) -> list:
 
 # %% ../nbs/00_nifti.ipynb #6eb693cd
 def _shear(affine) -> float:
-    "The largest cosine between two axes, 0 where all are at right angles"
+    "The largest cosine between two axes; 0 if all are at right angles"
     cosines = affine[:3,:3]/voxel_sizes(affine)
     return float(abs(cosines.T@cosines-np.eye(3)).max())
 
 def _in_order(x) -> np.ndarray:
-    "`x` in C order; axes that only run backwards are turned in place, which takes no second copy"
+    "`x` in C order; axes that only run backward are reversed in place, without a second copy"
     back = [a for a in range(x.ndim) if x.strides[a]<0]
     y = np.flip(x, back)
     if not y.flags.c_contiguous: return np.ascontiguousarray(x)
@@ -288,7 +289,7 @@ def _in_order(x) -> np.ndarray:
 
 # %% ../nbs/00_nifti.ipynb #357bdc82
 def _open_header(f: _File) -> tuple:
-    "The header of an image file as NIfTI has it, notes, and what reads the voxels"
+    "The header of an image file as a NIfTI header, notes, and the function that reads the voxels"
     if not _is_itk(f.path):
         hdr,first = _parse_header(f)
         return hdr,_check_layout(hdr, first, f.path),_stored
@@ -300,9 +301,9 @@ def _open_header(f: _File) -> tuple:
 # %% ../nbs/00_nifti.ipynb #de97853d
 def read_image(
     path,   # `.nii`, `.nii.gz`, `.nrrd` or `.mha`
-    packing # (bytes, ratio): above so many bytes no file may be packed more tightly
-) -> tuple: # Path, header, voxels in file order as they are meant, affine in mm, notes
-    "Read an image file, or say what is wrong with it"
+    packing # (bytes, ratio): above so many bytes, no file may be packed more tightly
+) -> tuple: # Path, header, rescaled voxels in file order, affine in mm, notes
+    "Read an image file, or raise `CTError` that says what is wrong with it"
     f = _File(path)
     hdr,notes,voxels = _open_header(f)
     _check_size(hdr, f, packing)
@@ -318,7 +319,7 @@ def read_image(
 
 # %% ../nbs/00_nifti.ipynb #406f6649
 def write_image(img, affine, path, slope=1):
-    "Write a nibabel image with this affine, in mm; `slope`: what a step of it stands for in NIfTI"
+    "Write a nibabel image with this affine in mm; `slope`: the value of one stored step in NIfTI"
     if not is_image(path): raise CTError(path, 'the name does not end in .nii, .nii.gz, .nrrd or '
                                          '.mha', 'Choose such a name')
     if _is_itk(path):

@@ -1,4 +1,4 @@
-"""Lesions as COVID-19 makes them: where they lie, how many, and what they look like inside
+"""Draw lesions like those of COVID-19: where they are, how many there are, and what they look like inside
 
 Docs: https://covid3d.github.io/covid3d/opacities.html.md"""
 
@@ -43,12 +43,12 @@ def _filling(o, q, coarse, fine, net): # fraction of air replaced
 # %% ../nbs/03_opacities.ipynb #007ebe99
 def draw_lesions(
     lesions, # From `sample_lesions`
-    at,      # (n,3), their centers where the patient lies, mm
+    at,      # (n,3), centers of the lesions in the posed patient, mm
     axes,    # `mm_axes`
     depth,   # mm below the surface of the lung, on the grid
     noises   # `smooth_noise` of 14, 6 and 4 mm
-) -> tuple: # float32 on the grid: profile (lesion where >0.5), fraction of air replaced
-    "Draw lesions, each in a box of its own"
+) -> tuple: # float32 on the grid: profile (lesion if >0.5), fraction of air replaced
+    "Draw lesions, each in its own box"
     profile,share = np.zeros_like(depth),np.zeros_like(depth)
     for o,c in zip(lesions, at):
         reach = 1.7*np.max(o.axes)
@@ -101,9 +101,9 @@ def _preference(points, depth, rng): # of each point to be a lesion's center
 def centers(
     points, depth, # From `lung_points`
     rng,           # NumPy's random generator
-    n: int = 200   # How many
+    n: int = 200   # Number of centers
 ) -> np.ndarray: # Indices into `points`
-    "Where a patient's lesions lie"
+    "Sample where a patient's lesions are"
     w = _preference(points, depth, rng)
     return rng.choice(len(points), n, p=.6*w/w.sum()+.4/len(w))
 
@@ -125,9 +125,9 @@ def _covers(o, points, depth): # which points a lesion holds, about
 def sample_lesions(
     points, depth, # From `lung_points`
     total: float,  # ml
-    ml: float,     # What a point stands for
+    ml: float,     # Volume that a point represents
     rng            # NumPy's random generator
-) -> list: # Lesions, centers in mm of the upright body
+) -> list: # Lesions, with centers in mm of the upright body
     "Sample lesions, small ones first, until a patient has `total` ml"
     at,kinds = centers(points, depth, rng),rng.dirichlet([1.6,2,1,.3,1.8])
     dense,mixed,size = rng.uniform(.16,.6),rng.random()<.75,(total/60)**.25

@@ -1,4 +1,4 @@
-"""What a reader drew around a lesion, point by point, becomes a mask
+"""From the points that a reader clicked around a lesion to a mask
 
 Docs: https://covid3d.github.io/covid3d/outlines.html.md"""
 
@@ -21,7 +21,7 @@ def fill_outline(
     points: np.ndarray, # (n, 2): x (column) and y (row), in pixels from the corner of the image
     shape: tuple        # (rows, columns)
 ) -> np.ndarray: # bool, (rows, columns)
-    "The pixels whose center lies inside an outline, by non-zero winding"
+    "The pixels whose centers are inside an outline, by non-zero winding"
     v = np.asarray(points, float)-.5  # now the centers of pixels have whole numbers
     winding = np.zeros((shape[0],shape[1]+1), np.int32)
     for (x0,y0),(x1,y1) in zip(v, np.roll(v, -1, 0)):
@@ -37,31 +37,31 @@ ricord_labels = ('Infectious opacity','Infectious TIB/micronodules','Infectious 
 _export = 'Download the annotations again'
 
 def _mdai(path) -> dict:
-    "The export as a dict"
+    "Read the export as a dict"
     d = read_json(path, most=2**30, remedy=_export)
     if isinstance(d.get('datasets'), list) and isinstance(d.get('labelGroups'), list): return d
     raise CTError(path, 'this is no export of MD.ai (no datasets and labelGroups)', _export)
 
 def _dicts(parent, key) -> list:
-    "The objects in a list of an object, whatever else stands there"
+    "The objects in the list `key` of `parent`; everything else is skipped"
     found = parent.get(key)
     return [o for o in found if isinstance(o, dict)] if isinstance(found, list) else []
 
 # %% ../nbs/03_outlines.ipynb #700dabe7
 def _points(a) -> np.ndarray:
-    "The points of an annotation, None where it has no outline"
+    "The points of an annotation; None if it has no outline"
     v = a['data'].get('vertices') if isinstance(a.get('data'), dict) else None
     if not isinstance(v, list) or not 2<len(v)<10**5: return None
     try: v = np.array(v, float)
     except (TypeError,ValueError,OverflowError): return None
-    return v if v.shape[1:]==(2,) and (abs(v)<1e5).all() else None  # NaN is no less
+    return v if v.shape[1:]==(2,) and (abs(v)<1e5).all() else None  # false for NaN
 
 # %% ../nbs/03_outlines.ipynb #88462242
 def read_outlines(
     path: str|Path,               # The JSON export
     labels: tuple = ricord_labels # Names of the labels that count as lesion
-) -> tuple: # SOPInstanceUID → list of (reader, points); and notes
-    "The outlines of an MD.ai export"
+) -> tuple: # Dict from SOPInstanceUID to a list of (reader, points), and notes
+    "Read the outlines of an MD.ai export"
     d,out,left = _mdai(path),{},Counter()
     text = lambda o, k: o[k] if isinstance(o.get(k), str) else ''
     names = {text(o, 'id'):text(o, 'name') for g in _dicts(d, 'labelGroups')
@@ -79,11 +79,11 @@ def read_outlines(
 
 # %% ../nbs/03_outlines.ipynb #fe7b7cbe
 def draw_outlines(
-    slices: list,   # Of `Slice`, a series in order
-    outlines: dict, # SOPInstanceUID → list of (reader, points), from `read_outlines`
-    agree: int = 1  # Readers that must have drawn a voxel
+    slices: list,   # `Slice`s of a series, in order
+    outlines: dict, # Lists of (reader, points) by SOPInstanceUID, from `read_outlines`
+    agree: int = 1  # Number of readers who must have drawn a voxel
 ) -> np.ndarray: # uint8, (slice, row, column) in the order of `slices`
-    "The mask that outlines make"
+    "Turn outlines into a mask"
     g = slices[0].grid
     out = np.zeros((len(slices),g['Rows'],g['Columns']), np.uint8)
     for z,s in enumerate(slices):
@@ -96,9 +96,9 @@ def draw_outlines(
 # %% ../nbs/03_outlines.ipynb #92eb4be2
 def trace(
     mask: np.ndarray # (row, column), 0 and 1
-) -> list: # Of (n, 2) arrays: x and y in pixels from the corner of the image
-    "An outline around each piece of a mask"
+) -> list: # (n, 2) arrays of x and y, in pixels from the corner of the image
+    "Draw an outline around each piece of a mask"
     from contourpy import contour_generator
     lines = contour_generator(z=np.pad(mask, 1).astype(float)).lines(.5)
     area = lambda p: float(np.sum(p[:-1,0]*p[1:,1]-p[1:,0]*p[:-1,1]))/2
-    return [p[:-1]-.5 for p in lines if area(p)>0]  # the edge of a hole runs the other way round
+    return [p[:-1]-.5 for p in lines if area(p)>0]  # the edge of a hole runs the other way

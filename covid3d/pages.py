@@ -1,4 +1,4 @@
-"""Templates, and one function that fills them safely
+"""Page templates, and one function that fills them safely
 
 Docs: https://covid3d.github.io/covid3d/pages.html.md"""
 

@@ -1,4 +1,4 @@
-"""What others have published about three COVID-19 data sets, and your own result beside it
+"""Your own result next to published results on three COVID-19 data sets
 
 Docs: https://covid3d.github.io/covid3d/paper_table.html.md"""
 

@@ -1,4 +1,4 @@
-"""The patches a network trains on: the same cut from CT and masks, often around a lesion
+"""Cut patches for training, at the same place in CT and masks, and often around a lesion
 
 Docs: https://covid3d.github.io/covid3d/patches.html.md"""
 

@@ -1,4 +1,4 @@
-"""Synthetic patients: chest CTs with COVID-19 lesions and exact masks, any number of them, from a seed
+"""Generate chest CTs with COVID-19 lesions and exact masks, as many as you need, from a seed
 
 Docs: https://covid3d.github.io/covid3d/phantom.html.md"""
 
@@ -28,7 +28,7 @@ from .volume import CTError, Volume, canonical_affine, save_volume, write_atomic
 
 # %% ../nbs/03_phantom.ipynb #622054c7
 def _patient(seed) -> SimpleNamespace:
-    "All that does not depend on the grid"
+    "Everything about a patient that does not depend on the grid"
     rngs = dict(zip('body pose points trees noise lesions lung scanner'.split(),
                     np.random.default_rng(seed).spawn(8)))
     body,pose = sample_body(rngs['body']),Pose(rngs['pose'])
@@ -41,8 +41,8 @@ def _patient(seed) -> SimpleNamespace:
 # %% ../nbs/03_phantom.ipynb #7c8c5873
 _kept = 'lung','fluid','y','x','oblique','horizontal','heart','below' # fields needed for the lungs
 
-def _body(p, axes, spacing, noises) -> tuple: # HU without lungs; fields on the grid
-    "The body, some slices at a time"
+def _body(p, axes, spacing, noises) -> tuple: # HU without lungs, and fields on the grid
+    "Paint the body, a few slices at a time"
     shape,mm = tuple(map(len, axes)),spacing[2]
     lattice = on_lattice(p.body, p.pose, axes)
     wavy = smooth_noise(p.rngs['noise'], _axes_of(lattice, axes), 40)
@@ -57,7 +57,7 @@ def _body(p, axes, spacing, noises) -> tuple: # HU without lungs; fields on the 
         for k in _kept: g[k][at] = part[k]
     return hu+(8-hu)*inside(g['fluid'], mm)*(g['fluid']<9),g
 
-def _axes_of(lattice, axes): # of the lattice, mm
+def _axes_of(lattice, axes): # axes of the lattice, mm
     return [np.linspace(a[0], a[-1], n, dtype=np.float32)
             for a,n in zip(axes, lattice['lung'].shape)]
 
@@ -72,7 +72,7 @@ def _lesions(p, healthy, axes, noises, depth) -> tuple: # profile, fraction of a
 
 # %% ../nbs/03_phantom.ipynb #befb4fd2
 def _lungs(p, axes, spacing, noises, g, share) -> np.ndarray: # HU
-    "The lungs with their vessels; `share` is the lesions'"
+    "Paint the lungs with their vessels; `share`: fraction of air that lesions replace"
     (coarse,_,spark),mm,rng,body,shape = noises,spacing[2],p.rngs['lung'],p.body,share.shape
     centre,depth = [float((a[0]+a[-1])/2) for a in axes],-g['lung']
     hu,shares = aerated(body, rng, g['y'], coarse, spark),Shares(shape)
@@ -89,7 +89,7 @@ def _lungs(p, axes, spacing, noises, g, share) -> np.ndarray: # HU
 
 # %% ../nbs/03_phantom.ipynb #ec0415db
 def _compose(p, hu, lungs, g, axes, spacing) -> tuple: # HU, lumen and wall of the airways
-    "Lungs into the body, and air into the airways"
+    "Put the lungs into the body, and air into the airways"
     mm,centre = spacing[2],[float((a[0]+a[-1])/2) for a in axes]
     soft = max(.8*spacing[0], mm, min(15, p.rngs['scanner'].exponential(4)))
     hu += (lungs-hu)*np.minimum(inside(g['lung'], mm+.3), inside(g['below'], soft))
@@ -99,9 +99,8 @@ def _compose(p, hu, lungs, g, axes, spacing) -> tuple: # HU, lumen and wall of t
     hu += .9*(-50-hu)*wall; hu += (-990-hu)*np.minimum(1.05*lumen, 1)
     return blur_heart(hu, g['heart'], p.rngs['scanner']),wall>.5,lumen>.5
 
-# %% ../nbs/03_phantom.ipynb #7914dd05
 def blur_heart(hu, heart, rng):
-    "A second, shifted image of what lies at the heart, in half of the patients"
+    "Add a shifted image of the border of the heart, in half of the patients"
     if rng.random()<.5: return hu
     near = inside(np.abs(heart)-rng.uniform(2,8), 6)
     return hu+.5*near*(np.roll(hu, int(rng.integers(1,3)), 2)-hu)
@@ -110,7 +109,7 @@ def blur_heart(hu, heart, rng):
 def kernel_noise(
     rng,        # NumPy's random generator
     shape,      # (slice, row, column)
-    sharp: float# 0 a soft kernel: coarse noise; 1 a sharp one: fine noise
+    sharp: float# 0: soft kernel, coarse noise; 1: sharp kernel, fine noise
 ) -> np.ndarray: # sd about 1, float32
     "Noise with the grain of a reconstruction kernel"
     n = rng.standard_normal(shape, dtype=np.float32)
@@ -122,7 +121,7 @@ def acquire(
     spacing, # mm
     rng      # NumPy's random generator
 ) -> np.ndarray: # HU, float32, -1024…3071
-    "Blur, sharpen, thicken and add noise, as some scanner would"
+    "Blur, sharpen, thicken and add noise, as a scanner would"
     u,(dz,_,dx) = rng.uniform,spacing
     if (s := u(.25,.9)/dx)>.2: hu = gaussian_filter(hu, (0,s,s))
     if (thick := rng.choice([1,1.5,3,5,8]))>dz: hu = gaussian_filter(hu, (.35*thick/dz,0,0))
@@ -138,37 +137,46 @@ def acquire(
 class Phantom(NamedTuple):
     "A synthetic chest CT with its exact masks"
     ct: Volume     # HU, int16
-    lung: Volume   # 0, 1 right lung, 2 left, uint8; vessels and lesions included, airways not
+    lung: Volume   # 0, 1 right lung, 2 left lung, uint8; includes vessels and lesions, not airways
     lesion: Volume # 0 or 1, uint8, inside the lung
     lobes: Volume  # 0, right: 1 upper, 2 middle, 3 lower; left: 4 upper, 5 lower; uint8
 
-# %% ../nbs/03_phantom.ipynb #74175efa
 # 1 right upper, 2 middle, 3 right lower, 4 left upper, 5 left lower
 def _lobes(g, lung) -> np.ndarray:
     above = g['oblique']>0
     right = np.where(above, np.where(g['horizontal']>0, 1, 2), 3)
     return np.where(lung==1, right, np.where(above, 4, 5)).astype(np.uint8)*(lung>0)
 
+# %% ../nbs/03_phantom.ipynb #74175efa
 def check_field(
     shape,  # (slice, row, column)
     spacing # mm
 ):
-    "Refuse a field of view in which no chest can be made out"
+    "Raise `CTError` if a field of view cannot show a chest"
     size = [n*s for n,s in zip(shape,spacing)]
     if len(shape)==len(spacing)==3 and all(150<=o<=550 for o in size): return
     raise CTError('shape, spacing',
                   f'the field of view is {"×".join(f"{o:.0f}" for o in size)} mm',
                   'Choose about 290×360×360 mm')
 
+# %% ../nbs/03_phantom.ipynb #7ac4756c
+def check_seed(
+    seed: int # Seed of a random generator
+):
+    "Raise `CTError` for a seed that PyTorch or NumPy refuses"
+    if not 0<=seed<2**32:
+        raise CTError('seed', f'{seed} is not a whole number in 0…{2**32-1}',
+                      'Give such a number, for example 0')
+
 # %% ../nbs/03_phantom.ipynb #a6964f91
 def phantom(
     seed: int,            # Same seed, same patient
     shape=(96,256,256),   # (slice, row, column)
     spacing=(3.,1.4,1.4), # The same order, mm
-    centre=(0.,0.,0.),    # Of the field of view, mm from the middle of the chest
-    healthy: bool = None  # Without lesions; one patient of five if None
+    centre=(0.,0.,0.),    # Center of the field of view, mm from the middle of the chest
+    healthy: bool = None  # Without lesions; if None, one of five patients is healthy
 ) -> Phantom:
-    "A synthetic chest CT with COVID-19 lesions"
+    "Make a synthetic chest CT with COVID-19 lesions"
     check_field(shape, spacing)
     p,axes = _patient(seed),mm_axes(shape, spacing, centre)
     noises = [smooth_noise(p.rngs['noise'], axes, s) for s in (14,6,4)]
@@ -184,9 +192,9 @@ def phantom(
 
 # %% ../nbs/03_phantom.ipynb #ae85ff77
 def sample_field(
-    seed: int, # Of the patient
+    seed: int, # Seed of the patient
     spacing    # mm
-) -> tuple: # (slice, row, column) in voxels; the centre, mm from the middle of the chest
+) -> tuple: # (slice, row, column) in voxels; center, mm from the middle of the chest
     "Sample a field of view"
     u = np.random.default_rng([seed, 1]).uniform
     tall,wide = u(230,330),u(290,400)
@@ -198,10 +206,10 @@ def best_band(
     ct,              # HU, `Volume` or array (slice, row, column)
     lung,            # The same shape, >0 inside
     lesion,          # The same shape, >0 inside
-    sigma=0,         # Gaussian smoothing of `ct` first, voxels, one figure or one for each axis
+    sigma=0,         # Gaussian smoothing of `ct` in voxels, one value or one for each axis
     step: float = 25 # Width of a bin, HU
 ) -> tuple: # Dice, lowest and highest HU of the band
-    "The HU band that finds the lesions best"
+    "Find the HU band that matches the lesions best"
     ct,lung,lesion = (o.data if isinstance(o,Volume) else o for o in (ct,lung,lesion))
     hu = gaussian_filter(ct.astype(np.float32),sigma) if np.any(sigma) else ct
     inside,edges = lung>0,np.arange(-1050,451,step)
@@ -217,28 +225,19 @@ def best_band_dice(
     ct,     # HU, `Volume` or array (slice, row, column)
     lung,   # The same shape, >0 inside
     lesion, # The same shape, >0 inside
-    sigma=0 # Gaussian smoothing of `ct` first, voxels, one figure or one for each axis
+    sigma=0 # Gaussian smoothing of `ct` in voxels, one value or one for each axis
 ) -> float: # 0…1
     "Dice of the best HU band inside the lung"
     return best_band(ct,lung,lesion,sigma)[0]
 
 # %% ../nbs/03_phantom.ipynb #16b431f0
 def _splits(
-    n: int # Cases
-) -> list: # 'train', 'valid' or 'test' for each
-    "About 60, 15 and 25 %, one of each from three cases on; at most 12 valid and 20 test"
+    n: int # Number of cases
+) -> list: # 'train', 'valid' or 'test' for each case
+    "About 60%, 15% and 25%; from three cases, at least one each; at most 12 valid and 20 test"
     test,valid = (max(1,round(n/4)),max(1,round(.15*n))) if n>2 else (0,n//2)
     test,valid = min(test, 20),min(valid, 12)
     return ['train']*(n-valid-test)+['valid']*valid+['test']*test
-
-# %% ../nbs/03_phantom.ipynb #b2463ffb
-def check_seed(
-    seed: int # Of random numbers
-):
-    "Refuse what no random generator takes"
-    if not 0<=seed<2**32:
-        raise CTError('seed', f'{seed} is not a whole number in 0…{2**32-1}',
-                      'Give such a number, for example 0')
 
 # %% ../nbs/03_phantom.ipynb #9adeb782
 _homes = dict(ct='ct', lung='lung_mask', lesion='infection_mask', right_lung='right_lung_mask',
@@ -246,24 +245,24 @@ _homes = dict(ct='ct', lung='lung_mask', lesion='infection_mask', right_lung='ri
 _row = 'case','patient',*_homes,'dataset','split','already_windowed'
 
 def phantom_outputs(out) -> Outputs:
-    "What `write_phantoms` writes"
+    "The files that `write_phantoms` writes"
     return Outputs(out, 'phantom', 'cases.csv', 'phantoms.json',
                    *(f'{d}/phantom_*.nii.gz' for d in _homes.values()))
 
 def _phantom_rows(n) -> list:
-    "The lines of the case table"
+    "The rows of the case table"
     return [dict(case=c, patient=c, **{k:f'{d}/{c}.nii.gz' for k,d in _homes.items()},
                  dataset='phantom', split=s, already_windowed='')
             for c,s in ((f'phantom_{i:03d}',s) for i,s in enumerate(_splits(n)))]
 
 def _save_phantom(ph, row, out):
-    "The scan and its masks"
+    "Write the scan and its masks"
     sides = {k:ph.lung.new((ph.lung.data==i).astype(np.uint8))
              for i,k in ((1,'right_lung'),(2,'left_lung'))}
     for k in _homes: save_volume(sides.get(k) or getattr(ph, k), out/row[k])
 
 # %% ../nbs/03_phantom.ipynb #7c7d93d0
-def _begin(files, about, resume, overwrite) -> bool: # Whether a former run resumes
+def _begin(files, about, resume, overwrite) -> bool: # Whether an earlier run is resumed
     "Keep the phantoms of an interrupted run, or clear the folder for a new one"
     out,note = files.folder,files.folder/'phantoms.json'
     if resume and note.exists() and read_json(note, remedy='Use another folder')==about:
@@ -277,7 +276,7 @@ def _begin(files, about, resume, overwrite) -> bool: # Whether a former run resu
 
 # %% ../nbs/03_phantom.ipynb #80b8c6b4
 class _Patients:
-    "Phantoms as a data set: to read one is to write it"
+    "Phantoms as a data set: reading an item writes its files"
     def __init__(self, todo, out, seed, shape, spacing):
         self.todo,self.out,self.seed,self.shape,self.spacing = todo,out,seed,shape,spacing
     def __len__(self): return len(self.todo)
@@ -290,7 +289,7 @@ class _Patients:
 
 # %% ../nbs/03_phantom.ipynb #b68c5950
 def _write_all(patients, workers):
-    "Write them, in `workers` processes"
+    "Write the patients, in `workers` processes"
     from torch.utils.data import DataLoader
     several = workers>1 and len(patients)>1
     done = DataLoader(patients, None, num_workers=workers) if several else patients
@@ -310,15 +309,15 @@ def _check_request(n, seed, shape, spacing):
 # %% ../nbs/03_phantom.ipynb #3fac359f
 def write_phantoms(
     out, # Folder
-    n: int = 12, # How many, 1 to 10,000
-    seed: int = 0, # Of the first; the others count up
-    shape=(96,256,256), # (slice, row, column); a field of view for each patient if None
+    n: int = 12, # Number of patients, 1 to 10,000
+    seed: int = 0, # Seed of the first patient; the others count up from it
+    shape=(96,256,256), # (slice, row, column); if None, each patient gets a sampled field of view
     spacing=(3.,1.4,1.4), # mm
-    overwrite: bool = False, # Replace phantoms that are there
-    resume: bool = False, # Keep those that an interrupted call with these arguments has written
-    workers: int = 1 # Processes
+    overwrite: bool = False, # Replace existing phantoms
+    resume: bool = False, # Keep what an interrupted call with the same arguments has written
+    workers: int = 1 # Number of processes
 ) -> Path: # `cases.csv`
-    "Write synthetic patients, a folder for scans and for each kind of mask, and a table of cases"
+    "Write synthetic patients: folders for scans and each kind of mask, and a case table"
     out,table,files = Path(out),Path(out)/'cases.csv',phantom_outputs(out)
     _check_request(n, seed, shape, spacing)
     rows,grid = _phantom_rows(n),shape and list(shape)

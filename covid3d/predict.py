@@ -1,4 +1,4 @@
-"""From a list of scans to masks, figures and pages, without losing or mixing up one of them
+"""Segment a list of scans, and write their masks, figures and pages without losing or confusing any of them
 
 Docs: https://covid3d.github.io/covid3d/predict.html.md"""
 
@@ -22,7 +22,7 @@ import numpy as np, pandas as pd, torch
 from .cases import bare_cell, safe_cell, told, without_paths
 from .cohort import page_names, write_cohort
 from .dicom import is_image
-from .dicom_seg import save_seg, seg_colors
+from .dicom_seg import require_seg, save_seg, seg_colors
 from .dicom_sr import save_sr
 from .files import Outputs, append, locked, manifest, read_bytes
 from .inference import Segmenter, out_of_memory
@@ -82,9 +82,11 @@ def _mask_writers(classes, format) -> dict:
     return out
 
 # %% ../nbs/23_predict.ipynb #ab8dbf7d
+def _is_measured(classes) -> bool: return {'lesion',*_sides}<={*classes}
+
 def _writers(classes, format='nifti', page=True, probabilities=False) -> dict:
     "`_mask_writers`, and what writes reports, probabilities, figures and pages"
-    out,measured = _mask_writers(classes, format),{'lesion',*_sides}<={*classes}
+    out,measured = _mask_writers(classes, format),_is_measured(classes)
     if measured and format=='seg': out['_sr.dcm'] = lambda s, f, p, name: save_sr(
         f, s.ct, p.with_name(f'{name}_seg.dcm'), p)
     for k in classes if probabilities else []:
@@ -95,6 +97,18 @@ def _writers(classes, format='nifti', page=True, probabilities=False) -> dict:
         if page: out |= {'.png':lambda s, f, p, name: None,  # comes with the page
             '.html':lambda s, f, p, name: report(s, p, name, f, p.with_suffix('.png'))}
     return out
+
+# %% ../nbs/23_predict.ipynb #cb854f9b
+def unmeasured(
+    classes, # Of the weights
+    format='nifti' # As in `predict_scans`
+) -> str: # Empty if nothing is missing
+    "What weights without lungs cannot write, what to do, and what is written instead"
+    if _is_measured(classes): return ''
+    missing = 'no page, no figures and no report' if format=='seg' else 'no page and no figures'
+    return (f'{missing}: they need weights that find lesions and both lungs, so train with '
+            '--classes lesion --classes right_lung --classes left_lung. Written for each scan: '
+            +' '.join('NAME'+k for k in _mask_writers(classes, format)))
 
 # %% ../nbs/23_predict.ipynb #9b3cc700
 _scans_csv,_of_cohort = 'scans.csv',re.compile(r'index(-\d+)?\.html|labels\.(txt|ctbl)')
@@ -289,6 +303,7 @@ def _make(case, row, names, old, job) -> str:
     if _is_done(old, row, names, job['out'], job['overwrite']):
         row |= old|dict(error='')
         return 'kept'
+    if job['how']['format']=='seg': require_seg(ct)
     seg = job['segmenter'](ct, job['bar'])
     if 'lung' in given: seg = with_lungs(seg, given['lung'])
     found,odd = _measure(seg, case, given.get('lobes'), job)
@@ -441,7 +456,7 @@ def predict_scans(
     segmenter: Segmenter,            # What makes the masks
     out: str|Path,                   # Folder for the files of the scans and `scans.csv`
     format: str = 'nifti',           # `nifti`, `multilabel`, `nrrd`, `mha`, or `seg` for DICOM
-    already_windowed: tuple = None,  # (low, high) in HU of grey levels; that of each case if None
+    already_windowed: tuple = None,  # (low, high) in HU of gray levels; that of each case if None
     overwrite: bool = False,         # Replace files that other weights or settings made
     each = None,                     # Called with the row of each scan as it is finished
     bar: bool = False,               # Show a progress bar

@@ -93,15 +93,23 @@ class Prepared:
 # %% ../nbs/08_prepare.ipynb #a96d6e6f
 # positions kept of each kind; the remedy
 _most,_anew = 2**16,'Run `covid3d prepare` again, or copy the folder again'
+
 _arrays_of = ('ct','masks','lesion','body')
+
 _names = (*(f'{k}.npy' for k in _arrays_of), 'info.json')
+
 _whole = lambda v, most: type(v) is int and 0<=v<=most
+
 _number = lambda v: type(v) in (int,float) and math.isfinite(v) and v>=0
+
 _hex = lambda n: lambda v: isinstance(v, str) and bool(re.fullmatch(f'[0-9a-f]{{{n}}}', v))
+
 _counts = lambda keys, most: lambda v: (isinstance(v, dict) and {*v}=={*keys}
                                         and all(_whole(o, most) for o in v.values()))
+
 _shape = lambda v: (isinstance(v, list) and len(v)==3 and all(_whole(o, 2**30) and o for o in v)
                     and math.prod(v)<=2**30)
+
 _fields = dict(covid3d=lambda v: v=='prepared case', version=lambda v: v==version,
                case=lambda v: isinstance(v, str), shape=_shape, lesion_ml=_number,
                body_ml=_number, digest=_hex(32), stamp=_hex(16),

@@ -1,4 +1,4 @@
-"""A U-Net for lesions and both lungs that has never seen a patient
+"""Train a U-Net for lesions and both lungs on synthetic patients only
 
 Docs: https://covid3d.github.io/covid3d/pretrain.html.md"""
 

@@ -1,4 +1,4 @@
-"""From masks to the figures that a radiologist asks for: how much, where, and of what kind
+"""Measure what radiologists ask for: how much lesion there is, where it is, and of what kind
 
 Docs: https://covid3d.github.io/covid3d/quantify.html.md"""
 
@@ -90,7 +90,7 @@ def _intervals(seg, regions, edges) -> pd.DataFrame:
     return pd.concat([(regions[_volumes]+v).clip(lower=0).add_suffix(f'_{k}')
                       for k,v in ends.items()], axis=1)
 
-# %% ../nbs/20_quantify.ipynb #25a623f6
+# %% ../nbs/20_quantify.ipynb #d4fcaf01
 def _side_of(masks) -> str: # Of masks cut to a lesion
     "The lung that holds most of a lesion; `''` if none holds any"
     n = {k:np.count_nonzero(m) for k,m in masks.items()}
@@ -102,20 +102,22 @@ def _zone(box, z, y) -> str:
     third,half = (_parts(s.stop-s.start, k)[i-s.start] for s,i,k in zip(box, (z,y), (3,2)))
     return f'{_thirds[third]} third, {_halves[half]}'
 
-def _lesion_row(seg, own, at, center, lungs) -> dict:
-    "What is to be said about one lesion; `own`: its voxels in the box `at`"
-    right,front,up = (seg.ct.affine@[*center,1])[:3]
+def _lesion_row(seg, own, at, center, lungs, consolidation) -> dict:
+    "Figures of one lesion; `own`: its voxels in the box `at`"
+    (right,front,up),hu = (seg.ct.affine@[*center,1])[:3],seg.ct.data[at][own]
     z = int(own.sum((1,2)).argmax()); inside = np.argwhere(own[z])
     y,x = inside[np.square(inside-inside.mean(0)).sum(1).argmin()]
-    return dict(ml=own.sum()*seg.ct.ml_per_voxel, mean_hu=float(seg.ct.data[at][own].mean()),
+    return dict(ml=own.sum()*seg.ct.ml_per_voxel, mean_hu=float(hu.mean()),
+                consolidation_percent=100*float((hu>=consolidation).mean()),
                 lung=_side_of({k:seg.masks[k][at][own] for k in _sides}),
                 zone=_zone(lungs, at[0].start+z, at[1].start+y),
                 extent_mm=float(max(np.array(own.shape)*seg.ct.spacing)),
+                first_slice=at[0].start, last_slice=at[0].stop-1,
                 **{k:int(a.start+i) for k,a,i in zip(('slice','row','column'), at, (z,y,x))},
                 right_mm=right, anterior_mm=front, superior_mm=up)
 
-# %% ../nbs/20_quantify.ipynb #22ae78e3
-def _lesion_rows(seg, least_ml) -> pd.DataFrame:
+# %% ../nbs/20_quantify.ipynb #f796d964
+def _lesion_rows(seg, least_ml, consolidation) -> pd.DataFrame:
     "A row for each lesion, largest first"
     box,rows = joint_box(*[seg.masks['lesion']>0]*2),[]
     lungs = joint_box(*(seg.masks[k]>0 for k in _sides))[:2]
@@ -126,8 +128,10 @@ def _lesion_rows(seg, least_ml) -> pd.DataFrame:
             if n[i]*seg.ct.ml_per_voxel<least_ml: break
             own = stats['bounding_boxes'][i]
             at = tuple(slice(s.start+f, s.stop+f) for s,f in zip(own, first.tolist()))
-            rows.append(_lesion_row(seg, part[own]==i, at, stats['centroids'][i]+first, lungs))
-    columns = 'ml mean_hu lung zone extent_mm slice row column right_mm anterior_mm superior_mm'
+            rows.append(_lesion_row(seg, part[own]==i, at, stats['centroids'][i]+first, lungs,
+                                    consolidation))
+    columns = ('ml mean_hu consolidation_percent lung zone extent_mm first_slice last_slice '
+               'slice row column right_mm anterior_mm superior_mm')
     return pd.DataFrame(rows, columns=columns.split())
 
 # %% ../nbs/20_quantify.ipynb #fea263a7
@@ -235,7 +239,7 @@ class Measurements:
     "What a segmentation says in figures; NaN where one cannot be known, and `unknown` says why"
     regions: pd.DataFrame   # For the lungs and their parts: ml, percent, ground glass, mean HU
     intervals: pd.DataFrame # For the same: lowest and highest volume among several answers; or None
-    lesions: pd.DataFrame   # For each lesion: ml, mean HU, lung, extent, place
+    lesions: pd.DataFrame   # For each lesion: ml, HU, consolidation, lung, extent, slices, place
     aeration: pd.DataFrame  # For each band of HU: ml and percent of the lungs
     lobes: pd.DataFrame     # For each lobe: ml, percent, grade; None without a mask of lobes
     flags: tuple            # What speaks against these figures, in words
@@ -254,11 +258,12 @@ class Measurements:
                 f'the lungs ({sides}); {_many(len(self.lesions), "lesion")}; '
                 f'{_many(len(self.flags), "flag")}')
 
-# %% ../nbs/20_quantify.ipynb #82665de4
+# %% ../nbs/20_quantify.ipynb #b2fb3b98
 def _unknown(regions, intervals, lobes, hu) -> dict:
     "Which figures are not known, and why"
     why = {}
-    if not hu: why |= dict.fromkeys([*_of_hu,'aeration'], 'the intensities are not HU')
+    if not hu: why |= dict.fromkeys([*_of_hu,'consolidation_percent','aeration'],
+                                    'the intensities are not HU')
     elif regions.mean_hu.isna().any(): why['mean_hu'] = 'a part without lesion has none'
     if regions.lesion_percent.isna().any(): why['lesion_percent'] = 'no lung was found in a part'
     if intervals is None: why['intervals'] = ('a single answer: use several weights, or ask about '
@@ -289,22 +294,23 @@ def _check(seg, lobes):
     if lobes.dtype.kind not in 'biu' or lobes.min()<0 or lobes.max()>5:
         raise CTError('lobes', 'are not whole numbers 0…5', 'Number them as in lobe_names, from 1')
 
-# %% ../nbs/20_quantify.ipynb #b2fb3b98
+# %% ../nbs/20_quantify.ipynb #59bd21eb
 def quantify(
     seg,                        # `Segmentation` with masks `lesion`, `right_lung`, `left_lung`
     lobes: np.ndarray = None,   # Labels 1…5 as in `lobe_names`, 0 elsewhere, shape of the scan
     consolidation: float = -300., # HU from which lesion counts as consolidation
     least_ml: float = .05,      # Smaller components are no lesions, ml
-    hu: bool = True             # Intensities are HU; False for grey levels of an assumed window
+    hu: bool = True             # Intensities are HU; False for gray levels of an assumed window
 ) -> Measurements:
     "Measure a segmentation: how much lesion, where, of what kind, and what speaks against it"
     _check(seg, lobes)
     edges,ml = [*(a for a,_ in bands.values()),0],seg.ct.ml_per_voxel
     counts = _counts(seg.masks, seg.ct.data, consolidation, edges)
     regions,aeration = _region_rows(counts, ml),_aeration_rows(counts, ml)
-    intervals,lesions = _intervals(seg, regions, edges),_lesion_rows(seg, least_ml)
+    intervals = _intervals(seg, regions, edges)
+    lesions = _lesion_rows(seg, least_ml, consolidation)
     if not hu:
-        regions[_of_hu] = np.nan; lesions['mean_hu'] = np.nan
+        regions[_of_hu] = np.nan; lesions[['mean_hu','consolidation_percent']] = np.nan
         aeration[['ml','percent']] = np.nan
     flags = _flags(seg, seg.ml['lesion']-regions.lesion_ml['lungs'], hu)
     graded = None if lobes is None else _lobe_rows(seg, lobes)
@@ -312,11 +318,12 @@ def quantify(
     return Measurements(regions, intervals, lesions, aeration, graded, flags,
                         _unknown(regions, intervals, graded, hu), about)
 
-# %% ../nbs/20_quantify.ipynb #05cda0d2
+# %% ../nbs/20_quantify.ipynb #4a90c074
 sources = dict(
     lesion_ml='voxels of the lesion mask within both lungs × volume of a voxel',
-    lesion_percent='lesion ÷ lung, diseased parts included; 98 of 100 healthy people had '
-        'less than 1 % (Chaganti et al. 2020, doi:10.1148/ryai.2020200048)',
+    lesion_percent='lesion ÷ lung, diseased parts included; of both lungs, less than 1 % in 98 of '
+        '100 healthy people, measured by another program (Chaganti et al. 2020, '
+        'doi:10.1148/ryai.2020200048)',
     thirds_and_halves='equal parts of the height and depth of the box around both lungs',
     consolidation_ml='lesion voxels from consolidation_hu on; −300 HU did best of eight cuts in 47 '
         'patients (BMC Infect Dis 2021, doi:10.1186/s12879-021-06556-z); the rest is ground glass',
@@ -328,10 +335,10 @@ sources = dict(
     hu='reconstruction kernels shift figures that rest on HU by up to 14 % (Berta et al. 2021)')
 notice = 'For research; not a medical device.'
 
-# %% ../nbs/20_quantify.ipynb #ac42c356
+# %% ../nbs/20_quantify.ipynb #8c530dd5
 @patch
 def to_dict(self: Measurements,
-    **scan # What else is to be known about the scan, such as its `name`
+    **scan # More facts about the scan, such as its `name`
 ) -> dict: # What JSON knows
     "All figures, and where they come from"
     rows = lambda df: df if df is None else df.to_dict('index')

@@ -1,4 +1,4 @@
-"""Everything that decides the result of a training, in one object: written down, checked, compared
+"""Everything that decides the result of a training run, in one object that you can check, save and compare
 
 Docs: https://covid3d.github.io/covid3d/recipe.html.md"""
 
@@ -60,6 +60,7 @@ def _is_whole(init): return init not in ('random','kinetics')
 def _usual_lr(init): return 5e-4 if _is_whole(init) else 2e-3
 def _usual_keep(init): return .5 if _is_whole(init) else 0.
 
+# %% ../nbs/15_recipe.ipynb #193a3c34
 def _check_parts(r):
     "Refuse parts of another type"
     def need(name, ok, remedy):
@@ -73,9 +74,8 @@ def _check_parts(r):
     need('memory', r.memory is None or isinstance(r.memory, str), 'Give, for example, 6GB')
     need('reproducible', isinstance(r.reproducible, bool), 'Give true or false')
 
-# %% ../nbs/15_recipe.ipynb #eaccd8ab
 class _Checked:
-    "What is checked as soon as it is made; settings that depend on others get their values"
+    "Checks all settings when it is made, and fills in those that depend on others"
     # where the documentation looks for the comments of inherited fields
     def __init_subclass__(cls): cls.__delwrap__ = cls.__base__
     def __post_init__(self):
@@ -103,42 +103,42 @@ class _Start(_Checked):
 @dataclass(frozen=True)
 class _Schedule(_Start):
     "How long it is trained, and how fast"
-    epochs: int = 25            # Of the complete network
-    frozen_epochs: int = 0      # Of the decoder alone, before; only from pretrained weights
-    # Highest learning rate; if None, 5e-4 from weights of a complete network, and 2e-3 else
+    epochs: int = 25            # Passes through the training scans; encoder and decoder learn
+    frozen_epochs: int = 0      # Before these, with a frozen encoder; needs pretrained weights
+    # Highest learning rate; if None, 5e-4 from weights of a complete network, otherwise 2e-3
     lr: float = None
     frozen_lr: float = None     # That of the frozen epochs; `lr` if None
-    # Of a pretrained encoder's five (stem, layers 1–4), so many stay as they are
+    # How many of a pretrained encoder's five stages (stem, layers 1–4) stay frozen, 0 to 5
     frozen_stages: int = 0
     lr_ratio: float = 1.        # From pretrained weights: the decoder's rate over the stem's
 
 # %% ../nbs/15_recipe.ipynb #5aebce89
 @dataclass(frozen=True)
 class _Patches(_Schedule):
-    "What the network sees, and what it is told"
+    "What the network sees, and which loss it gets"
     bs: int = 2                 # Patches in a batch
     patches: int = 24           # Patches of each training scan in an epoch
-    oversample_foreground: float = .7 # Fraction of these that are centered on a lesion
+    oversample_foreground: float = .7 # Fraction of these that are centered on a lesion, 0 to 1
     # `dice-focal`, `dice-ce`, `calibrated`, `tversky` or `lovasz`
     loss: str = 'dice-focal'
-    # `none`, `light`, `full` for long trainings, `grey` where HU are not to be relied upon
+    # `none`, `light`, `full` for long runs, `grey` if HU may be wrong
     augment: str = 'light'
 
 # %% ../nbs/15_recipe.ipynb #1afde7ac
 @dataclass(frozen=True)
 class Recipe(_Patches):
-    "All that decides the result of a training"
-    clip: float = 12.           # Largest L2 norm of all gradients together; 0 for any
-    wd: float = .01             # Weight decay
-    # Decay of a moving average of the weights, which is scored and kept; 0 for none
+    "Everything that decides the result of a training run"
+    clip: float = 12.           # Largest L2 norm of all gradients together; 0 for no limit
+    wd: float = .01             # Weight decay, 0 to 10
+    # Decay of a moving average of the weights, 0 to 1, which is scored and kept; 0 for none
     ema: float = 0.
-    # Weight of the initial weights in those that are scored and kept (`EMA`); if None, 0.5 from
-    # weights of a complete network, and 0 else
+    # Fraction of the initial weights in those that are scored and kept (`EMA`); if None, 0.5 from
+    # weights of a complete network, otherwise 0
     keep_start: float = None
     score_every: int = 5        # Whole validation scans are scored every so many epochs
     # Weights of the epoch with the `best` whole-scan Dice, or of the `last`
     keep: str = 'best'
-    # What a step may take, such as '6GB'; batch and precision are chosen to fit
+    # Memory for a training step, such as '6GB'; batch and precision are chosen to fit
     memory: str = None
     reproducible: bool = True   # Use only algorithms that give the same result each time
     seed: int = 0               # Of weights, patches and augmentation
@@ -148,17 +148,19 @@ class Recipe(_Patches):
         "What fastai calls it: True for Kinetics-400, False for random weights, a name or a file"
         return dict(kinetics=True, random=False).get(self.init, self.init)
 
-# %% ../nbs/15_recipe.ipynb #86bf1689
+# %% ../nbs/15_recipe.ipynb #d815fcd5
 def _names(o) -> list: return [f.name for f in fields(o)]
 
 def _unknown(name, known, what):
-    "Say that there is no such setting, and which one is near"
+    "Refuse a setting that does not exist, and suggest one"
     near = difflib.get_close_matches(str(name), known, 1)
     raise CTError(what, f'has no setting {str(name)[:60]!r}',
                   f'Did you mean {near[0]}?' if near else f'Settings are {", ".join(known)}')
 
 @patch
-def but(self: Recipe, **changes) -> Recipe:
+def but(self: Recipe,
+    **changes # Settings by name, such as `epochs=50, width=32, spacing=(3,1.5,1.5)`
+) -> Recipe: # Checked like any other
     "A copy with some settings changed, those of `spec` and `net` too"
     for part,own in dict(spec=self.spec or CTSpec(), net=self.net).items():
         mine = {k:changes.pop(k) for k in _names(own) if k in changes}
@@ -203,19 +205,32 @@ def _parts(d, what) -> dict:
 
 @patch
 def save(self: Recipe,
-    path # `.json`
+    path: str|Path # `.json`
 ):
     "Write the recipe as JSON"
     word = self.init if self.init=='covid3d' else init_digest(self.init)
     known = asdict(self)|dict(init=word)
     write_atomic(path, (json.dumps(known, indent=1)+'\n').encode())
 
-# %% ../nbs/15_recipe.ipynb #c71ea205
+# %% ../nbs/15_recipe.ipynb #630c5982
+recipes = dict(
+    default=Recipe(),
+    small=Recipe(epochs=4, patches=12, score_every=4),
+    kinetics=Recipe(init='kinetics', frozen_epochs=1, frozen_stages=2, lr_ratio=3.),
+    resize=Recipe(ResizeSpec(), init='kinetics', bs=1, patches=1, epochs=50, frozen_epochs=3,
+                  lr=1e-3, frozen_lr=1e-2, wd=1e-4, loss='dice-ce'),
+    synthetic=Recipe(CTSpec(classes=('lesion','right_lung','left_lung')),
+                     NetSpec(width=16, up='shuffle', norm='group'), 'random', epochs=30, patches=2,
+                     oversample_foreground=.5, loss='calibrated', augment='grey', ema=.998,
+                     score_every=10, keep='last'))
+
+# %% ../nbs/15_recipe.ipynb #7357eb33
 @patch(cls_method=True)
 def load(cls: Recipe,
-    o # A `Recipe`, the name of one that ships with covid3d, a JSON file, or None for the default
+    # A `Recipe`, the name of one that comes with covid3d, a JSON file, or None for the default
+    o: Recipe|str|Path|None
 ) -> Recipe:
-    "The recipe that is meant"
+    "The recipe with this name or in this file"
     if o is None: return cls()
     if isinstance(o, cls): return o
     if str(o) in recipes: return recipes[str(o)]
@@ -231,18 +246,6 @@ def load(cls: Recipe,
     except CTError as e:
         raise e if str(e.what)==str(o) else CTError(o, f'{e.what}: {e.fault}', e.remedy) from None
 
-# %% ../nbs/15_recipe.ipynb #630c5982
-recipes = dict(
-    default=Recipe(),
-    small=Recipe(epochs=4, patches=12, score_every=4),
-    kinetics=Recipe(init='kinetics', frozen_epochs=1, frozen_stages=2, lr_ratio=3.),
-    resize=Recipe(ResizeSpec(), init='kinetics', bs=1, patches=1, epochs=50, frozen_epochs=3,
-                  lr=1e-3, frozen_lr=1e-2, wd=1e-4, loss='dice-ce'),
-    synthetic=Recipe(CTSpec(classes=('lesion','right_lung','left_lung')),
-                     NetSpec(width=16, up='shuffle', norm='group'), 'random', epochs=30, patches=2,
-                     oversample_foreground=.5, loss='calibrated', augment='grey', ema=.998,
-                     score_every=10, keep='last'))
-
 # %% ../nbs/15_recipe.ipynb #a27ded3f
 @patch(as_prop=True)
 def identity(self: Recipe) -> dict:
@@ -251,15 +254,15 @@ def identity(self: Recipe) -> dict:
 
 @patch(as_prop=True)
 def digest(self: Recipe) -> str:
-    "Sixteen characters that tell this recipe from others"
+    "Sixteen characters; the same for the same recipe, and different for others"
     return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/15_recipe.ipynb #3464769f
 def case_digests(
-    reader, # `CaseReader`
-    cases   # `Case`s
+    reader,     # `CaseReader`
+    cases: list # Of `Case`
 ) -> dict: # Name → 8 hexadecimal digits
-    "What tells a prepared case from another"
+    "A checksum of each prepared case"
     def digest(p):
         return zlib.crc32(p.masks[:,::8].contiguous().numpy(),
                           zlib.crc32(p.ct[:,::8].contiguous().numpy()))
@@ -276,11 +279,10 @@ def _flat(d, at='') -> dict:
 
 def _short(o): return f'{str(o)[:57]}…' if len(str(o))>60 else o
 
-# %% ../nbs/15_recipe.ipynb #c1cc3f33
 def require_same(
-    path,       # Of what is resumed, for the message
-    then: dict, # What it began with, as JSON gives it
-    now: dict,  # What it is to resume with
+    path: str|Path, # Of the run, for the message
+    then: dict, # What the run began with, as JSON gives it
+    now: dict,  # What you want to resume it with
     what: str = 'training', # For the message
     remedy: str = 'Give the same arguments, or start anew with --overwrite' # For the message
 ):

@@ -1,4 +1,4 @@
-"""From a segmentation to one page that a radiologist reads: the scan, the outlines, the figures
+"""Turn a segmentation into a page for radiologists, with the scan, the outlines and the figures
 
 Docs: https://covid3d.github.io/covid3d/report.html.md"""
 
@@ -14,7 +14,7 @@ from html import escape
 
 import numpy as np
 from fastcore.basics import patch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from .dicom_seg import seg_colors
 from .inference import Segmentation
@@ -29,7 +29,7 @@ _levels = np.interp(np.arange(_hu[0], _hu[-1]+1), _hu, _level).round().astype(np
 def to_levels(
     hu # Array of HU
 ) -> np.ndarray: # uint8
-    "The grey levels that a page stores"
+    "The gray levels that a page stores"
     return _levels[np.clip(hu, _hu[0], _hu[-1]).astype(np.int16)-_hu[0]]
 
 # %% ../nbs/21_report.ipynb #ac99188f
@@ -159,14 +159,23 @@ def _plane(seg, axis, i, mm=1.) -> Image.Image:
         im[edge] = tuple(bytes.fromhex(seg_colors[k][1:]))
     return Image.fromarray(im if axis==0 else im[::-1])
 
+def _marked(im, letter) -> Image.Image:
+    "The picture with a letter in its corner, with a halo that shows on any background"
+    ImageDraw.Draw(im).text((7,5), letter, 'white', ImageFont.load_default(20), 'la',
+                            stroke_width=2, stroke_fill='black')
+    return im
+
+# %% ../nbs/21_report.ipynb #a4162167
 def plane_pictures(
     seg,    # `Segmentation` with masks of the lesion and of both lungs
     lesions # `Measurements.lesions`
-) -> Image.Image: # RGB, a pixel for each mm
+) -> Image.Image: # RGB, a pixel for each mm, or for less if a side is shorter than 250 mm
     "Axial, coronal and sagittal plane through the largest lesion, side by side"
     at = lesions.loc[0,['slice','row','column']].astype(int) if len(lesions) else [
         n//2 for n in seg.ct.shape]
-    each = [_plane(seg, a, i) for a,i in enumerate(at)]
+    shortest = min(n*s for n,s in zip(seg.ct.shape, seg.ct.spacing))
+    mm = min(1., max(.5, shortest/250))
+    each = [_marked(_plane(seg, a, i, mm), k) for a,(i,k) in enumerate(zip(at, 'RRA'))]
     out = Image.new('RGB', (sum(o.width for o in each)+10,max(o.height for o in each)), 'black')
     x = 0
     for o in each: out.paste(o, (x,0)); x += o.width+5

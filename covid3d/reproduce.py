@@ -1,4 +1,4 @@
-"""From three data sets to the paper's table, in one call that can be killed and resumes
+"""From three data sets to the paper's table, with one call that you can interrupt and resume
 
 Docs: https://covid3d.github.io/covid3d/reproduce.html.md"""
 
@@ -225,7 +225,6 @@ def _prepare_all(out: Path, spec: CTSpec, left_out=()) -> dict: # `left_out`
     return dict(left_out=[_left_out(used[c][0], 'prepare', c, str(told(o, used[c][1])))
                           for c, o in done if isinstance(o, CTError)])
 
-# %% ../nbs/24_reproduce.ipynb #4a3d043f
 def _none_left(split, left_out) -> CTError:
     "Why there is nothing to train or to tune on, with the commonest reason"
     same = sum(o['stage'] == 'duplicates' for o in left_out)
@@ -282,24 +281,6 @@ def _sweep_all(out: Path):
     for d, inner, _ in os.walk(out): no_links(d, *map(glob.escape, inner)); sweep(d)
 
 # %% ../nbs/24_reproduce.ipynb #ddb84dd8
-def _fit(out: Path, data: dict, recipe: Recipe, trained, device) -> tuple: # what was lost, notes
-    "The stages up to the weights, or what is left of them"
-    first = _stage(out, 'tables', lambda: _make_tables(data, out, trained, recipe.seed))
-    lost = first['left_out']
-    check = _stage(out, 'check', lambda: _check_all(out, lost))
-    lost = lost + check['left_out']
-    def fit():
-        resume = (out/'train'/'checkpoint.safetensors').exists()
-        learn = train(out/'prepared', out/'train', recipe, resume=resume, device=device)
-        return dict(dice=float(learn.kept.best))
-    if trained:
-        prepared = _stage(out, 'prepare', lambda: _prepare_all(out, recipe.spec, lost))
-        lost = lost + prepared['left_out']
-        _stage(out, 'train', fit)
-    n = check['warnings']
-    return lost, first['notes'] + [f'{n} warnings of the check: check.csv'] * bool(n)
-
-# %% ../nbs/24_reproduce.ipynb #07162fc7
 def _start(out: Path, line: str, way: _Way, data: dict, trained):
     "Say what is about to happen; refuse what the disk cannot hold"
     r = way.recipe  # weights of the encoder are downloaded here, if at all
@@ -319,6 +300,24 @@ def _resume(out: Path, about: dict, run) -> pd.DataFrame:
             _say(f'{out}: resumes; done: {", ".join(o.stem for o in done) or "nothing yet"}')
         _sweep_all(out)
         return run()
+
+# %% ../nbs/24_reproduce.ipynb #07162fc7
+def _fit(out: Path, data: dict, recipe: Recipe, trained, device) -> tuple: # what was lost, notes
+    "The stages up to the weights, or what is left of them"
+    first = _stage(out, 'tables', lambda: _make_tables(data, out, trained, recipe.seed))
+    lost = first['left_out']
+    check = _stage(out, 'check', lambda: _check_all(out, lost))
+    lost = lost + check['left_out']
+    def fit():
+        resume = (out/'train'/'checkpoint.safetensors').exists()
+        learn = train(out/'prepared', out/'train', recipe, resume=resume, device=device)
+        return dict(dice=float(learn.kept.best))
+    if trained:
+        prepared = _stage(out, 'prepare', lambda: _prepare_all(out, recipe.spec, lost))
+        lost = lost + prepared['left_out']
+        _stage(out, 'train', fit)
+    n = check['warnings']
+    return lost, first['notes'] + [f'{n} warnings of the check: check.csv'] * bool(n)
 
 # %% ../nbs/24_reproduce.ipynb #5117bc00
 def _run(out, data, way, trained, weights, device, overlap, tolerance, against):

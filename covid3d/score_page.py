@@ -1,4 +1,4 @@
-"""One page of scores that a reviewer can open, print and mail, with every case by name
+"""One page of scores that a reviewer can open, print and mail, and that lists every case by name
 
 Docs: https://covid3d.github.io/covid3d/score_page.html.md"""
 
@@ -23,13 +23,26 @@ from .statistics import (agreement, case_counts, compare_all, fmt, fractions, in
     label_of, least_patients, many, score_labels, score_table, scores_csv, span, summarise)
 from .volume import CTError, plain, write_atomic
 
-# %% ../nbs/21_score_page.ipynb #1bfdf436
+# %% ../nbs/21_score_page.ipynb #da024de4
+_blue,_orange,_grey = '#0072B2','#D55E00','#888'
+
+def _dots(ax, i, x, t):
+    "Scores `x` and their summary `t` as column `i`"
+    style = {k+'props':dict(color=_grey) for k in ('box','whisker','cap')}
+    style['medianprops'] = dict(color='black')
+    ax.boxplot(x, positions=[i], widths=.5, showfliers=False, **style)
+    aside = i+.36*(np.arange(len(x))*.618%1-.5)
+    ax.scatter(aside, x, s=14, color=_blue, alpha=.7, linewidths=0, zorder=3)
+    ends = None if math.isnan(t.low) else [[t['mean']-t.low],[t.high-t['mean']]]
+    ax.errorbar(i+.38, t['mean'], ends, fmt='D', ms=4, color=_orange, capsize=3, zorder=4)
+
+# %% ../nbs/21_score_page.ipynb #913fb838
 def plot_scores(
     tables: dict,        # Name of a model or data set → table from `score_table`
     score: str = 'dice', # Of `score_names`
     ax = None            # Axes to draw on
 ):
-    "A dot a case, with box, mean and interval"
+    "A dot for each case, with box, mean and interval"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(1.6+1.5*len(tables),3.2), layout='constrained')[1]
     names = []
@@ -44,37 +57,6 @@ def plot_scores(
     ax.spines[['top','right']].set_visible(False)
     ax.grid(axis='y', alpha=.25)
     return ax
-
-# %% ../nbs/21_score_page.ipynb #da024de4
-_blue,_orange,_grey = '#0072B2','#D55E00','#888'
-
-def _dots(ax, i, x, t):
-    "Scores `x` and their summary `t` as column `i`"
-    style = {k+'props':dict(color=_grey) for k in ('box','whisker','cap')}
-    style['medianprops'] = dict(color='black')
-    ax.boxplot(x, positions=[i], widths=.5, showfliers=False, **style)
-    aside = i+.36*(np.arange(len(x))*.618%1-.5)
-    ax.scatter(aside, x, s=14, color=_blue, alpha=.7, linewidths=0, zorder=3)
-    ends = None if math.isnan(t.low) else [[t['mean']-t.low],[t.high-t['mean']]]
-    ax.errorbar(i+.38, t['mean'], ends, fmt='D', ms=4, color=_orange, capsize=3, zorder=4)
-
-# %% ../nbs/21_score_page.ipynb #142964e8
-def plot_volumes(
-    df: pd.DataFrame # From `score_table`
-):
-    "Predicted against reference volume, and their Bland–Altman plot"
-    import matplotlib.pyplot as plt
-    df = df[df.volume_error_ml.notna()]
-    r,p,dots = df.reference_ml,df.predicted_ml,dict(s=18, color=_blue, alpha=.7, linewidths=0)
-    fig,(a,b) = plt.subplots(1, 2, figsize=(8,3.3), layout='constrained')
-    a.scatter(r, p, **dots)
-    a.set(xlabel='reference (ml)', ylabel='predicted (ml)', title='Lesion volume; line: equal')
-    b.scatter((r+p)/2, p-r, **dots)
-    b.set(xlabel='mean of both (ml)', ylabel='predicted − reference (ml)', title='Bland–Altman')
-    b.margins(y=.15)
-    _limits(b, agreement(df))
-    _volume_axes(a, b, pd.concat([r,p]))
-    return fig
 
 # %% ../nbs/21_score_page.ipynb #13c822f2
 def _limits(ax, lim):
@@ -101,6 +83,24 @@ def _volume_axes(a, b, v):
     a.set(xlim=(0,top), ylim=(0,top))
     b.set_xlim(0, top)
 
+# %% ../nbs/21_score_page.ipynb #142964e8
+def plot_volumes(
+    df: pd.DataFrame # From `score_table`
+):
+    "Predicted against reference volume, and their Bland–Altman plot"
+    import matplotlib.pyplot as plt
+    df = df[df.volume_error_ml.notna()]
+    r,p,dots = df.reference_ml,df.predicted_ml,dict(s=18, color=_blue, alpha=.7, linewidths=0)
+    fig,(a,b) = plt.subplots(1, 2, figsize=(8,3.3), layout='constrained')
+    a.scatter(r, p, **dots)
+    a.set(xlabel='reference (ml)', ylabel='predicted (ml)', title='Lesion volume; line: equal')
+    b.scatter((r+p)/2, p-r, **dots)
+    b.set(xlabel='mean of both (ml)', ylabel='predicted − reference (ml)', title='Bland–Altman')
+    b.margins(y=.15)
+    _limits(b, agreement(df))
+    _volume_axes(a, b, pd.concat([r,p]))
+    return fig
+
 # %% ../nbs/21_score_page.ipynb #513f126b
 @dataclass
 class Snapshot:
@@ -113,7 +113,6 @@ class Snapshot:
     reference: np.ndarray
     prediction: np.ndarray
 
-# %% ../nbs/21_score_page.ipynb #05c23a24
 def snapshot(row, ct, pred, mask) -> Snapshot:
     "The slice with most voxels in dispute; where there is none, the one with most lesion"
     p,m = np.asarray(pred)>0,np.asarray(mask)>0
@@ -151,7 +150,7 @@ def plot_snapshot(s: Snapshot, size: float = 4.):
 
 # %% ../nbs/21_score_page.ipynb #bf585e13
 class Extremes:
-    "Hand it to `score_cases` as `each`: keeps a slice of the worst and the best cases"
+    "Keeps a slice of the worst and the best cases; pass it to `score_cases` as `each`"
     def __init__(self,
         n: int = 3 # Worst, and as many best
     ): self.n,self.kept = n,[]
@@ -224,7 +223,7 @@ def report_outputs(out) -> Outputs:
     return Outputs(out, 'evaluate', *report_files)
 
 def refuse_inputs(out, inputs):
-    "Refuse an input that a report in `out` would replace; None among them is passed over"
+    "Refuse an input that a report in `out` would replace; None is ignored"
     out = Path(out)
     mine = {p.resolve() for k in report_files for p in out.glob(k)}
     if (out/'scores.csv').exists(): mine |= {out.resolve()}
@@ -234,7 +233,7 @@ def refuse_inputs(out, inputs):
 
 # %% ../nbs/21_score_page.ipynb #31660470
 def _facts(df, t, title, against, about, notes) -> dict:
-    "What a report says, apart from each case"
+    "What a report says, apart from the single cases"
     return dict(title=title, covid3d=__version__, date=str(date.today()),
         tolerance_mm=float([*df.tolerance_mm.dropna(), 3.][0]), counts=case_counts(df),
         summary=t.to_dict('index'), agreement_ml=agreement(df),
@@ -249,9 +248,9 @@ def _page(df, facts, pictures) -> bytes:
         window=f'{lung_window[0]} to {lung_window[1]}'.replace('-','−'),
         rows=df.sort_values('dice', kind='stable').to_dict('records'))
 
-# %% ../nbs/21_score_page.ipynb #ae3bed1c
+# %% ../nbs/21_score_page.ipynb #4f9acf7c
 def _write_numbers(mine: Outputs, df, t, facts, pictures):
-    "List what comes, remove the former page and pictures, write the tables, the rows last"
+    "Register the files, remove the old page and pictures, write the tables, the rows last"
     js = json.dumps(to_json(facts), indent=1, allow_nan=False, ensure_ascii=False)
     numbers = {'report.json':js.encode('utf8', 'backslashreplace'),
         'summary.csv':scores_csv(t.reset_index(), 6), 'scores.csv':scores_csv(df)}
@@ -272,7 +271,7 @@ def write_report(
     name: str = 'this model', # What was scored, as the pictures call it
     notes: tuple = ()      # Sentences that the page says first
 ) -> Path: # The page
-    "Scores, summary, pictures and one page"
+    "Write scores, summary, pictures and one page"
     out,df,against = Path(out),score_table(df),against or {}
     mine = report_outputs(out)
     with locked(out, folder=True):

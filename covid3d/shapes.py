@@ -1,4 +1,4 @@
-"""Bodies as distances to a surface: combined, deformed, and painted on a grid
+"""Describe bodies by distances to a surface, then combine, deform, and paint them on a grid
 
 Docs: https://covid3d.github.io/covid3d/shapes.html.md"""
 
@@ -20,13 +20,13 @@ def ball(
     center, # (z, y, x), mm
     radii   # Half axes (z, y, x), mm
 ): # mm, negative inside
-    "About the distance to an ellipsoid"
+    "Approximate distance to an ellipsoid"
     r = np.sqrt(squares(*((o-c)/a for o,c,a in zip(p, center, radii))))
     return (r-1)*min(radii)
 
 # %% ../nbs/02_shapes.ipynb #7401aa7d
 def inside(distance, width): # 0…1
-    "The fraction of a voxel of `width` mm within a surface"
+    "The fraction of a voxel of `width` mm that is inside a surface"
     return np.clip(.5-distance/width, 0, 1)
 
 # %% ../nbs/02_shapes.ipynb #2e3b48d8
@@ -37,14 +37,14 @@ def oval(
     a,             # Half axis along x, mm
     p: float = 2.3 # 2 is an ellipse, more is boxier
 ): # mm, negative inside
-    "About the distance to a superellipse"
+    "Approximate distance to a superellipse"
     return ((np.abs(x/a)**p+np.abs(y/b)**p)**(1/p)-1)*np.minimum(a, b)
 
 # %% ../nbs/02_shapes.ipynb #07d08c0d
 def tube(
     p,     # z, y, x in mm, arrays of one shape
     path,  # (n,3) nodes in mm
-    radius # mm, one or one for each node
+    radius # mm, one value or one for each node
 ): # mm, negative inside
     "Distance to a tube along a path"
     path,out = np.asarray(path, np.float32),np.inf
@@ -66,11 +66,11 @@ def smooth_min(
     return least-k*np.log(sum(np.exp(np.maximum((least-d)/k, -30)) for d in distances))
 
 # %% ../nbs/02_shapes.ipynb #782fc3b8
-box = np.array([[-200,-190,-250],[200,190,250]], np.float32) # mm, in which shifts are sampled
+box = np.array([[-200,-190,-250],[200,190,250]], np.float32) # mm; shifts are sampled in this box
 
 # %% ../nbs/02_shapes.ipynb #3c0dea71
 class Pose:
-    "How a patient lies: from mm in the scan to mm in the upright body, and back"
+    "Pose of a patient: maps mm in the scan to mm in the upright body, and back"
     def __init__(self, rng, tilt: float = .08, shifts=((70,3.5),(32,2.))):
         (cz,cy,cx),(sz,sy,sx) = (f(rng.normal(0, tilt, 3)*(1,.5,.5)) for f in (np.cos, np.sin))
         about_z = np.array([[1,0,0],[0,cz,-sz],[0,sz,cz]])
@@ -101,19 +101,19 @@ class Pose:
 def mm_axes(
     shape,         # (slice, row, column)
     spacing,       # The same order, mm
-    center=(0,0,0) # Of the grid, mm
-) -> list: # z, y, x of the voxels, mm, float32
-    "Where the voxels lie"
+    center=(0,0,0) # Center of the grid, mm
+) -> list: # z, y and x of the voxels, mm, float32
+    "Coordinates of the voxels along each axis"
     return [((np.arange(n)-(n-1)/2)*s+c).astype(np.float32)
             for n,s,c in zip(shape, spacing, center)]
 
 # %% ../nbs/02_shapes.ipynb #69572c9f
 def slices(
-    fields, # (field, z, y, x), lattice that spans the grid
+    fields, # (field, z, y, x), values on a lattice that spans the grid
     shape,  # (slice, row, column) of the grid
     first: int, last: int # Slices, last excluded
 ) -> np.ndarray: # (field, slice, row, column)
-    "The lattice's fields on some slices of the grid, trilinear"
+    "Interpolate the fields of a lattice on some slices of the grid (trilinear)"
     n,t = fields.shape[1],torch.arange(first, last)*(fields.shape[1]-1)/(shape[0]-1)
     low = t.long().clamp(max=n-2)
     near = torch.from_numpy(fields)
@@ -136,6 +136,6 @@ def smooth_noise(
 
 # %% ../nbs/02_shapes.ipynb #beb15cf4
 class Canvas:
-    "HU that are painted over"
+    "An image in HU that organs are painted on"
     def __init__(self, hu): self.hu = hu
     def put(self, fraction, hu): self.hu += (hu-self.hu)*fraction

@@ -24,10 +24,10 @@ outline_colors = ('#56B4E9','#E69F00','#CC79A7')  # sky blue, orange, purple
 
 # %% ../nbs/02_show.ipynb #aa79ccd5
 def pick_slices(
-    mask,   # Voxels (slice, row, column); the slices with any voxel set are shown
-    n: int, # How many
+    mask,   # Voxels (slice, row, column); slices with any voxel set are candidates
+    n: int, # How many slices
 ) -> list: # Slice indices, ascending
-    "`n` slices spread evenly over the part of the scan where `mask` is set"
+    "Pick `n` slices spread evenly over the part of the scan where `mask` is set"
     where = np.flatnonzero(np.asarray(mask).any((1,2)))
     lo,hi = (where[0],where[-1]+1) if len(where) else (0,len(mask))
     n = min(n, hi-lo)
@@ -41,7 +41,7 @@ def plane_of(
     i: int, # Index along the plane's axis
     plane: str = 'axial' # `axial`, `coronal` or `sagittal`
 ) -> np.ndarray: # 2D, as a viewer shows it
-    "One slice of `x`; the head is up in coronal and sagittal ones"
+    "One slice of `x`; in coronal and sagittal slices, the head is at the top"
     s = np.take(np.asarray(x), i, axis=planes[plane])
     return s if plane=='axial' else s[::-1]
 
@@ -49,13 +49,13 @@ def _in_plane(o, plane) -> list: return [v for a,v in enumerate(o) if a!=planes[
 
 # %% ../nbs/02_show.ipynb #7acaae90
 def show_slice(
-    img, # 2D picture in HU (or any unit that `window` is in)
+    img, # 2D image in HU (or the unit of `window`)
     masks=(), # 2D masks to outline
     ax=None, # Axes to draw on
-    window=lung_window, # (low, high): black and white
+    window=lung_window, # (low, high), shown as black and white
     aspect: float = 1., # Height of a voxel ÷ its width
-    title: str = None, # Above the picture
-    colors=outline_colors # Of the outlines, one for each mask
+    title: str = None, # Text above the picture
+    colors=outline_colors # Colors of the outlines, one for each mask
 ):
     "Draw one slice with its masks outlined"
     import matplotlib.pyplot as plt
@@ -70,22 +70,36 @@ def show_slice(
 
 # %% ../nbs/02_show.ipynb #6efc0f6c
 def _colors(names) -> list:
-    "A color for each mask: its class's own, or else the next one"
+    "A color for each mask: that of its class, or else the next one"
     own = [seg_colors.get(k) for k in names]
     return own if all(own) and len({*own})==len(own) else outline_colors
+
+def _label(fig, masks, plane, title):
+    "Add an R on the patient's right, a legend below the figure, and a title above it"
+    import matplotlib.pyplot as plt
+    from matplotlib.patheffects import withStroke
+    halo = [withStroke(linewidth=2, foreground='black')]  # visible on any background
+    right = dict(color='white', fontsize=9, transform=fig.axes[0].transAxes, path_effects=halo)
+    if plane!='sagittal': fig.axes[0].text(.02, .5, 'R', va='center', **right)
+    if title: fig.suptitle(plain(title), fontsize=9, parse_math=False)
+    if not masks: return
+    lines = [plt.Line2D([],[],color=c) for _,c in zip(masks, _colors(masks))]
+    legend = fig.legend(lines, map(plain, masks), loc='outside lower center', ncols=3, fontsize=8,
+                        frameon=False)
+    for t in legend.texts: t.set_parse_math(False)
 
 # %% ../nbs/02_show.ipynb #92b2c778
 def show_slices(
     ct: Volume,           # HU
-    masks: dict = None,   # Name → mask, a `Volume` or an array of the same shape: outlined
+    masks: dict = None,   # Masks to outline by name, each a `Volume` or an array of the same shape
     n: int = 6,           # How many slices
     plane: str = 'axial', # `axial`, `coronal` or `sagittal`
     slices=None,          # Indices to show instead of `n` spread over the first mask
     window=lung_window,   # (low, high) in HU
     size: float = 2.2,    # Width of one slice in inches
-    title: str = None     # Above the figure
+    title: str = None     # Text above the figure
 ):
-    "Slices of a scan side by side, masks outlined"
+    "Show slices of a scan side by side, with masks outlined"
     import matplotlib.pyplot as plt
     masks = {k:np.asarray(getattr(m,'data',m)) for k,m in (masks or {}).items()}
     first = next(iter(masks.values()), np.zeros(ct.shape, bool))
@@ -100,26 +114,11 @@ def show_slices(
     _label(fig, masks, plane, title)
     return fig
 
-# %% ../nbs/02_show.ipynb #ee51394b
-def _label(fig, masks, plane, title):
-    "An R on the patient's right, the outlines named below the figure, and a title above it"
-    import matplotlib.pyplot as plt
-    from matplotlib.patheffects import withStroke
-    halo = [withStroke(linewidth=2, foreground='black')]  # seen on any background
-    right = dict(color='white', fontsize=9, transform=fig.axes[0].transAxes, path_effects=halo)
-    if plane!='sagittal': fig.axes[0].text(.02, .5, 'R', va='center', **right)
-    if title: fig.suptitle(plain(title), fontsize=9, parse_math=False)
-    if not masks: return
-    lines = [plt.Line2D([],[],color=c) for _,c in zip(masks, _colors(masks))]
-    legend = fig.legend(lines, map(plain, masks), loc='outside lower center', ncols=3, fontsize=8,
-                        frameon=False)
-    for t in legend.texts: t.set_parse_math(False)
-
 # %% ../nbs/02_show.ipynb #40384994
 def save_figure(
     fig,           # A matplotlib figure
     path,          # `.png`
-    dpi: int = 110 # Pixels an inch
+    dpi: int = 110 # Pixels per inch
 ):
     "Write `fig` to `path` and close it"
     import matplotlib.pyplot as plt
@@ -137,11 +136,12 @@ def watched() -> bool:
     "Whether the output goes to a notebook or a terminal"
     return IN_NOTEBOOK or sys.stdout.isatty()
 
+# %% ../nbs/02_show.ipynb #a65e36df
 def track(
     items,         # A list
-    what: str = '' # Shown beside the bar
-): # Iterable over `items`
-    "Go through `items` with a progress bar, if somebody watches"
+    what: str = '' # Text beside the bar
+): # An iterable over `items`
+    "Iterate over `items`, with a progress bar if `watched`"
     if len(items)<2 or not watched(): return items
     bar = progress_bar(items, leave=False)
     bar.comment = what
@@ -151,11 +151,11 @@ def track(
 _fills = dict(blue='#56B4E9', orange='#E69F00', purple='#CC79A7')
 
 def schematic(
-    boxes: dict, # Name → (x, y, text, `blue`, `orange` or `purple`)
-    arrows=(),   # (from, to, text) by name
+    boxes: dict, # Boxes by name: (x, y, text, `blue`, `orange` or `purple`)
+    arrows=(),   # (from, to, text); from and to are names of boxes
     size=(7,2.5) # Inches; the unit of x and y
 ):
-    "Boxes with text, and arrows between them"
+    "Draw boxes with text, and arrows between them"
     import matplotlib.pyplot as plt
     fig,ax = plt.subplots(figsize=size); ax.set(xlim=(0,size[0]), ylim=(0,size[1])); ax.axis('off')
     drawn = {k:ax.text(x, y, text, ha='center', va='center', fontsize=9,

@@ -24,6 +24,14 @@ counts_of = ('lesions','lesions_found','lesions_predicted','lesions_right','tp',
 text_names = ('case','patient','empty','error')
 row_names = ('case','patient',*score_names,'reference_ml','predicted_ml',*counts_of,
              'empty','tolerance_mm','error')
+fractions = ('dice','pooled_dice','jaccard','precision','recall','specificity','nsd',
+             'lesion_precision','lesion_recall','lesion_f1')
+score_labels = dict(dice='Dice', pooled_dice='Dice, pooled', nsd='Surface Dice', hd95='HD95 (mm)',
+    assd='Average surface distance (mm)', recall='Recall', precision='Precision', jaccard='Jaccard',
+    specificity='Specificity', volume_error_ml='Volume error (ml)',
+    volume_error_pct='Volume error (%)', lesion_f1='Lesion F1', lesion_recall='Lesion recall',
+    lesion_precision='Lesion precision', reference_ml='Reference volume (ml)',
+    predicted_ml='Predicted volume (ml)')
 
 # %% ../nbs/20_statistics.ipynb #b91c22b9
 def score_masks(
@@ -110,9 +118,6 @@ def mean_interval(
     return ratio_interval(*per_patient(who, x, np.ones(len(x))), bounds, **kwargs)
 
 # %% ../nbs/20_statistics.ipynb #8ed79b56
-fractions = ('dice','pooled_dice','jaccard','precision','recall','specificity','nsd',
-             'lesion_precision','lesion_recall','lesion_f1')
-
 def _quantiles(x, q=(.5,.25,.75)) -> np.ndarray:
     "Quantiles, linear between neighbors, with infinities where they belong"
     if not len(x): return np.full(len(q), np.nan)
@@ -120,20 +125,9 @@ def _quantiles(x, q=(.5,.25,.75)) -> np.ndarray:
     with np.errstate(invalid='ignore'):
         return np.where(lo==hi, lo, np.where(np.isinf(hi), hi, np.quantile(x, q)))
 
-# %% ../nbs/20_statistics.ipynb #3851665b
 def _bounds(score):
     if score in fractions: return 0,1
     return dict(volume_error_ml=-math.inf, volume_error_pct=-100).get(score, 0),math.inf
-
-def _line(x, who, score) -> dict:
-    "The summary of one score"
-    inf = int(np.isinf(x).sum())
-    low,high = (math.nan,)*2 if inf or not len(x) else mean_interval(x, who, _bounds(score))
-    mean = np.mean(x) if len(x) else math.nan
-    sd = math.nan if inf else pd.Series(x, dtype=float).std()
-    median,q1,q3 = _quantiles(x)
-    return dict(n=len(x), patients=who.nunique(), infinite=inf, mean=mean, sd=sd, median=median,
-                q1=q1, q3=q3, low=low, high=high)
 
 def _pooled(df) -> dict:
     "The summary of the pooled Dice; its `mean` is the pooled value"
@@ -143,7 +137,7 @@ def _pooled(df) -> dict:
     return dict(n=len(df), patients=len(top), infinite=0, low=low, high=high,
                 mean=_ratio(top, bottom) if len(top) else math.nan)
 
-# %% ../nbs/20_statistics.ipynb #920ddb6d
+# %% ../nbs/20_statistics.ipynb #3851665b
 def summarise(
     df: pd.DataFrame # From `score_table` or `read_scores`
 ) -> pd.DataFrame: # A line a score: n, patients, infinite, mean, sd, median, q1, q3, low, high
@@ -155,6 +149,16 @@ def summarise(
         lines[k] = _line(v[k].to_numpy(float), v.patient, k)
     t = pd.DataFrame(lines).T.astype(float)
     return t.astype(dict(n=int, patients=int, infinite=int)).rename_axis('score')
+
+def _line(x, who, score) -> dict:
+    "The summary of one score"
+    inf = int(np.isinf(x).sum())
+    low,high = (math.nan,)*2 if inf or not len(x) else mean_interval(x, who, _bounds(score))
+    mean = np.mean(x) if len(x) else math.nan
+    sd = math.nan if inf else pd.Series(x, dtype=float).std()
+    median,q1,q3 = _quantiles(x)
+    return dict(n=len(x), patients=who.nunique(), infinite=inf, mean=mean, sd=sd, median=median,
+                q1=q1, q3=q3, low=low, high=high)
 
 # %% ../nbs/20_statistics.ipynb #0d74626a
 def fmt(x, score: str = 'dice', sign: bool = False) -> str:
@@ -181,14 +185,6 @@ def some(names) -> str:
     names = list(names)
     return ', '.join(names[:5])+f' and {len(names)-5} more'*(len(names)>5)
 
-# %% ../nbs/20_statistics.ipynb #7557918c
-score_labels = dict(dice='Dice', pooled_dice='Dice, pooled', nsd='Surface Dice', hd95='HD95 (mm)',
-    assd='Average surface distance (mm)', recall='Recall', precision='Precision', jaccard='Jaccard',
-    specificity='Specificity', volume_error_ml='Volume error (ml)',
-    volume_error_pct='Volume error (%)', lesion_f1='Lesion F1', lesion_recall='Lesion recall',
-    lesion_precision='Lesion precision', reference_ml='Reference volume (ml)',
-    predicted_ml='Predicted volume (ml)')
-
 def label_of(score: str, tolerance: float = None) -> str:
     "Name and unit of a score; the surface Dice with its tolerance in mm, if that is given"
     at = f' at {tolerance:g} mm' if score=='nsd' and tolerance is not None else ''
@@ -201,13 +197,13 @@ def headline(
     "The main figures in one line"
     n,t = case_counts(df),summarise(df)
     d,mean = t.loc['dice'],lambda k: fmt(t.loc[k,'mean'])
-    names = dict(both_empty='with both masks empty, not scored', false_alarms='false alarms',
+    names = dict(both_empty='with both masks empty, not scored', false_alarms='false alarm',
                  misses='missed', failed='failed')
     return ' · '.join([
         f'mean Dice {mean("dice")} ({interval_of(d.low, d.high)})',
         f'surface Dice {mean("nsd")}', f'pooled Dice {mean("pooled_dice")}',
-        f'{n["scored"]} cases of {n["patients"]} patients',
-        *(f'{n[k]} {what}' for k,what in names.items() if n[k])])
+        f'{many(n["scored"], "case")} of {many(n["patients"], "patient")}',
+        *(many(n[k], what, what+'s'*(k=='false_alarms')) for k,what in names.items() if n[k])])
 
 # %% ../nbs/20_statistics.ipynb #819975d6
 def paired_tests(

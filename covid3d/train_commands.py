@@ -1,4 +1,4 @@
-"""`covid3d prepare`, `train`, `pretrain` and `demo`: each setting of a training as an option
+"""The commands `covid3d prepare`, `train`, `pretrain` and `demo`, with every setting as an option
 
 Docs: https://covid3d.github.io/covid3d/train_commands.html.md"""
 
@@ -48,7 +48,7 @@ _net_options = _panel('Network',
     encoder=_opt(Literal['r3d_18','mc3_18','r2plus1d_18'], 'Video network (r3d_18)'),
     width=_opt(int, 'Channels of its first stage (as in the weights; 16 if random)',
         min=1, max=512),
-    norm=_opt(Literal['batch','frozen','group','instance'], 'Normalisation (as in the weights)'),
+    norm=_opt(Literal['batch','frozen','group','instance'], 'Normalization (as in the weights)'),
     decoder=_opt(str, 'Channels of the decoder from coarse to fine, such as 128,64,32',
         parser=_numbers(int, None, 1), metavar='N,…'),
     up=_opt(Literal['trilinear','transposed','shuffle'], 'Upsampling in the decoder '
@@ -57,13 +57,13 @@ _net_options = _panel('Network',
 _patch_options = _panel('Data',
     bs=_opt(int, 'Patches in a batch (2)', min=1),
     patches=_opt(int, 'Patches of each training scan in an epoch (24)', min=1),
-    oversample_foreground=_opt(float, 'Fraction of these that are centred on a lesion (0.7)',
+    oversample_foreground=_opt(float, 'Fraction of these that are centered on a lesion (0.7)',
         min=0, max=1),
     augment=_opt(Literal['none','light','full','grey'], 'light: mirror, contrast, brightness; '
-        'full: for long trainings; grey: where HU are not to be relied upon (light)'))
+        'full: for long runs; grey: if HU may be wrong (light)'))
 
 # %% ../nbs/29_train_commands.ipynb #a363fd09
-_optim_options = _panel('Optimisation',
+_optim_options = _panel('Optimization',
     loss=_opt(Literal['dice-focal','dice-ce','calibrated','tversky','lovasz'], 'Loss (dice-focal)'),
     frozen_epochs=_opt(int, 'Epochs of the decoder alone, before, if pretrained (0)', min=0),
     frozen_lr=_opt(float, 'Learning rate of the frozen epochs (that of --lr)', min=1e-12),
@@ -73,8 +73,8 @@ _optim_options = _panel('Optimisation',
     clip=_opt(float, 'Largest L2 norm of all gradients together, 0 for any (12.0)', min=0),
     ema=_opt(float, 'Decay of a moving average of the weights, 0 for none (0.0)',
         min=0, max=.999999),
-    keep_start=_opt(float, 'Weight of the initial weights in those that are kept (0.5; 0.0 from '
-        'random, kinetics)', min=0, max=.99))
+    keep_start=_opt(float, 'Fraction of the initial weights in those that are kept; 0 keeps the '
+        'trained weights as they are (0.5; 0.0 from random, kinetics)', min=0, max=.99))
 
 # %% ../nbs/29_train_commands.ipynb #703f07c2
 _run_options = _panel('Run',
@@ -117,8 +117,8 @@ def _prepare(table: _Table, out: _Out, workers: _Workers = None, **spec):
     return int(len(good)<len(done))
 
 # %% ../nbs/29_train_commands.ipynb #4fe4643e
-_Folds = _opt(int, 'Cross-validate: so many trainings, each scored on the cases that it did not '
-    'see', min=2, max=1000)
+_Folds = _opt(int, 'Cross-validate: train this many times, and score each run on the cases it '
+    'did not see', min=2, max=1000)
 
 _run_only = _panel('Run',
     fold=_opt(int, 'Train only this one of the --folds, from 0', min=0),
@@ -137,7 +137,7 @@ def _started() -> tuple:
 
 # %% ../nbs/29_train_commands.ipynb #b90f4f93
 def _runs(out, folds, fold) -> list:
-    "Folders of the trainings to come"
+    "Folders of the runs to come"
     if folds is None and fold is None: return [Path(out)]
     if folds is None:
         remedy = 'Give both, for example --folds 5 --fold 0'
@@ -170,7 +170,7 @@ def _own_spec(table, given):
 
 # %% ../nbs/29_train_commands.ipynb #4907b232
 def _train_folds(table, out, config, folds, fold, how):
-    "Train, score, and say how it went"
+    "Train and score, and print the result"
     from covid3d.folds import missing_folds, train_folds
     df = train_folds(table, out, config, folds, None if fold is None else [fold], **how)
     if _started()[0]: return
@@ -215,9 +215,9 @@ def _pretrain(
     file = pretrain(out, patients, config, device, workers, resume, overwrite, **given)
     _wrote(file, f' · next: covid3d train cases.csv --init {file} -o RUN')
 
-# %% ../nbs/29_train_commands.ipynb #de659e95
+# %% ../nbs/29_train_commands.ipynb #ce4ff710
 def _clear_demo(out, overwrite):
-    "Remove a former demo; refuse a folder that holds anything else"
+    "Remove an earlier demo; refuse a folder that holds anything else"
     from covid3d.callbacks import run_outputs
     from covid3d.files import Outputs, no_links
     from covid3d.score_page import report_outputs

@@ -1,4 +1,4 @@
-"""From a CT file to the numbers a network reads: a window, one spacing, and masks that keep their lesions
+"""Turn a CT file into the input of a network: a window, one spacing, and masks that keep their lesions
 
 Docs: https://covid3d.github.io/covid3d/transforms.html.md"""
 
@@ -179,6 +179,22 @@ def _class_names(classes) -> tuple:
     return names
 
 # %% ../nbs/06_transforms.ipynb #f1f25676
+_chest = (320,350,350) # mm, (slice, row, column), of a common size
+_most_voxels = 2**28   # of a scan: 1 GiB of numbers
+
+def _voxel_mm(spacing) -> tuple:
+    "Lengths that can be voxels, not so small that a chest fills the memory"
+    mm = _finite_numbers('spacing', spacing, 3)
+    if not all(.05<=s<=100 for s in mm):
+        raise CTError('spacing', f'{mm} is not three lengths of 0.05 to 100 mm',
+                      'Give slice, row and column spacing')
+    voxels = math.prod(_chest)/math.prod(mm)
+    if voxels<=_most_voxels: return mm
+    fault = (f'{mm} makes {voxels/1e6:,.0f} million voxels of a chest, and {_most_voxels/1e6:.0f} '
+             f'million at most can be worked on')
+    raise CTError('spacing', fault, 'Give a coarser one')
+
+# %% ../nbs/06_transforms.ipynb #7bbc3b51
 @dataclass(frozen=True)
 class CTSpec:
     "How scans are prepared for a network, and what it tells apart"
@@ -198,22 +214,7 @@ class CTSpec:
             raise CTError('window', f'{self.window} is not (low, high) in HU',
                           'Give the lower first')
 
-# %% ../nbs/06_transforms.ipynb #7bbc3b51
-_chest = (320,350,350) # mm, (slice, row, column), of a common size
-_most_voxels = 2**28   # of a scan: 1 GiB of numbers
-
-@patch
-def _checked_spacing(self: CTSpec) -> tuple:
-    "Lengths that can be voxels, not so small that a chest fills the memory"
-    mm = _finite_numbers('spacing', self.spacing, 3)
-    if not all(.05<=s<=100 for s in mm):
-        raise CTError('spacing', f'{mm} is not three lengths of 0.05 to 100 mm',
-                      'Give slice, row and column spacing')
-    voxels = math.prod(_chest)/math.prod(mm)
-    if voxels<=_most_voxels: return mm
-    fault = (f'{mm} makes {voxels/1e6:,.0f} million voxels of a chest, and {_most_voxels/1e6:.0f} '
-             f'million at most can be worked on')
-    raise CTError('spacing', fault, 'Give a coarser one')
+    def _checked_spacing(self) -> tuple: return _voxel_mm(self.spacing)
 
 # %% ../nbs/06_transforms.ipynb #6db5e043
 @patch

@@ -23,10 +23,10 @@ from .volume import CTError
 _Stage = namedtuple('Stage', 'name channels size')
 
 def stage_sizes(
-    body: nn.Sequential, # an encoder: named stages, reads (1, 1, slice, row, column)
+    body: nn.Sequential, # an encoder: named stages that read (1, 1, slice, row, column)
     size: tuple = (64, 64, 64), # (slice, row, column) of the input, in voxels, at least 16 each
-) -> list: # of `_Stage`: name, number of channels, (slice, row, column) in voxels
-    "What comes out of each stage of `body`, without computing it."
+) -> list: # `_Stage`s: name, number of channels, (slice, row, column) in voxels
+    "The size and channels of the output of each stage of `body`, without computing it"
     if min(size) < 16:
         raise CTError(f'size={size}', 'too small to see each halving',
                       'Give at least 16 voxels along each axis')
@@ -38,8 +38,8 @@ def stage_sizes(
     return found
 
 # %% ../nbs/11_unet.ipynb #7b0945ad
-def _size_levels(stages: list, stem_skip: bool = True) -> list: # of lists of `_Stage`
-    "Group `stages` by the size of what comes out, fine → coarse; `stem_skip` keeps the first one."
+def _size_levels(stages: list, stem_skip: bool = True) -> list: # lists of `_Stage`
+    "Group `stages` by the size of their output, fine → coarse; `stem_skip` keeps the first one"
     levels = [list(group) for _, group in groupby(stages, key=lambda s: s.size)]
     if len(levels) < 2:
         raise CTError('encoder', 'never changes size', 'Give one with stages that stride')
@@ -48,7 +48,7 @@ def _size_levels(stages: list, stem_skip: bool = True) -> list: # of lists of `_
 
 # lists of `_Stage`, fine → coarse, the deepest included; see `DynamicUnet3d`
 def _level_widths(levels: list, decoder: int | tuple | None = None) -> list:
-    "The number of channels of each decoder level, coarse → fine."
+    "The number of channels of each decoder level, coarse → fine"
     skips = levels[-2::-1]
     if decoder is None: return [max(4, level[-1].channels // 2) for level in skips]
     widths = decoder
@@ -61,23 +61,23 @@ def _level_widths(levels: list, decoder: int | tuple | None = None) -> list:
 # %% ../nbs/11_unet.ipynb #d57bf706
 # channels in; channels out; see `norm_layer`
 def _conv_norm_relu(ni: int, nf: int, norm: str = 'group') -> nn.Sequential:
-    "3×3×3 convolution, normalization, ReLU."
+    "3×3×3 convolution, normalization, ReLU"
     return nn.Sequential(nn.Conv3d(ni, nf, 3, padding=1, bias=False), norm_layer(norm, nf),
                          nn.ReLU(inplace=True))
 
-def _init_he(m: nn.Module): # any layer; a convolution is initialized
-    "He initialization, which keeps the variance through convolution and ReLU."
+def _init_he(m: nn.Module): # any layer; only a convolution is initialized
+    "He initialization, which keeps the mean square through convolution and ReLU"
     if isinstance(m, nn.Conv3d): nn.init.kaiming_normal_(m.weight, nonlinearity='relu')
 
 # (batch, channel, slice, row, column); new (slice, row, column)
 def _resize(x: Tensor, size: tuple) -> Tensor:
-    "Trilinear interpolation of features or logits to `size`, each axis by its own factor."
+    "Trilinear interpolation of features or logits to `size`, each axis by its own factor"
     return x if x.shape[2:] == tuple(size) else F.interpolate(x, size=tuple(size), mode='trilinear',
                                                               align_corners=False)
 
 # %% ../nbs/11_unet.ipynb #76ce116d
 class _Pointwise3d(nn.Conv3d):
-    "A 1×1×1 convolution, as a product of matrices where channels lie last in memory."
+    "A 1×1×1 convolution, as a matrix product if channels are last in memory"
     # channels in and out
     def __init__(self, ni: int, nf: int, bias: bool = False): super().__init__(ni, nf, 1, bias=bias)
     # (batch, ni, slice, row, column); (batch, nf, …), in the same layout
@@ -89,21 +89,21 @@ class _Pointwise3d(nn.Conv3d):
 # %% ../nbs/11_unet.ipynb #19fb3293
 # (batch, channel·factor product, slice, row, column); (batch, channel, …), each axis longer
 def _shuffle3d(x: Tensor, factor: tuple) -> Tensor:
-    "Deal channels out to a grid that is finer by `factor` (slice, row, column): 3D pixel shuffle."
+    "Move channels to a grid that is finer by `factor` (slice, row, column): 3D pixel shuffle"
     n, c, *size = x.shape
     x = x.view(n, c // math.prod(factor), *factor, *size).permute(0, 1, 5, 2, 6, 3, 7, 4)
     return x.reshape(n, -1, *(s * f for s, f in zip(size, factor)))
 
-# of a convolution; fine voxels to a coarse one; axis on which they follow each other
+# weights of a convolution; fine voxels per coarse one; axis that holds them
 def _icnr(weight: Tensor, n: int, axis: int = 0) -> Tensor:
-    "He weights, the same for each fine voxel of a coarse one: ICNR."
+    "ICNR: He weights that are the same for each fine voxel within a coarse one"
     parts = weight.unflatten(axis, (-1, n))
     first = nn.init.kaiming_normal_(parts.select(axis + 1, 0).contiguous())
     return first.unsqueeze(axis + 1).expand_as(parts).reshape(weight.shape)
 
 # %% ../nbs/11_unet.ipynb #c71ea206
 class _Upsample(nn.Module):
-    "Features to a grid finer by `factor` (slice, row, column), from `ni` channels to `nf`."
+    "Upsample features by `factor` (slice, row, column), from `ni` channels to `nf`"
     def __init__(self, ni: int, nf: int, factor: tuple = (1, 1, 1), up: str = 'transposed'):
         super().__init__()
         if up not in ('trilinear', 'transposed', 'shuffle'):
@@ -126,7 +126,7 @@ class _Upsample(nn.Module):
 
 # %% ../nbs/11_unet.ipynb #45935e55
 class _DecoderLevel(nn.Module):
-    "Enlarge features to the size of the skips and join both."
+    "Upsample features to the size of the skips, and combine both"
     # channels from the coarser level; of each skip; of this level; the rest as in `_Upsample`
     def __init__(self, deep: int, skips: list, width: int, factor: tuple = (1, 1, 1),
                  up: str = 'transposed', norm: str = 'group'):
@@ -144,7 +144,7 @@ class _DecoderLevel(nn.Module):
 # %% ../nbs/11_unet.ipynb #ba828090
 # names, such as ['lesion', 'lung']; the same, as a new list
 def _check_classes(classes: list) -> list:
-    "The names of the classes, if they are names and differ."
+    "The names of the classes as a list; raises `CTError` unless they are different strings"
     names = [] if isinstance(classes, str) else list(classes)
     if names and all(isinstance(n, str) for n in names) and len(set(names)) == len(names):
         return names
@@ -153,7 +153,7 @@ def _check_classes(classes: list) -> list:
 
 # channels in; number of classes; expected probability at the start, in (0, 1)
 def _logit_conv(ni: int, n: int, prior: float = .05) -> nn.Conv3d:
-    "The last convolution, whose logits scatter around that of `prior` at the start."
+    "The last convolution, whose logits start around the logit of `prior`"
     if not 0 < prior < 1:
         raise CTError(f'prior={prior}', 'not a probability', 'Give a number between 0 and 1')
     conv = _Pointwise3d(ni, n, bias=True)
@@ -163,7 +163,7 @@ def _logit_conv(ni: int, n: int, prior: float = .05) -> nn.Conv3d:
 
 # %% ../nbs/11_unet.ipynb #1dbaa01a
 class _Head(nn.Module):
-    "Features of the finest encoder grid to logits of the input's size."
+    "Turn features of the finest encoder grid into logits of the input's size"
     # channels of the finest decoder level; number of classes; see `DynamicUnet3d`
     def __init__(self, width: int, n: int, input_skip: bool, prior: float):
         super().__init__()
@@ -178,8 +178,8 @@ class _Head(nn.Module):
 
 # %% ../nbs/11_unet.ipynb #06b11147
 class Attention3d(nn.Module):
-    "Self-attention among all positions, added to what comes in."
-    def __init__(self, channels: int): # of what comes in, a multiple of 8
+    "Self-attention among all positions, added to the input"
+    def __init__(self, channels: int): # channels of the input, a multiple of 8
         super().__init__()
         self.qk = nn.Conv3d(channels, channels // 4, 1, bias=False)
         self.v = nn.Conv3d(channels, channels, 1, bias=False)
@@ -192,8 +192,8 @@ class Attention3d(nn.Module):
 
 # %% ../nbs/11_unet.ipynb #41456a65
 @contextmanager
-def keep_bn_stats(module: nn.Module): # whose BatchNorm shall keep its running statistics
-    "Whatever runs inside leaves the statistics of `module` as they are."
+def keep_bn_stats(module: nn.Module): # module whose running statistics must not change
+    "Within this context, the BatchNorm statistics of `module` do not change"
     moving = [(m, dict(m._buffers)) for m in module.modules() if m.training
               and isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for m, kept in moving:
@@ -202,14 +202,14 @@ def keep_bn_stats(module: nn.Module): # whose BatchNorm shall keep its running s
     finally:
         for m, kept in moving: m._buffers.update(kept)
 
-def checkpointed(piece: nn.Module, *args): # a part of a network; what it is called with
-    "`piece(*args)`, of which only `args` are kept; the backward pass recomputes the rest."
+def checkpointed(piece: nn.Module, *args): # a part of a network; its arguments
+    "`piece(*args)`, keeping only `args`; the backward pass recomputes the rest"
     return checkpoint(piece, *args, use_reentrant=False,
                       context_fn=lambda: (nullcontext(), keep_bn_stats(piece)))
 
 # %% ../nbs/11_unet.ipynb #af84cd1d
-def _pieces(stage: nn.Module) -> list: # an encoder's stage; modules to call one after another
-    "The residual blocks of `stage`, or `stage` itself where it has no such parts."
+def _pieces(stage: nn.Module) -> list: # a stage of an encoder; modules to call in order
+    "The residual blocks of `stage`, or `stage` itself if it has none"
     blocks = list(stage.children()) if isinstance(stage, nn.Sequential) else []
     return blocks if blocks and all(list(b.children()) for b in blocks) else [stage]
 
@@ -223,26 +223,26 @@ def _decoder_levels(levels: list, widths: list, coarse: _Stage, up: str, norm: s
         coarse = _Stage(level[-1].name, width, level[-1].size)
     return found
 
-def _check_batch(x: Tensor): # meant to be (batch, 1, slice, row, column)
-    "Refuse what the network cannot read."
+def _check_batch(x: Tensor): # should be (batch, 1, slice, row, column)
+    "Raise `CTError` if the network cannot read `x`"
     if x.ndim != 5 or x.shape[1] != 1 or min(x.shape) == 0:
         raise CTError('input', f'has shape {tuple(x.shape)}',
                       'Give a batch (batch, 1, slice, row, column) with voxels along each axis')
 
 # %% ../nbs/11_unet.ipynb #f1e803ce
 class DynamicUnet3d(nn.Module):
-    "A U-Net around `encoder`: volumes (batch, 1, slice, row, column) to logits (batch, class, …)."
+    "A U-Net around `encoder`: (batch, 1, slice, row, column) in, logits (batch, class, …) out"
     def __init__(self,
-        encoder: nn.Sequential, # named stages; reads one grey channel in [0, 1]
+        encoder: nn.Sequential, # named stages; reads one gray channel in [0, 1]
         classes: list = ('lesion',), # a name for each channel of logits
         decoder: int | tuple | None = None, # channels of each level, coarse → fine, or the finest
-        stem_skip: bool = True, # the stem is a skip, besides stage 1
-        input_skip: bool = False, # so is the input, at full resolution
+        stem_skip: bool = True, # also use the stem as a skip
+        input_skip: bool = False, # also use the input as a skip, at full resolution
         up: str = 'transposed', # upsampling: `trilinear`, `transposed` or `shuffle`
         decoder_norm: str = 'group', # normalization: `group`, `instance` or `batch`
         attention: bool = False, # self-attention at the coarsest grid
         prior: float = .05, # expected probability at the start, in (0, 1)
-        size: tuple = (64, 64, 64), # (slice, row, column) to probe with; any other will do later
+        size: tuple = (64, 64, 64), # (slice, row, column) to probe with; inputs may have any size
         recompute: bool = False, # activation checkpointing: recompute in the backward pass
     ):
         super().__init__()
@@ -277,8 +277,10 @@ def train(self: DynamicUnet3d, mode: bool = True): # for training, or for evalua
     return self
 
 # %% ../nbs/11_unet.ipynb #3de3d689
-# of lists of parameters: encoder stages in order, then decoder and head
-def param_groups(model: DynamicUnet3d) -> list:
-    "Every parameter once, grouped for discriminative learning rates."
+# lists of parameters: encoder stages in order, then decoder and head
+def param_groups(
+    model: DynamicUnet3d, # The network
+) -> list: # Lists of parameters: one for each stage of the encoder, then one for the decoder
+    "All parameters, each once, grouped for discriminative learning rates"
     stages = [list(stage.parameters()) for stage in model.encoder.children()]
     return [*stages, [p for k, p in model.named_parameters() if not k.startswith('encoder.')]]

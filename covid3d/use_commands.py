@@ -54,7 +54,7 @@ def _names_or_fraction(given):
     if given and len(given)==1 and re.fullmatch(r'0|[01]?\.\d+', given[0]): return float(given[0])
     return given or None
 
-# %% ../nbs/29_use_commands.ipynb #c191a61e
+# %% ../nbs/29_use_commands.ipynb #6d4f02af
 _any_layout = Literal['folder','plain','nnunet','dicom','coronacases','zenodo','kaggle','ricord',
                       'mosmed','covid1920']
 _Root = _arg(str, 'Folder of a public data set; or ct/ and infection_mask/; or nnU-Net’s layout; '
@@ -62,9 +62,10 @@ _Root = _arg(str, 'Folder of a public data set; or ct/ and infection_mask/; or n
 _TableOut = _opt(str, 'Case table to write', '-o', '--out', metavar='FILE')
 _Valid = _opt(list[str], 'Case for validation, repeat it for several; or a fraction of the '
     'patients, such as 0.2', metavar='CASE|FRACTION')
-_Test = _opt(list[str], 'The same for the final score; neither given: the paper’s split, or a '
-    'fifth for validation', metavar='CASE|FRACTION')
-_Layout = _opt(_any_layout, 'What it holds; recognised if not given', metavar='NAME')
+_Test = _opt(list[str], 'The same for the final score. --test alone: a fifth of the patients '
+    'still goes to validation, unless --valid 0. Neither: the paper’s split, or the same fifth '
+    'and no test', metavar='CASE|FRACTION')
+_Layout = _opt(_any_layout, 'Layout of the folder; recognized if not given', metavar='NAME')
 _Annotations = _opt(str, 'RICORD: JSON of MD.ai, if it lies elsewhere', metavar='FILE')
 _Labels = _opt(list[str], 'RICORD: label that counts as lesion, repeat it for several '
     '(the infectious ones)', metavar='NAME')
@@ -247,7 +248,8 @@ _Inputs = _opt(list[str], 'The same as the arguments; repeat it for several', '-
 _Format = _opt(Literal['nifti','multilabel','nrrd','mha','seg'], 'nifti: a mask a class; '
     'multilabel, mha: all in one; nrrd: a .seg.nrrd for 3D Slicer; seg: DICOM Segmentation '
     'and report, with the patient’s data as archives need it')
-_Page = _opt(bool, 'Write the page of each scan, some MB of HTML', '--page/--no-page')
+_Page = _opt(bool, 'Write the page of each scan, some MB of HTML; pages and figures need weights '
+    'that find lesions and both lungs', '--page/--no-page')
 _Probabilities = _opt(bool, 'Write probabilities, too, in steps of 1/255', '--probabilities')
 _GivenLungs = _opt(bool, 'Measure in the lung masks of the case table, where it names them',
     '--given-lungs')
@@ -270,11 +272,13 @@ def _predict(
     if not paths: raise _Refused('SCAN', 'no scan was given', 'Name files or folders, or add -i')
     from covid3d.cases import parse_window
     window,notes = parse_window(already_windowed),[]
-    from covid3d.predict import find_scans, predict_scans
+    from covid3d.predict import find_scans, predict_scans, unmeasured
     found = find_scans(paths, notes)
     for n in notes: print('note:', n, file=sys.stderr)
     how = dict(overlap=overlap, mirror=mirror, min_ml=min_ml)
     segmenter = _segmenter(weights or ['covid3d'], device, **how)
+    if n := unmeasured(segmenter.classes, format):
+        print('note:', n, file=sys.stderr if _is_quiet() else sys.stdout)
     print(_memory_line(workers))
     df = predict_scans(found, segmenter, out, format, window, overwrite, _Teller(len(found)),
         not _is_quiet(), page, probabilities, given_lungs, workers, scheduler)

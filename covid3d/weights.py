@@ -1,4 +1,4 @@
-"""One file that holds a network, how scans are prepared for it, and what its training held
+"""One file with a network, its preprocessing settings, and a summary of its training data
 
 Docs: https://covid3d.github.io/covid3d/weights.html.md"""
 
@@ -42,17 +42,17 @@ _net_rules = dict(encoder=_one_of('r3d_18', 'mc3_18', 'r2plus1d_18'), decoder=_c
 class NetSpec:
     "Which network: all that is needed to build it again"
     encoder: str = 'r3d_18'     # `r3d_18`, `mc3_18` or `r2plus1d_18`
-    # Channels of the encoder's first stage; that of the weights, or torchvision's 64, if None
+    # Channels of the encoder's first stage, 1 to 512; None: those of the weights, or 64
     width: int = None
-    # Channels of the decoder's levels, coarse to fine; None for half the encoder's
+    # Channels of the decoder's levels, coarse to fine, each 1 to 2048; None: half the encoder's
     decoder: tuple = None
-    stem_skip: bool = True      # A skip from the stem besides stages 1 to 3
-    input_skip: bool = False    # A last level at full resolution that sees the input itself
-    # Of the encoder: `batch`, `frozen`, `group`, `instance`; of the weights, or `batch`, if None
+    stem_skip: bool = True      # Whether the decoder also gets the stem's features
+    input_skip: bool = False    # Whether it has a last level, at full resolution, with the input
+    # Encoder: `batch`, `frozen`, `group`, `instance`; None: that of the weights, or `batch`
     norm: str = None
     up: str = 'transposed'      # Upsampling in the decoder: `trilinear`, `transposed` or `shuffle`
-    decoder_norm: str = 'group' # Normalization of the decoder
-    attention: bool = False     # Self-attention at the coarsest grid
+    decoder_norm: str = 'group' # Decoder: `batch`, `frozen`, `group` or `instance`
+    attention: bool = False     # Whether the coarsest level has self-attention
 
     def __post_init__(self):
         if self.decoder is not None: object.__setattr__(self, 'decoder', tuple(self.decoder))
@@ -248,14 +248,13 @@ def load_model(
     model.to_empty(device='cpu').load_state_dict(state)
     return model.to(device).eval(),ct,net
 
-# %% ../nbs/14_weights.ipynb #9fbaef24
+# %% ../nbs/14_weights.ipynb #c71ea204
 def read_seen(
     path # `.safetensors` from `save_model`
 ) -> Seen: # None where the weights do not say
     "What the training of these weights held"
     return _specs(_read(path, _header)[0].get('covid3d'), path)[2]
 
-# %% ../nbs/14_weights.ipynb #0d126710
 def read_domain(
     path # `.safetensors` from `save_model`, which `load_model` has opened
 ) -> Domain: # None where the weights do not say
@@ -279,7 +278,6 @@ def weights_file(o): # A file's path as it is; the path of covid3d's own for its
     "What a name or a path of weights stands for"
     return own_weights() if o=='covid3d' else o
 
-# %% ../nbs/14_weights.ipynb #799d2542
 def is_network(
     pretrained # As `NetSpec.build` takes it
 ) -> bool:

@@ -1,4 +1,4 @@
-"""Ten thousand scans on many processes, on one machine or on a cluster
+"""Process ten thousand scans in many processes, on one machine or on a cluster
 
 Docs: https://covid3d.github.io/covid3d/workers.html.md"""
 
@@ -34,7 +34,6 @@ def _closed_at_end(cluster):
     finally:
         with suppress(Exception): cluster and cluster.close()
 
-# %% ../nbs/22_workers.ipynb #e20e2de0
 @contextmanager
 def _kept_at(cluster, **size):
     "Bring back workers that are lost"

@@ -1,6 +1,6 @@
 """Which test proves what: reads the markers `fault` and `promise` from the tests, without running them.
 
-`python tests/catalogue.py` writes tests/faults/catalogue.md; nbs/60_promises.ipynb shows the promises."""
+`python tests/catalogue.py` writes tests/faults/catalogue.md; nbs/40_promises.ipynb shows the promises."""
 import ast, csv
 from dataclasses import dataclass
 from pathlib import Path

@@ -123,7 +123,7 @@ def test_wrong_path(capfd, tmp_path, weights, argv, words):
 def test_directory_of_nothing(capfd, tmp_path, weights):
     (tmp_path/'empty').mkdir()
     refused(capfd, ['predict',tmp_path/'empty','--weights',weights,'--out',tmp_path/'out'], tmp_path/'empty', 'no .nii.gz, .nrrd or .mha')
-    refused(capfd, ['table',tmp_path/'empty','-o',tmp_path/'c.csv'], tmp_path/'empty', 'its layout is none that is known')
+    refused(capfd, ['table',tmp_path/'empty','-o',tmp_path/'c.csv'], tmp_path/'empty', 'its layout is none that is known', 'write the table by hand (columns case, ct, lesion, split)')
     assert sorted(o.name for o in tmp_path.iterdir())==['empty']
 
 def test_truncated_scan_costs_only_itself(capfd, tmp_path, weights, ct):
@@ -399,7 +399,7 @@ def test_a_recipe_and_options_that_change_it(data, tmp_path, capfd):
     _,ct_spec,net = load_model(tmp_path/'run'/'model.safetensors')
     assert (ct_spec.spacing,ct_spec.patch,net.width,net.up)==((9,5,5),(16,48,48),4,'trilinear')
     (tmp_path/'r.json').write_text('{"epoch": 3}')
-    refused(capfd, ['train',data/'cases.csv','-o',tmp_path/'x','--config',tmp_path/'r.json'], "no setting 'epoch'", 'Did you mean epochs')
+    refused(capfd, ['train',data/'cases.csv','-o',tmp_path/'x','--config',tmp_path/'r.json'], "no setting 'epoch'. Did you mean epochs?\n")
     assert not (tmp_path/'x').exists()
 
 def test_lists_are_lists(data, weights, ct, tmp_path, capfd):

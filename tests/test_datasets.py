@@ -126,7 +126,7 @@ def test_layout_that_is_none(names, tmp_path):
     for o in names: (tmp_path/o).parent.mkdir(parents=True, exist_ok=True); (tmp_path/o).write_bytes(b'x'*200)
     with pytest.raises(CTError, match='none that is known. Name one of coronacases, mosmed, covid1920, ricord, plain, nnunet, dicom') as e:
         case_table(tmp_path)
-    assert '\n' not in str(e.value)
+    assert '\n' not in str(e.value) and str(e.value).endswith(', or write the table by hand (columns case, ct, lesion, split).')
 
 def test_layout_that_could_be_two(phantoms, tmp_path):
     write_layout(phantoms[:2], tmp_path/'d', 'mosmed'); write_layout(phantoms[:2], tmp_path/'d', 'nnunet')

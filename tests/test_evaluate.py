@@ -682,7 +682,8 @@ def test_a_summary_by_hand():
     assert t.loc['pooled_dice','mean']==pytest.approx(2*(64+48)/(2*(64+48)+16+16+64+64), abs=1e-12) and np.isnan(t.loc['pooled_dice',['sd','median','q1','q3']]).all()
     assert t.loc['hd95','mean']==math.inf and np.isnan(t.loc['hd95',['sd','low','high']]).all() and t.loc['hd95','infinite']==2
     assert [*t]==['n','patients','infinite','mean','sd','median','q1','q3','low','high'] and summarise(odd.iloc[2:3]).n.sum()==0 and {*score_labels}=={*t.index}
-    assert headline(odd).endswith('4 cases of 4 patients · 1 with both masks empty, not scored · 1 false alarms · 1 missed') and 'no interval: fewer than 6 patients' in headline(odd)
+    assert headline(odd).endswith('4 cases of 4 patients · 1 with both masks empty, not scored · 1 false alarm · 1 missed') and 'no interval: fewer than 6 patients' in headline(odd)
+    assert '2 false alarms' in headline(pd.concat([odd, odd.assign(case=odd['case']+'b')])) and '1 case of 1 patient' in headline(odd.iloc[:1])
 
 def test_numbers_as_text():
     assert [fmt(*o) for o in ((.12345,'dice'),(1234.56,'hd95'),(math.inf,'hd95'),(math.nan,'dice'),(-.5,'volume_error_ml'),(-math.inf,'volume_error_ml'))]==['0.123','1,234.6','∞','—','−0.5','−∞']

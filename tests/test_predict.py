@@ -1,8 +1,8 @@
 "`covid3d predict`: scans keep their names and their masks, whatever is given, whatever goes wrong, and whenever it is stopped"
-import csv, os, re, shutil, signal, sys, threading
+import csv, os, re, shutil, signal, subprocess, sys, threading
 from pathlib import Path
 
-import nibabel as nib, numpy as np, pytest, torch
+import nibabel as nib, numpy as np, pydicom, pytest, torch
 from isal import igzip
 
 import covid3d.cases, covid3d.inference, covid3d.predict
@@ -274,6 +274,32 @@ def test_masks_beside_the_scans(tmp_path, weights, cts, capfd):
     for i in range(2): assert run(tmp_path, '--weights', weights, '--out', tmp_path)==0
     assert 'already done' in capfd.readouterr().out and sorted(masks(tmp_path))==['x.nii.gz','x_lesion.nii.gz']
 
+def nifti(x, path, ct):
+    "Voxels of any type on the grid of a scan"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(x.transpose(2,1,0), ct.affine[:,[2,1,0,3]]), path); return path
+
+def test_masks_that_lie_beside_scans_are_left_out(tmp_path, weights, cts, capfd):
+    "Labels of any type, and what is named like a mask; scans of any type stay, and so does what cannot be read"
+    ct,d = cts[0],tmp_path/'d'; lesion = (ct.data>100).astype(np.uint8)
+    save_volume(ct, d/'x.nii.gz')
+    nifti(ct.data.astype(np.float32)+.25, d/'y_seg.nii.gz', ct)  # a scan, whatever its name is
+    found = {'x.nii.gz','y_seg.nii.gz'}
+    for k,x in dict(x_lesion=lesion, x_mask=lesion*.3, lungs=lesion.astype(np.int16)*2, float=lesion.astype(np.float64), none=lesion*0).items(): nifti(x, d/f'{k}.nii.gz', ct)
+    nifti(lesion, d/'plain.nii', ct); save_volume(ct.new(lesion), d/'z.nii.gz')
+    (d/'x.seg.nrrd').write_bytes(b'NRRD0004')
+    (d/'cut.nii.gz').write_bytes((d/'x.nii.gz').read_bytes()[:1000]); found.add('cut.nii.gz')
+    nifti(np.clip((ct.data+1000)/8, 0, 255).astype(np.uint8), d/'grey.nii.gz', ct); found.add('grey.nii.gz')
+    notes = []
+    assert {c.ct.name for c in find_scans([d], notes)}==found and len(notes)==1 and 'and 7 more look like masks' in notes[0] and 'covid3d table' in notes[0]
+    assert {c.ct.name for c in find_scans(sorted(d.iterdir()), notes)}==found
+    for k in ('cut','grey','y_seg'): (d/f'{k}.nii.gz').unlink()
+    assert run(d, '--weights', weights, '--out', tmp_path/'m')==0
+    assert 'look like masks' in capfd.readouterr().err and list(masks(tmp_path/'m'))==['x_lesion.nii.gz']
+    for k in ('x','x_mask'): (d/f'{k}.nii.gz').unlink()
+    assert run(d, '--weights', weights, '--out', tmp_path/'n')==2
+    assert 'looks like a mask. Leave masks out, or give a case table (covid3d table).' in capfd.readouterr().err
+
 @pytest.mark.fault('X12')
 def test_one_prediction_at_a_time_in_a_folder(tmp_path, weights, world, capfd):
     inside,leave = threading.Event(),threading.Event()
@@ -328,6 +354,68 @@ def test_seg_of_nifti_is_refused_before_anything_is_segmented(world, weights, tm
     monkeypatch.setitem(sys.modules, 'highdicom', None)
     assert run(world/'tree', '--weights', weights, '--out', tmp_path/'m', '--format','seg')==2
     assert "pip install 'covid3d[dicom]'" in capfd.readouterr().err and not (tmp_path/'m').exists()
+
+three = 'lesion','right_lung','left_lung'
+deleted = 'PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber ReferringPhysicianName SliceThickness'.split()
+
+def stripped(ct, folder, edit, **kwargs):
+    "A series whose headers were changed after it was written"
+    write_series(ct, folder, **kwargs)
+    for p in folder.iterdir():
+        ds = pydicom.dcmread(p); edit(ds); ds.save_as(p)
+    return folder
+
+def without(*names):
+    def edit(ds):
+        for k in names: del ds[k]
+    return edit
+
+def complaints(p):
+    "Errors that dciodvfy, a validator of the standard's own, finds in a file"
+    r = subprocess.run(['dciodvfy', str(p)], capture_output=True, text=True)
+    return [o for o in (r.stdout+r.stderr).splitlines() if o.startswith('Error')]
+
+@pytest.mark.parametrize('names', [[k] for k in deleted]+[deleted], ids=lambda o: o[0] if len(o)==1 else 'all')
+def test_seg_of_a_series_without_type_2(tmp_path, cts, names, capfd):
+    "Elements that may be empty and were deleted by whoever de-identified the series are written empty, in the Segmentation and in the report"
+    stripped(cts[0], tmp_path/'in', without(*names))
+    assert run(tmp_path/'in', '--weights', untrained(tmp_path/'w.safetensors', three), '--out', tmp_path/'m', '--format','seg', '--no-page')==0
+    row, = rows(tmp_path/'m')
+    for end in ('seg','sr'):
+        p = tmp_path/'m'/f'{row["scan"]}_{end}.dcm'; ds = pydicom.dcmread(p)
+        for k in names:
+            if k!='SliceThickness': assert k in ds and not ds[k].value, k
+        if shutil.which('dciodvfy'): assert [o for o in complaints(p) if 'SliceThickness' not in o.replace(' ', '')]==[]
+    assert f'{row["scan"]}_sr.dcm' in row['masks']
+
+@pytest.mark.parametrize('edit,words', [(without('StudyInstanceUID'),'StudyInstanceUID is missing'), (without('FrameOfReferenceUID'),'FrameOfReferenceUID is missing'),
+    (without('SOPInstanceUID'),'SOPInstanceUID is missing'), (lambda ds: setattr(ds, 'PatientSex', 'DOE'),'hold a malformed PatientSex'),
+    (lambda ds: setattr(ds, 'PatientBirthDate', 'DOE'),'hold a malformed PatientBirthDate')], ids=['study','frame','instance','sex','birth'])
+def test_what_forbids_a_seg_is_told_before_the_scan_is_segmented(tmp_path, world, weights, cts, capfd, monkeypatch, edit, words):
+    "One line, nothing written of that scan, and the others are done"
+    stripped(cts[0], tmp_path/'in'/'odd', edit, seed='a', patient='DOE^JOHN')
+    write_series(cts[1], tmp_path/'in'/'good', seed='b')
+    real,seen = Segmenter.__call__,[]
+    monkeypatch.setattr(Segmenter, '__call__', lambda self, ct, bar=False: (seen.append(str(ct.source.path)), real(self, ct, bar))[1])
+    assert run(tmp_path/'in', '--weights', weights, '--out', tmp_path/'m', '--format','seg')==1
+    err = capfd.readouterr().err
+    assert [Path(o).name for o in seen]==['good'] and len(masks(tmp_path/'m'))==1 and 'DOE' not in err
+    line, = [o for o in err.splitlines() if words in o]
+    assert line.startswith('scan_') and '--format' in line
+
+def test_weights_without_lungs_say_what_is_missing(tmp_path, world, weights, capfd, monkeypatch):
+    "Before anything is segmented, and with --quiet on standard error; weights with lungs say nothing"
+    monkeypatch.setattr(Segmenter, '__call__', lambda *a, **k: pytest.fail('it was segmented'))
+    monkeypatch.setattr('covid3d.predict.predict_scans', lambda *a: (_ for _ in ()).throw(CTError('x', 'stop', 'Stop')))
+    for more in ([], ['-q'], ['--format','seg']):
+        assert run(world/'tree', '--weights', weights, '--out', tmp_path/'m', *more)==2
+        out = capfd.readouterr()
+        note, = [o for o in (out.err if '-q' in more else out.out).splitlines() if 'no figures' in o]
+        for k in three: assert f'--classes {k}' in note
+        assert ('NAME_seg.dcm' if 'seg' in more else 'NAME_lesion.nii.gz') in note
+    assert run(world/'tree', '--weights', untrained(tmp_path/'w.safetensors', three), '--out', tmp_path/'m')==2
+    out = capfd.readouterr()
+    assert 'no page' not in out.out+out.err
 
 def test_seg_resumes(world, weights, tmp_path, capfd):
     argv = [world/'tree', '--weights', weights, '--out', tmp_path/'m', '--format','seg']

@@ -68,10 +68,14 @@ def test_figures_of_P001_agree_with_its_readers():
     "Three radiologists named the lobes with infection on each slice of P001: slices of a lung that they call healthy hold less lesion than diseased ones, and hardly any"
     seg = Segmenter.load('covid3d', 'cpu')(Path(data)/'covid_ct_md'/'P001'); found = quantify(seg)
     said = pd.read_csv(Path(data)/'covid_ct_md'/'labels.csv'); z = len(seg.ct.data)-1-said.slice_from_top
-    share = {}
+    share,seen = {},{}
+    def longest(missed, z): return max(map(len, ''.join('x' if o else ' ' for o in missed[np.argsort(z)]).split()), default=0)
     for side,cols,least in (('right_lung',['RLL','RML','RUL'],.9), ('left_lung',['LLL','LUL'],.7)):
         mm3,ill = ((seg.masks['lesion']>0)&(seg.masks[side]>0)).sum((1,2))[z],said[cols].max(axis=1)>0
         p = mannwhitneyu(mm3[ill], mm3[~ill]); assert p.statistic/ill.sum()/(~ill).sum()>least
         share[side] = mm3[~ill].sum()/mm3.sum()
+        seen[side] = int(ill.sum()),int((ill&(mm3>0)).sum()),longest(ill&(mm3==0), z)
+    assert seen['right_lung'][0]==54 and abs(seen['right_lung'][1]-52)<3 and seen['left_lung'][0]==39 and abs(seen['left_lung'][1]-23)<3
+    assert max(o[2] for o in seen.values())<=9  # what is missed is at most 9 slices high, 18 mm
     assert max(share.values())<.1 and found.regions.lesion_ml['right_lung']>found.regions.lesion_ml['left_lung']
     assert found.regions.lesion_ml['dorsal half']>.9*found.regions.lesion_ml['lungs']  # lower lobes lie behind

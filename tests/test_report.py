@@ -9,7 +9,7 @@ from covid3d.inference import Segmentation
 from covid3d.phantom import phantom, write_phantoms
 from covid3d.quantify import quantify, schema
 from covid3d.report import report
-from covid3d.volume import Volume, open_ct, open_mask, save_mask, save_volume
+from covid3d.volume import Volume, canonical_affine, open_ct, open_mask, save_mask, save_volume
 
 def segmented(seed=23, shape=(40,110,110), spacing=(8.,3.4,3.4)):
     ph = phantom(seed, shape, spacing)
@@ -35,6 +35,25 @@ def test_figures_do_not_depend_on_the_files_axes(chest, order, flips, tmp_path):
     a,b = quantify(chest),quantify(Segmentation(ct, masks))
     np.testing.assert_allclose(a.regions, b.regions, rtol=1e-4)
     assert [*a.lesions.lung]==[*b.lesions.lung] and np.allclose(a.lesions.ml, b.lesions.ml)
+    for k in ('first_slice','slice','last_slice'): assert [*a.lesions[k]]==[*b.lesions[k]]
+    assert np.allclose(a.lesions.consolidation_percent, b.lesions.consolidation_percent)
+
+def test_a_row_for_each_lesion_by_hand():
+    "Two lesions whose slices and kind can be counted: 2+12+2 voxels in slices 3 to 5, largest in 4, a quarter of them consolidation; and 8 voxels of ground glass in slice 1."
+    x = np.full((8,12,24), -850., np.float32); masks = {k:np.zeros(x.shape, np.uint8) for k in ('lesion','right_lung','left_lung')}
+    masks['right_lung'][1:7,1:11,1:11] = masks['left_lung'][1:7,1:11,13:23] = 1
+    m = masks['lesion']; m[3,5,4:6] = m[4,4:7,3:7] = m[5,5,4:6] = 1; m[1,2:4,14:18] = 1
+    x[m>0] = -600; x[4,4,3:7] = -300  # HU from −300 on is consolidation, −300 itself included
+    found = quantify(Segmentation(Volume(x, canonical_affine((5,2,2))), masks), least_ml=.1)
+    a,b = found.lesions.to_dict('records')
+    assert (a['lung'],a['first_slice'],a['slice'],a['last_slice'],a['consolidation_percent'])==('right_lung',3,4,5,25) and a['ml']==pytest.approx(16*.02)
+    assert (b['lung'],b['first_slice'],b['slice'],b['last_slice'],b['consolidation_percent'])==('left_lung',1,1,1,0) and b['ml']==pytest.approx(8*.02)
+    assert quantify(Segmentation(Volume(x, np.eye(4)), masks), consolidation=-299, least_ml=0).lesions.consolidation_percent.tolist()==[0,0]
+    import jsonschema
+    given = found.to_dict(); jsonschema.validate(given, schema())
+    for o in given['lesions']:  # files without the optional columns stay valid
+        for k in ('first_slice','last_slice','consolidation_percent'): del o[k]
+    jsonschema.validate(given, schema())
 
 @pytest.mark.parametrize('seed', range(6))
 def test_parts_add_up(seed):

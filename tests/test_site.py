@@ -3,6 +3,7 @@
 The site is built here, unless COVID3D_SITE names the folder of one that is. Chromium and Playwright open it; axe-core (package axe-playwright-python, or COVID3D_AXE, its file) judges."""
 import functools,http.server,importlib.util,json,os,re,shutil,subprocess,sys,threading,zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from pathlib import Path
 from urllib.parse import unquote,urldefrag,urljoin
@@ -35,6 +36,20 @@ def test_a_dark_picture_keeps_the_ct():
     assert (got[20:60,10:60]==im[20:60,10:60]).all()          # the picture in it is not
     assert (np.asarray(dark(Image.fromarray(np.full((80,120,3), 255, np.uint8)))[0])==page).all()
 
+def test_the_page_is_dark_between_pictures():
+    import numpy as np
+    from PIL import Image
+    sys.path.insert(0, str(root/'nbs/_site'))
+    from figures import dark,page
+    im = np.full((150,320,3), 255, np.uint8)
+    for x in 20,120,220: im[40:120,x:x+80] = np.random.default_rng(x).integers(0, 240, (80,80,1))  # three panels, gaps of 20
+    im[20:30,40:44] = 0                                            # a stroke of a title
+    got = np.asarray(dark(Image.fromarray(im))[0])
+    assert (got[40:120,102:118]==page).all() and (got[:38]==page).all(2).mean()>.95 and (got[22:28,41:43]>240).all()
+    for x in 20,120,220: assert (got[42:118,x+2:x+78]==im[42:118,x+2:x+78]).all()
+    boxes = np.full((80,200,3), 255, np.uint8); boxes[10:70,10:90] = 220
+    assert not dark(Image.fromarray(boxes))[1]                     # the gray box of a drawing is no CT
+
 # The build
 
 def make(out):
@@ -62,8 +77,10 @@ class Html:
     def tags(self, *names):
         "Attributes of each tag of these names"
         return [dict(re.findall(r'([\w:-]+)="([^"]*)"', m[1])) for m in re.finditer(rf'<(?:{"|".join(names)})\b([^>]*)>', self.html)]
+    @staticmethod
+    def plain(s): return unescape(re.sub('<[^>]*>', '', s)).strip()
     @property
-    def text(self): return unescape(re.sub('<[^>]*>', '', self.html))
+    def text(self): return self.plain(self.html)
 
 @pytest.fixture(scope='module')
 def pages(site): return {p.name:Html(p) for p in sorted(site.glob('*.html'))}
@@ -80,6 +97,11 @@ def test_no_link_is_broken(site, pages):
             to,frag = urldefrag(urljoin(k, a)); to = unquote(to.partition('?')[0]) or k
             if not (site/to).exists() or frag and to in pages and unquote(frag) not in pages[to].ids: bad.append((k, a))
     assert bad==[]
+
+def test_links_into_the_repository(pages):
+    "What a page says is in the repository is there"
+    at = re.compile(rf'href="{cfg["git_url"]}/(?:blob|tree)/{cfg["branch"]}/([^"#?]*)')
+    assert {(k, o) for k,s in pages.items() for o in at.findall(s.html) if not (root/unquote(o)).exists()}==set()
 
 def test_no_id_is_there_twice(pages): assert {k:d for k,s in pages.items() if (d := [i for i,n in Counter(s.ids).items() if n>1])}=={}
 
@@ -109,6 +131,34 @@ def test_files_beside_the_pages(site, pages):
     assert {o.rsplit('/', 1)[1] or 'index.html' for o in at}=={*pages}-{'404.html'}-no_pages
     for o in re.findall(r'\]\((.*?)\)', (site/'llms.txt').read_text(encoding='utf-8')): assert (site/o.rsplit('/', 1)[1]).exists()
     for p in (root/'nbs').glob('*.ipynb'): assert (site/'notebooks'/p.name).read_bytes()==p.read_bytes()
+
+no_code = re.compile(r'^[ ]*(`{3,}).*?^[ ]*\1[ ]*$|`[^`\n]+`|^    .*$', re.M|re.S)
+def test_pages_for_programs(site, pages):
+    "Each page has a twin in markdown, whole tables in it, and every link an address"
+    home,bad = cfg['doc_host']+cfg['doc_baseurl']+'/',[]
+    twins = {k:(site/f'{k}.md').read_text(encoding='utf-8') for k in pages.keys()-no_pages-{'404.html'}}
+    for k,s in twins.items():
+        assert k=='index.html' or f'rel="alternate" type="text/markdown" href="{k}.md"' in pages[k].html, k
+        for a in re.findall(r'\]\(([^)\s]*)', no_code.sub('', s)):
+            to = a.removeprefix(home).partition('#')[0]
+            if not a.startswith(('http','#','mailto:')) or a.startswith(home) and not (site/(to or 'index.html')).exists(): bad.append((k, a))
+        bad += [(k, o) for o in re.findall(r'<pandas.*>|^    .* \.\.\. .*$|\{py:\w+\}|^:::.*', s, re.M)]
+    assert bad==[]
+    told = (site/'llms.txt').read_text(encoding='utf-8')
+    assert {f'{k}.md' for k in twins if not k.startswith(('part-','index'))}<={o.rsplit('/', 1)[1] for o in re.findall(r'\]\((.*?)\)', told)}
+
+def test_a_table_as_markdown():
+    sys.path.insert(0, str(root/'nbs/_site'))
+    import pandas as pd
+    from twins import table
+    df = pd.DataFrame(range(4), pd.MultiIndex.from_product([['a','b'],[1,2]], names=['x','y']), ['v|w'])
+    assert table(df.to_html())=='| x | y | v\\|w |\n| --- | --- | --- |\n| a | 1 | 0 |\n| a | 2 | 1 |\n| b | 1 | 2 |\n| b | 2 | 3 |'
+    assert table(df.unstack().to_html()).startswith('| y / x | v\\|w / 1 | v\\|w / 2 |\n')
+
+def test_every_parameter_has_a_meaning(pages):
+    bad = [(k, *cells) for k,s in pages.items() if k.startswith('api-') for t in re.findall(r'<table.*?</table>', s.html, re.S) if '<p>meaning</p>' in t
+           for r in re.findall(r'<tr.*?</tr>', t, re.S) for cells in [[Html.plain(c) for c in re.findall(r'<td.*?</td>', r, re.S)]] if cells and not cells[-1]]
+    assert bad==[], 'give each parameter a docment'
 
 def test_reference(site, pages):
     import covid3d.unet,covid3d.metrics
@@ -146,13 +196,17 @@ def address(site, tmp_path_factory):
     server.shutdown()
 
 @pytest.fixture(scope='module')
-def chrome():
+def browser():
     if not os.environ.get('COVID3D_SITE'): pytest.skip('drives a built site: `make test-site`')
     exe = next((shutil.which(p) for p in ('chromium','chromium-browser','google-chrome') if shutil.which(p)), None)
     if not exe or not importlib.util.find_spec('playwright'): pytest.skip('needs Chromium and Playwright')
+    return exe
+
+@pytest.fixture(scope='module')
+def chrome(browser):
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
-        chrome = p.chromium.launch(executable_path=exe, args=['--no-sandbox'])
+        chrome = p.chromium.launch(executable_path=browser, args=['--no-sandbox'])
         yield chrome
         chrome.close()
 
@@ -174,7 +228,7 @@ cut = '''() => { const W = document.documentElement.clientWidth, bad = []
 class Tab:
     "A page of a browser that keeps what went wrong and what was loaded"
     def __init__(self, chrome, address, **how):
-        self.page,self.address,self.faults,self.loaded = chrome.new_context(**how).new_page(),address,[],0
+        self.page,self.address,self.faults = chrome.new_context(**how).new_page(),address,[]
         self.page.on('console', lambda m: m.type in ('error','warning') and self.faults.append(m.text))
         self.page.on('pageerror', lambda e: self.faults.append(str(e)))
         self.page.on('requestfailed', lambda r: self.faults.append(f'failed: {r.url}'))
@@ -182,35 +236,56 @@ class Tab:
     def count(self, r):
         if not r.url.startswith((self.address, 'data:')): self.faults.append(f'outside: {r.url}')
         if r.status>=400: self.faults.append(f'{r.status}: {r.url}')
-        if r.status==200: self.loaded += len(r.body()) if r.request.resource_type in ('document','image','stylesheet','script','fetch') else 0
-    def open(self, name): self.loaded = 0; self.page.goto(self.address+name, wait_until='load')
+    def open(self, name): self.page.goto(self.address+name, wait_until='load')
     def see_all(self):
-        "Scroll to the end, so that lazy pictures are loaded"
-        self.page.evaluate('async () => { for (let y = 0; y < document.body.scrollHeight; y += 1500) { scrollTo(0, y); await new Promise(r => setTimeout(r, 15)) } }')
-        self.page.wait_for_load_state('networkidle')
+        "Load what a reader sees who scrolls to the end; bytes in all"
+        return self.page.evaluate('''async () => { const seen = [...document.images].filter(e => e.checkVisibility())
+          for (const e of seen) e.loading = 'eager'
+          await Promise.allSettled(seen.map(e => e.decode()))
+          return performance.getEntries().reduce((n, e) => n + (e.encodedBodySize || 0), 0) }''')
 
 @pytest.fixture(scope='module')
 def tab(chrome, address): return Tab(chrome, address, viewport=dict(width=1366, height=900))
 
-def judged(page):
+# Of thousands of words of code, one of each color on each background is enough: the others take minutes
+thin = '''() => { const seen = new Set(), at = (e, s) => e.closest(s)?.className
+  for (const e of document.querySelectorAll('.highlight pre span:not([id])')) {
+    const k = [e.className, e.parentElement.className, at(e, '[class*=highlight-]'), at(e, '.cell_output, .cell_input'), at(e, 'details, aside, .card')].join('|')
+    if (seen.has(k)) e.replaceWith(...e.childNodes); else seen.add(k) }
+  for (const e of document.querySelectorAll('.highlight pre')) e.normalize() }'''
+
+def judged(page, axe):
     "Rules of axe-core that a page breaks, critical and serious"
+    page.evaluate(thin); page.add_script_tag(path=axe)
     found = page.evaluate('axe.run(document, {resultTypes: ["violations"], runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]})')
     return [(o['id'], o['nodes'][0]['html'][:150]) for o in found['violations'] if o['impact'] in ('critical','serious')]
 
-def test_every_page(tab, pages):
-    "No fault, no outside request, less than 1 MB, no text cut at any width, nothing that axe calls serious"
-    bad,axe = {},axe_file()
-    for name in pages:
-        tab.faults = []; tab.open(name); tab.see_all()
-        found = [*tab.faults]
-        if tab.loaded>1e6: found.append(f'{tab.loaded/1e6:.2f} MB')
-        if axe:
-            tab.page.add_script_tag(path=axe); found += judged(tab.page)
-        for w in widths:
-            tab.page.set_viewport_size(dict(width=w, height=900))
-            if o := tab.page.evaluate(cut): found.append((w, o))
-        tab.page.set_viewport_size(dict(width=1366, height=900))
-        if found: bad[name] = found
+def faults(tab, name, axe):
+    "What is wrong with a page: a fault, an outside request, 1 MB or more, text cut at any width, what axe calls serious"
+    tab.faults = []; tab.open(name)
+    size,found = tab.see_all(),[]
+    if size>1e6: found.append(f'{size/1e6:.2f} MB')
+    for w in widths:
+        tab.page.set_viewport_size(dict(width=w, height=900))
+        if o := tab.page.evaluate(cut): found.append((w, o))
+    tab.page.set_viewport_size(dict(width=1366, height=900))
+    return tab.faults+found+(judged(tab.page, axe) if axe else [])
+
+def drive(exe, address, names):
+    "Name → faults of pages, in a browser of their own"
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        chrome = p.chromium.launch(executable_path=exe, args=['--no-sandbox'])
+        tab,axe = Tab(chrome, address, viewport=dict(width=1366, height=900)),axe_file()
+        found = {n:faults(tab, n, axe) for n in names}
+        chrome.close()
+    return found
+
+def test_every_page(browser, address, pages):
+    "No page has a fault; two browsers share the work, the longest pages first"
+    names,n = sorted(pages, key=lambda k: -len(pages[k].html)),min(2, os.cpu_count())
+    with ThreadPoolExecutor(n) as pool: found = [o for f in [pool.submit(drive, browser, address, names[i::n]) for i in range(n)] for o in f.result().items()]
+    bad = {k:v for k,v in found if v}
     assert bad=={}, json.dumps(bad, indent=1, ensure_ascii=False)
 
 def test_dark(chrome, address):
@@ -218,7 +293,7 @@ def test_dark(chrome, address):
     tab,axe = Tab(chrome, address, viewport=dict(width=1366, height=900), color_scheme='dark'),axe_file()
     for name in 'index','metrics','api-unet','commands','gallery','search':
         tab.open(f'{name}.html')
-        if axe: tab.page.add_script_tag(path=axe); assert judged(tab.page)==[], name
+        if axe: assert judged(tab.page, axe)==[], name
     tab.open('metrics.html')
     shown = tab.page.evaluate('[...document.querySelectorAll("article img")].filter(e => getComputedStyle(e).display !== "none").map(e => e.src)')
     assert shown and all(o.endswith('-dark.webp') for o in shown if '-dark' in o or '_images' in o)

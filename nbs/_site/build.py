@@ -9,18 +9,20 @@ from nbdev.config import get_config,nbpath2html
 
 site = Path(__file__).resolve().parent
 root = site.parents[1]
+sys.path.insert(0, str(site))
+import twins
 
 # The reading order. Each notebook stands in one place; those in tutorials/ and results/ are found by themselves.
 parts = {
-    'Scans':'volume nifti hu show dicom phantom',
-    'Patches':'transforms patches augment',
+    'Scans':'volume nifti hu show dicom_slice dicom phantom',
+    'Patches':'transforms patches augment augment_intensity augment_sets',
     'Network, losses, metrics':'encoder unet losses metrics',
-    'Data':'cases check archive datasets data prepare',
+    'Data':'cases check archive datasets data prepare prepared_folder',
     'Training':'learner callbacks recipe pretrain',
     'Inference':'weights inference domain quantify report scans predict',
     'Evaluation':'evaluate statistics score_page cohort folds paper_table reproduce',
-    'Engineering':'dicom_file dicom_slice dicom_pixels dicom_series dicom_seg dicom_sr itk export outlines layouts download shapes anatomy lung_tissue opacities '
-                  'memory distributed workers checkpoint files errors pages command train_commands use_commands cli main'}
+    'Engineering':'dicom_file dicom_pixels dicom_series dicom_seg dicom_sr itk export outlines layouts download shapes anatomy lung_tissue opacities '
+                  'memory distributed workers checkpoint signals checkpoint_check files errors pages command train_commands use_commands cli main'}
 about = {
     'Scans':'From a file on disk to a volume that knows where it lies in the patient.',
     'Patches':'What the network sees: resampled, windowed, cut out and changed at random.',
@@ -34,7 +36,11 @@ others = dict(tutorials='fastai', results='benchmarks', project='promises')  # n
 # Files of the repository that are pages, too
 files = {'CHANGELOG.md':'changelog', 'CONTRIBUTING.md':'contributing', 'THIRD_PARTY.md':'third-party',
          'covid3d/model/README.md':'model-card', 'tests/faults/catalogue.md':'bad-inputs'}
+files_about = {'changelog':'What changed, release by release', 'contributing':'How to set up a clone, change a notebook, and run the tests',
+    'third-party':'The packages that an installation brings, and the license of each', 'bad-inputs':'Every kind of bad input, what covid3d answers, and the test that proves it',
+    'model-card':'The network that comes with covid3d: how it was trained, what it scores, and what it cannot do'}
 theirs = {'LICENSE':'license', 'CITATION.cff':'citation', 'nbs/tutorials':'tutorials'}  # and pages that stand for one
+no_twin = {'404', 'genindex', 'search'}  # pages that only lead to others
 renamed = {'model-card':'Model card', 'changelog':'Changelog', 'bad-inputs':'Bad inputs', 'third-party':'Licenses of third parties'}
 # What a reader looks up, and the page that the search shows first
 index = dict(volume='Hounsfield; Hounsfield units; HU; NIfTI; affine; orientation', show='lung window; window', dicom='DICOM', dicom_seg='DICOM SEG; DICOM Segmentation',
@@ -62,17 +68,17 @@ def results(c):
     for o in c.get('outputs', []):
         d = o.get('data', {})
         if o.get('name')=='stderr' or any(k.startswith('image/') for k in d): continue
-        if 'text/markdown' in d: yield ''.join(d['text/markdown']).strip()
+        if twins.is_table(h := ''.join(d.get('text/html', ''))): yield twins.table(h)
+        elif 'text/markdown' in d: yield ''.join(d['text/markdown']).strip()
         elif t := ''.join(d.get('text/plain') or o.get('text', '')).rstrip(): yield '\n'.join(('    '+l).rstrip() for l in t.splitlines())
 
-def text(nb):
-    "Notebook `nb` as markdown: prose, code and written results"
-    res = []
-    for c in nb['cells']:
-        if is_left_out(c): continue
-        if c['cell_type']!='code': res.append(source(c)); continue
+def text(nb, prose=str, pictures=lambda cs, i: []):
+    "Notebook `nb` as markdown: prose, code, written results, and what `pictures` gives for a cell"
+    res,cs = [],[c for c in nb['cells'] if not is_left_out(c)]
+    for i,c in enumerate(cs):
+        if c['cell_type']!='code': res.append(prose(source(c))); continue
         if 'echo: false' not in source(c): res.append(f'```python\n{code(c)}\n```')
-        res += results(c)
+        res += [*results(c), *pictures(cs, i)]
     return '\n\n'.join(res)+'\n'
 
 def readme(nb, nbs='nbs'):
@@ -154,11 +160,11 @@ class Site:
     # fences, links, headings and HTML are left alone
     span_re = re.compile(r'(^[ ]*(`{3,}|:{3,}).*?^[ ]*\2|!?\[[^\]]*\]\([^)]*\)|^#+ .*?$|<a .*?</a>|\{[\w:]+\}`[^`]*`|``+.*?``+)|`([^`\n]+)`', re.M|re.S)
     def myst(self, s, folder='nbs'):
-        "Markdown `s` of a file in `folder` as MyST"
+        "Markdown `s` of a file in `folder` as MyST; what the site itself writes has no folder, and its links are names of pages"
         host,branch = self.cfg.git_url.split('//')[1],self.cfg.branch
         ours = rf'https://(?:{host}/(?:blob|tree)|{host.replace("github", "raw.githubusercontent", 1)})/{branch}/'
-        s = relink(re.sub(ours, os.path.relpath('.', folder or '.')+'/', s), lambda a: self.address(a, folder))
-        s = re.sub(r'\]\('+re.escape(address(self.cfg))+r'([\w-]+)\.html([#)])', r'](\1.ipynb\2', s)
+        if folder is not None: s = relink(re.sub(ours, os.path.relpath('.', folder or '.')+'/', s), lambda a: self.address(a, folder))
+        s = re.sub(r'\]\('+re.escape(address(self.cfg))+r'([\w-]+)\.html([#)])', lambda m: f']({m[1]}.{"ipynb" if m[1] in self.at.values() else "md"}{m[2]}', s)
         s = self.span_re.sub(lambda m: m[1] or self.span(m[3]), s)
         return re.sub(r'^!\[([^\]]*)\]\((images/([\w-]+)\.\w+)\)$', lambda m: figure(self.src, (self.cfg.nbs_path/m[2]).read_bytes(), m[3], m[1]), s, flags=re.M)
 
@@ -188,6 +194,21 @@ class Site:
             for o in c['outputs']:
                 if b := picture(o): n += 1; yield markdown_cell(figure(self.src, b, f'{p.name}-{n}', *words(cs, i, p)))
 
+    def twin(self, p):
+        "Notebook `p` as markdown for programs that read, each link an address"
+        folder,n = p.path.parent.relative_to(root).as_posix(),0
+        def pictures(cs, i):
+            nonlocal n
+            for o in cs[i]['outputs']:
+                if picture(o): n += 1; yield f'![{" ".join(words(cs, i, p)[0].split())}]({address(self.cfg)}_images/{p.name}-{n}.webp)'
+        return text(p.nb, lambda s: twins.links(relink(s, lambda a: self.address(a, folder)), self.twin_address), pictures)
+
+    def twin_address(self, a):
+        "The address of what link `a` of a page leads to: the markdown of it, if it is a page"
+        url = address(self.cfg); a = a.removeprefix(url)
+        m = re.fullmatch(r'([\w-]+)(?:\.(?:ipynb|md|html))?(#.*)?', a)
+        return a if re.match('[a-z]+:|#', a) else f'{url}{m[1]}.html{".md" if m[1] not in no_twin else ""}{m[2] or ""}' if m else url+a
+
     def reference_to(self, names, slugs):
         "The line above an exported cell: an anchor for whoever knows the address, and the way to the tables"
         anchors = ''.join(f'<span id="{o.lower()}"></span>' for o in names if o.lower() not in slugs)
@@ -215,7 +236,7 @@ def how(c):
     except SyntaxError: return {}  # a magic
     if s.startswith('_all_'): return dict(tags=['remove-cell'])
     imports = any(isinstance(o, (ast.Import, ast.ImportFrom)) for o in body) and all(isinstance(o, (ast.Import, ast.ImportFrom, ast.Assign)) for o in body) and not c['outputs']
-    fold = 'Helpers' if '#| code-fold: true' in source(c) else 'Imports' if imports and s.count('\n')>2 else \
+    fold = 'Helpers' if '#| code-fold: true' in source(c) else ('Module imports' if '#| export' in source(c) else 'Imports') if imports and s.count('\n')>2 else \
         'Tests' if not c['outputs'] and is_test(body[-1]) and s.count('\n')>3 else \
         'Source' if '#| export' in source(c) and s.count('\n')>40 else ''
     return dict(tags=['hide-input'], mystnb=dict(code_prompt_show=fold, code_prompt_hide=fold)) if fold else {}
@@ -251,7 +272,7 @@ def write(p, s): p.parent.mkdir(parents=True, exist_ok=True); p.write_text(s, en
 def write_sources(src, cfg):
     "All that Sphinx reads"
     import reference
-    shutil.copytree(site, src, ignore=shutil.ignore_patterns('__pycache__', 'build.py', 'pages', 'pictures.py', 'third_party.py'))
+    shutil.copytree(site, src, ignore=shutil.ignore_patterns('__pycache__', 'build.py', 'pages', 'pictures.py', 'third_party.py', 'twins.py'))
     for o in (site/'pages').glob('*'): shutil.copy(o, src)
     s,raw = Site(src, cfg),src/'raw'
     for o in (root/cfg.lib_path.name/'templates').glob('*.json'): raw.mkdir(exist_ok=True); shutil.copy(o, raw)  # schemas, at the addresses that they name
@@ -261,16 +282,16 @@ def write_sources(src, cfg):
     for a,p in files.items():
         body = re.sub(r'^# .*', lambda m: f'# {renamed.get(p, m[0][2:])}', (root/a).read_text(encoding='utf-8'))
         write(src/f'{p}.md', s.myst(body, os.path.dirname(a)))
-        told[p] = ' '.join(plain(re.sub(r'^(#.*|\|.*|)$', '', body, flags=re.M)).split()[:25])
+        told[p] = files_about[p]
     for p in s.pages:
-        write(raw/f'{p.name}.html.md', text(p.nb))   # the address in each module's docstring
+        write(raw/f'{p.name}.html.md', s.twin(p))   # the address in each module's docstring
         (raw/'notebooks').mkdir(exist_ok=True); shutil.copy(p.path, raw/'notebooks')
         told[p.name] = p.summary
         write(src/f'{p.name}.ipynb', json.dumps({**p.nb, 'cells':list(s.cells(p))}))
     shutil.copy(raw/'overview.html.md', raw/'index.html.md')
-    write(src/'api.md', s.myst(reference.overview())); write(src/'commands.md', reference.command_page())
+    write(src/'api.md', s.myst(reference.overview(), None)); write(src/'commands.md', reference.command_page())
     order,titles = sections(s.pages),{p.name:p for p in s.pages}
-    for m in s.documented: write(src/f'api-{m}.md', s.myst(reference.page(m, titles[m].title)))
+    for m in s.documented: write(src/f'api-{m}.md', s.myst(reference.page(m, titles[m].title), None))
     for k,v in order['Library'].items():
         v = [o for o in v if o in titles]
         write(src/f'{part_page(k)}.md', f'# {k}\n\n{about[k]}\n\n{listed(v, titles)}\n\n{toctree(v)}\n'); told[part_page(k)] = about[k]
@@ -280,9 +301,11 @@ def write_sources(src, cfg):
     fill(src/'tutorials.md', 'TUTORIALS', listed([o for o in order['Tutorials'] if o in titles], titles))
     told |= dict(api='Every public object of covid3d with its parameters, module by module', commands='Every command of covid3d and its options')
     told |= {f'api-{m}':f'Reference of covid3d.{m}: every object with a table of its parameters' for m in s.documented}
+    for o in sorted(src.glob('*.md')):
+        if o.stem not in no_twin|{'index'}: write(raw/f'{o.stem}.html.md', twins.page(o.read_text(encoding='utf-8'), address(cfg), s.twin_address))
     write(src/'_static/descriptions.json', json.dumps(told))
     write(src/'build.json', json.dumps(dict(address=address(cfg), sources=reference.source_urls(cfg))))
-    write(raw/'llms.txt', llms(cfg, order, titles)); write(raw/'sitemap.xml', sitemap(cfg, sorted(told.keys()-{'404'})))
+    write(raw/'llms.txt', llms(cfg, order, {o.name.removesuffix('.html.md'):title(o) for o in raw.glob('*.html.md')}, told)); write(raw/'sitemap.xml', sitemap(cfg, sorted(told.keys()-{'404'})))
 
 def result():
     "The landing page's one result, from benchmarks/peers.csv: Dice of each scan, the mean of its seeds, then the mean of the scans"
@@ -309,14 +332,18 @@ def front(p):
 
 def address(cfg): return cfg.doc_host+cfg.doc_baseurl.rstrip('/')+'/'
 
-def llms(cfg, order, titles):
-    "llms.txt: the notebooks as markdown, for programs that read"
+def title(p):
+    "The heading of a page in markdown"
+    return plain(re.search('^# (.*)', p.read_text(encoding='utf-8'), re.M)[1])
+
+def llms(cfg, order, titles, told):
+    "llms.txt: the pages as markdown, for programs that read"
     url,rows = address(cfg),[]
     for k,v in order.items():
         names = [o for part in v.values() for o in part] if isinstance(v, dict) else v
-        names = [o for o in names if o in titles]
-        if names: rows.append(f'## {k}\n\n'+'\n'.join(f'- [{titles[o].title}]({url}{o}.html.md): {titles[o].summary}' for o in names))
-    return '\n\n'.join(['# covid3d', f'> {titles["overview"].summary}', *rows])+'\n'
+        if k=='Reference': names = names+[o for o in sorted(titles) if o.startswith('api-')]
+        rows.append(f'## {k}\n\n'+'\n'.join(f'- [{titles[o]}]({url}{o}.html.md): {told[o]}' for o in names if o in titles))
+    return '\n\n'.join(['# covid3d', f'> {told["overview"]}', *rows])+'\n'
 
 def sitemap(cfg, names):
     url = address(cfg)
@@ -324,7 +351,7 @@ def sitemap(cfg, names):
     return f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n{rows}</urlset>\n'
 
 def main(out=None):
-    os.chdir(root); sys.path[:0] = [str(root), str(site)]
+    os.chdir(root); sys.path.insert(0, str(root))
     cfg = get_config(); out = Path(out or cfg.doc_path).resolve()
     tmp = root/'_stage' if out==Path(cfg.doc_path).resolve() else out.with_name(out.name+'_stage')
     shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)

@@ -43,6 +43,7 @@ def mathml(display):
 def describe(app, page, template, context, doctree):
     "What the templates say of a page in its head"
     context['description'] = told.get(page) or told['index']
+    context['twin'] = f'{page}.html.md' if (here/f'raw/{page}.html.md').exists() else ''
     context['site_root'] = html_baseurl.split('/', 3)[3]
     if tree := context.get('furo_navigation_tree'): context['furo_navigation_tree'] = tree.replace('role="heading"', 'role="heading" aria-level="2"')
 

@@ -6,13 +6,14 @@ from matplotlib import font_manager
 from PIL import Image,ImageDraw,ImageFont
 from scipy import ndimage as ndi
 from covid3d import sample
+from covid3d.dicom_seg import seg_colors
 from covid3d.inference import Segmenter
 from covid3d.metrics import dice
 from covid3d.phantom import phantom
 from covid3d.volume import Volume,canonical_affine
 
 static = Path(__file__).resolve().parent/'_static'
-blue,green,orange = (86,180,233),(0,158,115),(230,120,0)
+orange,blue,purple = (tuple(bytes.fromhex(seg_colors[k][1:])) for k in ('lesion','right_lung','left_lung'))
 
 def gray(ct, window=(-1000,400)):
     "Levels of a slice in a window of HU, as RGB"
@@ -46,7 +47,7 @@ def hero(segmenter):
     z,at = int(seg.masks['lesion'].sum((1,2)).argmax()),np.s_[40:415,:]
     ct = gray(enlarge(ph.ct.data[z][at], 4/3, 3))
     mask = lambda k: enlarge(seg.masks[k][z][at], 4/3)>.5
-    veils = [(mask('right_lung'), blue, .28), (mask('left_lung'), green, .28), (mask('lesion'), orange, .36)]
+    veils = [(mask('right_lung'), blue, .28), (mask('left_lung'), purple, .28), (mask('lesion'), orange, .36)]
     found = outlined(filled(ct, veils), [(mask('lesion'), orange)])
     for im,name in ((ct,'hero-ct'),(found,'hero-mask')): save(np.asarray(side(Image.fromarray(np.clip(im, 0, 255).astype(np.uint8)))), name)
     card = Image.new('RGB', (1200,630), '#0b1f29')
@@ -75,7 +76,7 @@ def of_sample(segmenter):
     "The lungs of the sample scan, and what the network calls a lesion there"
     seg = segmenter(sample()); ct,m = seg.ct.data,seg.masks
     print('sample:', seg, seg.notes)
-    panel('sample-lungs', ct, 90, [(m['right_lung'], blue), (m['left_lung'], green)])
+    panel('sample-lungs', ct, 90, [(m['right_lung'], blue), (m['left_lung'], purple)])
     panel('sample-lesion', ct, int(m['lesion'].sum((1,2)).argmax()), [(m['lesion'], orange)])
 
 if __name__=='__main__':

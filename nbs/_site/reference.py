@@ -1,5 +1,5 @@
 "The pages of the reference, made from the objects themselves: a table of the parameters of each, from their docments"
-import importlib,inspect,pkgutil,re
+import ast,importlib,inspect,io,pkgutil,re,textwrap,tokenize
 from types import SimpleNamespace
 from typing import Literal,get_args,get_origin
 import covid3d
@@ -46,7 +46,7 @@ def type_text(a):
 def parameters(o, method=False):
     try: ps = [*inspect.signature(o).parameters.values()]
     except (ValueError, TypeError): return []
-    return ps[1:] if method and ps and ps[0].name in ('self','cls') else ps
+    return ps[1:] if (method or inspect.isclass(o)) and ps and ps[0].name in ('self','cls') else ps
 
 def signature(ps):
     bare = [p.replace(annotation=empty, default=p.default if p.default is empty else Written(p.default)) for p in ps]
@@ -55,20 +55,63 @@ def signature(ps):
 def cell(s): return re.sub(r'([|*<$\\])', r'\\\1', ' '.join(s.split()))
 def code(s): return '`'+s.replace('|', r'\|')+'`' if s else ''
 
+def returned(o):
+    try: return inspect.signature(o).return_annotation
+    except (ValueError, TypeError): return empty
+
+def comments(o):
+    "Name → comment of each parameter of a function or field of a class, as its source has them; several on one line share it"
+    try: src = textwrap.dedent(inspect.getsource(o)); top = ast.parse(src).body[0]
+    except (OSError, TypeError, SyntaxError): return {}
+    lines,told = src.splitlines(),{t.start[0]:t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(src).readline) if t.type==tokenize.COMMENT}
+    above = lambda n: n>0 and lines[n-1].strip().startswith('#')
+    def of(n):
+        if n in told: return told[n]
+        found = []
+        while above(n := n-1): found.insert(0, told[n])
+        return ' '.join(found)
+    if isinstance(top, ast.ClassDef): return {f.target.id:of(f.lineno) for f in top.body if isinstance(f, ast.AnnAssign)}
+    if not isinstance(top, ast.FunctionDef): return {}
+    a,last = top.args,max([o.end_lineno for o in (*top.args.args, *top.args.kwonlyargs, *top.args.defaults) if o], default=0)
+    if last==top.lineno: return {}  # what follows a signature of one line is told of its result
+    return {o.arg:of(o.lineno) for o in (*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg) if o}
+
+def delegate(o):
+    "What `o` passes its keywords to: a function, or the class whose `__init__` that is"
+    to = getattr(o, '__delwrap__', None)
+    return getattr(inspect.getmodule(to), to.__qualname__.split('.')[0], to) if to else None
+
+def meanings(o, seen=()):
+    "Name → meaning of each parameter: what its comment says, or that of the class above, or that of the function it is passed to"
+    own = comments(o); res = {k:v for k,v in own.items() if v}
+    above = [*o.__mro__[1:-1]] if inspect.isclass(o) else []
+    for other in (*above, delegate(o)):
+        if other is not None and other not in seen: res = meanings(other, (*seen, o))|res
+    try: docs = docments(o, full=True, args_kwargs=True)
+    except Exception: docs = {}  # a class made by a factory has no source
+    return res|{k:v.docment for k,v in docs.items() if getattr(v, 'docment', None)}
+
+def looked_up(name, said):
+    "A meaning that only refers to another object, `See \`train\``, is that object's"
+    m = re.fullmatch(r'(?:See|As) `(\w+)`', said or '')
+    other = next((offered(k)[m[1]] for k in documented() if m[1] in offered(k)), None) if m else None
+    return meanings(other).get(name) or said if other is not None else said
+
 def table(o, ps):
     "Name, type, default and meaning of each parameter, and what comes back"
     try: docs = docments(o, full=True, args_kwargs=True)
-    except Exception: docs = {}  # a class made by a factory has no source
+    except Exception: docs = {}
+    told,foreign = meanings(o),inspect.isclass(o) and not any('__init__' in vars(c) or '__new__' in vars(c) for c in o.__mro__ if c.__module__.startswith('covid3d.'))
+    ps = [p for p in ps if p.name in told or not foreign]  # a constructor of another library has its own documentation
     rows = ['| name | type | default | meaning |', '|---|---|---|---|']
     for p in ps:
-        d = docs.get(p.name) or SimpleNamespace(docment='', anno=p.annotation)
         default = '' if p.default is empty else repr(Written(p.default))
         star = {p.VAR_POSITIONAL:'*', p.VAR_KEYWORD:'**'}.get(p.kind, '')
         anno = p.annotation if p.annotation is not empty or p.default in (empty, None) or callable(p.default) else type(p.default)
-        rows.append(f'| {code(star+p.name)} | {code(type_text(anno))} | {code(default)} | {cell(d.docment or "")} |')
-    back,res = docs.get('return'),'\n'.join(rows) if ps else ''
-    kind = '' if inspect.isclass(o) or not back else type_text(back.anno)
-    if kind or back and back.docment and not inspect.isclass(o): res += f'\n\n**Returns** {"`"+kind+"`" if kind else ""}'+(f': {cell(back.docment)}' if back.docment else '')
+        rows.append(f'| {code(star+p.name)} | {code(type_text(anno))} | {code(default)} | {cell(looked_up(p.name, told.get(p.name)) or "")} |')
+    back,res = docs.get('return') or SimpleNamespace(anno=returned(o), docment=None),'\n'.join(rows) if ps else ''
+    kind = '' if inspect.isclass(o) else type_text(back.anno)
+    if kind or back.docment and not inspect.isclass(o): res += f'\n\n**Returns** {"`"+kind+"`" if kind else ""}'+(f': {cell(back.docment)}' if back.docment else '')
     return res
 
 def doc(o):
@@ -172,4 +215,4 @@ def command_page():
     said = subprocess.run([sys.executable, '-m', 'covid3d', '--help'], env=env, capture_output=True, text=True, encoding='utf8', check=True).stdout
     said = '\n'.join(l.rstrip() for l in said.strip('\n').splitlines())
     sections = '\n\n'.join(command_section(k, c) for k,c in group().commands.items())
-    return f'# Command line\n\n```text\n$ covid3d --help\n{said}\n```\n\nEach command tells its options with `--help`, and all of them with `--help-all`. They stand below, command by command. How a command is made is in the chapter [Command line](cli.ipynb).\n\n{sections}\n'
+    return f'# Command line\n\n```text\n$ covid3d --help\n{said}\n```\n\nEach command tells its options with `--help`, and all of them with `--help-all`. They stand below, command by command. [Building a command](command.ipynb) shows how a command is made of a function, and [Command line](cli.ipynb) how all of them become one program.\n\n{sections}\n'

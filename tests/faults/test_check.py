@@ -176,7 +176,7 @@ def test_P10_split_without_mask(capfd, cohort, split):
     cohort.write(split='train'); cohort.write(row=0, split=split, lesion=''); cohort.write(row=1, split='valid'); cohort.write(row=2, split='train')
     cohort.write(row=3, split='test')
     f, = cohort.found()
-    assert (one_line(f).level,f.case,f.what)==('error','c0','lesion') and 'an unlabelled scan is not a negative one' in f.fault
+    assert (one_line(f).level,f.case,f.what)==('error','c0','lesion') and 'an unlabeled scan is not a negative one' in f.fault
     assert main(['check',str(cohort.table)])==1; capfd.readouterr()
     with pytest.raises(CTError, match='not a negative one'): read_cases(cohort.table, split, need=('lesion',))
     more = ['train','--init','random','--width','4']
@@ -286,8 +286,8 @@ def grey(cohort): return save(cohort/'grey.nii', np.random.default_rng(0).intege
 def test_already_windowed(cohort):
     r = cohort.check(ct=grey(cohort), already_windowed='-1250:250')[1]
     assert not r.findings and (r.hu[0],r.hu[2])==(-1250,250)
-def test_grey_without_window(capfd, cohort): broken(capfd, cohort, 'grey.nii', 'are grey levels, not HU', ct=grey(cohort))
-def test_window_for_hu(capfd, cohort): broken(capfd, cohort, '1.nii', 'are not grey levels 0…255', already_windowed='-1250:250')
+def test_grey_without_window(capfd, cohort): broken(capfd, cohort, 'grey.nii', 'are gray levels, not HU', ct=grey(cohort))
+def test_window_for_hu(capfd, cohort): broken(capfd, cohort, '1.nii', 'are not gray levels 0…255', already_windowed='-1250:250')
 
 @each('window', ['20','250:-1250','a:b','1:2:3','nan:5','-inf:250','0:inf',':'])
 def test_wrong_window(capfd, cohort, window):

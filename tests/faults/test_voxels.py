@@ -252,12 +252,12 @@ grey = np.random.default_rng(0).integers(0, 256, (9,8,7))
 @each('dtype', [np.uint8, np.int16, np.float64])
 def test_D7_windowed(tmp_path, dtype):
     base = Base(tmp_path, data=grey.astype(dtype))
-    refused(base.write(), 'grey levels, not HU')
+    refused(base.write(), 'gray levels, not HU')
     vol = open_ct(base.write(), already_windowed=(-1250,250))
     assert np.allclose(vol.data, base.canonical/255*1500-1250, atol=1e-3)
 
 @pytest.mark.fault('D7')
-def test_D7_unit_interval(tmp_path): refused(Base(tmp_path, data=(grey/255).astype(np.float32)).write(), 'grey levels')
+def test_D7_unit_interval(tmp_path): refused(Base(tmp_path, data=(grey/255).astype(np.float32)).write(), 'gray levels')
 
 @pytest.mark.fault('D7')
 @each('window', [5, (1,), (100,-100), (0,0), 'ab', (1,2,3), (float('nan'),1)])
@@ -265,7 +265,7 @@ def test_D7_bad_window(tmp_path, window):
     refused(Base(tmp_path, data=grey.astype(np.uint8)).write(), 'is not \\(low, high\\)', names='already_windowed', already_windowed=window)
 
 @pytest.mark.fault('D7')
-def test_D7_hu_given_as_windowed(plain): refused(plain.write(), 'not grey levels', already_windowed=(-1000,20))
+def test_D7_hu_given_as_windowed(plain): refused(plain.write(), 'not gray levels', already_windowed=(-1000,20))
 
 @pytest.mark.fault('D8')
 @each('pad', [-1025, -2000, -3024, -8192])
@@ -379,5 +379,5 @@ def test_no_volume_of_absurd_voxels_is_written(tmp_path, mm):
     refused(tmp_path/'scan.nii', 'singular|are no CT', lambda p: save_volume(vol, p))
 
 def test_no_such_file(plain):
-    refused(plain.folder/'none.nii', 'no such file'); refused(plain.folder, 'this is a folder')
+    refused(plain.folder/'none.nii', 'no such file'); refused(plain.folder, 'this is a folder.*use open_scan')
     (plain.folder/'scan.dcm').write_bytes(b'x'); refused(plain.folder/'scan.dcm', 'does not end in .nii')

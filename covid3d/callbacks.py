@@ -65,7 +65,8 @@ class ScanDice(Metric):
         cases = cases_in(self.learn.dls.valid_ds) if self.cases is None else self.cases
         scores = [o for o in split_map(self.score, cases, 'scoring scans') if not math.isnan(o)]
         return sum(scores)/len(scores) if scores else float('nan')
-    def score(self, case) -> float:
+    def score(self, case # `Case` with a mask of that class
+    ) -> float:
         "Dice of the first class"
         ct,klass = case.open_ct(),self.learn.spec.lesion
         found = Segmenter(self.learn.model, self.learn.spec, self.overlap)(ct).masks[klass]
@@ -116,7 +117,9 @@ def after_fit(self: KeepBest):
     if self.trains: self.put_back(self.learn)
 
 @patch
-def put_back(self: KeepBest, learn):
+def put_back(self: KeepBest,
+    learn # Learner that gets the weights
+):
     "Give a learner the best weights"
     def load():
         if self.best_epoch is None:
@@ -129,7 +132,7 @@ def put_back(self: KeepBest, learn):
 # %% ../nbs/17_callbacks.ipynb #be1ebe1f
 @patch
 def fits(self: KeepBest, learn, done, tensors, best, best_epoch) -> bool:
-    "Whether these are a score and its epoch; the weights must be there"
+    # a score and its epoch; the weights must be there
     if best_epoch is None: return best==-math.inf
     good = not math.isinf(best) and (self.last or best<=1 or self.monitor!='scan_dice') \
         and type(best_epoch) is int and 0<=best_epoch<done
@@ -140,9 +143,11 @@ def fits(self: KeepBest, learn, done, tensors, best, best_epoch) -> bool:
 class History(WhileTraining):
     "Write the table of epochs, complete after each epoch, one table over several fits"
     order,keeps = 62,('rows',)
-    def __init__(self, path): self.file,self.rows = Path(path),[]
+    def __init__(self, path # CSV file to write
+    ):
+        self.file,self.rows = Path(path),[]
     def fits(self, learn, done, tensors, rows) -> bool:
-        "Whether there is a row for each epoch, as long as those that come"
+        # a row for each epoch, as long as those that come
         n = len(getattr(learn.recorder, 'metric_names', ())) or 4+len(learn.metrics)
         return len(rows)==done and all(
             isinstance(r, list) and len(r)==n and type(r[0]) is int and r[0]==i
@@ -168,7 +173,7 @@ class EMA(WhileTraining):
         self.start = {k:v.clone() for k,v in model.state_dict().items()
                       if v.is_floating_point() and not k.startswith('head.')} if model else {}
     def fits(self, learn, done, tensors, n) -> bool:
-        "Whether there is a mean of `n` steps; a finished training needs it no more"
+        # a mean of `n` steps; a finished training needs it no more
         if tensors is None: return True
         return n<=(done+1)*10**7 and (n>0)==any(k.startswith(f'{self.name}.') for k in tensors)
     def _state(self): return get_model(self.learn.model).state_dict()

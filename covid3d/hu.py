@@ -1,4 +1,4 @@
-"""Are these numbers HU at all? The distribution of their values gives the answer
+"""Find out from the distribution of its values whether a file is in HU
 
 Docs: https://covid3d.github.io/covid3d/hu.html.md"""
 

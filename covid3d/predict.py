@@ -384,7 +384,14 @@ def _here(tasks, job):
 @lru_cache(1)
 def _opened(paths, how) -> Segmenter: return Segmenter.load([*paths], **dict(how))
 
-def segment_task(case, names, old, job, origin, threads) -> dict: # `origin`: of the `Segmenter`
+def segment_task(
+    case, # `Case` of the scan
+    names, # Names of the files to write
+    old, # Its row of an earlier run; {}: none
+    job, # Settings that all scans share
+    origin, # `origin` of the `Segmenter`
+    threads # Threads for the computation
+) -> dict:
     "The row of a scan, tried in a worker, which opens the weights once"
     torch.set_num_threads(threads)
     segmenter = _opened(tuple(origin[0]), tuple(origin[1].items()))

@@ -1,4 +1,4 @@
-"""Each scan is read, resampled and windowed once, and kept so that a random patch costs a fraction of a millisecond
+"""Read, resample and window each scan once, and store it so that a random patch costs a fraction of a millisecond
 
 Docs: https://covid3d.github.io/covid3d/prepare.html.md"""
 

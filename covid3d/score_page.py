@@ -156,7 +156,9 @@ class Extremes:
     ): self.n,self.kept = n,[]
     def __call__(self, row, ct, pred, mask):
         if self.n and not math.isnan(row['dice']): self.add(snapshot(row, ct, pred, mask))
-    def add(self, s: Snapshot):
+    def add(self,
+        s: Snapshot # Slice of a case, with its Dice
+    ):
         "Keep a slice if its case is among the worst or the best"
         self.kept = sorted([*self.kept, s], key=lambda o: o.dice)
         if len(self.kept)>2*self.n: del self.kept[self.n]

@@ -218,7 +218,9 @@ class CTSpec:
 
 # %% ../nbs/06_transforms.ipynb #6db5e043
 @patch
-def size(self: CTSpec, vol: Volume) -> tuple:
+def size(self: CTSpec,
+    vol: Volume # Scan on its own grid
+) -> tuple:
     "Voxels of `vol` along each axis as the network sees it; `CTError` if they are more than 2²⁸"
     size = size_at(vol, self.spacing)
     if math.prod(size)<=_most_voxels: return size
@@ -227,7 +229,9 @@ def size(self: CTSpec, vol: Volume) -> tuple:
                   'Use a coarser spacing, or crop the scan')
 
 @patch
-def prepare(self: CTSpec, vol: Volume) -> torch.Tensor:
+def prepare(self: CTSpec,
+    vol: Volume # Scan in HU, on its own grid
+) -> torch.Tensor:
     "HU of `vol` as the network's input, (1, slice, row, column)"
     need = 8*math.prod(size := self.size(vol))
     check_memory(vol.source.path if vol.source else vol, need,

@@ -1,4 +1,4 @@
-"""`covid3d download`, `phantom`, `table` and `check`; `evaluate`, `predict` and `reproduce`
+"""The commands `covid3d download`, `phantom`, `table`, `check`, `evaluate`, `predict` and `reproduce`
 
 Docs: https://covid3d.github.io/covid3d/use_commands.html.md"""
 

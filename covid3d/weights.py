@@ -317,7 +317,9 @@ def _continued(path, net, classes) -> DynamicUnet3d:
     return new
 
 # %% ../nbs/14_weights.ipynb #6137a173
-def mean_logit(*logits) -> torch.Tensor:
+def mean_logit(
+    *logits # Tensors of one shape
+) -> torch.Tensor:
     "The logit of the mean probability"
     l = torch.stack(logits)
     return F.logsigmoid(l).logsumexp(0)-F.logsigmoid(-l).logsumexp(0)

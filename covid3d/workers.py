@@ -47,7 +47,10 @@ def _kept_at(cluster, **size):
 
 # %% ../nbs/22_workers.ipynb #e6ab8f7d
 @contextmanager
-def dask_client(workers, scheduler):
+def dask_client(
+    workers: int, # Processes to start on this machine, at least 1; not used with a scheduler
+    scheduler # Address of a Dask scheduler, 'slurm', or None: this machine
+):
     "A Dask client, and how many threads a task may use"
     try: from distributed import Client; cluster,address,threads = _start(workers, scheduler)
     except ImportError:

@@ -192,7 +192,7 @@ class Site:
             if names := [o for o in exported(c) if o in self.names]: yield markdown_cell(self.reference_to(names, slugs))
             yield {**c, 'metadata':how(c), 'source':code(c), 'outputs':[o for o in c['outputs'] if not picture(o) and o.get('name')!='stderr']}
             for o in c['outputs']:
-                if b := picture(o): n += 1; yield markdown_cell(figure(self.src, b, f'{p.name}-{n}', *words(cs, i, p)))
+                if b := picture(o): n += 1; yield markdown_cell(figure(self.src, b, f'{p.name}-{n}', *words(cs, i, p), '#| dark: same' in source(c)))
 
     def twin(self, p):
         "Notebook `p` as markdown for programs that read, each link an address"
@@ -256,10 +256,10 @@ def words(cs, i, p):
     told = plain(near) if is_prose else plain(sentence(before.split('\n\n')[-1], -1)).rstrip(':')
     return own.get('alt') or told or f'{p.title}: a figure', own.get('cap', '')
 
-def figure(src, png, name, alt, caption=''):
+def figure(src, png, name, alt, caption='', same=False):
     "A picture as MyST, twice: for light and for dark pages"
     from figures import save_pair
-    width = save_pair(png, src/'figures', name)
+    width = save_pair(png, src/'figures', name, same)
     one = lambda f, k: f'```{{image}} figures/{f}.webp\n:alt: {" ".join(alt.split())}\n:width: {width}px\n:class: {k}\n:loading: lazy\n```'
     return '\n\n'.join(['<div class="figure">', one(name, 'only-light'), one(name+'-dark', 'only-dark'), *([f'<p class="caption">{escape(caption)}</p>'] if caption else []), '</div>'])
 

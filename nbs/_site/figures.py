@@ -88,10 +88,10 @@ def dark(im, white=250):
     for at in found: res[at] = rgb[at]
     return Image.fromarray(res),bool(found)
 
-def save_pair(png, folder, name):
-    "Write `name`.webp and `name`-dark.webp; the width in CSS pixels, two of the picture's to one"
+def save_pair(png, folder, name, same=False):
+    "Write `name`.webp and `name`-dark.webp, which is the `same` if it cannot be told what is a CT; the width in CSS pixels, two of the picture's to one"
     im = Image.open(BytesIO(png)); white = 225 if im.format=='JPEG' else 250  # of a JPEG the page beside an edge is not quite white
-    im = on_white(im); night,photo = dark(im, white); folder.mkdir(exist_ok=True)
+    im = on_white(im); night,photo = (im,True) if same else dark(im, white); folder.mkdir(exist_ok=True)
     lossy = photo and im.getcolors(256) is None  # a picture of few colors is smaller without loss
     how = dict(quality=80, method=4) if lossy else dict(lossless=True, method=2)
     for o,k in ((im,''),(night,'-dark')): o.save(folder/f'{name}{k}.webp', **how)

@@ -21,7 +21,7 @@ import numpy as np, pandas as pd, torch
 
 from .cases import bare_cell, safe_cell, told, without_paths
 from .cohort import page_names, write_cohort
-from .dicom import is_image
+from .dicom import file_bytes, is_image
 from .dicom_seg import require_seg, save_seg, seg_colors
 from .dicom_sr import save_sr
 from .files import Outputs, append, locked, manifest, read_bytes
@@ -203,7 +203,7 @@ class _Record:
         append(self.path, self._text([row]))
 
 # %% ../nbs/23_predict.ipynb #9000e4ae
-_given = ' given='  # before the digests of masks, in the settings of a row
+_given = ' given='  # before the digests of masks and headers, in the settings of a row
 _other,_away = 'Choose another --out, or add --overwrite','Choose another --out, or move it away'
 
 def _array_digest(x) -> str: return hashlib.blake2b(x, digest_size=8).hexdigest()
@@ -290,6 +290,11 @@ def _measure(seg, case, lobes, job):
     found = quantify(seg, lobes, hu=windowed is None or windowed=='')
     return replace(found, flags=(*found.flags, *odd)),odd
 
+def _headers_digest(ct) -> str:
+    "Of the headers of a series, from which a Segmentation and a report copy the patient's data"
+    headers = dict.fromkeys((s.path,s.at) for s in ct.source.slices)
+    return _array_digest(b''.join(file_bytes(p, at) for p,at in headers))
+
 def _open(case, job):
     return replace(case, already_windowed=job['window'] or case.already_windowed).open_ct()
 
@@ -299,7 +304,9 @@ def _make(case, row, names, old, job) -> str:
     ct = job.get('ahead', lambda: None)() or _open(case, job)
     row |= dict(digest=scan_digest(ct), grid=_grid_digest(ct), notes=' · '.join(ct.notes))
     given = _given_masks(case, ct, job)
-    if given: row['settings'] += _given+''.join(_array_digest(v) for v in given.values())
+    copied = [_array_digest(v) for v in given.values()]
+    if job['how']['format']=='seg': copied.append(_headers_digest(ct))
+    if copied: row['settings'] += _given+''.join(copied)
     if _is_done(old, row, names, job['out'], job['overwrite']):
         row |= old|dict(error='')
         return 'kept'

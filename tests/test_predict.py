@@ -388,6 +388,19 @@ def test_seg_of_a_series_without_type_2(tmp_path, cts, names, capfd):
         if shutil.which('dciodvfy'): assert [o for o in complaints(p) if 'SliceThickness' not in o.replace(' ', '')]==[]
     assert f'{row["scan"]}_sr.dcm' in row['masks']
 
+def test_a_series_without_its_name_replaces_the_named_one(tmp_path, cts, capfd):
+    "The files of a named series are written again after the name is taken from the headers, and kept if nothing has changed"
+    for folder,name in (('named','DOE^JANE'),('bare','')): stripped(cts[0], tmp_path/folder, lambda ds: setattr(ds, 'PatientName', name), seed='one')
+    w = untrained(tmp_path/'w.safetensors', three)
+    predict = lambda d: run(tmp_path/d, '--weights', w, '--out', tmp_path/'m', '--format','seg', '--no-page')
+    names = lambda: {str(pydicom.dcmread(p).PatientName) for p in (tmp_path/'m').glob('*.dcm')}
+    assert predict('named')==0 and names()=={'DOE^JANE'} and len(masks(tmp_path/'m'))==2
+    capfd.readouterr()
+    assert predict('bare')==0 and names()=={''} and len(masks(tmp_path/'m'))==2
+    assert 'already done' not in capfd.readouterr().out
+    assert predict('bare')==0 and 'already done' in capfd.readouterr().out
+    row, = rows(tmp_path/'m'); assert Path(row['source']).name=='bare'
+
 @pytest.mark.parametrize('edit,words', [(without('StudyInstanceUID'),'StudyInstanceUID is missing'), (without('FrameOfReferenceUID'),'FrameOfReferenceUID is missing'),
     (without('SOPInstanceUID'),'SOPInstanceUID is missing'), (lambda ds: setattr(ds, 'PatientSex', 'DOE'),'hold a malformed PatientSex'),
     (lambda ds: setattr(ds, 'PatientBirthDate', 'DOE'),'hold a malformed PatientBirthDate')], ids=['study','frame','instance','sex','birth'])

@@ -99,6 +99,7 @@ def _flipped(vol, words) -> Volume:
 # %% ../nbs/04_cases.ipynb #4dc4842e
 _most_bytes,_most_line,_most_cases = 2**24,2**16,10**5 # limits: of a table, of a line, and of cases
 _rewrite = 'Save the sheet as CSV (UTF-8), or write one with `covid3d table`'
+_by_hand = 'Write a table with `covid3d table`, or by hand (columns case, ct, lesion, split)'
 
 def csv_text(
     p: str|Path, # A file
@@ -135,6 +136,7 @@ def _read_csv(path) -> pd.DataFrame:
     p = Path(path)
     if not os.path.lexists(p):
         raise CTError(p, 'no such case table', 'Write one with `covid3d table`')
+    if p.is_dir(): raise CTError(p, 'is a folder, not a case table', _by_hand)
     text = csv_text(p)
     head = next((o for o in text.splitlines() if o.strip()), '')
     sep = max(',;\t', key=head.count)
@@ -468,7 +470,8 @@ def _check_lung(rep, case, ct, lesion):
                 'the spine lies in front of the lungs, as if front and back were exchanged',
                 'Look at it; if so, write front-back into the column flip')
     if cut := _cut_at(lung):
-        fault = f'the lung is cut off at the {" and ".join(cut)} edge of the scan, no fraction'
+        fault = (f'the lung is cut off at the {" and ".join(cut)} edge of the scan, '
+                 f'so no percentage is given')
         rep.add('warning', path, fault, 'Use a scan of the whole chest for volumes')
     if lesion is None: return
     inside = float((lesion&lung).sum()/lesion.sum()) if lesion.any() else None
@@ -558,6 +561,11 @@ def _case_or_report(row, root, masks):
         return rep
 
 # %% ../nbs/04b_check.ipynb #fbc49bf3
+def _for_training(df, need) -> bool:
+    "Whether a table has a mask or a split, so that it must have the columns that training needs"
+    splits = [k for k in df if str(k).strip().lower()=='split' and (df[k]!='').any()]
+    return bool(splits) or any(k in df for k in need)
+
 def check_table(
     table: str|Path|pd.DataFrame, # Case table: CSV or DataFrame
     split: str|list = None,       # Only this split, or these; all cases if None
@@ -566,6 +574,7 @@ def check_table(
 ) -> list: # Of `CaseReport`; one on the table itself comes first if it has faults
     "Check a case table and everything it names"
     df,root,name = _open_table(table, ())
+    if _for_training(df, need): _need_columns(df, name, ('case','ct',*need,'split'))
     wanted = {split} if isinstance(split, str) else {*(split or ())}
     masks = dict.fromkeys(('lesion','lung',*need))
     cases = [_case_or_report(r, root, masks) for r in df.to_dict('records')

@@ -24,7 +24,7 @@ from fastcore.meta import delegates
 from plum import dispatch
 
 from .augment import Augment3d, ct_aug_transforms
-from .cases import Case, _open_table, _read_csv, read_cases, safe_cell
+from .cases import Case, _by_hand, _open_table, _read_csv, read_cases, safe_cell
 from .datasets import choose_splits, folder
 from .dicom import is_image, pseudonym
 from .files import Outputs, locked, read_json, sweep
@@ -444,8 +444,7 @@ def _prepared_table(table, spec) -> tuple:
     if isinstance(table, pd.DataFrame) or not Path(table).is_dir(): return table,spec or CTSpec()
     f = Path(table); t = f/'cases.csv'
     if not t.is_file():
-        raise CTError(table, 'this folder holds no prepared cases',
-                      'Write them with `covid3d prepare`')
+        raise CTError(table, 'this folder holds no prepared cases', _by_hand)
     spec = spec or _read_spec(f/'spec.json')
     return _usable(t, f, spec),spec
 

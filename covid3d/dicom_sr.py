@@ -34,7 +34,7 @@ def _figures(row, keys) -> list:
     "Measurements of a region that are known"
     from highdicom.sr import Measurement
     from pydicom.sr.coding import Code
-    return [Measurement(Code(*_names[k][0]), float(row[k]), Code(*_names[k][1]),
+    return [Measurement(Code(*_names[k][0]), round(float(row[k]), 3), Code(*_names[k][1]),
                         derivation=Code(*_mean) if k=='mean_hu' else None)
             for k in keys if row[k]==row[k]]
 

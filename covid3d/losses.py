@@ -26,6 +26,14 @@ def soft_dice(
     return (2*(prob*mask).sum(dims)+smooth)/(prob.sum(dims)+mask.sum(dims)+smooth)
 
 # %% ../nbs/12_losses.ipynb #602c431a
+def _check_shape(what, x, shape, remedy):
+    "Raise `CTError` if `x` does not have this shape"
+    got,shape = tuple(getattr(x, 'shape', ())),tuple(shape)
+    if got!=shape: raise CTError(what, f'shape {got}, expected {shape}', remedy)
+
+_one_each = 'Return one value for each sample, such as `error.flatten(1).mean(1)`'
+
+# %% ../nbs/12_losses.ipynb #d89b505b
 class SampleLoss(nn.Module):
     "Base class: a loss of logits and masks, in float32, with one value for each sample"
     y_int = True # fastai's MixUp then blends the losses of two samples, not their masks
@@ -43,11 +51,10 @@ class SampleLoss(nn.Module):
         mask: torch.Tensor,   # The same shape, 0 or 1
         reduction: str = None # `mean` or `none`, in place of the loss's own
     ) -> torch.Tensor: # Scalar, or (batch,); 0 or more
-        if logits.shape!=mask.shape:
-            fault = f'shape {tuple(mask.shape)} is not that of the logits, {tuple(logits.shape)}'
-            raise CTError('mask', fault, 'Give one channel for each class')
+        _check_shape('mask', mask, logits.shape, 'Give one channel for each class')
         with torch.autocast(logits.device.type, enabled=False):
             loss = self.per_sample(*(o.as_subclass(torch.Tensor).float() for o in (logits,mask)))
+        _check_shape(f'{type(self).__name__}.per_sample', loss, logits.shape[:1], _one_each)
         return loss if (reduction or self.reduction)=='none' else loss.mean()
     def activation(self, logits): return logits.sigmoid() # Probabilities
     def decodes(self, prob): return (prob>=.5).to(torch.uint8) # A mask of 0 and 1

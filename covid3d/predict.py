@@ -267,14 +267,15 @@ def _unlike(masks, ct, seen) -> list:
     "Warnings for a scan with far more lesion than the training held"
     held = lambda k: max((getattr(s, k) for s in seen if s), default=0)
     most_ml,most = held('lesion_ml'),held('lesion_of_body')
-    ml = masks[next(iter(masks))].sum()*ct.ml_per_voxel
+    name,ml = (k := next(iter(masks))).replace('_',' '),masks[k].sum()*ct.ml_per_voxel
+    percent = lambda x: f'{x:.0%}' if x>=.1 else f'{100*x:.2g}%'
     of_body,out = min(1., ml/max(body_ml(ct), 1e-9)),[]
     if 0<most_ml*_beyond<ml:
         out.append(f'{ml:,.0f} ml, where training held {most_ml:,.0f} at most')
     if 0<most*_beyond<of_body:
-        out.append(f'{of_body:.0%} of the body, where training held {most:.0%} at most')
+        out.append(f'{percent(of_body)} of the body, where training held {percent(most)} at most')
     advice = 'look whether the scan is of a kind that the network knows'
-    return [f'warning: {"; ".join(out)}: {advice}']*bool(out)
+    return [f'warning: the {name} is {"; ".join(out)}: {advice}']*bool(out)
 
 # %% ../nbs/23_predict.ipynb #204da7a9
 def _given_masks(case, ct, job) -> dict: # `lobes`, and `lung` if that is asked for → labels

@@ -103,7 +103,7 @@ def looks_like_mask(
 
 # %% ../nbs/22_scans.ipynb #9b812b08
 image_kinds = '*.nii.gz','*.nrrd','*.mha'
-_no_masks = 'Leave masks out, or give a case table (covid3d table)'
+_no_masks = 'Leave masks out, or give a case table (covid3d table, or by hand)'
 
 def _scans_only(files, notes) -> list:
     "Cases of the image files that do not look like masks; a note names the others"

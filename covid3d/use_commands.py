@@ -237,6 +237,10 @@ def _print_masks(df, out) -> int:
     counts = ', '.join(f'{n[k]} {k}' for k in ('written','kept','failed') if k in n)
     if any(k.endswith('.json') for k in masks):
         print(f'look at {out/"index.html"}; all figures: {out/"measurements.csv"}')
+    if dicom := [k for k in masks if k.endswith('.dcm')]:
+        ends = ' '.join(dict.fromkeys(str(out/'*_')+k.rsplit('_', 1)[1] for k in dicom))
+        print(f'{len(dicom)} DICOM file{"s"*(len(dicom)>1)}: {ends} · with the patient’s name '
+              'and number, copied from the scans')
     print(f'{counts} · {out/"scans.csv"} says which scan is which; keep it with the scans')
     if k := n.get('failed'): print(f'{k} of {len(df)} scans failed', file=sys.stderr)
     return int('failed' in n)
@@ -248,8 +252,8 @@ _Inputs = _opt(list[str], 'The same as the arguments; repeat it for several', '-
 _Format = _opt(Literal['nifti','multilabel','nrrd','mha','seg'], 'nifti: a mask a class; '
     'multilabel, mha: all in one; nrrd: a .seg.nrrd for 3D Slicer; seg: DICOM Segmentation '
     'and report, with the patient’s data as archives need it')
-_Page = _opt(bool, 'Write the page of each scan, some MB of HTML; pages and figures need weights '
-    'that find lesions and both lungs', '--page/--no-page')
+_Page = _opt(bool, 'Write the page of each scan (the default), some MB of HTML; pages and '
+    'figures need weights that find lesions and both lungs', '--page/--no-page')
 _Probabilities = _opt(bool, 'Write probabilities, too, in steps of 1/255', '--probabilities')
 _GivenLungs = _opt(bool, 'Measure in the lung masks of the case table, where it names them',
     '--given-lungs')

@@ -119,3 +119,28 @@ def test_lovasz_is_convex_between_random_logits():
     torch.manual_seed(0)
     lov,(u,v),w = LovaszHingeLoss(reduction='none'),torch.randn(2,50,1,2,3,4),(torch.rand(50,1,2,3,4)>.7).float()
     assert (lov((u+v)/2,w)<=(lov(u,w)+lov(v,w))/2+1e-6).all()
+
+@pytest.mark.parametrize('wrong', (lambda e: e.mean(), lambda e: e.flatten(2).mean(2), lambda e: e.flatten(2).mean(2)[:,:1], lambda e: e.flatten(1).mean(1)[:1], lambda e: 0.), ids=('scalar','class','column','short','number'))
+def test_one_value_for_each_sample(wrong):
+    "A loss of one's own of another shape is refused in either reduction; its name is in the message"
+    class Own(SampleLoss):
+        def per_sample(self, logits, mask): return wrong((logits.sigmoid()-mask).abs())
+    for x,y in (sample(),sample(shape=(2,1,3,6,5))):
+        for reduction in ('mean','none'):
+            with pytest.raises(CTError, match=r'Own\.per_sample: shape .*, expected .*one value for each sample'): Own()(x, y, reduction)
+
+def test_lovasz_is_the_jaccard_loss():
+    "By each error of 0 or 1 over six voxels; by logits of ±1, where a wrong voxel has an error of 2, it is twice the Jaccard loss"
+    m = torch.tensor([1.,1,0,1,0,0]); there = {0,1,3}
+    for n in range(64):
+        wrong = torch.tensor([float(n>>i&1) for i in range(6)]); found = there^{i for i in range(6) if wrong[i]}
+        jaccard = 1-len(there&found)/len(there|found)
+        for z,times in ((1-wrong, 1), (1-2*wrong, 2)):
+            assert LovaszHingeLoss()(((2*m-1)*z).view(1,1,1,1,6), m.view(1,1,1,1,6)).item()==pytest.approx(times*jaccard, abs=1e-5)
+
+def test_price_of_a_false_alarm_and_of_a_miss():
+    "60 voxels, in a patch without another lesion or beside one of 1,000: the calibrated loss gives them about the same weight"
+    lesions = lambda *sizes: (torch.arange(147456)<sum(sizes)).float().view(1,1,16,96,96); sure = lambda m: 14*(2*m-1)
+    def price(loss): return [float(loss(sure(found), there)-loss(sure(there), there)) for found,there in ((lesions(60),lesions()),(lesions(1000),lesions(1060)))]
+    alarm,miss = price(DiceFocalLoss()); assert 24<alarm/miss<26
+    alarm,miss = price(CalibratedLoss()); assert miss<alarm<1.2*miss

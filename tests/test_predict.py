@@ -298,7 +298,7 @@ def test_masks_that_lie_beside_scans_are_left_out(tmp_path, weights, cts, capfd)
     assert 'look like masks' in capfd.readouterr().err and list(masks(tmp_path/'m'))==['x_lesion.nii.gz']
     for k in ('x','x_mask'): (d/f'{k}.nii.gz').unlink()
     assert run(d, '--weights', weights, '--out', tmp_path/'n')==2
-    assert 'looks like a mask. Leave masks out, or give a case table (covid3d table).' in capfd.readouterr().err
+    assert 'looks like a mask. Leave masks out, or give a case table (covid3d table, or by hand).' in capfd.readouterr().err
 
 @pytest.mark.fault('X12')
 def test_one_prediction_at_a_time_in_a_folder(tmp_path, weights, world, capfd):
@@ -477,7 +477,7 @@ def test_far_more_lesion_than_training_held_is_told(world, tmp_path, capfd):
     w = untrained(tmp_path/'w.safetensors', seen=Seen(12, 551., .06))
     for i in range(2):  # a scan that is kept warns again
         assert run(world/'A', '--weights', w, '--out', tmp_path/'m')==0
-        assert re.search(r'CT: [\d,]+ ml, where training held 551 at most; \d+% of the body, where training held 6% at most', capfd.readouterr().err)
+        assert re.search(r'CT: the lesion is [\d,]+ ml, where training held 551 at most; \d+% of the body, where training held 6% at most', capfd.readouterr().err)
     assert 'warning: ' in rows(tmp_path/'m')[0]['notes']
     ml = float(rows(tmp_path/'m')[0]['lesion_ml'])
     for k,seen in enumerate((Seen(12, ml/1.4, 0.), Seen(3, 0., 0.), None)):

@@ -76,6 +76,9 @@ def test_more_lesion_than_training_held():
     assert _unlike(dict(lesion=little), ct, [Seen(12, 551., .06)])==[]==_unlike(dict(lesion=little), ct, [None])
     assert _unlike(dict(lesion=np.ones(ct.shape, np.uint8)), ct, [Seen(3, 0., 0.)])==[]
     assert len(_unlike(dict(lesion=little), ct, [Seen(3, .1, 0.)]))==1
+    all_body = dict(lesion=np.ones(ct.shape, np.uint8))
+    w, = _unlike(all_body, ct, [Seen(3, 0., .004)])
+    assert w.startswith('warning: the lesion is 100% of the body, where training held 0.4% at most: ')
 
 def test_errors_as_lines():
     case = Case('scan_8b2f0c61d7', Path('archive/DOE^JANE'))

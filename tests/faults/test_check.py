@@ -187,6 +187,26 @@ def test_P10_split_without_mask(capfd, cohort, split):
     err = capfd.readouterr().err
     assert err.count('\n')==1 and "case 'c0' has no lesion mask" in err and not (cohort/'run').exists()
 
+@each('old,new', [('split','Split'), ('lesion','mask')])
+def test_check_refuses_the_columns_that_train_refuses(capfd, cohort, old, new):
+    "`check` names the missing column, as `train` does, and not a fault for each case"
+    cohort.df = cohort.df.rename(columns={old:new})
+    cohort.df.to_csv(cohort.table, index=False)
+    for argv in (['check'], ['train','--init','random','--width','4','--device','cpu','--out',str(cohort/'run')]):
+        assert main([argv[0],str(cohort.table),*argv[1:]])==2
+        err = capfd.readouterr().err
+        assert err.count('\n')==1 and f'the column {old} is missing' in err and f'{new}' in err and not (cohort/'run').exists()
+
+def test_a_folder_in_place_of_a_table(capfd, cohort):
+    "A folder is no case table: `check` and `train` say how to write one"
+    cohort.write()
+    for argv in (['check'], ['train','--init','random','--width','4','--device','cpu','--out',str(cohort.root.parent/'run')]):
+        assert main([argv[0],str(cohort.root/'none'),*argv[1:]])==2; capfd.readouterr()
+        (cohort/'study').mkdir(exist_ok=True)
+        assert main([argv[0],str(cohort/'study'),*argv[1:]])==2
+        err = capfd.readouterr().err
+        assert 'folder' in err and 'Write a table with `covid3d table`, or by hand (columns case, ct, lesion, split)' in err and 'Save the sheet' not in err
+
 # D12: lungs that are not there
 
 @pytest.mark.fault('D12')
@@ -201,7 +221,7 @@ def test_D12_no_lung(capfd, cohort):
     ('left',((2,8),(3,13),(2,18))),('lower and upper',((0,10),(3,13),(2,16)))], ids=lambda o: o if isinstance(o, str) else '')
 def test_D12_lung_cut_off(capfd, cohort, sides, ranges):
     "The lung runs out of the scan: no fraction of it, and the reason"
-    r = odd(capfd, cohort, 'warning', 'cut.nii', f'cut off at the {sides} edge', 'no fraction', lung=save(cohort/'cut.nii', box(*ranges)).name)
+    r = odd(capfd, cohort, 'warning', 'cut.nii', f'cut off at the {sides} edge', 'so no percentage is given', lung=save(cohort/'cut.nii', box(*ranges)).name)
     assert r.lesion_share is None and r.lesion_ml>0
     line = pd.DataFrame(json.loads(json_of(capfd, cohort))['reports']).set_index('case').loc['c1']
     assert line.lesion_share is None or np.isnan(line.lesion_share)

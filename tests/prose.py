@@ -36,7 +36,8 @@ def unseen(code) -> list:
             elif isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)): bound.add(n.name)
             elif isinstance(n, ast.arg): bound.add(n.arg)
             elif isinstance(n, (ast.Import, ast.ImportFrom)):
-                for o in n.names: bound |= {*vars(importlib.import_module(n.module))} if o.name=='*' else {(o.asname or o.name).split('.')[0]}
+                try: bound |= {k for o in n.names for k in ([*vars(importlib.import_module(n.module))] if o.name=='*' else [(o.asname or o.name).split('.')[0]])}
+                except ImportError: return []  # what the star stands for is unknown where the library is not installed
     return sorted(used-bound)
 
 def figures(path) -> dict:

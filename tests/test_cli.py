@@ -399,7 +399,7 @@ def test_a_recipe_and_options_that_change_it(data, tmp_path, capfd):
     _,ct_spec,net = load_model(tmp_path/'run'/'model.safetensors')
     assert (ct_spec.spacing,ct_spec.patch,net.width,net.up)==((9,5,5),(16,48,48),4,'trilinear')
     (tmp_path/'r.json').write_text('{"epoch": 3}')
-    refused(capfd, ['train',data/'cases.csv','-o',tmp_path/'x','--config',tmp_path/'r.json'], "no setting 'epoch'. Did you mean epochs?")
+    refused(capfd, ['train',data/'cases.csv','-o',tmp_path/'x','--config',tmp_path/'r.json'], "no setting 'epoch'. Did you mean epochs?\n")
     assert not (tmp_path/'x').exists()
 
 def test_lists_are_lists(data, weights, ct, tmp_path, capfd):

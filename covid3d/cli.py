@@ -60,7 +60,8 @@ def _our_line(e, options) -> str:
     what = _plain(e.what)
     if what in options: what = '--'+what.replace('_', '-')
     remedy = e.remedy.replace('pretrained=True', '--init kinetics')
-    return f'{what}: {e.fault}. {remedy.replace("pretrained=False", "--init random")}.'
+    remedy = remedy.replace('pretrained=False', '--init random')
+    return f'{what}: {e.fault}. {remedy}'+'.'*(not remedy.endswith('?'))
 
 # %% ../nbs/30_cli.ipynb #f6027629
 _scarce = 'out of memory','allocate',"can't start new thread",'failed to map segment'

@@ -31,7 +31,7 @@ def _arg(kind, help, **how):
 class _Refused(typer.BadParameter):
     "Something on the command line that cannot work: the word or file, the fault and the remedy"
     def __init__(self, what, fault, remedy):
-        super().__init__(f'{what}: {fault}. {remedy}'+'.'*(remedy[-1:]!='?'))
+        super().__init__(f'{what}: {fault}. {remedy}.')
 
 # %% ../nbs/28_command.ipynb #44012bb3
 def _numbers(kind, n=None, low=-math.inf, rising=False):

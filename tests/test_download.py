@@ -95,7 +95,7 @@ def refused(capfd, out, *words):
     "Exit status 2, and one line that holds `words` and ends with a remedy"
     assert get(out)==2
     err = capfd.readouterr().err
-    assert err.count('\n')==1 and err.endswith('.\n') and 'Traceback' not in err and all(str(w) in err for w in words), err
+    assert err.count('\n')==1 and err.endswith(('.\n','?\n')) and 'Traceback' not in err and all(str(w) in err for w in words), err
 
 def complete(out):
     "The three folders and nothing else, every file whole"

@@ -2,7 +2,7 @@
 
 A line of JSON in: argv of `covid3d`; `after` seconds, or `writing` (the n-th checkpoint is half written), when it is killed (or sent `signal`); `limit`, the largest file once `room` checkpoints with
 tensors are there, 1 if not given; `keep`, a folder for a link to each checkpoint; `score`, whether a made-up score of the weights, best in the second epoch, stands for the Dice of
-whole scans, which is 0 in so small a training; `nan`, whether a patch in step 3 of the second epoch is NaN. A line of JSON out: status (negative: killed), seconds, stdout, stderr."""
+whole scans, which is 0 in so small a training; `nan`, whether a patch in step 3 of the second epoch is NaN; `term`, whether SIGTERM comes in that step. A line of JSON out: status (negative: killed), seconds, stdout, stderr."""
 import json, math, os, resource, signal, sys, tempfile, time
 from pathlib import Path
 
@@ -33,10 +33,14 @@ def made_up(self, case)->float:
     total = sum(v.double().sum() for v in self.learn.model.state_dict().values())
     return self.learn.epoch%2/2+float(total*1000%1)/4
 
-class Spoiled(covid3d.callbacks.StopOnNaN):
-    "With a patch that is NaN"
+def in_a_step(do):
+    "A `before_batch` that calls `do` in step 3 of the second epoch"
     def before_batch(self):
-        if self.training and (self.n_epoch,self.epoch,self.iter)==(3,1,2): self.learn.xb = (self.x*math.nan,)
+        if self.training and (self.n_epoch,self.epoch,self.iter)==(3,1,2): do(self)
+    return before_batch
+
+def spoil(self): self.learn.xb = (self.x*math.nan,)
+def terminate(self): os.kill(os.getpid(), signal.SIGTERM)
 
 def child(o, out, err):
     "The command, in a process of its own"
@@ -44,7 +48,7 @@ def child(o, out, err):
     torch.set_num_threads(1)
     covid3d.checkpoint.write_checkpoint = marked(kept(o['keep']) if 'keep' in o else write_checkpoint, Path(o['mark']))
     if o.get('score'): covid3d.learner.ScanDice.score = made_up
-    if o.get('nan'): covid3d.learner.StopOnNaN = Spoiled
+    if do := spoil if o.get('nan') else terminate if o.get('term') else None: covid3d.callbacks.StopOnNaN.before_batch = in_a_step(do)
     try: status = main(o['argv'])
     except SystemExit as e: status = e.code
     sys.stdout.flush(); sys.stderr.flush()

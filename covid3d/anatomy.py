@@ -156,6 +156,7 @@ def _heart(b, z, y, x) -> tuple: # whole heart, chambers, mm
     atrium = ball(p, (hz+24,hy+34,0), (28*k,20*k,34*k))
     return smooth_min(6, left, right, atrium),np.minimum.reduce([left+12*k, right+5, atrium+4])
 
+# %% ../nbs/03_anatomy.ipynb #fd431c32
 def _arteries(b, p): # mm
     (hz,_,_),(dx,r,up),back = b.heart,b.aorta,b.deep-50
     aorta = tube(p, [(hz+20,-16,0),(52,-22,-16),(72+up,-2,-2),(70,24,dx-2),(50,back-2,dx),
@@ -165,7 +166,6 @@ def _arteries(b, p): # mm
     right = tube(p, [(34,-10,10),(26,0,-20),(18,4,-40)], [12,11,8])
     return np.minimum.reduce([aorta, neck, trunk, right])
 
-# %% ../nbs/03_anatomy.ipynb #07cabf3f
 def _veins(b, p): # mm
     hz,hy,_ = b.heart
     upper = tube(p, [(110,-8,-34),(75,-12,-26),(hz+30,-8,-34)], 9)
@@ -246,7 +246,6 @@ def _paint_belly(b, g, mm, coarse): # HU
     c.put(inside(g['colon'], mm), np.where(coarse>-.3, -960, 20))
     return c.hu
 
-# %% ../nbs/03_anatomy.ipynb #bb778b6c
 def _paint_wall(b, g, mm, coarse, fine) -> Canvas:
     c = Canvas(np.full(g['skin'].shape, -1000, np.float32))
     c.put(.95*inside(np.abs(g['couch'])-1.5, mm), b.top)

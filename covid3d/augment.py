@@ -464,8 +464,8 @@ def _between(length, n) -> tuple: # tile before, tile after, weight of the latte
 def equalize(
     x: torch.Tensor,  # (slice, row, column), values in [0, 1]
     tiles: int = 8,   # Tiles along rows, and along columns
-    clip: float = 3., # Most that a grey level may hold, times the mean of all levels
-    bins: int = 64    # Grey levels of the histogram
+    clip: float = 3., # Most that a gray level may hold, times the mean of all levels
+    bins: int = 64    # Gray levels of the histogram
 ) -> torch.Tensor: # The same shape, values in [0, 1]
     "Contrast-limited adaptive histogram equalization, slice by slice"
     curve,b = _tile_curves(x, tiles, clip, bins),(x*(bins-1)).clamp(0, bins-1)
@@ -660,7 +660,7 @@ def light_aug_transforms() -> Augment3d:
 
 # %% ../nbs/07c_augment_sets.ipynb #a4814a4b
 def grey_aug_transforms() -> Augment3d:
-    "All of `ct_aug_transforms`, and grey levels that are no HU: for weights that others will use"
+    "All of `ct_aug_transforms`, and gray levels that are no HU: for weights that others will use"
     full = ct_aug_transforms(brightness=.04, contrast=.08)
     at = next(i for i,t in enumerate(full.tfms) if isinstance(t, Then3d))
     more = SliceGap3d(),GreyLevels3d(p=.45)

@@ -456,6 +456,17 @@ def spine_in_front(
 # %% ../nbs/04b_check.ipynb #cf9228fb
 _inside_line = .8 # Fraction of a lesion in the lung mask below which we warn
 
+def _check_lesion(rep, case, ct) -> np.ndarray:
+    "Volume of the lesion; its mask, or None where there is none"
+    if 'lesion' not in case.masks: return None
+    path,m = case.label('lesion'),case.open_mask('lesion', ct)
+    rep.lesion_ml = float(m.data.sum()*ct.ml_per_voxel)
+    rep.note(path, m)
+    if not m.data.any():
+        rep.add('note', path, 'the mask is empty: a scan without a lesion',
+                'Nothing to do if that is meant; it is counted apart')
+    return m.data
+
 # %% ../nbs/04b_check.ipynb #538b104c
 def _check_lung(rep, case, ct, lesion):
     "Volume of the lung, and how much of the lesion lies in it"
@@ -481,18 +492,6 @@ def _check_lung(rep, case, ct, lesion):
                  f'of another scan')
         rep.add('warning', case.label('lesion'), fault, 'Look at it, and at the lung mask')
     elif not cut: rep.lesion_share = float(lesion.sum()/lung.sum())
-
-# %% ../nbs/04b_check.ipynb #4d0cee36
-def _check_lesion(rep, case, ct) -> np.ndarray:
-    "Volume of the lesion; its mask, or None where there is none"
-    if 'lesion' not in case.masks: return None
-    path,m = case.label('lesion'),case.open_mask('lesion', ct)
-    rep.lesion_ml = float(m.data.sum()*ct.ml_per_voxel)
-    rep.note(path, m)
-    if not m.data.any():
-        rep.add('note', path, 'the mask is empty: a scan without a lesion',
-                'Nothing to do if that is meant; it is counted apart')
-    return m.data
 
 # %% ../nbs/04b_check.ipynb #5a1c58a0
 def _check_files(rep, case, need):

@@ -76,7 +76,7 @@ def histogram(
     n = np.histogram([v for v in values if v is not None], edges)[0]
     while len(n)>1 and not n[-1]: n = n[:-1]
     label = lambda a,b: f'{a:g}–{b:g}' if b<math.inf else f'{a:g}…'
-    return [(label(a, b), int(k), k/max(n.max(), 1)) for a,b,k in zip(edges, edges[1:], n)]
+    return [(label(a, b), int(k), float(k/max(n.max(), 1))) for a,b,k in zip(edges, edges[1:], n)]
 
 # %% ../nbs/22_cohort.ipynb #552082e8
 _per_page = 500

@@ -1,4 +1,4 @@
-"""RICORD, CoronaCases, MosMed, COVID-19-20 and your own folder, each as a case table in one call
+"""CoronaCases, MosMed and COVID-19-20 as case tables, with splits by patient
 
 Docs: https://covid3d.github.io/covid3d/datasets.html.md"""
 
@@ -8,22 +8,18 @@ Docs: https://covid3d.github.io/covid3d/datasets.html.md"""
 __all__ = ['choose_splits', 'coronacases', 'mosmed', 'covid1920', 'ricord', 'folder', 'recognise', 'case_table']
 
 # %% ../nbs/05_datasets.ipynb #fa049baa
-import inspect, os, random, re
-from functools import partial, wraps
+import os, random, re
+from functools import wraps
 from pathlib import Path
 
 import pandas as pd
 from fastcore.meta import delegates
 
-from .archive import _find_dicom, _number, _series_case
+from .archive import _number
 from .archive import dicom_series  # noqa: F401  # others import it from here
-from .cases import Case, columns, parse_window, read_cases, spine_in_front, told
-from .dicom import volume_of
-from .files import Outputs, locked, read_json
+from .cases import columns, parse_window, read_cases, spine_in_front
 from .layouts import triples
-from .outlines import draw_outlines, read_outlines, ricord_labels
-from .show import track
-from .volume import CTError, case_name, plain, save_mask, to_canonical
+from .volume import CTError, case_name, plain
 
 # %% ../nbs/05_datasets.ipynb #cd5c61d8
 def _few(names) -> str: return ', '.join([*names][:5])+', …'*(len(names)>5)
@@ -112,17 +108,17 @@ def _base(root, names) -> Path:
     raise CTError(root, f'{homes[0].name} and {homes[1].name} both look like the data set',
                   'Name one of them')
 
-# %% ../nbs/05_datasets.ipynb #7642d939
-def _table(rows, dataset, notes, splits, paper=None) -> pd.DataFrame:
-    "The finished table; `paper` gives the split of a row by default"
-    df = pd.DataFrame([dict.fromkeys(columns, '')|dict(dataset=dataset)|r for r in rows]).fillna('')
-    df['split'] = choose_splits(df, **splits)
-    if paper and splits.get('valid') is None and splits.get('test') is None:
-        df['split'] = [paper(r) for r in df.to_dict('records')]
-    read_cases(df)
-    df.attrs['notes'] = [plain(o) for o in notes]
-    return df
+# %% ../nbs/05_datasets.ipynb #d15e8db1
+def _add_series(ct, folder, base, notes):
+    "Add the folders of slices among the scans of the folder `ct/`"
+    for d in _below(folder):
+        if not _inside(d, base) or os.path.samefile(d, folder):  # F6
+            notes.append(f'{d.name} is a link that leads out of ct/ or back to it and was passed '
+                         f'over')
+        elif d.name in ct: raise _same_name(d, ct[d.name])
+        else: ct[d.name] = d
 
+# %% ../nbs/05_datasets.ipynb #7642d939
 def _rows(home, ct, masks, patient=str, **same) -> list:
     "Rows of the table from case → file; `masks` is column → case → file"
     if not ct:  # F9
@@ -135,6 +131,17 @@ def _all_masks(ct, masks, folder):
     if lost := [o for o in ct if o not in masks]:  # F1
         remedy = 'Add the masks, or take these scans away'
         raise CTError(folder, f'no mask for {_few(lost)}', remedy)
+
+# %% ../nbs/05_datasets.ipynb #a9370b49
+def _table(rows, dataset, notes, splits, paper=None) -> pd.DataFrame:
+    "The finished table; `paper` gives the split of a row by default"
+    df = pd.DataFrame([dict.fromkeys(columns, '')|dict(dataset=dataset)|r for r in rows]).fillna('')
+    df['split'] = choose_splits(df, **splits)
+    if paper and splits.get('valid') is None and splits.get('test') is None:
+        df['split'] = [paper(r) for r in df.to_dict('records')]
+    read_cases(df)
+    df.attrs['notes'] = [plain(o) for o in notes]
+    return df
 
 # %% ../nbs/05_datasets.ipynb #f3e09ebf
 def _only(root, found, layout='', known=()) -> str:
@@ -248,7 +255,19 @@ def covid1920(
     _all_masks([o for o,p in ct.items() if p.parent.name=='Train'], masks, base/'Train')
     return _table(_rows(base/'Train', ct, dict(lesion=masks)), 'covid1920', notes, splits)
 
-# %% ../nbs/05_datasets.ipynb #2617fbe9
+# %% ../nbs/05b_own_folder.ipynb #358ef461
+import inspect
+from functools import partial
+
+from .archive import _find_dicom, _series_case
+from .cases import Case, told
+from .dicom import volume_of
+from .files import Outputs, locked, read_json
+from .outlines import draw_outlines, read_outlines, ricord_labels
+from .show import track
+from .volume import save_mask, to_canonical
+
+# %% ../nbs/05b_own_folder.ipynb #5814551a
 def _find_json(root, annotations) -> Path:
     "The one export in `root`"
     if annotations: return Path(annotations)
@@ -259,7 +278,7 @@ def _find_json(root, annotations) -> Path:
                                     '(--annotations FILE)')
     return found[0]
 
-# %% ../nbs/05_datasets.ipynb #e13f6d67
+# %% ../nbs/05b_own_folder.ipynb #c926c733
 def _series_cases(found, outlines):
     "(path, `Series`, outlined or not): all with an outline, or the largest of the study"
     studies = {}
@@ -269,12 +288,13 @@ def _series_cases(found, outlines):
     for group in studies.values():
         yield from [o for o in group if o[2]] or [max(group, key=lambda o: len(o[1].slices))]
 
-# %% ../nbs/05_datasets.ipynb #a241034a
+# %% ../nbs/05b_own_folder.ipynb #c44e7264
 def _draw_mask(series, outlines, agree, path):
     ct = volume_of(series)
     mask = draw_outlines(ct.source.slices, outlines, agree).transpose(2,1,0)
     save_mask(to_canonical(mask, ct.source.header.get_sform())[0], ct, path)
 
+# %% ../nbs/05b_own_folder.ipynb #65f213e1
 def _draw_masks(rows, series, outlines, agree, home, notes, lost):
     "Write the masks of the outlined series into the folder `home`"
     masks = Outputs(home, 'cases', '*_lesion.nii.gz')
@@ -291,7 +311,7 @@ def _draw_masks(rows, series, outlines, agree, home, notes, lost):
                 lost.append(dict(case=row['case'], error=str(why), note=notes[-1]))
             else: row['lesion'] = str((home/name).absolute())
 
-# %% ../nbs/05_datasets.ipynb #ac04b5c8
+# %% ../nbs/05b_own_folder.ipynb #85f52889
 def _note_outlines(outlines, agree, found, notes):
     "Note united outlines of several readers, and outlines without their slice"
     n = sum(len({who for who,_ in o})>1 for o in outlines.values())
@@ -301,7 +321,7 @@ def _note_outlines(outlines, agree, found, notes):
     if n := len(set(outlines)-{o.uid for _,s,_ in found for o in s.slices}):
         notes.append(f'{n} outlined slice{"s are" if n>1 else " is"} not among the DICOM files')
 
-# %% ../nbs/05_datasets.ipynb #b5734af4
+# %% ../nbs/05b_own_folder.ipynb #f145d0c9
 @_on_folder
 @delegates(choose_splits)
 def ricord(
@@ -327,33 +347,7 @@ def ricord(
     df.attrs |= attrs
     return df
 
-# %% ../nbs/05_datasets.ipynb #47a138d9
-def _add_series(ct, folder, base, notes):
-    "Add the folders of slices among the scans of the folder `ct/`"
-    for d in _below(folder):
-        if not _inside(d, base) or os.path.samefile(d, folder):  # F6
-            notes.append(f'{d.name} is a link that leads out of ct/ or back to it and was passed '
-                         f'over')
-        elif d.name in ct: raise _same_name(d, ct[d.name])
-        else: ct[d.name] = d
-
-# %% ../nbs/05_datasets.ipynb #c68a9070
-def _nnunet(base, notes) -> tuple:
-    "Scans and masks of nnU-Net's raw layout, version 1 or 2"
-    home = base/'imagesTr'
-    files,masks = (_niftis(base, [d], notes) for d in ('imagesTr','labelsTr'))
-    ct = {o[:-5]:p for o,p in files.items() if o.endswith('_0000')}
-    if more := [o for o in files if re.search(r'_\d{4}$', o) and not o.endswith('_0000')]:
-        raise CTError(home, f'{plain(more[0])} is a second channel of a scan, and CT has one',
-                      'Keep the CT alone, as …_0000.nii.gz')
-    if bare := len(files)-len(ct):
-        notes.append(f'{_number(bare, "file")} of imagesTr/ without _0000 at the end of the name '
-                     f'left aside')
-    _all_masks(ct, masks, base/'labelsTr')
-    if os.path.lexists(base/'dataset.json'): _check_dataset(base/'dataset.json', len(ct), notes)
-    return ct,dict(lesion=masks)
-
-# %% ../nbs/05_datasets.ipynb #41b71cdc
+# %% ../nbs/05b_own_folder.ipynb #9db9f4f1
 def _check_dataset(path, n, notes):
     "Compare `dataset.json` with the folder; it must be of CT and of one class"
     remedy = 'Correct the file, or remove it'
@@ -374,7 +368,23 @@ def _check_dataset(path, n, notes):
         notes.append(f'labelsTr/ holds several classes ({", ".join(classes)[:200]}): map them to 0 '
                      f'and 1, or the check refuses the masks')
 
-# %% ../nbs/05_datasets.ipynb #e2e82b16
+# %% ../nbs/05b_own_folder.ipynb #dfea4273
+def _nnunet(base, notes) -> tuple:
+    "Scans and masks of nnU-Net's raw layout, version 1 or 2"
+    home = base/'imagesTr'
+    files,masks = (_niftis(base, [d], notes) for d in ('imagesTr','labelsTr'))
+    ct = {o[:-5]:p for o,p in files.items() if o.endswith('_0000')}
+    if more := [o for o in files if re.search(r'_\d{4}$', o) and not o.endswith('_0000')]:
+        raise CTError(home, f'{plain(more[0])} is a second channel of a scan, and CT has one',
+                      'Keep the CT alone, as …_0000.nii.gz')
+    if bare := len(files)-len(ct):
+        notes.append(f'{_number(bare, "file")} of imagesTr/ without _0000 at the end of the name '
+                     f'left aside')
+    _all_masks(ct, masks, base/'labelsTr')
+    if os.path.lexists(base/'dataset.json'): _check_dataset(base/'dataset.json', len(ct), notes)
+    return ct,dict(lesion=masks)
+
+# %% ../nbs/05b_own_folder.ipynb #9559ff52
 _signs = dict(coronacases=('COVID-19-CT-Seg_20cases/*.nii*','ct_scans/*.nii*','ct/coronacases_*',
                            'ct/radiopaedia_*'),
               mosmed=('studies/CT-[0-4]/*.nii*',), covid1920=('Train/*_ct.nii*',),
@@ -393,7 +403,7 @@ def _is_dicom(p) -> bool:
 def _holds_dicom(root) -> bool:
     return any(_is_dicom(Path(at)/f) for at,_,files in os.walk(root) for f in files)
 
-# %% ../nbs/05_datasets.ipynb #cbccab06
+# %% ../nbs/05b_own_folder.ipynb #a575cb70
 def _layouts_of(root) -> list:
     "Names of the layouts whose files a folder holds"
     below = _below(root)
@@ -406,7 +416,7 @@ def _layouts_of(root) -> list:
     mdai = any('annotation' in p.name.lower() for p in root.rglob('*.json'))
     return found+['ricord' if mdai else 'dicom']
 
-# %% ../nbs/05_datasets.ipynb #b8ea225c
+# %% ../nbs/05b_own_folder.ipynb #2adb08e6
 def _dicom_table(root, splits) -> pd.DataFrame:
     "A row for each CT series of a tree"
     notes = []
@@ -420,7 +430,7 @@ def _dicom_table(root, splits) -> pd.DataFrame:
     df.attrs |= attrs
     return df
 
-# %% ../nbs/05_datasets.ipynb #b81714a0
+# %% ../nbs/05b_own_folder.ipynb #c34bb4db
 @_on_folder
 @delegates(choose_splits)
 def folder(
@@ -440,7 +450,7 @@ def folder(
     rows = _rows(root/_own[kind][0], ct, masks, already_windowed=already_windowed)
     return _table(rows, 'folder', notes, splits)
 
-# %% ../nbs/05_datasets.ipynb #538bbb22
+# %% ../nbs/05b_own_folder.ipynb #b7517426
 @_on_folder
 def recognise(
     root: str|Path # A folder of scans
@@ -457,7 +467,7 @@ _tables = dict(coronacases=coronacases, mosmed=mosmed, covid1920=covid1920, rico
                **{k:partial(folder, layout=k) for k in _own},
                **{k:partial(coronacases, layout=k) for k in ('zenodo','kaggle')}, folder=folder)
 
-# %% ../nbs/05_datasets.ipynb #46885b63
+# %% ../nbs/05b_own_folder.ipynb #29692204
 def case_table(
     root: str|Path,   # A folder of scans
     layout: str = '', # As `recognise` names it, or zenodo or kaggle; recognised if empty

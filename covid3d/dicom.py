@@ -137,7 +137,7 @@ def _stack(slices, p) -> tuple:
 
 # %% ../nbs/01_dicom.ipynb #78874aa5
 def _assemble(p, slices) -> Volume:
-    "`volume_of` the slices of the folder `p`"
+    "The volume of the slices of the folder `p`"
     _check_same(slices, p)
     kept,hu,notes = _stack(slices, p)
     if len(kept)<4: raise CTError(p, f'{len(kept)} slices are no 3D scan', 'Give the whole series')
@@ -185,6 +185,7 @@ def _of_folder(p) -> tuple:
              f'({len(most.slices)}), was taken')  # C7
     return most,[taken]*(n>1)+[f'left aside: {others}']*bool(others)
 
+# %% ../nbs/01_dicom.ipynb #7734c481
 def _of_file(p) -> tuple:
     "The series that a file belongs to, and notes"
     slices,kind = read_slices(p)

@@ -103,7 +103,6 @@ def _open(p):
     raise CTError(p, f'it is a pipe or a device, or a file of more than {_max_file/2**30:g} GiB',
                   'Give a single CT series')
 
-# %% ../nbs/00b_dicom_file.ipynb #3f165992
 def file_bytes(
     p,    # File
     n,    # Maximum number of bytes to read
@@ -174,7 +173,6 @@ _is_deflated = re.compile(rb'\x02\0\x10\0.{0,8}1\.2\.840\.10008\.1\.2\.1\.99', r
 
 class _NotDicom(Exception): "The file is not DICOM, which is not an error; never leaves the library"
 
-# %% ../nbs/00b_dicom_file.ipynb #e7dd1c52
 def _read_header(
     path: str|Path # A file
 ) -> tuple: # pydicom Dataset of the elements in `_tags`, and the byte where pixel data begin

@@ -33,7 +33,6 @@ def _why_not(o, home) -> str:
         return 'link out of the folder'
     return '' if is_file else 'broken link' if o.is_symlink() else 'pipe or device'
 
-# %% ../nbs/00e_dicom_series.ipynb #c09941eb
 def _listed(folder) -> tuple:
     "Files of a folder that may be DICOM, and a Counter of entries that only have such a name"
     try: entries = sorted(os.scandir(folder), key=lambda o: o.name)

@@ -56,7 +56,6 @@ def _slice_dataset(vol, i, same, uid) -> pydicom.Dataset:
     ds['PixelData'].VR = 'OW'
     return ds
 
-# %% ../nbs/00c_dicom_slice.ipynb #ae423daf
 def ct_datasets(
     vol: Volume,       # HU, canonical axes, upright or tilted
     patient: str = '', # PatientID
@@ -117,7 +116,6 @@ def _floats(ds, name, n, p) -> tuple:
         raise CTError(p, f'{name} is missing or not {n} number{"s"*(n>1)}')
     return res
 
-# %% ../nbs/00c_dicom_slice.ipynb #8645c8dc
 def _int(ds, name, p) -> int: return int(_floats(ds, name, 1, p)[0])
 
 def _text(ds, name) -> str:
@@ -214,7 +212,6 @@ def _frames(ds, at, p) -> list:
         raise CTError(p, 'NumberOfFrames does not fit its functional groups')
     return [_slice(ds, at, p, i, n) for i in range(n)]
 
-# %% ../nbs/00c_dicom_slice.ipynb #9c88d8ff
 def _slices_of(ds, at, p) -> tuple:
     "The slices of an object, or what it is if it is not a CT"
     kind,in_meta = _text(ds, 'SOPClassUID'),str(ds.file_meta.get('MediaStorageSOPClassUID',''))

@@ -277,9 +277,7 @@ def _read_pth(path: Path, remedy: str): # from `torch.save`; what the message su
         if isinstance(e, CTError): raise
         raise CTError(path, f'damaged ({_one_line(e)})', remedy) from None
 
-# %% ../nbs/10_encoder.ipynb #4178fe06
-# `.safetensors`, or `.pth` as `torch.save` writes a state dict; tensors by name
-def read_weights(path: str | Path) -> dict:
+def read_weights(path: str | Path) -> dict: # `.safetensors` or `.pth`; tensors by name
     "Read the tensors in the file `path`; no code in it is run"
     path, remedy = Path(path), ('Save the state dict alone, as .safetensors or with torch.save, '
                                 'or copy the file again')
@@ -311,14 +309,6 @@ def _load_weights(net: nn.Module, state: dict, source: str, name: str) -> nn.Mod
         net.load_state_dict({**net.state_dict(), **used(state)})
     return net
 
-# %% ../nbs/10_encoder.ipynb #93659bb1
-def _is_info(key: str, value) -> bool: # an entry of `encoder_info`
-    "Whether an entry has the right type and range"
-    return {'norm': value is None or value in list(_norms),
-            'width': value is None or isinstance(value, int) and 0 <= value <= 512,
-            'encoder': isinstance(value, str) and len(value) < 40}.get(key, True)
-
-# %% ../nbs/10_encoder.ipynb #5102abf5
 def _encoder_state(state: dict) -> dict: # tensors of an encoder, or of a whole U-Net, by name
     "The tensors of the encoder"
     inner = {k.removeprefix('encoder.'): v for k, v in state.items() if k.startswith('encoder.')}
@@ -329,6 +319,13 @@ def _weights_width(state: dict) -> int:
     "Number of channels of the first stage"
     return next((v.shape[1] for k, v in state.items()
                  if k.startswith('layer1.0.conv1.0') and v.ndim == 5), 64)
+
+# %% ../nbs/10_encoder.ipynb #5102abf5
+def _is_info(key: str, value) -> bool: # an entry of `encoder_info`
+    "Whether an entry has the right type and range"
+    return {'norm': value is None or value in list(_norms),
+            'width': value is None or isinstance(value, int) and 0 <= value <= 512,
+            'encoder': isinstance(value, str) and len(value) < 40}.get(key, True)
 
 # weights; `encoder`, `width`, `norm`, …, or nothing if covid3d did not write them
 def encoder_info(path: str | Path) -> dict:

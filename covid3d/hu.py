@@ -44,7 +44,7 @@ class HUProfile(NamedTuple):
     smooth: float  # Correlation of neighboring voxels, 0 in noise
     padded: bool   # Whether padding below −1100 was left out
 
-# %% ../nbs/00_hu.ipynb #560d9fec
+# %% ../nbs/00_hu.ipynb #7e8a2a97
 def _profile(a, smooth) -> HUProfile:
     "`HUProfile` of sampled values"
     v = _no_padding(a)
@@ -56,7 +56,6 @@ def _profile(a, smooth) -> HUProfile:
         below=part(-np.inf,-1300), lowest=float(np.quantile(low, .05)), low=float(np.median(low)),
         middle=float(np.median(soft)), smooth=smooth, padded=bool((v<-1100).sum()<(a<-1100).sum()))
 
-# %% ../nbs/00_hu.ipynb #7e8a2a97
 def hu_profile(
     x: np.ndarray # Voxels, three axes
 ) -> HUProfile:
@@ -70,7 +69,7 @@ def hu_profile(
 def _not_hu(q: HUProfile) -> str:
     "Why the values cannot be the HU of a chest; empty if they can"
     if not q.smooth>.4:
-        return f'neighbouring voxels have nothing in common (correlation {q.smooth:.2f}): noise'
+        return f'neighboring voxels have nothing in common (correlation {q.smooth:.2f}): noise'
     if q.below>(.05 if q.padded else .01):
         return f'{q.below:.1%} of the voxels lie below −1300, lower than air'
     if q.air<.002: return 'no air: hardly a value between −1100 and −600'

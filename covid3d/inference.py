@@ -8,22 +8,15 @@ Docs: https://covid3d.github.io/covid3d/inference.html.md"""
 __all__ = ['sliding_window', 'segment', 'Segmentation', 'Segmenter', 'lungs']
 
 # %% ../nbs/15_inference.ipynb #6ada0e46
-import math, os
-from dataclasses import dataclass, replace
-from itertools import combinations, product
+import math
+from itertools import product
 
-import cc3d, numpy as np, torch
-from fastcore.basics import patch
-from scipy import ndimage as ndi
+import numpy as np, torch
 
-from .cases import spine_in_front
-from .dicom import open_scan
-from .domain import Domain, collect_features
 from .show import track
 from .transforms import CTSpec, axis_weights, crop, resize
-from .volume import CTError, Volume, check_memory, memory_left, save_mask
-from .weights import (Mirrored, load_all, mean_logit, network_digest, read_domain,
-                             read_seen, weights_in)
+from .volume import CTError, Volume, check_memory, memory_left
+from .weights import mean_logit
 
 # %% ../nbs/15_inference.ipynb #68500e88
 def window_starts(
@@ -208,7 +201,22 @@ def _check_window(path, model, spec, device):
              f'memory, and {left/2**20:,.0f} MiB are left')
     raise CTError(path, fault, 'Use a machine with more memory, or weights of a smaller patch')
 
-# %% ../nbs/15_inference.ipynb #f5dade0b
+# %% ../nbs/15b_segmenter.ipynb #303af29a
+import os
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import cc3d
+from fastcore.basics import patch
+from scipy import ndimage as ndi
+
+from .cases import spine_in_front
+from .dicom import open_scan
+from .domain import Domain, collect_features
+from .volume import save_mask
+from .weights import Mirrored, load_all, network_digest, read_domain, read_seen, weights_in
+
+# %% ../nbs/15b_segmenter.ipynb #94cd1f35
 def as_volume(
     scan # A `Volume`, a `Case`, or the path of a NIfTI file, a DICOM folder or a file in it
 ) -> Volume: # HU, canonical axes
@@ -219,7 +227,7 @@ def as_volume(
     remedy = 'Give a Volume, a Case, or the path of a NIfTI file or a DICOM folder'
     raise CTError('scan', f'an object of type {type(scan).__name__} is no scan', remedy)
 
-# %% ../nbs/15_inference.ipynb #c6bd5035
+# %% ../nbs/15b_segmenter.ipynb #a700431e
 @dataclass(frozen=True, eq=False, repr=False)
 class Segmentation:
     "The masks of one scan, on the scan's own grid"
@@ -245,7 +253,15 @@ class Segmentation:
         "float32 probabilities by class; takes as long as the masks did, unless they were kept"
         return self.kept or self.segmenter.probabilities(self.ct)
 
-# %% ../nbs/15_inference.ipynb #aa27b7a2
+# %% ../nbs/15b_segmenter.ipynb #4dc81a24
+@patch(as_prop=True)
+def disagreement(self: Segmentation) -> float:
+    "How much the answers for the first class differ: mean of 1 − Dice over pairs, or NaN"
+    masks = [next(iter(o.values()))>0 for o in self.answers[1:]]
+    pairs = [(2*(a&b).sum(),a.sum()+b.sum()) for a,b in combinations(masks, 2)]
+    return float(np.mean([1-a/b for a,b in pairs if b] or np.nan))
+
+# %% ../nbs/15b_segmenter.ipynb #b616db63
 _least_lung,_most_lungs = 300,10_000 # ml: of each lung, and of both
 _apart = .5 # disagreement above which two answers have little in common
 
@@ -270,20 +286,13 @@ def _doubts(seg) -> list:
                    'look at the scan')
     return out
 
-# %% ../nbs/15_inference.ipynb #c3149a88
-@patch(as_prop=True)
-def disagreement(self: Segmentation) -> float:
-    "How much the answers for the first class differ: mean of 1 − Dice over pairs, or NaN"
-    masks = [next(iter(o.values()))>0 for o in self.answers[1:]]
-    pairs = [(2*(a&b).sum(),a.sum()+b.sum()) for a,b in combinations(masks, 2)]
-    return float(np.mean([1-a/b for a,b in pairs if b] or np.nan))
-
+# %% ../nbs/15b_segmenter.ipynb #4e87906d
 @patch(as_prop=True)
 def notes(self: Segmentation) -> tuple:
     "Notes on the scan, and warnings about its masks"
     return (*self.ct.notes, *(f'warning: {o}' for o in _doubts(self)))
 
-# %% ../nbs/15_inference.ipynb #2056564a
+# %% ../nbs/15b_segmenter.ipynb #3a023481
 @patch
 def show(self: Segmentation,
     **kwargs # For `show_slices`: `n`, `plane`, `slices`, `window`, `size`, `title`
@@ -304,7 +313,7 @@ def save(self: Segmentation,
         raise CTError(path, f'there is no mask of class {klass!r}', remedy)
     save_mask(self.masks[klass], self.ct, path)
 
-# %% ../nbs/15_inference.ipynb #347c1e40
+# %% ../nbs/15b_segmenter.ipynb #a6bc9c8a
 class Segmenter:
     "A network and its settings: call it with a scan to get a `Segmentation`"
     def __init__(self,
@@ -327,7 +336,7 @@ class Segmenter:
         self.mirror,self.min_ml,self.within_lungs = mirror,min_ml,within_lungs
         self.seen,self.domain,self.origin = tuple(seen),domain,None
 
-# %% ../nbs/15_inference.ipynb #fb9755c9
+# %% ../nbs/15b_segmenter.ipynb #42fa60c9
 @patch(as_prop=True)
 def classes(self: Segmenter) -> tuple: return self.spec.classes
 
@@ -347,7 +356,7 @@ def __repr__(self: Segmenter):
     how = f'overlap {self.overlap:g}, threshold {self.threshold:g}, {self.device}'
     return f'Segmenter of {", ".join(self.classes)} ({how})'
 
-# %% ../nbs/15_inference.ipynb #83fb8c0f
+# %% ../nbs/15b_segmenter.ipynb #2f6b9831
 def _pieces(lungs) -> tuple: # Two masks, the larger first; None if there are not two
     "Both lungs as two separate pieces, thinned as little as needed"
     for n in range(5):
@@ -372,7 +381,7 @@ def name_lungs(
     swap = torch.from_numpy(lungs&(a[tuple(at)]!=named)).to(right.device)
     right[swap],left[swap] = left[swap],right[swap]
 
-# %% ../nbs/15_inference.ipynb #888c984a
+# %% ../nbs/15b_segmenter.ipynb #3ac7d1c8
 @patch
 def _clean(self: Segmenter, prob, ct):
     "Name the lungs; set lesions that are too small or outside the lungs to zero"
@@ -391,26 +400,7 @@ def _clean(self: Segmenter, prob, ct):
         small[0] = False
         p *= torch.from_numpy(~small[part]).to(p.device)
 
-# %% ../nbs/15_inference.ipynb #be3d723b
-@patch
-def __call__(self: Segmenter,
-    scan,             # A `Volume`, a `Case`, or the path of a NIfTI file or a DICOM folder
-    bar: bool = False # Show a progress bar
-) -> Segmentation:
-    "Segment a whole scan"
-    ct = as_volume(scan)
-    def finish(prob):
-        for p in prob: self._clean(p, ct)
-        answers = (prob>=self.threshold).cpu().numpy().astype(np.uint8) if len(prob)>1 else ()
-        masks = {k:_cut(p, ct.shape, self.threshold) for k,p in zip(self.classes, prob[0])}
-        kept = self._full(prob[0], ct) if self.keep else None
-        return masks,kept,tuple(dict(zip(self.classes, o)) for o in answers)
-    with collect_features(self.model) as found:
-        masks,kept,answers = self._whole_scan(ct, finish, bar, 5 if self.keep else 1)
-    far = self.domain.distance(found) if self.domain else math.nan
-    return Segmentation(ct, masks, self, kept, far, answers)
-
-# %% ../nbs/15_inference.ipynb #ddb87c0b
+# %% ../nbs/15b_segmenter.ipynb #dfca97b2
 @patch
 def _whole_scan(self: Segmenter, ct, finish, bar, bytes):
     return _whole_scan(self.model, self.spec, ct, self.overlap, bar, finish,
@@ -430,7 +420,26 @@ def probabilities(self: Segmenter,
     def finish(prob): self._clean(prob[0], ct); return self._full(prob[0], ct)
     return self._whole_scan(ct, finish, bar, 4)
 
-# %% ../nbs/15_inference.ipynb #fca3e8fb
+# %% ../nbs/15b_segmenter.ipynb #fb03a91f
+@patch
+def __call__(self: Segmenter,
+    scan,             # A `Volume`, a `Case`, or the path of a NIfTI file or a DICOM folder
+    bar: bool = False # Show a progress bar
+) -> Segmentation:
+    "Segment a whole scan"
+    ct = as_volume(scan)
+    def finish(prob):
+        for p in prob: self._clean(p, ct)
+        answers = (prob>=self.threshold).cpu().numpy().astype(np.uint8) if len(prob)>1 else ()
+        masks = {k:_cut(p, ct.shape, self.threshold) for k,p in zip(self.classes, prob[0])}
+        kept = self._full(prob[0], ct) if self.keep else None
+        return masks,kept,tuple(dict(zip(self.classes, o)) for o in answers)
+    with collect_features(self.model) as found:
+        masks,kept,answers = self._whole_scan(ct, finish, bar, 5 if self.keep else 1)
+    far = self.domain.distance(found) if self.domain else math.nan
+    return Segmentation(ct, masks, self, kept, far, answers)
+
+# %% ../nbs/15b_segmenter.ipynb #2032b75e
 @patch(cls_method=True)
 def load(cls: Segmenter,
     # A `.safetensors` file, a list of them, a folder from `covid3d train --folds`, or `covid3d` for
@@ -450,7 +459,7 @@ def load(cls: Segmenter,
     segmenter.origin = [os.path.abspath(p) for p in paths],dict(device=device)|kwargs
     return segmenter
 
-# %% ../nbs/15_inference.ipynb #398ec91f
+# %% ../nbs/15b_segmenter.ipynb #5f012952
 def lungs(
     scan,    # A `Volume`, a `Case`, or the path of a NIfTI file or a DICOM folder
     **kwargs # For `Segmenter.load`: `device`, `mirror`, …

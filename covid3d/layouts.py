@@ -95,6 +95,7 @@ def _annotation(label, ds, points=None) -> dict:
     at = dict(SeriesInstanceUID=ds.SeriesInstanceUID, SOPInstanceUID=ds.SOPInstanceUID)
     return study|at|dict(data=dict(vertices=points.round(2).tolist()))
 
+# %% ../nbs/04_layouts.ipynb #bca86707
 def _mdai_export(studies, annotations) -> dict:
     "What MD.ai writes"
     labels = [dict(id='L_typical', name='Typical Appearance', scope='STUDY', annotationMode=None),

@@ -1,4 +1,4 @@
-"""The training loop, from ten lines of PyTorch to a run that finds lesions and keeps its best weights
+"""The training loop, from ten lines of PyTorch to a run that finds lesions
 
 Docs: https://covid3d.github.io/covid3d/learner.html.md"""
 
@@ -124,20 +124,6 @@ def _spec_of(dls, spec) -> CTSpec:
     raise CTError('spec', 'these DataLoaders do not say how their scans were prepared',
                   'Give spec=CTSpec(…)')
 
-# %% ../nbs/18_learner.ipynb #4bf2a191
-def _own_loaders(dls):
-    "The same DataLoaders, whose batch may change while yours keep theirs"
-    mine = copy(dls)
-    mine.loaders = [o.new() for o in dls.loaders]
-    return mine
-
-def _fit_memory(learn, memory, frozen_stages=0, average=False):
-    "Choose a setting that fits, say which, and use it"
-    plan = plan_memory(learn.model, learn.spec.patch, memory, learn.dls.train.bs,
-                       learn.dls.device, frozen_stages, average)
-    once(lambda: print(plan, flush=True))
-    apply_plan(learn, plan)
-
 # %% ../nbs/18_learner.ipynb #a214bae4
 @delegates(NetSpec, but='encoder')
 def unet_learner_3d(
@@ -165,6 +151,30 @@ def unet_learner_3d(
     return learn
 
 unet_learner_3d.__delwrap__ = NetSpec # whose fields have the comments
+
+# %% ../nbs/18_learner.ipynb #4c08d269
+def _own_loaders(dls):
+    "The same DataLoaders, whose batch may change while yours keep theirs"
+    mine = copy(dls)
+    mine.loaders = [o.new() for o in dls.loaders]
+    return mine
+
+def _fit_memory(learn, memory, frozen_stages=0, average=False):
+    "Choose a setting that fits, say which, and use it"
+    plan = plan_memory(learn.model, learn.spec.patch, memory, learn.dls.train.bs,
+                       learn.dls.device, frozen_stages, average)
+    once(lambda: print(plan, flush=True))
+    apply_plan(learn, plan)
+
+def _to_device(learn, recipe):
+    "The memory layout and the precision that suit the device; those of a budget where there is one"
+    device = torch.device(learn.dls.device).type
+    # faster at width 16 (`benchmarks/step.csv`)
+    if device=='cpu': learn.model.to(memory_format=torch.channels_last_3d)
+    if recipe.memory is not None:
+        frozen = recipe.frozen_stages if recipe.pretrained else 0
+        _fit_memory(learn, recipe.memory, frozen, bool(recipe.ema or recipe.keep_start))
+    elif device=='cuda': learn.to_fp16()
 
 # %% ../nbs/18_learner.ipynb #2883d2d8
 def unfreeze_for(
@@ -199,18 +209,6 @@ def _seen_by(reader, cases) -> Seen:
     return Seen(len(infos), largest, min(1., max(of_body, default=0.)), tuple(sorted(digests)))
 
 # %% ../nbs/18_learner.ipynb #00976c01
-def _check(dls, table, choose):
-    "Stop at a bad scan before anything is written; scans that are prepared are not read again"
-    train,valid = _cases(dls)
-    if not all(map(dls.reader.ready, train+valid)):
-        reports = check_cases(train+valid, dls.spec.classes)
-        require_ok(reports, table)
-        for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f)
-        dls.reader.prepare(train+valid)
-    if choose and not any(dls.reader(c).masks[0].any() for c in valid):
-        fault = f'no valid case has a {dls.spec.lesion}, so no weights could be chosen'
-        raise CTError(table, fault, 'Put a case with one into the split valid')
-
 def _take(out, held, resume, overwrite):
     "Lock the folder of a training, and refuse to replace what is not to be replaced"
     held.enter_context(locked(out, folder=True))
@@ -227,19 +225,15 @@ def _begin(out, recipe, resume, plot):
              *['history.png']*plot)
     if anew: recipe.save(out/'recipe.json')
 
+@contextmanager
+def _seeded(seed, reproducible):
+    "Seeds set, and algorithms that are reproducible if that is asked for, until the end"
+    was = cudnn.deterministic,cudnn.benchmark
+    set_seed(seed, reproducible=reproducible)
+    try: yield
+    finally: cudnn.deterministic,cudnn.benchmark = was
+
 # %% ../nbs/18_learner.ipynb #e0202eea
-class _Awaited(Callback):
-    "Counts the batches of a pass that have come"
-    def before_train(self): self.learn.came = 0
-    def before_validate(self): self.learn.came = 0
-    def after_batch(self): self.learn.came += 1
-
-def _awaited(learn) -> str:
-    "The cases of the batch that did not come"
-    learn.iter = getattr(learn, 'came', 0)
-    try: return ', '.join(batch_names(learn))
-    except (AttributeError, IndexError, TypeError): return ''
-
 _failures = {  # pattern → fault, remedy
     r'shared memory|Bus error|/torch_\d':
         ('the shared memory (/dev/shm) is too small for processes that draw patches', 'Enlarge it'),
@@ -247,7 +241,6 @@ _failures = {  # pattern → fault, remedy
     r'DataLoader worker.*(killed|exited)':
         ('a process that draws patches was killed', 'Free memory')}
 
-# %% ../nbs/18_learner.ipynb #95887d29
 def _why_stopped(e, names='') -> CTError: # None if it is nothing that we know
     "What to do where memory, or a process that draws patches of the cases `names`, has failed"
     text = str(e).strip()
@@ -264,6 +257,19 @@ def _why_stopped(e, names='') -> CTError: # None if it is nothing that we know
         remedy = 'Start anew with less: --memory, such as 6GB, or a smaller --bs or --patch'
         return CTError('memory', 'a training step needs more than there is', remedy)
 
+# %% ../nbs/18_learner.ipynb #1623115c
+class _Awaited(Callback):
+    "Counts the batches of a pass that have come"
+    def before_train(self): self.learn.came = 0
+    def before_validate(self): self.learn.came = 0
+    def after_batch(self): self.learn.came += 1
+
+def _awaited(learn) -> str:
+    "The cases of the batch that did not come"
+    learn.iter = getattr(learn, 'came', 0)
+    try: return ', '.join(batch_names(learn))
+    except (AttributeError, IndexError, TypeError): return ''
+
 @contextmanager
 def _explained(learn):
     "A known failure as one line"
@@ -273,25 +279,18 @@ def _explained(learn):
         raise
 
 # %% ../nbs/18_learner.ipynb #5ad67a5b
-@contextmanager
-def _seeded(seed, reproducible):
-    "Seeds set, and algorithms that are reproducible if that is asked for, until the end"
-    was = cudnn.deterministic,cudnn.benchmark
-    set_seed(seed, reproducible=reproducible)
-    try: yield
-    finally: cudnn.deterministic,cudnn.benchmark = was
+def _check(dls, table, choose):
+    "Stop at a bad scan before anything is written; scans that are prepared are not read again"
+    train,valid = _cases(dls)
+    if not all(map(dls.reader.ready, train+valid)):
+        reports = check_cases(train+valid, dls.spec.classes)
+        require_ok(reports, table)
+        for f in (f for r in reports for f in r.findings if f.level=='warning'): print(f)
+        dls.reader.prepare(train+valid)
+    if choose and not any(dls.reader(c).masks[0].any() for c in valid):
+        fault = f'no valid case has a {dls.spec.lesion}, so no weights could be chosen'
+        raise CTError(table, fault, 'Put a case with one into the split valid')
 
-def _to_device(learn, recipe):
-    "The memory layout and the precision that suit the device; those of a budget where there is one"
-    device = torch.device(learn.dls.device).type
-    # faster at width 16 (`benchmarks/step.csv`)
-    if device=='cpu': learn.model.to(memory_format=torch.channels_last_3d)
-    if recipe.memory is not None:
-        frozen = recipe.frozen_stages if recipe.pretrained else 0
-        _fit_memory(learn, recipe.memory, frozen, bool(recipe.ema or recipe.keep_start))
-    elif device=='cuda': learn.to_fp16()
-
-# %% ../nbs/18_learner.ipynb #58c45d85
 def _learner(table, out, recipe, fold, device, workers, cbs) -> Learner:
     "The learner of a recipe, its scans checked"
     more = {} if workers is None else dict(num_workers=workers)

@@ -144,7 +144,6 @@ def _jaccard_steps(
     loss = 1-(size-mask.cumsum(1))/(size+(1-mask).cumsum(1))
     return torch.cat([loss[:,:1], loss[:,1:]-loss[:,:-1]], 1)
 
-# %% ../nbs/12_losses.ipynb #91aab3cc
 class LovaszHingeLoss(SampleLoss):
     "Convex surrogate of 1 − Jaccard"
     def __init__(self,

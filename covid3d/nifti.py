@@ -192,7 +192,6 @@ def _check_affine(affine, p):
         raise CTError(p, f'voxels of {"×".join(f"{o:.3g}" for o in size)} mm are no CT',
                       'Correct the affine in the header')
 
-# %% ../nbs/00_nifti.ipynb #d547cf36
 def _check_quaternion(hdr, p):
     "Refuse a quaternion longer than 1, which is not a rotation; float noise is removed"
     quat = np.clip([float(hdr[f'quatern_{o}']) for o in 'bcd'], -2, 2)

@@ -97,7 +97,6 @@ def _preference(points, depth, rng): # of each point to be a lesion's center
     if rng.random()<.15: w = np.ones_like(w)
     return w*(np.abs(x)>22)
 
-# %% ../nbs/03_opacities.ipynb #2c0c2f88
 def centers(
     points, depth, # From `lung_points`
     rng,           # NumPy's random generator

@@ -159,7 +159,6 @@ def check_field(
                   f'the field of view is {"×".join(f"{o:.0f}" for o in size)} mm',
                   'Choose about 290×360×360 mm')
 
-# %% ../nbs/03_phantom.ipynb #7ac4756c
 def check_seed(
     seed: int # Seed of a random generator
 ):
@@ -274,7 +273,12 @@ def _begin(files, about, resume, overwrite) -> bool: # Whether an earlier run is
     files.add('phantoms.json'); write_atomic(note, json.dumps(about).encode())
     return False
 
-# %% ../nbs/03_phantom.ipynb #80b8c6b4
+def _check_request(n, seed, shape, spacing):
+    if not 1<=n<=10_000: raise CTError('n', f'{n} phantoms cannot be made', 'Ask for 1 to 10,000')
+    check_seed(seed); check_seed(seed+n-1)
+    if shape is not None: check_field(shape, spacing)
+
+# %% ../nbs/03_phantom.ipynb #b68c5950
 class _Patients:
     "Phantoms as a data set: reading an item writes its files"
     def __init__(self, todo, out, seed, shape, spacing):
@@ -287,7 +291,6 @@ class _Patients:
         try: _save_phantom(phantom(self.seed+i, size, self.spacing, centre), row, self.out)
         except CTError as e: return e
 
-# %% ../nbs/03_phantom.ipynb #b68c5950
 def _write_all(patients, workers):
     "Write the patients, in `workers` processes"
     from torch.utils.data import DataLoader
@@ -300,11 +303,6 @@ def _write_all(patients, workers):
         if 'DataLoader worker' not in str(err): raise
         raise CTError('workers', 'a process that makes patients was killed',
                       'Free memory and resume (--resume), or use fewer (--workers 1)') from None
-
-def _check_request(n, seed, shape, spacing):
-    if not 1<=n<=10_000: raise CTError('n', f'{n} phantoms cannot be made', 'Ask for 1 to 10,000')
-    check_seed(seed); check_seed(seed+n-1)
-    if shape is not None: check_field(shape, spacing)
 
 # %% ../nbs/03_phantom.ipynb #3fac359f
 def write_phantoms(

@@ -47,6 +47,21 @@ def best_levels(
     away = (_levels-.5).abs()
     return _levels[torch.where(mean>=mean.amax(1, True)-.03, away, 1).argmin(1)]
 
+# %% ../nbs/19_pretrain.ipynb #a11636d3
+def _alone():
+    if (n := started()[1])>1:
+        raise CTError('pretraining', f'is work for one process, and {n} were started',
+                      'Start it without torchrun')
+
+def _make_patients(out, n, spec, seed, overwrite, workers) -> Path: # the case table
+    "Write the patients, and prepare them for the training"
+    k = min(16, os.cpu_count()) if workers is None else workers
+    table = write_phantoms(out/'patients', n, seed, None, (3.,2.,2.), overwrite=overwrite,
+                           resume=True, workers=k)
+    cases = read_cases(table, masks=(*spec.classes,'lung'))
+    CaseReader(spec, prepared_folder(table)).prepare(cases)
+    return table
+
 # %% ../nbs/19_pretrain.ipynb #ff424209
 def _published(out): return Outputs(out, 'pretrain', 'covid3d.safetensors')
 
@@ -89,21 +104,6 @@ def publish(
     save_model(model, out/file, spec, net, replace(seen, scans=()), True,
                Domain.fit([found], limits))
     return out/file
-
-# %% ../nbs/19_pretrain.ipynb #a11636d3
-def _alone():
-    if (n := started()[1])>1:
-        raise CTError('pretraining', f'is work for one process, and {n} were started',
-                      'Start it without torchrun')
-
-def _make_patients(out, n, spec, seed, overwrite, workers) -> Path: # the case table
-    "Write the patients, and prepare them for the training"
-    k = min(16, os.cpu_count()) if workers is None else workers
-    table = write_phantoms(out/'patients', n, seed, None, (3.,2.,2.), overwrite=overwrite,
-                           resume=True, workers=k)
-    cases = read_cases(table, masks=(*spec.classes,'lung'))
-    CaseReader(spec, prepared_folder(table)).prepare(cases)
-    return table
 
 # %% ../nbs/19_pretrain.ipynb #68ae27a0
 def pretrain(

@@ -258,7 +258,7 @@ class Measurements:
                 f'the lungs ({sides}); {_many(len(self.lesions), "lesion")}; '
                 f'{_many(len(self.flags), "flag")}')
 
-# %% ../nbs/20_quantify.ipynb #b2fb3b98
+# %% ../nbs/20_quantify.ipynb #a9e0ed77
 def _unknown(regions, intervals, lobes, hu) -> dict:
     "Which figures are not known, and why"
     why = {}
@@ -274,6 +274,7 @@ def _unknown(regions, intervals, lobes, hu) -> dict:
 
 _of_hu = ['ground_glass_ml','consolidation_ml','mean_hu']
 
+# %% ../nbs/20_quantify.ipynb #1588cd11
 def _about(seg, **settings) -> dict:
     "What was measured, by what, and how"
     s = seg.segmenter
@@ -281,7 +282,6 @@ def _about(seg, **settings) -> dict:
     return dict(scan=dict(shape=list(seg.ct.shape), spacing_mm=list(seg.ct.spacing)),
                 covid3d=__version__, network=network, settings=settings)
 
-# %% ../nbs/20_quantify.ipynb #d2f90ead
 def _check(seg, lobes):
     "`CTError` if a mask is missing, or the lobes do not fit"
     if missing := [k for k in ('lesion',*_sides) if k not in seg.masks]:

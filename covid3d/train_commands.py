@@ -243,6 +243,17 @@ def _print_scores(df, others=None) -> int:
     for o in score_lines(df, others): print(_plain(o))
     return int((df.error!='').any())
 
+# %% ../nbs/29_train_commands.ipynb #7cf0ea71
+_N = _opt(int, 'Scans to make', min=3, max=10_000)
+
+@_command('Start here')
+def _demo(out: _Out = 'covid3d-demo', n: _N = 12, seed: _Seed = 0, overwrite: _Overwrite = False):
+    "See it all on synthetic CT: train, score, segment. Takes some minutes."
+    from covid3d.files import locked
+    with locked(out, folder=True):
+        mine = _clear_demo(Path(out), overwrite)
+        return _run_demo(Path(out), mine, n, seed, time.time())
+
 # %% ../nbs/29_train_commands.ipynb #92f5327f
 def _run_demo(out, mine, n, seed, start):
     "The four steps"
@@ -268,14 +279,3 @@ def _run_demo(out, mine, n, seed, start):
     print(f'4  {mask}, {out/"run"/"model.safetensors"} and {page}, after {time.time()-start:.0f} s')
     _wrote(out/'demo.png')
     return status
-
-# %% ../nbs/29_train_commands.ipynb #7cf0ea71
-_N = _opt(int, 'Scans to make', min=3, max=10_000)
-
-@_command('Start here')
-def _demo(out: _Out = 'covid3d-demo', n: _N = 12, seed: _Seed = 0, overwrite: _Overwrite = False):
-    "See it all on synthetic CT: train, score, segment. Takes some minutes."
-    from covid3d.files import locked
-    with locked(out, folder=True):
-        mine = _clear_demo(Path(out), overwrite)
-        return _run_demo(Path(out), mine, n, seed, time.time())

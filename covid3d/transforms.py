@@ -84,18 +84,12 @@ def resample_image(
     return resize(torch.from_numpy(np.ascontiguousarray(vol.data)), size)
 
 # %% ../nbs/06_transforms.ipynb #54a2645c
-def _keep_volume(
-    part,  # Fraction of each coarse voxel that a lesion fills
-    ratio, # Fine voxels in a coarse one
-    n      # Fine voxels of the lesion
-) -> torch.Tensor: # bool
-    "The fullest coarse voxels, as many as the lesion's volume makes"
-    k = max(1, round(n/ratio))
-    out = torch.zeros(part.numel(), dtype=torch.bool)
+def _keep_volume(part, ratio, n) -> torch.Tensor: # bool
+    "The fullest coarse voxels, as many as a lesion of `n` fine ones makes, `ratio` to a coarse one"
+    k,out = max(1, round(n/ratio)),torch.zeros(part.numel(), dtype=torch.bool)
     out[part.flatten().topk(min(k, int((part>0).sum()))).indices] = True
     return out.reshape(part.shape)
 
-# %% ../nbs/06_transforms.ipynb #e44741e3
 def _not_empty(mask) -> tuple:
     "Slices of the box around all that is set; () if nothing is"
     box = ()
@@ -141,25 +135,6 @@ def body_ml(
     return sum(int(np.count_nonzero(o>-500)) for o in ct.data)*ct.ml_per_voxel
 
 # %% ../nbs/06_transforms.ipynb #9a699142
-def _finite_numbers(name, values, n) -> tuple:
-    "`values` as `n` finite numbers"
-    try: res = () if isinstance(values, str) else tuple(float(v) for v in values)
-    except (TypeError,ValueError,OverflowError): res = ()
-    if len(res)!=n or not all(map(math.isfinite, res)):
-        raise CTError(name, f'{str(values)[:80]} is not {n} numbers', f'Give {n}')
-    return res
-
-def _checked_patch(patch) -> tuple:
-    "Whole sizes, not so large that one patch fills the memory"
-    remedy,most = 'Give slices, rows and columns',2**24
-    if not all(p==int(p)>=4 for p in patch):
-        raise CTError('patch', f'{patch} is not three whole sizes of 4 voxels or more', remedy)
-    if max(patch)<=1024 and math.prod(patch)<=most: return tuple(int(p) for p in patch)
-    raise CTError('patch',
-                  f'{patch} is more than {most:,} voxels (256×256×256), or 1024 along an axis',
-                  'Give a smaller one')
-
-# %% ../nbs/06_transforms.ipynb #2f70bfa3
 _taken = ('case','patient','ct','dataset','split','already_windowed')  # columns that are no masks
 
 def _class_names(classes) -> tuple:
@@ -178,6 +153,14 @@ def _class_names(classes) -> tuple:
         refuse(f'{str(classes)[:80]} is no list of 1 to 64 different names', 'Name each class once')
     return names
 
+def _finite_numbers(name, values, n) -> tuple:
+    "`values` as `n` finite numbers"
+    try: res = () if isinstance(values, str) else tuple(float(v) for v in values)
+    except (TypeError,ValueError,OverflowError): res = ()
+    if len(res)!=n or not all(map(math.isfinite, res)):
+        raise CTError(name, f'{str(values)[:80]} is not {n} numbers', f'Give {n}')
+    return res
+
 # %% ../nbs/06_transforms.ipynb #f1f25676
 _chest = (320,350,350) # mm, (slice, row, column), of a common size
 _most_voxels = 2**28   # of a scan: 1 GiB of numbers
@@ -193,6 +176,16 @@ def _voxel_mm(spacing) -> tuple:
     fault = (f'{mm} makes {voxels/1e6:,.0f} million voxels of a chest, and {_most_voxels/1e6:.0f} '
              f'million at most can be worked on')
     raise CTError('spacing', fault, 'Give a coarser one')
+
+def _checked_patch(patch) -> tuple:
+    "Whole sizes, not so large that one patch fills the memory"
+    remedy,most = 'Give slices, rows and columns',2**24
+    if not all(p==int(p)>=4 for p in patch):
+        raise CTError('patch', f'{patch} is not three whole sizes of 4 voxels or more', remedy)
+    if max(patch)<=1024 and math.prod(patch)<=most: return tuple(int(p) for p in patch)
+    raise CTError('patch',
+                  f'{patch} is more than {most:,} voxels (256×256×256), or 1024 along an axis',
+                  'Give a smaller one')
 
 # %% ../nbs/06_transforms.ipynb #7bbc3b51
 @dataclass(frozen=True)

@@ -106,19 +106,18 @@ def stored_affine(
     "The affine of the file: file index → RAS mm"
     return ct.affine@orientations.inv_ornt_aff(ct.source.back, ct.shape)
 
-# %% ../nbs/00_volume.ipynb #a9e7eb62
-def _read(path, packing) -> Volume:
-    "Any volume on canonical axes, with rescaled values"
-    p,hdr,x,affine,notes = read_image(path, packing)
-    data,affine,back = to_canonical(x, affine)
-    return Volume(_in_order(data), affine, Source(p, hdr, back), tuple(notes))
-
 # %% ../nbs/00_volume.ipynb #d55087fe
 def sample() -> Path:
     "The file of a small real CT of the chest: 120×126×164 voxels of 1.5 mm, HU"
     return Path(__file__).parent/'sample'/'chest.nii.gz'
 
 # %% ../nbs/00_volume.ipynb #1bc78cb9
+def _read(path, packing) -> Volume:
+    "Any volume on canonical axes, with rescaled values"
+    p,hdr,x,affine,notes = read_image(path, packing)
+    data,affine,back = to_canonical(x, affine)
+    return Volume(_in_order(data), affine, Source(p, hdr, back), tuple(notes))
+
 def open_ct(
     path, # `.nii`, `.nii.gz`, `.nrrd` or `.mha`
     already_windowed=None # HU of gray levels 0 and 255, as (low, high); None if in HU
@@ -137,7 +136,6 @@ def _round(x, p) -> list:
     np.rint(x, out=x)
     return ['labels rounded to whole numbers']*bool(noise)  # D10
 
-# %% ../nbs/00_volume.ipynb #efa6cc3e
 def _labels(x, p, allowed) -> tuple:
     "Whole labels as uint8, and notes"
     notes = _round(x, p) if x.dtype.kind=='f' else []

@@ -8,7 +8,7 @@ Docs: https://covid3d.github.io/covid3d/weights.html.md"""
 __all__ = ['NetSpec', 'Seen', 'save_model', 'load_model', 'read_seen', 'read_domain', 'mean_logit', 'Ensemble', 'Mirrored']
 
 # %% ../nbs/14_weights.ipynb #1a21c84e
-import hashlib, json, os, re
+import hashlib, json, re
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -17,11 +17,9 @@ import torch
 from fastcore.basics import patch
 from safetensors.torch import save
 from torch import nn
-from torch.nn import functional as F
 
 from .domain import Domain
 from .encoder import encoder3d, open_tensors
-from .files import read_json
 from .transforms import CTSpec, spec_class
 from .unet import DynamicUnet3d
 from .volume import CTError, check_memory, stored_bytes, write_atomic
@@ -316,7 +314,27 @@ def _continued(path, net, classes) -> DynamicUnet3d:
     new.load_state_dict(state)
     return new
 
-# %% ../nbs/14_weights.ipynb #6137a173
+# %% ../nbs/14_weights.ipynb #7fff6605
+def network_digest(
+    model,       # Network, or several as one
+    spec: CTSpec # What it was trained with
+) -> str:
+    "The same for networks with the same weights and input, whatever files they come from"
+    h = hashlib.blake2b(f'{type(model).__name__} {json.dumps(asdict(spec))}'.encode(),
+                        digest_size=16)
+    for k,t in model.state_dict().items():
+        h.update(f'{k} {t.dtype} {tuple(t.shape)}'.encode())
+        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+# %% ../nbs/14b_ensemble.ipynb #d474d36a
+import os
+
+from torch.nn import functional as F
+
+from .files import read_json
+
+# %% ../nbs/14b_ensemble.ipynb #c1662f7a
 def mean_logit(
     *logits # Tensors of one shape
 ) -> torch.Tensor:
@@ -324,7 +342,7 @@ def mean_logit(
     l = torch.stack(logits)
     return F.logsigmoid(l).logsumexp(0)-F.logsigmoid(-l).logsumexp(0)
 
-# %% ../nbs/14_weights.ipynb #3177801f
+# %% ../nbs/14b_ensemble.ipynb #3d16b9e4
 class Ensemble(nn.Module):
     "Several networks as one: the mean of their probabilities"
     def __init__(self,
@@ -335,7 +353,7 @@ class Ensemble(nn.Module):
     # (batch, 1, slice, row, column) → logits (batch, class, slice, row, column)
     def forward(self, x): return mean_logit(*self.answers(x))
 
-# %% ../nbs/14_weights.ipynb #aca23579
+# %% ../nbs/14b_ensemble.ipynb #d248ff0e
 class Mirrored(nn.Module):
     "A network's answers to a scan and to its mirror image, as one"
     def __init__(self,
@@ -347,7 +365,7 @@ class Mirrored(nn.Module):
     # (batch, 1, slice, row, column) → logits (batch, class, slice, row, column)
     def forward(self, x): return mean_logit(*self.answers(x))
 
-# %% ../nbs/14_weights.ipynb #bd6d8d18
+# %% ../nbs/14b_ensemble.ipynb #9de03377
 def weights_in(
     # One `.safetensors`, `covid3d`, a list of them, or a folder that `covid3d train --folds` wrote
     paths
@@ -367,7 +385,7 @@ def weights_in(
                       f'Train it with --folds {k} --fold {left}')
     return [Path(paths)/f'fold_{i}'/'model.safetensors' for i in range(k)]
 
-# %% ../nbs/14_weights.ipynb #e54ade98
+# %% ../nbs/14b_ensemble.ipynb #2b542fc4
 def load_all(paths, device) -> tuple:
     "The network of these files, or their `Ensemble`, in eval mode, and its `CTSpec`"
     if not paths:
@@ -379,16 +397,3 @@ def load_all(paths, device) -> tuple:
         fault = f'was trained with another spacing, window, patch or classes than {paths[0]}'
         raise CTError(odd, fault, 'Average models that were trained alike')
     return (loaded[0][0] if len(loaded)==1 else Ensemble(m for m,_,_ in loaded).eval()),loaded[0][1]
-
-# %% ../nbs/14_weights.ipynb #7fff6605
-def network_digest(
-    model,       # Network, or several as one
-    spec: CTSpec # What it was trained with
-) -> str:
-    "The same for networks with the same weights and input, whatever files they come from"
-    h = hashlib.blake2b(f'{type(model).__name__} {json.dumps(asdict(spec))}'.encode(),
-                        digest_size=16)
-    for k,t in model.state_dict().items():
-        h.update(f'{k} {t.dtype} {tuple(t.shape)}'.encode())
-        h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return h.hexdigest()

@@ -17,9 +17,9 @@ parts = {
     'Scans':'volume nifti hu show dicom_slice dicom phantom',
     'Patches':'transforms patches augment augment_intensity augment_sets',
     'Network, losses, metrics':'encoder unet losses metrics',
-    'Data':'cases check archive datasets data prepare prepared_folder',
+    'Data':'cases check archive datasets own_folder data prepare prepared_folder',
     'Training':'learner callbacks recipe pretrain',
-    'Inference':'weights inference domain quantify report scans predict',
+    'Inference':'weights ensemble inference segmenter domain quantify report scans output predict',
     'Evaluation':'evaluate statistics score_page cohort folds paper_table reproduce',
     'Engineering':'dicom_file dicom_pixels dicom_series dicom_seg dicom_sr itk export outlines layouts download shapes anatomy lung_tissue opacities '
                   'memory distributed workers checkpoint signals checkpoint_check files errors pages command train_commands use_commands cli main'}
@@ -46,7 +46,7 @@ renamed = {'model-card':'Model card', 'changelog':'Changelog', 'bad-inputs':'Bad
 index = dict(volume='Hounsfield; Hounsfield units; HU; NIfTI; affine; orientation', show='lung window; window', dicom='DICOM', dicom_seg='DICOM SEG; DICOM Segmentation',
     dicom_sr='DICOM SR; Structured Report', itk='NRRD; MetaImage', metrics='Dice; Hausdorff distance; HD95; surface Dice; NSD', losses='loss; cross-entropy; focal loss',
     unet='U-Net', encoder='r3d_18; Kinetics', inference='sliding window', learner='lr_find; learning rate; fine_tune; mixed precision', memory='out of memory; GPU memory; memory',
-    checkpoint='resume', benchmarks='nnU-Net; MONAI; baselines', domain='out of distribution', weights='safetensors; weights', export='ONNX', folds='cross-validation',
+    checkpoint='resume', benchmarks='nnU-Net; MONAI; baselines', domain='out of distribution', weights='safetensors; weights', ensemble='ensemble', export='ONNX', folds='cross-validation',
     transforms='patch; resampling; spacing', augment='augmentation', phantom='phantom; synthetic CT', fastai='fastai')
 
 # Text

@@ -23,7 +23,7 @@ demo: $(READY) ## synthetic chest CTs, training, scores on unseen ones, a pictur
 test: $(READY) ## lint, run every notebook, then pytest
 	$(BIN)/ruff check nbs covid3d tests benchmarks
 	$(ONE_THREAD) $(IN_VENV) $(BIN)/nbdev-test --n-workers 2 --do-print --timing
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 fuzz: $(READY) ## the long form of the fuzz tests: 10,000 damaged NIfTI and 2,000 DICOM; some ten minutes
 	COVID3D_FUZZ=10000 $(BIN)/python -m pytest -q tests/test_fuzz.py

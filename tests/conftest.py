@@ -14,6 +14,12 @@ def no_fsync():
     "For tests that write thousands of small masks and look at none after a power cut"
     with pytest.MonkeyPatch.context() as m: m.setattr(os, 'fsync', lambda fd: None); yield
 
+slow = 'workers resume kills reproduce site real distributed memory pretrain prepare'.split()
+
+def pytest_collection_modifyitems(items):
+    "The files that take longest come first, so that at the end no process waits for one of them"
+    items.sort(key=lambda o: slow.index(name) if (name := o.path.stem.removeprefix('test_')) in slow else len(slow))
+
 # the same examples in every run; COVID3D_EXPLORE=1 draws new ones
 settings.register_profile('steady', derandomize=not os.environ.get('COVID3D_EXPLORE'), deadline=None)
 settings.load_profile('steady')

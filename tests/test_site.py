@@ -1,6 +1,6 @@
 """The built site, in a browser: links, names, pictures, widths, accessibility, search, and that two builds are equal
 
-The site is built here, unless COVID3D_SITE names the folder of one that is. Chromium and Playwright open it; axe-core (package axe-playwright-python, or COVID3D_AXE, its file) judges."""
+The site is built here, unless COVID3D_BUILT names the folder of one that is; COVID3D_SITE does so too, and asks for the browser and a second build. Chromium and Playwright open it; axe-core (package axe-playwright-python, or COVID3D_AXE, its file) judges."""
 import functools,http.server,importlib.util,json,os,re,shutil,subprocess,sys,threading,zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +58,7 @@ def make(out):
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
-    if given := os.environ.get('COVID3D_SITE'): return Path(given).resolve()
+    if given := os.environ.get('COVID3D_SITE') or os.environ.get('COVID3D_BUILT'): return Path(given).resolve()
     d = tmp_path_factory.mktemp('site'); p = make(d/'covid3d'); said = p.communicate()[0]
     assert p.returncode==0, said
     return d/'covid3d'

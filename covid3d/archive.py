@@ -32,7 +32,7 @@ def _folders(root, notes):
         notes.append(f'{_number(len(closed), "folder")} could not be read ({closed[0].strerror})')
 
 # %% ../nbs/04c_archive.ipynb #640070f5
-_rename = 'its path holds a control character, or bytes that are no UTF-8. Rename the folder.'
+_rename = 'its path holds a control character, or bytes that are not UTF-8. Rename the folder.'
 
 def _walk_dicom(root, notes) -> tuple:
     "(path, `Series`) of the CT below `root`; (path, why) of folders that do not open"

@@ -54,7 +54,7 @@ class Aug3d(ItemTransform):
         self.p = p
         self.__post_init__()
     def __post_init__(self):
-        if not 0<=self.p<=1: raise CTError('p', f'{self.p} is no probability', 'Give 0 to 1')
+        if not 0<=self.p<=1: raise CTError('p', f'{self.p} is not a probability', 'Give 0 to 1')
     def hit(self, n: int) -> torch.Tensor:
         "Which of `n` samples are changed"
         return torch.rand(n)<self.p

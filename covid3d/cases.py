@@ -108,11 +108,11 @@ def csv_text(
 ) -> str: # Without a byte-order mark
     "The text of a CSV; `CTError` for anything else"
     raw = read_bytes(p, most, remedy)
-    if b'\0' in raw: raise CTError(p, 'is no CSV in UTF-8', remedy)
+    if b'\0' in raw: raise CTError(p, 'is not a CSV file in UTF-8', remedy)
     if max(map(len, raw.splitlines() or [b'']))>_most_line:
         raise CTError(p, f'holds a line of more than {_most_line:,} bytes', remedy)
     try: return raw.decode('utf-8-sig')
-    except UnicodeDecodeError: raise CTError(p, 'is no CSV in UTF-8', remedy) from None
+    except UnicodeDecodeError: raise CTError(p, 'is not a CSV file in UTF-8', remedy) from None
 
 # %% ../nbs/04_cases.ipynb #5cce5b33
 def require_single(
@@ -147,7 +147,8 @@ def _read_csv(path) -> pd.DataFrame:
             warnings.simplefilter('error', pd.errors.ParserWarning)
             df = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, sep=sep,
                              engine='python', index_col=False)
-    except Exception as e: raise CTError(p, f'is no CSV ({type(e).__name__})', _rewrite) from None
+    except Exception as e:
+        raise CTError(p, f'is not a CSV file ({type(e).__name__})', _rewrite) from None
     if len(df)>_most_cases:
         raise CTError(p, f'holds {len(df):,} lines, and {_most_cases:,} at most can be worked on',
                       'Divide it')
@@ -164,7 +165,7 @@ def _need_columns(df, p, need):
     if not len(df): raise CTError(p, 'the table holds no case', 'Add cases')
     if (df.case=='').any():
         raise CTError(p, f'line {int(np.argmax(df.case==""))+2} has no case name',
-                      'Give each scan a name of its own')
+                      'Give each scan its own name')
     if (df.ct=='').any():
         raise CTError(p, f'case {df.case[df.ct==""].iloc[0]!r} has no ct', 'Add its path')
 
@@ -187,7 +188,7 @@ def _table_faults(df, p):
             yield CTError(p, f'case {plain(c)[:60]!r} cannot be the name of a file',
                           'Rename it: masks are called after their case')
     for c in df.case[df.case.duplicated()].unique():
-        yield CTError(p, f'case {c!r} stands there twice', 'Give each scan a name of its own')
+        yield CTError(p, f'case {c!r} is there twice', 'Give each scan its own name')
     at = df.ct.map(os.path.normpath)
     for _,g in df[at.duplicated(keep=False)].groupby(at):
         yield CTError(p, f'cases {g.case.iloc[0]!r} and {g.case.iloc[1]!r} are the same scan',
@@ -286,7 +287,7 @@ def _csv(df) -> bytes:
     odd = next((o for o in df.to_numpy().ravel() if plain(o)!=str(o)), None)
     if odd:
         raise CTError(ascii(odd),
-                      'a name with a control character, or with bytes that are no UTF-8, cannot '
+                      'a name with a control character, or with bytes that are not UTF-8, cannot '
                       'stand in a CSV', 'Rename it')
     return df.map(safe_cell).to_csv(index=False, lineterminator='\n').encode()
 
@@ -478,7 +479,7 @@ def _check_lung(rep, case, ct, lesion):
                        'Check the field of view')
     if spine_in_front(ct, lung):
         rep.add('warning', case.label(),
-                'the spine lies in front of the lungs, as if front and back were exchanged',
+                'the spine is in front of the lungs, as if front and back were exchanged',
                 'Look at it; if so, write front-back into the column flip')
     if cut := _cut_at(lung):
         fault = (f'the lung is cut off at the {" and ".join(cut)} edge of the scan, '
@@ -488,7 +489,7 @@ def _check_lung(rep, case, ct, lesion):
     inside = float((lesion&lung).sum()/lesion.sum()) if lesion.any() else None
     rep.inside = inside
     if inside is not None and inside<_inside_line:
-        fault = (f'only {inside:.0%} of the lesion lies in the lung mask, as if it were the mask '
+        fault = (f'only {inside:.0%} of the lesion is in the lung mask, as if it were the mask '
                  f'of another scan')
         rep.add('warning', case.label('lesion'), fault, 'Look at it, and at the lung mask')
     elif not cut: rep.lesion_share = float(lesion.sum()/lung.sum())

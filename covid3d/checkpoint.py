@@ -147,7 +147,7 @@ def read_checkpoint(
         raise CTError(path, 'the checkpoint is damaged: its checksum is wrong', remedy)
     try: return json.loads(text),tensors
     except (ValueError,RecursionError):
-        raise CTError(path, 'is no checkpoint of `covid3d train`', remedy) from None
+        raise CTError(path, 'is not a checkpoint of `covid3d train`', remedy) from None
 
 # %% ../nbs/17_checkpoint.ipynb #7a2adcdc
 class Checkpoint(Callback):
@@ -465,7 +465,7 @@ def _fitting(file):
     try: yield
     except (_Misfit,RecursionError) as e:
         part = e if isinstance(e, _Misfit) else 'about'  # nested too deep
-        raise CTError(file, f'is no checkpoint of this training: its part {part} does not fit',
+        raise CTError(file, f'is not a checkpoint of this training: its part {part} does not fit',
                       'Start anew with --overwrite, or give the folder of this training') from None
 
 def _is_int(v, low=0, high=2**63) -> bool: return type(v) is int and low<=v<high

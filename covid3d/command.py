@@ -68,7 +68,7 @@ def _writable(out):
         fault = f'cannot be written to ({getattr(e, "strerror", None) or e})'
         raise _Refused(out, fault, 'Choose another --out') from None
     if p.is_dir() and os.access(p, os.W_OK): return out
-    raise _Refused(p, 'is no folder that can be written to', 'Choose another --out')
+    raise _Refused(p, 'is not a folder that can be written to', 'Choose another --out')
 
 # %% ../nbs/28_command.ipynb #2049d04d
 def _check_args(args):
@@ -76,7 +76,7 @@ def _check_args(args):
     for k,v in args.items():
         for o in v if isinstance(v, (list,tuple)) else [v]:
             if isinstance(o, str) and '\0' in o:
-                raise _Refused(ascii(o), 'no path has a zero byte in it', 'Check the argument')
+                raise _Refused(ascii(o), 'a path cannot hold a zero byte', 'Check the argument')
             if isinstance(o, float) and not math.isfinite(o):
                 option = '--'+k.replace('_', '-')
                 raise _Refused(option, f'{o} is not a number that can be used', 'Give another')

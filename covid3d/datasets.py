@@ -53,7 +53,7 @@ def choose_splits(
     free = [o for o in patients if o not in named]
     random.Random(seed).shuffle(free)
     for k,v in parts.items():
-        if not 0<=v<1: raise CTError(k, f'{v:g} is no fraction of the patients',
+        if not 0<=v<1: raise CTError(k, f'{v:g} is not a fraction of the patients',
                                      'Give names of cases, or a fraction from 0 to below 1')
         n = min(max(1, round(v*len(patients))) if v else 0, max(0, len(free)-1))
         split[df.patient.isin(free[:n]) & (split!='')] = k
@@ -186,7 +186,7 @@ def _front_wrong(row) -> bool:
 # of these files the slices run from head to foot, though their headers say the opposite
 _reversed = ('radiopaedia_7_85703_0',)
 _front_notes = {
-    True:'front and back exchanged (the spine lies in front): repaired',
+    True:'front and back exchanged (the spine is in front): repaired',
     None:'not opened with a lung mask, so front and back could not be compared with the spine: '
          'look at them'}
 
@@ -195,7 +195,7 @@ def _repair(rows, notes):
     if not (grey := [r for r in rows if r['case'].startswith('radiopaedia')]): return
     for r in grey: r['already_windowed'] = r['already_windowed'] or '-1250:250'
     notes.append(f'{_number(len(grey), "Radiopaedia scan")} windowed to '
-                 f'{grey[0]["already_windowed"]} HU: what lay outside is lost')
+                 f'{grey[0]["already_windowed"]} HU: what was outside is lost')
     wrong = {r['case']:_front_wrong(r) for r in grey}
     for k,why in _front_notes.items():
         if names := [c for c,v in wrong.items() if v is k]:

@@ -122,7 +122,7 @@ def _stack(slices, p) -> tuple:
     whole = all(s.slope==int(s.slope) and s.intercept==int(s.intercept) for s in slices)
     dtype,shape = np.dtype(np.int16 if whole else np.float32),(len(slices),g['Rows'],g['Columns'])
     if np.prod(shape, dtype=object)*dtype.itemsize>max_bytes:
-        raise CTError(p, f'{"×".join(map(str, shape))} voxels are no CT')
+        raise CTError(p, f'{"×".join(map(str, shape))} voxels are not a CT')
     for s in slices:
         x = read_pixels(s, coded)
         if out is None: out = np.empty(shape, dtype)
@@ -140,7 +140,8 @@ def _assemble(p, slices) -> Volume:
     "The volume of the slices of the folder `p`"
     _check_same(slices, p)
     kept,hu,notes = _stack(slices, p)
-    if len(kept)<4: raise CTError(p, f'{len(kept)} slices are no 3D scan', 'Give the whole series')
+    if len(kept)<4:
+        raise CTError(p, f'{len(kept)} slices are not a 3D scan', 'Give the whole series')
     notes += _check_stack(kept, p)
     if len({(s.slope,s.intercept) for s in kept})>1:  # C11
         notes.append('its slices differ in their rescale: each has its own')
@@ -192,7 +193,7 @@ def _of_file(p) -> tuple:
     found = survey(p.parent) if slices else Survey([], Counter({kind:1}), [])
     mine = [s for s in found.series if any(o.path==p for o in s.slices)]
     if mine: return mine[0],[]
-    raise CTError(p, f'it is no slice of a CT series in its folder ({_told(found.skipped)})',
+    raise CTError(p, f'it is not a slice of a CT series in its folder ({_told(found.skipped)})',
                   'Give a slice of the series')
 
 # %% ../nbs/01_dicom.ipynb #49ff54ea

@@ -37,7 +37,7 @@ def _listed(folder) -> tuple:
     "Files of a folder that may be DICOM, and a Counter of entries that only have such a name"
     try: entries = sorted(os.scandir(folder), key=lambda o: o.name)
     except OSError as e: raise unreadable(folder, e) from None
-    except ValueError: raise CTError(folder, 'is no valid path', 'Check the path') from None
+    except ValueError: raise CTError(folder, 'is not a valid path', 'Check the path') from None
     home = os.path.realpath(folder)+os.sep
     kinds = {Path(o.path):_why_not(o, home) for o in entries}
     return [p for p,why in kinds.items() if why==''],Counter(filter(None, kinds.values()))

@@ -148,12 +148,12 @@ def _grid(ds, frame, p) -> dict:
         raise CTError(p, 'ImageOrientationPatient is not two unit vectors at right angles')
     spacing = _floats(_group(ds, frame, 'PixelMeasuresSequence'), 'PixelSpacing', 2, p)
     if not all(1e-3<o<100 for o in spacing):
-        raise CTError(p, 'PixelSpacing is no spacing of a CT in mm')
+        raise CTError(p, 'PixelSpacing is not the spacing of a CT in mm')
     if not (g['SamplesPerPixel']==1 and g['BitsAllocated']==16 and 1<g['BitsStored']<=16
             and g['HighBit']==g['BitsStored']-1 and g['PixelRepresentation'] in (0,1)):
         raise CTError(p, 'its pixels are not stored as a CT\'s are (16 bits, one sample)')
     if not (0<g['Rows']<=8192 and 0<g['Columns']<=8192):
-        raise CTError(p, f'a slice of {g["Rows"]}×{g["Columns"]} pixels is no CT')
+        raise CTError(p, f'a slice of {g["Rows"]}×{g["Columns"]} pixels is not a CT')
     texts = {k:_text(ds, k) for k in ('PhotometricInterpretation','FrameOfReferenceUID')}
     return g | dict(ImageOrientationPatient=unit, PixelSpacing=spacing, **texts)
 

@@ -47,7 +47,7 @@ def _grey_weights(conv: nn.Conv3d, mean: list, std: list) -> tuple[Tensor, Tenso
     "What `conv` does to a one-channel volume: its weight, and the weight of the mean it subtracts"
     plain = conv.bias is None and conv.groups == 1 and conv.padding_mode == 'zeros'
     if not plain or conv.in_channels != len(mean):
-        raise CTError(conv, f'no stem of {len(mean)} colors',
+        raise CTError(conv, f'not the stem for {len(mean)} colors',
                       'Give a convolution padded with zeros, ungrouped and without bias')
     per_color = lambda o: torch.as_tensor(o, dtype=torch.float64,
                                           device=conv.weight.device).view(1, -1, 1, 1, 1)
@@ -121,7 +121,7 @@ def _find_arch(arch: Callable | str) -> Callable: # torchvision's function or it
         with torch.device('meta'): net = build(weights=None)
     except (ValueError, TypeError): net = None
     if isinstance(net, VideoResNet): return build
-    raise CTError(f'arch={getattr(arch, "__name__", arch)}', 'no video ResNet of torchvision',
+    raise CTError(f'arch={getattr(arch, "__name__", arch)}', 'not a video ResNet of torchvision',
                   'Give r3d_18, mc3_18 or r2plus1d_18')
 
 # %% ../nbs/10_encoder.ipynb #292a1265

@@ -47,7 +47,7 @@ def unreadable(
     remedy: str = 'Check the path and its permissions' # What to suggest if the file is to blame
 ) -> CTError: # The error to raise: `Scarce` if the file is not to blame
     "The error for a file that the operating system refused to read"
-    if e.errno==errno.EIO: remedy = 'Check the disk or the network it lies on, then copy it again'
+    if e.errno==errno.EIO: remedy = 'Check the disk or the network it is on, then copy it again'
     return (Scarce if e.errno in _short else CTError)(
         path, f'cannot be read ({e.strerror or e})', _short.get(e.errno, remedy))
 

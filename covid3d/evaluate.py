@@ -124,7 +124,7 @@ def read_journal(path) -> tuple: # Settings; key → (row, `Snapshot` or None); 
     head,_,rest = read_bytes(path, 2**30, remedy).partition(b'\n')
     try: dict.items(settings := json.loads(head)['settings'])
     except (ValueError,KeyError,TypeError,RecursionError):
-        raise CTError(path, 'is no journal of scores', remedy) from None
+        raise CTError(path, 'is not a journal of scores', remedy) from None
     rows,good = {},len(head)+1
     for line in rest.split(b'\n')[:-1]:
         try: key,*found = _record(line)
@@ -191,12 +191,13 @@ def seen_note(
     seen: set      # Digests of the scans that trained or chose the weights; None if unknown
 ) -> str: # Empty if no case was seen
     "Which cases the weights know already"
-    if seen is None: return ('The weights do not tell which scans they were trained on, so nobody '
+    if seen is None: return ('The weights do not say which scans they were trained on, so nobody '
                              'has checked that these cases are new to them.')
     known = [k for k,d in digests.items() if d in seen]
     return (f'{len(known)} of {many(len(digests), "case")} trained these weights or chose them '
-        f'({some(known)}): their scores are too high, and no estimate for new scans. For a '
-        'cross-validation, its own report scores each case with the network that did not see it.'
+        f'({some(known)}): their scores are too high, and do not estimate those of new scans. '
+        'For a cross-validation, its own report scores each case with the network that did not '
+        'see it.'
         ) if known else ''
 
 # %% ../nbs/22_evaluate.ipynb #5b225bb4

@@ -71,15 +71,15 @@ def _not_hu(q: HUProfile) -> str:
     if not q.smooth>.4:
         return f'neighboring voxels have nothing in common (correlation {q.smooth:.2f}): noise'
     if q.below>(.05 if q.padded else .01):
-        return f'{q.below:.1%} of the voxels lie below −1300, lower than air'
+        return f'{q.below:.1%} of the voxels are below −1300, lower than air'
     if q.air<.002: return 'no air: hardly a value between −1100 and −600'
     if q.bone>min(.25, 1.5*q.air):
-        return f'{q.bone:.0%} of the voxels lie above 600 and {q.air:.0%} are as low as air'
-    if q.low<-1080: return f'the lungs and the air lie at {q.low:.0f}, lower than air'
-    if q.lowest>-760: return f'the lowest values lie at {q.lowest:.0f}, where air is −1000'
+        return f'{q.bone:.0%} of the voxels are above 600 and {q.air:.0%} are as low as air'
+    if q.low<-1080: return f'the lungs and the air are at {q.low:.0f}, lower than air'
+    if q.lowest>-760: return f'the lowest values are at {q.lowest:.0f}, where air is −1000'
     if q.soft<.03 and q.low<-950: return 'no soft tissue: hardly a value between −200 and 150'
     if q.soft>=.03 and not -150<q.middle<170:
-        return f'the soft tissue lies at {q.middle:.0f}, where fat is −100 and muscle 60'
+        return f'the soft tissue is at {q.middle:.0f}, where fat is −100 and muscle 60'
     if q.between>max(.25, 1.5*q.soft): return 'the values between lung and soft tissue predominate'
     return ''
 
@@ -90,9 +90,9 @@ def _hu_doubts(q: HUProfile) -> list:
         (q.air<.02, f'hardly any air ({q.air:.1%} of the voxels): are these HU of a chest?'),
         (q.soft<.1, f'hardly any soft tissue ({q.soft:.0%} of the voxels): was the scan masked?'),
         (q.between>q.soft, 'the values between lung and soft tissue predominate: are these HU?'),
-        (q.low>-690, f'the air and the lungs lie at {q.low:.0f} HU, where most lie below −750'),
+        (q.low>-690, f'the air and the lungs are at {q.low:.0f} HU, where most are below −750'),
         (abs(q.middle)>120 and q.soft>=.03,
-         f'the soft tissue lies at {q.middle:.0f} HU, where fat is −100 and muscle 60')) if odd]
+         f'the soft tissue is at {q.middle:.0f} HU, where fat is −100 and muscle 60')) if odd]
 
 # %% ../nbs/00_hu.ipynb #ed9c036c
 _ways_back = {

@@ -225,7 +225,7 @@ def as_volume(
     if hasattr(scan, 'open_ct'): return scan.open_ct()
     if isinstance(scan, (str,os.PathLike)): return open_scan(scan)
     remedy = 'Give a Volume, a Case, or the path of a NIfTI file or a DICOM folder'
-    raise CTError('scan', f'an object of type {type(scan).__name__} is no scan', remedy)
+    raise CTError('scan', f'an object of type {type(scan).__name__} is not a scan', remedy)
 
 # %% ../nbs/15b_segmenter.ipynb #a700431e
 @dataclass(frozen=True, eq=False, repr=False)
@@ -271,7 +271,7 @@ def _doubts(seg) -> list:
     out,ml = [],{k:seg.ml[k] for k in lungs}
     if seg.distance>=1:
         out.append(f'unlike all scans of the training: its distance of {seg.distance:.1f} is '
-                   'above 1; look whether it is a chest CT in HU')
+                   'above 1; check that it is a chest CT in HU')
     if seg.disagreement>_apart:
         out.append(f'the answers of the network differ by {seg.disagreement:.0%}; look at the mask '
                    'before you use it')
@@ -282,7 +282,7 @@ def _doubts(seg) -> list:
         out.append(f'{" and ".join(small)}; check that the scan holds the whole chest, and its '
                    'voxel size')
     if len(lungs)==2 and spine_in_front(seg.ct, np.maximum(*lungs.values())):
-        out.append('the spine lies in front of the lungs, as if front and back were exchanged; '
+        out.append('the spine is in front of the lungs, as if front and back were exchanged; '
                    'look at the scan')
     return out
 
@@ -330,7 +330,7 @@ class Segmenter:
     ):
         for k,v,ok in (('overlap',overlap,0<=overlap<1), ('threshold',threshold,0<threshold<1)):
             if not ok: raise CTError(k, f'{v} is not between 0 and 1', 'Give 0.5')  # NaN too
-        if not 0<=min_ml<math.inf: raise CTError('min_ml', f'{min_ml} is no volume', 'Give 0')
+        if not 0<=min_ml<math.inf: raise CTError('min_ml', f'{min_ml} is not a volume', 'Give 0')
         self.model = Mirrored(model, spec.mirrored).eval() if mirror else model
         self.spec,self.overlap,self.threshold,self.keep = spec,overlap,threshold,keep
         self.mirror,self.min_ml,self.within_lungs = mirror,min_ml,within_lungs

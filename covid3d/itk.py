@@ -39,7 +39,7 @@ def _data_at(f) -> tuple: # (first byte, whether an orientation is stored); sets
     "Where the voxels begin; raises `CTError` if they are in another file"
     h,at = _text_header(f.path)
     apart = 'data file' in h or 'datafile' in h or h.get('elementdatafile', 'local')!='local'
-    if apart: raise CTError(f.path, 'its voxels lie in another file', 'Convert it to one file')
+    if apart: raise CTError(f.path, 'its voxels are in another file', 'Convert it to one file')
     coding = h.get('encoding', 'raw')
     f.packed = coding in ('gz','gzip') or h.get('compresseddata')=='true'
     if coding not in ('raw','gz','gzip') or h.get('binarydata')=='false':

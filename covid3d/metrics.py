@@ -309,7 +309,7 @@ def lesion_detection(
 ) -> Detection:
     "Count the lesions of each mask that the other mask hits"
     if connectivity not in (6,18,26):
-        raise CTError('connectivity', f'{connectivity} is no neighborhood of a voxel',
+        raise CTError('connectivity', f'{connectivity} is not a neighborhood of a voxel',
                       'Give 6, 18 or 26')
     check_number('overlap', overlap, 0, 1, 'Give a fraction of the lesion, 0 for one voxel')
     a,b = as_pair(pred,mask); box = joint_box(a,b); a,b = a[box],b[box]

@@ -48,7 +48,7 @@ def _find(path) -> Path:
     if _is_itk(p): return p
     twin = p.with_name(p.name[:-3] if p.suffix.lower()=='.gz' else p.name+'.gz')
     if twin.is_file():
-        raise CTError(p, f'{twin.name} lies beside it: which is meant?', 'Remove or rename one')
+        raise CTError(p, f'{twin.name} is beside it: which one is meant?', 'Remove or rename one')
     return p
 
 # %% ../nbs/00_nifti.ipynb #c7cdaaec
@@ -120,7 +120,7 @@ def _check_shape(hdr, p):
     if math.prod(s[3:])>1:  # H20
         raise CTError(p, f'{s} is more than one volume', 'Split it and give the volume you mean')
     if len(s)<3 or min(s[:3])<4:  # H21, H22
-        raise CTError(p, f'{s} is no 3D scan (each axis needs 4 voxels or more)',
+        raise CTError(p, f'{s} is not a 3D scan (each axis needs 4 voxels or more)',
                       'Give the whole series')
 
 # %% ../nbs/00_nifti.ipynb #5101155a
@@ -189,7 +189,7 @@ def _check_affine(affine, p):
     if not np.isfinite(affine).all() or not abs(det)>1e-6*size.prod():  # H14
         raise CTError(p, 'the affine is singular or not a number')
     if size.min()<1e-3 or size.max()>1e3:
-        raise CTError(p, f'voxels of {"×".join(f"{o:.3g}" for o in size)} mm are no CT',
+        raise CTError(p, f'voxels of {"×".join(f"{o:.3g}" for o in size)} mm are not a CT',
                       'Correct the affine in the header')
 
 def _check_quaternion(hdr, p):

@@ -40,7 +40,7 @@ def _mdai(path) -> dict:
     "Read the export as a dict"
     d = read_json(path, most=2**30, remedy=_export)
     if isinstance(d.get('datasets'), list) and isinstance(d.get('labelGroups'), list): return d
-    raise CTError(path, 'this is no export of MD.ai (no datasets and labelGroups)', _export)
+    raise CTError(path, 'this is not an export of MD.ai (no datasets and labelGroups)', _export)
 
 def _dicts(parent, key) -> list:
     "The objects in the list `key` of `parent`; everything else is skipped"

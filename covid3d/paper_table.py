@@ -130,4 +130,4 @@ def other_run(out) -> list: # lines for the table
         more = dict(what='another run', source=f'another run, covid3d {d["covid3d"]}')
         return [o | more for o in d['rows'] if o['what'] == 'measured here']
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CTError(f, 'is no table of a finished run', remedy) from None
+        raise CTError(f, 'is not the table of a finished run', remedy) from None

@@ -115,7 +115,7 @@ def _names(cases, endings, out) -> dict:
             fault = 'the name of this file is longer than 255 bytes'
             raise CTError(f'{k[:60]}…', fault, 'Rename the scan')
         if key in (manifest,_scans_csv,'measurements.csv') or _of_cohort.fullmatch(key):
-            fault = 'is the name of a file that tells of all scans'
+            fault = 'is the name of a file about all scans'
             raise CTError(k, fault, 'Rename the scan')
         if os.path.realpath(out/k) in inputs:
             fault = 'is one of the inputs, and a file of the scan would replace it'
@@ -285,7 +285,7 @@ def _unlike(masks, ct, seen) -> list:
         out.append(f'{ml:,.0f} ml, where training held {most_ml:,.0f} at most')
     if 0<most*_beyond<of_body:
         out.append(f'{percent(of_body)} of the body, where training held {percent(most)} at most')
-    advice = 'look whether the scan is of a kind that the network knows'
+    advice = 'check whether the scan is of a kind that the network knows'
     return [f'warning: the {name} is {"; ".join(out)}: {advice}']*bool(out)
 
 # %% ../nbs/23_predict.ipynb #204da7a9

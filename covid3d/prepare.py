@@ -238,7 +238,7 @@ def _remove(folder):
     odd = [p for p in folder.iterdir() if p.name not in _names or p.is_dir()]
     if odd:
         raise CTError(odd[0],
-                      'was not written by covid3d, and lies in a prepared case that is damaged',
+                      'was not written by covid3d, and is in a prepared case that is damaged',
                       'Move it away')
     for k in _names: (folder/k).unlink(missing_ok=True)
     folder.rmdir()

@@ -214,7 +214,7 @@ def _blood(seg) -> float:
 
 # %% ../nbs/20_quantify.ipynb #ca3fcb38
 def _flags(seg, outside_ml, hu) -> tuple:
-    "What speaks against the figures of a segmentation, in words"
+    "Reasons to distrust the figures of a segmentation, in words"
     out,thick = list(seg.notes),seg.ct.spacing[0]
     if hu and _blood(seg)>_contrast: out.append(
         'contrast medium in the heart and vessels: consolidation and mean HU are higher for it')
@@ -242,7 +242,7 @@ class Measurements:
     lesions: pd.DataFrame   # For each lesion: ml, HU, consolidation, lung, extent, slices, place
     aeration: pd.DataFrame  # For each band of HU: ml and percent of the lungs
     lobes: pd.DataFrame     # For each lobe: ml, percent, grade; None without a mask of lobes
-    flags: tuple            # What speaks against these figures, in words
+    flags: tuple            # Reasons to distrust these figures, in words
     unknown: dict           # Figure → why it, or a part of it, is not known
     about: dict             # The scan's grid, the network, and the settings of the measurement
 
@@ -302,7 +302,7 @@ def quantify(
     least_ml: float = .05,      # Smaller components are no lesions, ml
     hu: bool = True             # Intensities are HU; False for gray levels of an assumed window
 ) -> Measurements:
-    "Measure a segmentation: how much lesion, where, of what kind, and what speaks against it"
+    "Measure a segmentation: how much lesion, where, of what kind, and how far to trust it"
     _check(seg, lobes)
     edges,ml = [*(a for a,_ in bands.values()),0],seg.ct.ml_per_voxel
     counts = _counts(seg.masks, seg.ct.data, consolidation, edges)

@@ -135,7 +135,7 @@ def report(
     found: Measurements = None, # From `quantify`; measured here if None
     thumbnail = None     # `.png` for `coronal_map`, if that is wanted on its own
 ):
-    "One page of a scan: three linked planes, the figures, and what speaks against them"
+    "One page of a scan: three linked planes, the figures, and reasons to distrust them"
     found = quantify(seg) if found is None else found
     picture,most = coronal_map(seg)
     page = render('scan.html', script='viewer.js', title=f'Chest CT {name}', lead=_lead,

@@ -69,7 +69,7 @@ def _find_way(recipe, **changes) -> _Way:
     r = Recipe.load(recipe).but(**changes)
     r = r.but(spec=r.spec or CTSpec())
     named = isinstance(recipe, (str, Path))
-    own = f'the recipe {Path(recipe).name}' if named else 'a recipe of its own'
+    own = f'the recipe {Path(recipe).name}' if named else 'its own recipe'
     title = _methods.get(str(recipe), own).format('×'.join(map(str, r.spec.patch)))
     changed = tuple(k for k in changes if k not in ('seed', 'init'))
     return _Way(r, title + ', settings changed' * bool(changed), changed)
@@ -274,7 +274,7 @@ def _check_out(out: Path, data: dict):
         'Train with torchrun and covid3d train, then give --weights')
     for k, root in data.items():
         if out.resolve().is_relative_to(root): raise CTError(out,
-            f'lies in the folder of {data_titles[k]}', 'Choose an --out outside the data')
+            f'is in the folder of {data_titles[k]}', 'Choose an --out outside the data')
 
 def _sweep_all(out: Path):
     "Remove from all folders of a run what processes that no longer exist were writing there"

@@ -51,7 +51,7 @@ def _below(p, notes) -> list:
     for folder,s in largest.items():
         found.setdefault(_named(folder, s), []).append((-len(s.slices) if s else 0, folder))
     for name,o in found.items():
-        if len(o)>1: notes.append(f'{name}: its series lies in {len(o)} folders; the one with the '
+        if len(o)>1: notes.append(f'{name}: its series is in {len(o)} folders; the one with the '
                                   'most slices is taken')
     return [Case(name, min(o)[1]) for name,o in found.items()]
 
@@ -156,5 +156,5 @@ def find_scans(
     if not found: raise CTError(paths[0], 'looks like a mask', _no_masks)
     if len(found)>_most_cases:
         raise CTError(paths[0], f'{len(found):,} scans, and {_most_cases:,} at most fit into a run',
-                      'Divide them, with a folder of its own for each part')
+                      'Divide them, with a separate folder for each part')
     return list(found.values())

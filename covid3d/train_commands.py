@@ -141,7 +141,7 @@ def _runs(out, folds, fold) -> list:
     if folds is None and fold is None: return [Path(out)]
     if folds is None:
         remedy = 'Give both, for example --folds 5 --fold 0'
-        raise _Refused('--fold', 'is of no use without --folds', remedy)
+        raise _Refused('--fold', 'has no effect without --folds', remedy)
     if fold is not None and fold>=folds:
         raise _Refused('--fold', f'{fold} is not one of {folds} folds', f'Give 0 to {folds-1}')
     if fold is None and _started()[1]>1:

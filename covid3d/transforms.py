@@ -150,7 +150,8 @@ def _class_names(classes) -> tuple:
     if used := [c for c in names if c.lower() in _taken]:
         refuse(f'{used[0]!r} is another column of the case table', 'Use another name')
     if not 0<len({c.lower() for c in names})==len(names)<=64:
-        refuse(f'{str(classes)[:80]} is no list of 1 to 64 different names', 'Name each class once')
+        refuse(f'{str(classes)[:80]} is not a list of 1 to 64 different names',
+               'Name each class once')
     return names
 
 def _finite_numbers(name, values, n) -> tuple:

@@ -66,7 +66,7 @@ _Test = _opt(list[str], 'The same for the final score. --test alone: a fifth of 
     'still goes to validation, unless --valid 0. Neither: the paper’s split, or the same fifth '
     'and no test', metavar='CASE|FRACTION')
 _Layout = _opt(_any_layout, 'Layout of the folder; recognized if not given', metavar='NAME')
-_Annotations = _opt(str, 'RICORD: JSON of MD.ai, if it lies elsewhere', metavar='FILE')
+_Annotations = _opt(str, 'RICORD: JSON of MD.ai, if it is elsewhere', metavar='FILE')
 _Labels = _opt(list[str], 'RICORD: label that counts as lesion, repeat it for several '
     '(the infectious ones)', metavar='NAME')
 _Agree = _opt(int, 'RICORD: readers that must have drawn a voxel (1)', min=1, max=9)

@@ -173,7 +173,7 @@ def _require_plain(d):
     for k in ('spacing','window','patch'):
         if k=='spacing' and d[k] is None: continue
         if not isinstance(d[k], list) or not all(type(v) in (int,float) for v in d[k]):
-            raise ValueError(f'{k} is no list of numbers')
+            raise ValueError(f'{k} is not a list of numbers')
 
 # %% ../nbs/14_weights.ipynb #90dd97ed
 def _parse_specs(text, path) -> tuple:

@@ -202,7 +202,7 @@ def test_each_sample_is_hit_on_its_own():
     torch.manual_seed(0)
     none,some,all_ = (float(Aug3d(p).hit(10_000).float().mean()) for p in (0,.3,1))
     assert (none,all_)==(0,1) and abs(some-.3)<.015 and abs(_uniform(10_000, 2, 6).mean()-4)<.05
-    with pytest.raises(CTError, match='1.5 is no probability'): Aug3d(1.5)
+    with pytest.raises(CTError, match='1.5 is not a probability'): Aug3d(1.5)
 
 def test_points_by_hand():
     "Mirrored, turned by 90°, zoomed, sheared, moved, in perspective: where a point is read"

@@ -402,7 +402,7 @@ def test_the_check_warns_of_a_spine_in_front(phantoms, tmp_path):
     turn(tmp_path, 'a.nii.gz')
     df = datasets.folder(tmp_path)
     f, = check_table(df)[0].findings
-    assert f.level=='warning' and 'the spine lies in front' in f.fault
+    assert f.level=='warning' and 'the spine is in front' in f.fault
     f, = check_table(df.assign(flip='front-back'))[0].findings
     assert f.level=='note' and 'front-back wrong: reversed' in f.fault
 

@@ -371,7 +371,7 @@ def test_disk_full(zenodo, out, capfd, monkeypatch, where):
 
 def test_out_is_a_file(zenodo, out, capfd):
     out.write_text('x')
-    refused(capfd, out, out, 'no folder')
+    refused(capfd, out, out, 'not a folder')
     assert zenodo.log==[]
 
 # The others

@@ -124,7 +124,7 @@ def test_a_traced_encoder_reads_other_sizes():
 @pytest.mark.parametrize('conv', [nn.Conv3d(3, 4, 3), nn.Conv3d(1, 4, 3, bias=False), nn.Conv3d(3, 3, 3, bias=False, groups=3),
                                   nn.Conv3d(3, 4, 3, padding=1, bias=False, padding_mode='replicate')])
 def test_not_a_stem(conv):
-    with pytest.raises(CTError, match='no stem of 3 colors'): GreyConv3d(conv, [.4] * 3, [.2] * 3)
+    with pytest.raises(CTError, match='not the stem for 3 colors'): GreyConv3d(conv, [.4] * 3, [.2] * 3)
 
 
 @archs
@@ -142,7 +142,7 @@ def test_narrow_encoders_run(arch, width):
 
 @pytest.mark.parametrize('arch', ['resnet18', 'r3d', 'swin3d_t', print, nn.Linear, 3])
 def test_unknown_architecture(arch):
-    with pytest.raises(CTError, match='no video ResNet of torchvision. Give r3d_18, mc3_18 or r2plus1d_18'): encoder3d(arch, pretrained=False)
+    with pytest.raises(CTError, match='not a video ResNet of torchvision. Give r3d_18, mc3_18 or r2plus1d_18'): encoder3d(arch, pretrained=False)
 
 @archs
 def test_random_weights_are_he_scaled(arch):
@@ -271,7 +271,7 @@ def test_architectures_by_name_and_function():
     assert _find_arch('mc3_18') is mc3_18
     for o in (covid3d.encoder.r2plus1d_18, r2plus1d_18): assert _find_arch(o) is r2plus1d_18
     for bad in ('resnet18', 'r3d18'):
-        with pytest.raises(CTError, match=f'arch={bad}: no video ResNet of torchvision. Give r3d_18, mc3_18 or r2plus1d_18'): _find_arch(bad)
+        with pytest.raises(CTError, match=f'arch={bad}: not a video ResNet of torchvision. Give r3d_18, mc3_18 or r2plus1d_18'): _find_arch(bad)
 
 @archs
 def test_a_narrow_network_of_width_64_has_the_shapes_of_torchvision(arch):

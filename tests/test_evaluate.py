@@ -539,7 +539,7 @@ def test_a_journal_from_a_stranger_leads_nowhere(cases, tmp_path):
     f.unlink()
     for text in (b'', b'[]', b'{"settings": 5}\n', b'['*10**5, b'\xff\n'):
         f.write_bytes(text)
-        with pytest.raises(CTError, match='scores.jsonl: is no journal of scores'): evaluate_cases(Segmenter(Band(), spec), cases[:2], out)
+        with pytest.raises(CTError, match='scores.jsonl: is not a journal of scores'): evaluate_cases(Segmenter(Band(), spec), cases[:2], out)
     assert victim.read_bytes()==whole
 
 @pytest.mark.promise('silent')
@@ -795,7 +795,7 @@ def test_a_journal_resumes_or_refuses(eight, tmp_path):
     assert [o.case for o in few.kept]==[five.case[five.dice.idxmin()],five.case[five.dice.idxmax()]]
     refused('of another evaluation: weights w then, v now; overlap absent then, 0.25 now. Choose', scored, eight[:5], weights='v', overlap=.25)
     refused('holds scores of 1 case that this table lacks, phantom_004 first', scored, eight[:4])
-    assert scored(eight[:4], True)[1]>0; f.write_text('{"a": 5}\n'); refused('is no journal of scores', scored, eight[:4])
+    assert scored(eight[:4], True)[1]>0; f.write_text('{"a": 5}\n'); refused('is not a journal of scores', scored, eight[:4])
     scored(eight[:1], True); limit,before = resource.getrlimit(resource.RLIMIT_FSIZE),f.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (f.stat().st_size+99, limit[1]))
     try: refused('Make room, and give the same command again', scored, eight[:3], error=_Unkept)

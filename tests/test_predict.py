@@ -70,7 +70,7 @@ def test_a_series_that_lies_in_two_folders_is_taken_once(tmp_path, cts):
     for i in range(1, 4): (tmp_path/'t'/'a'/f'IM{i:04d}.dcm').unlink()
     notes = []
     c, = find_scans([tmp_path/'t'], notes)
-    assert c.ct.name=='b' and notes==[f'{c.name}: its series lies in 2 folders; the one with the most slices is taken']
+    assert c.ct.name=='b' and notes==[f'{c.name}: its series is in 2 folders; the one with the most slices is taken']
 
 @pytest.mark.fault('C7')
 def test_the_largest_of_several_series_is_taken_and_named(tmp_path, weights, cts, capfd):

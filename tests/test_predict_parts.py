@@ -28,7 +28,7 @@ def test_names_of_files():
     with pytest.raises(CTError, match='longer than 255'): named([Case('a'*250, Path('a.nii'))], 'b')
     with pytest.raises(CTError, match='one of the inputs'): named(two, 'lesion')
     for o in ('covid3d','index','Index-2'):
-        with pytest.raises(CTError, match='tells of all scans'): named([Case(o, Path('a.nii'))], 'lesion', 'right_lung', 'left_lung')
+        with pytest.raises(CTError, match='about all scans'): named([Case(o, Path('a.nii'))], 'lesion', 'right_lung', 'left_lung')
     with pytest.raises(CTError, match='was not read from DICOM'): _check_format(two, 'seg')
     with pytest.raises(CTError, match="'jpeg' is unknown"): _check_format(two, 'jpeg')
 

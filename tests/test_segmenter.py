@@ -74,7 +74,7 @@ def test_what_is_no_scan_is_refused_in_one_line(what):
     "An object that is neither a volume, a case nor a path is refused in one line that says what to give."
     for f in (as_volume, Segmenter(Two(), spec), Segmenter(Two(), spec).probabilities):
         with pytest.raises(CTError) as e: f(what)
-        assert str(e.value)==(f'scan: an object of type {type(what).__name__} is no scan. '
+        assert str(e.value)==(f'scan: an object of type {type(what).__name__} is not a scan. '
                               'Give a Volume, a Case, or the path of a NIfTI file or a DICOM folder.')
 
 def test_a_path_that_holds_no_scan_is_named(scans, tmp_path):
@@ -233,7 +233,7 @@ def test_what_speaks_against_a_mask():
     turned = Volume(np.ascontiguousarray(ct.data[:,::-1]), ct.affine)
     assert told(2000, 1500)==()
     for got,words in ((told(9000, 8000), 'lungs of 17,000 ml'), (told(2000, 20), 'left lung of 20 ml'), (told(2000, 2000, distance=2.), 'distance of 2.0'),
-                      (told(2000, 2000, answers=apart), 'differ by 75%'), (told(2000, 2000, ct=turned), 'spine lies in front of the lungs')):
+                      (told(2000, 2000, answers=apart), 'differ by 75%'), (told(2000, 2000, ct=turned), 'spine is in front of the lungs')):
         assert len(got)==1 and words in got[0] and got[0].startswith('warning: ')
 
 def test_lungs_get_their_names_back():
@@ -268,7 +268,7 @@ def test_lesions_lie_in_lungs_and_have_a_size():
     assert count(within_lungs=False)[0]==36 and count()[0]==28  # one is in no lung
     assert count(min_ml=.1)[0]==27 and count(least=2)[0]==36  # the right lung is not found
     assert count(mirror=True)[1:]==[81000,81000]
-    with pytest.raises(CTError, match='min_ml: nan is no volume'): Segmenter(Chest(), sides, min_ml=float('nan'))
+    with pytest.raises(CTError, match='min_ml: nan is not a volume'): Segmenter(Chest(), sides, min_ml=float('nan'))
 
 def test_a_segmenter_says_how_another_process_opens_it(weights):
     one = Segmenter.load(weights/'fold_0'/'model.safetensors', 'cpu', overlap=.25)

@@ -130,7 +130,7 @@ def test_P9_mask_of_another_patient(tmp_path, phantoms):
     save_volume(moved.new(np.roll(moved.data, 24, 1)), tmp_path/'0_lesion.nii')  # as the lesions of a patient who lay elsewhere
     a,b = check_table(tmp_path/'t.csv')
     f, = a.findings
-    assert one_line(f).level=='warning' and f.what.endswith('0_lesion.nii') and 'lies in the lung mask' in f.fault and a.inside<.8 and a.ok and not b.findings
+    assert one_line(f).level=='warning' and f.what.endswith('0_lesion.nii') and 'is in the lung mask' in f.fault and a.inside<.8 and a.ok and not b.findings
 
 @pytest.mark.fault('P9')
 @each('inside,warned', [(12,False),(10,False),(9,True),(1,True),(0,True)])

@@ -453,7 +453,7 @@ def test_S4_case_name_that_leads_out(tmp_path, name):
 @pytest.mark.fault('S5')
 def test_S5_duplicate_rows(capfd, tmp_path):
     df = rows()
-    bad(capfd, tmp_path/'t.csv', "case 'c1' stands there twice", df=pd.concat([df, df[1:2]]), status=1)
+    bad(capfd, tmp_path/'t.csv', "case 'c1' is there twice", df=pd.concat([df, df[1:2]]), status=1)
     bad(capfd, tmp_path/'t.csv', "cases 'c0' and 'c1' are the same scan", df=rows(ct=['x/1.nii.gz','x/../x/1.nii.gz','2.nii.gz','3.nii.gz'],
         split=['train','test','','']), status=1)
 

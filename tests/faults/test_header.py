@@ -156,14 +156,14 @@ def test_H14_singular(base, rows): refused(base.write(srow=rows, qform_code=0), 
 
 @pytest.mark.fault('H14')
 @each('size', [1e-5, 1e5, 1e30])
-def test_H14_absurd_voxel(base, size): refused(base.write(srow=[size,0,0,0, 0,1,0,0, 0,0,1,0], qform_code=0), 'are no CT')
+def test_H14_absurd_voxel(base, size): refused(base.write(srow=[size,0,0,0, 0,1,0,0, 0,0,1,0], qform_code=0), 'are not a CT')
 
 @pytest.mark.fault('H14')
 @pytest.mark.filterwarnings('error')
 def test_H14_overflow(tmp_path):
     "NIfTI-2's doubles can hold numbers whose square is infinite"
     base = Base(tmp_path, 2)
-    refused(base.write(srow=[1e200,0,0,0, 0,1e200,0,0, 0,0,1e200,0], qform_code=0), 'singular|are no CT')
+    refused(base.write(srow=[1e200,0,0,0, 0,1e200,0,0, 0,0,1e200,0], qform_code=0), 'singular|are not a CT')
 
 @pytest.mark.fault('H15')
 @each('quat', [(1,1,0), (0,0,1.01), (-3,0,0), (float('nan'),0,0)])
@@ -252,8 +252,8 @@ def test_H7_spacing_near_zero(tmp_path, tiny, sform):
     base = Base(tmp_path, 2)
     for axes in ([1],[1,2,3]):
         path = base.write(sform_code=sform, pixdim={i:tiny for i in axes})
-        refused(path, 'singular|are no CT|disagree')
-    refused(base.write(qform_code=0, srow=[tiny,0,0,0, 0,tiny,0,0, 0,0,tiny,0]), 'singular|are no CT')
+        refused(path, 'singular|are not a CT|disagree')
+    refused(base.write(qform_code=0, srow=[tiny,0,0,0, 0,tiny,0,0, 0,0,tiny,0]), 'singular|are not a CT')
 
 @pytest.mark.fault('H18')
 @each('dim', [[0,9,8,7,1,1,1,1], [8,9,8,7,1,1,1,1], [-1,9,8,7,1,1,1,1], [3,9,8,-7,1,1,1,1], [3,0,8,7,1,1,1,1], [4,9,8,7,0,1,1,1]])
@@ -300,11 +300,11 @@ def test_H20_several_volumes(base, dim):
 
 @pytest.mark.fault('H21')
 @each('dim', [[1,63,1,1,1,1,1,1], [2,9,8,1,1,1,1,1], [3,9,8,1,1,1,1,1], [3,1,8,7,1,1,1,1]])
-def test_H21_slice(base, dim): refused(base.write(dim=dim), 'no 3D scan')
+def test_H21_slice(base, dim): refused(base.write(dim=dim), 'not a 3D scan')
 
 @pytest.mark.fault('H22')
 @each('dim', [[3,9,8,3,1,1,1,1], [3,9,2,7,1,1,1,1]])
-def test_H22_few_slices(base, dim): refused(base.write(dim=dim), 'no 3D scan')
+def test_H22_few_slices(base, dim): refused(base.write(dim=dim), 'not a 3D scan')
 
 @pytest.mark.fault('H22')
 @each('mm', [10, 20])

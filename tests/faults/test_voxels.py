@@ -350,7 +350,7 @@ def test_D14_memory(tmp_path, name, scaling):
 @each('given', ['scan.nii', 'scan.nii.gz'])
 def test_D15_twins(plain, given):
     for name in ('scan.nii','scan.nii.gz'): plain.write(name=name)
-    refused(plain.folder/given, 'lies beside it')
+    refused(plain.folder/given, 'is beside it')
 
 @pytest.mark.fault('D15')
 def test_D15_other_names(plain):
@@ -376,7 +376,7 @@ def test_odd_names(tmp_path, name):
 @each('mm', [1e-300, 1e-4, 1e4, float('nan'), 0])
 def test_no_volume_of_absurd_voxels_is_written(tmp_path, mm):
     vol = volume.Volume(hu(), canonical_affine((mm,1,1)))
-    refused(tmp_path/'scan.nii', 'singular|are no CT', lambda p: save_volume(vol, p))
+    refused(tmp_path/'scan.nii', 'singular|are not a CT', lambda p: save_volume(vol, p))
 
 def test_no_such_file(plain):
     refused(plain.folder/'none.nii', 'no such file'); refused(plain.folder, 'this is a folder.*use open_scan')

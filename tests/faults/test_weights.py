@@ -166,7 +166,7 @@ def test_K7_hostile_headers(tmp_path, raw):
     "A safetensors header that lies is refused"
     (tmp_path/'m.safetensors').write_bytes(raw)
     readers = [load_model, read_seen, read_checkpoint, lambda p: encoder3d('r3d_18', p)]
-    if raw.count(b'"a"')<2: readers.append(read_weights)  # a name that stands there twice is a tensor to it, and no encoder's
+    if raw.count(b'"a"')<2: readers.append(read_weights)  # a name that is there twice is a tensor to it, and no encoder's
     for f in readers: refused(lambda: f(tmp_path/'m.safetensors'), 'm.safetensors')
 
 @pytest.mark.fault('K11')
@@ -345,7 +345,7 @@ def test_a_checkpoint_cannot_choose_where_to_write(stopped, tmp_path):
     for kept in (dict(file=str(victim)), dict(file=str(victim), rows=[]), dict(rows=state['callbacks']['history']['rows'], file=str(victim))):
         state['callbacks']['history'] = kept
         write_checkpoint(path, state, tensors)
-        refused(lambda: run(stopped, True), 'checkpoint.safetensors', 'is no checkpoint of this training', 'history')
+        refused(lambda: run(stopped, True), 'checkpoint.safetensors', 'is not a checkpoint of this training', 'history')
     assert victim.read_text()=='dear'
 
 odd_numbers = ['x', {}, [1], None, True]

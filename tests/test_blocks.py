@@ -124,7 +124,7 @@ def test_numbers_of_a_spec():
     assert _finite_numbers('spacing', ['3',2,2], 3)==(3,2,2)
 
 def test_names_of_classes():
-    for odd in ((), ['lesion','lesion'], ['lesion','Lesion'], 5, {}, [f'c{i}' for i in range(65)]): refused('no list of 1 to 64', _class_names, odd)
+    for odd in ((), ['lesion','lesion'], ['lesion','Lesion'], 5, {}, [f'c{i}' for i in range(65)]): refused('not a list of 1 to 64', _class_names, odd)
     for odd in ('../lesion', '', 'lésion', 'a b', '-a', '1', 'a'*65, 5, None, {}): refused('is not a plain name', _class_names, ['lung',odd])
     refused('another column', _class_names, ['split'])
     assert _class_names(['lesion','lung-left_2'])==('lesion','lung-left_2')

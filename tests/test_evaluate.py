@@ -819,5 +819,5 @@ def test_an_evaluation_that_was_interrupted(eight, tmp_path):
 
 def test_notes_on_the_weights():
     assert class_note(spec, 'lesion')=='' and 'lung, which was not scored' in class_note(CTSpec(classes=('lesion','lung')), 'lesion')
-    assert seen_note(dict(a='1'), {'2'})=='' and 'do not tell' in seen_note(dict(a='1'), None) and 'and 2 more' in seen_note({f'c{i}':'1' for i in range(7)}, {'1'})
+    assert seen_note(dict(a='1'), {'2'})=='' and 'do not say' in seen_note(dict(a='1'), None) and 'and 2 more' in seen_note({f'c{i}':'1' for i in range(7)}, {'1'})
     assert seen_note(dict(case_1='a', case_2='b', case_3='c'), {'b','x'}).startswith('1 of 3 cases trained these weights or chose them (case_2)')

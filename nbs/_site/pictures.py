@@ -20,13 +20,13 @@ from covid3d.weights import own_weights
 images = Path(__file__).parent.parent/'images'
 
 def few_colors(png) -> Image.Image:
-    "`png` in 64 grays, and the 128 colors that cover what is not gray"
+    "`png` in 32 grays, and the 64 colors that cover what is not gray"
     x = np.asarray(png)
     bright = x[np.ptp(x.astype(int), axis=2)>12].reshape(1, -1, 3)
-    colors = np.reshape(Image.fromarray(bright).quantize(128, Image.Quantize.MAXCOVERAGE).getpalette(), (-1,3))
-    palette = Image.new('P', (1,1)); palette.putpalette([*np.repeat(np.linspace(0, 255, 64).astype(int), 3), *colors.ravel()])
+    colors = np.reshape(Image.fromarray(bright).quantize(64, Image.Quantize.MAXCOVERAGE).getpalette(), (-1,3))
+    palette = Image.new('P', (1,1)); palette.putpalette([*np.repeat(np.linspace(0, 255, 32).astype(int), 3), *colors.ravel()])
     few = png.quantize(palette=palette, dither=Image.Dither.NONE)
-    few.paste(63, mask=Image.fromarray(x.min(axis=2)==255))  # Pillow's search is not exact, and the page around is white
+    few.paste(31, mask=Image.fromarray(x.min(axis=2)==255))  # Pillow's search is not exact, and the page around is white
     return few
 
 def shoot(chrome, page, to, width, height=None, scale=1, click=()):
